@@ -1,0 +1,17 @@
+# Every target is a thin call of `python -m minianyflow`, which is what to type where there is no make.
+PYTHON ?= python3
+RUN := .venv/bin/python -m minianyflow
+
+.PHONY: demo test check setup
+
+demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard)
+	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET))
+
+test: setup   ## every test
+	@$(RUN) test
+
+check: setup  ## lint and the fast tests
+	@$(RUN) check
+
+setup:        ## .venv with the pinned packages; done once
+	@$(PYTHON) -m minianyflow setup

@@ -1,0 +1,16 @@
+"""minianyflow: any-step generation, from two dimensions to Wan2.1, through one function u(z, t, r).
+
+Time: t = 1 is noise, t = 0 is data. `u(z, t, r)` is the average velocity from t down to r; z_r = z - (t - r) u.
+
+The rooms, from the ground up; each needs only those above it in this list:
+    interpolant, schedules, flow_map, samplers    the mathematics
+    mixtures                                      exact truth
+    pairs, guidance, objectives                   the forward stage
+    consistency                                   the baseline
+    on_policy                                     backward simulation, distribution matching
+    networks, training                            a small network, the one loop
+    measures, pictures                            how far off, and what it looks like
+    demo, __main__                                the race, the command line
+"""
+
+__version__ = "0.1.0"

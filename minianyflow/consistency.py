@@ -1,0 +1,82 @@
+"""Consistency distillation, the baseline: the bottom edge r = 0 of the flow map, f(z, t) = z - t u(z, t, 0).
+
+Discrete (Consistency Models, algorithm 2): on a grid of N times, one step of the teacher from t_n to t_{n-1}; the
+target is where the averaged student says that the trajectory from there ends.
+Continuous (sCM, section 3): the limit N -> infinity, with its stabilisers: the tangent is normalised and warmed up.
+f(z, 0) = z by construction. Shapes: see interpolant.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from minianyflow.errors import InputError, choose
+from minianyflow.flow_map import displace, pick_rows
+from minianyflow.interpolant import broadcast_time, interpolate
+from minianyflow.objectives import DELTA, eulerian_target
+
+
+@torch.no_grad()
+def consistency_target(u_average, z, t, s, velocity, solver="euler", **condition):
+    """What u(z, t, 0) should be: (z - f(z', s)) / t, with z' one step of `velocity` from t to s, f the average's."""
+    v = velocity(z, t, **condition)
+    if choose("solver", solver, {"euler": False, "heun": True}):
+        v = (v + velocity(displace(z, v, t, s), s, **condition)) / 2
+    nearer, end = displace(z, v, t, s), torch.zeros_like(t)
+    x = nearer.clone()
+    rows = (s > 0).nonzero().squeeze(1)                                    # at s = 0 the boundary is exact
+    if len(rows):
+        u = u_average(nearer[rows], s[rows], end[rows], **pick_rows(condition, rows))
+        x[rows] = displace(nearer[rows], u, s[rows], end[rows])
+    return (z - x) / broadcast_time(t, z)
+
+
+@torch.no_grad()
+def continuous_target(u, z, t, v, warm=1.0, constant=0.1, derivative="difference", delta=DELTA):
+    """u + g / (|g| + constant), with the tangent g = (v - u) - warm t du/dt normalised per row; warm grows 0 to 1."""
+    end = torch.zeros_like(t)
+    here = u(z, t, end)
+    tangent = (1 - warm) * v + warm * eulerian_target(u, z, t, end, v, derivative, delta) - here
+    size = tangent.flatten(1).norm(dim=1) / tangent[0].numel() ** 0.5      # root mean square, (B,)
+    return here + tangent / broadcast_time(size + constant, z)
+
+
+@dataclass
+class ConsistencyLoss:
+    """velocity: `velocity(z, t)` of the teacher. average: the averaged student (discrete form only).
+
+    form: "discrete" on `grid` times, or "continuous" with the tangent warmed up over `warmup` calls. weight: of a row,
+    from its t, on the squared error of the network output.
+    """
+
+    velocity: Callable
+    average: Callable | None = None
+    form: str = "discrete"
+    grid: int = 64
+    solver: str = "euler"
+    weight: Callable = lambda t: t
+    warmup: int = 1000
+    calls: int = 0
+
+    def __post_init__(self):
+        if not choose("form", self.form, {"discrete": True, "continuous": False}):
+            return
+        if self.average is None or self.grid < 1:
+            raise InputError("discrete consistency distillation needs average=, an EMA of the student, and grid >= 1")
+
+    def __call__(self, u, batch):
+        """Weighted losses (B,) and the raw mean squared error. batch: x, eps (B, *shape) and `t` (B,), here uniform."""
+        t, condition = batch["t"], batch.get("condition", {})
+        if self.form == "discrete":
+            index = (t * self.grid).ceil().clamp(min=1)
+            t, s = index / self.grid, (index - 1) / self.grid
+            z = interpolate(batch["x"], batch["eps"], t)
+            target = consistency_target(self.average, z, t, s, self.velocity, self.solver, **condition)
+        else:
+            self.calls += 1
+            z, warm = interpolate(batch["x"], batch["eps"], t), min(1.0, self.calls / self.warmup)
+            v = self.velocity(z, t, **condition)
+            target = continuous_target(lambda z, t, r: u(z, t, r, **condition), z, t, v, warm)
+        error = (u(z, t, torch.zeros_like(t), **condition) - target).square().flatten(1).mean(1)
+        return self.weight(t) * error, {"consistency": error.detach().mean()}

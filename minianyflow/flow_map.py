@@ -1,0 +1,68 @@
+"""Flow maps: everything that can be done with one function `u(z, t, r, **condition)`.
+
+The probability-flow ODE dz/dt = v(z, t) carries a state z at time t to Phi(z; t -> r) at time r <= t.
+`u` is the average velocity of that journey, so that  Phi(z; t -> r) = z - (t - r) u(z, t, r)  (AnyFlow, section 3).
+A three-layer MLP on the plane is such a `u`, and so is a Wan2.1 transformer. Shapes: see interpolant.py.
+"""
+
+from itertools import pairwise
+
+import torch
+
+from minianyflow.interpolant import broadcast_time, check_times
+from minianyflow.schedules import check_grid
+
+
+def displace(z, u, t, r):
+    """Follow the average velocity `u` (a tensor) from t to r: z - (t - r) u."""
+    return z - broadcast_time(t - r, z) * u
+
+
+def velocity(u, z, t, **condition):
+    """The diagonal of the map: u(z, t, t) is the velocity v(z, t) of the ODE."""
+    return u(z, t, t, **condition)
+
+
+def jump(u, z, t, r, **condition):
+    """Phi(z; t -> r), one evaluation. Raises InputError for r > t or times outside [0, 1]."""
+    check_times(t, r)
+    return displace(z, u(z, t, r, **condition), t, r)
+
+
+def end_point(u, z, t, **condition):
+    """The consistency map f(z, t) = Phi(z; t -> 0): the bottom edge of the triangle of times."""
+    return jump(u, z, t, torch.zeros_like(t), **condition)
+
+
+def rollout(u, z, times, **condition):
+    """Jump along `times` and hand out the whole trajectory.
+
+    times: (N + 1,) for all samples, or (N + 1, B), one column a sample; falling. A jump of length zero is not
+    evaluated, so its rows cost nothing. Returns (N + 1, B, *shape): the state at each time, `z` itself first.
+    Gradients flow through every jump; wrap in torch.no_grad() to sample.
+    """
+    check_grid(times)
+    times = times.to(z.device)
+    if times.ndim == 1:
+        times = times[:, None].expand(-1, len(z))
+    trajectory = [z]
+    for t, r in pairwise(times):
+        trajectory.append(_move(u, trajectory[-1], t, r, condition))
+    return torch.stack(trajectory)
+
+
+def _move(u, z, t, r, condition):
+    moving = t > r
+    if bool(moving.all()):
+        return displace(z, u(z, t, r, **condition), t, r)
+    rows = moving.nonzero().squeeze(1)
+    if len(rows) == 0:
+        return z
+    there = pick_rows(condition, rows)
+    jumped = displace(z[rows], u(z[rows], t[rows], r[rows], **there), t[rows], r[rows])
+    return z.index_copy(0, rows, jumped)
+
+
+def pick_rows(condition, rows):
+    """The condition of some rows of a batch: every entry of a condition is a tensor (B, ...)."""
+    return {name: value[rows] for name, value in condition.items()}

@@ -1,0 +1,35 @@
+"""Set-up with nothing but Python: a `.venv` beside the package, filled with the pinned packages."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from minianyflow.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def setup(arguments=None):
+    """Make .venv and install the pinned packages into it; does nothing where that is done."""
+    folder, pins = ROOT / ".venv", ROOT / "requirements.txt"
+    stamp = folder / "installed"
+    wanted = hashlib.sha256(pins.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return 0
+    if sys.version_info < (3, 11):  # noqa: UP036 (runs before anything has checked)
+        raise InputError(f"Python {sys.version.split()[0]} found; expected 3.11 or newer: make PYTHON=python3.12 demo")
+    print("setting up .venv with the packages of requirements.txt (once; a few minutes)", flush=True)
+    try:
+        venv.create(folder, with_pip=True)
+    except (subprocess.CalledProcessError, OSError):
+        raise InputError("could not make .venv; on Debian or Ubuntu: apt install python3-venv") from None
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for what in (["-r", pins], ["--no-deps", "--editable", ROOT]):
+        if subprocess.call([*map(str, install), *map(str, what)]):
+            raise InputError(f"pip could not install {what[-1]}; see its message above, then run the command again")
+    stamp.write_text(wanted)
+    return 0

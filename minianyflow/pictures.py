@@ -1,0 +1,91 @@
+"""Figures for the README, the notebooks and slides: fixed axes, equal aspect, one colour a method."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+# Okabe and Ito's palette: told apart with any colour vision. One colour a method, throughout the course.
+COLOURS = {
+    "exact": "#000000",
+    "euler": "#999999",
+    "eulerian": "#56B4E9",
+    "lagrangian": "#E69F00",
+    "semigroup": "#009E73",
+    "mixed": "#0072B2",
+    "consistency": "#D55E00",
+}
+MARKERS = dict(zip(COLOURS, ["", "v", "<", ">", "s", "o", "X"], strict=True))
+LABELS = {
+    "exact": "exact flow",
+    "euler": "Euler,\nexact velocity",
+    "eulerian": "flow map,\nEulerian",
+    "lagrangian": "flow map,\nLagrangian",
+    "semigroup": "flow map,\nsemigroup",
+    "mixed": "flow map,\nmixed",
+    "consistency": "consistency,\nre-noised",
+}
+
+
+def draw_paths(axes, paths, colour, samples=None, limit=2.6):
+    """Trajectories (steps + 1, n, 2) as lines, noise to data, and `samples` (m, 2) as points."""
+    paths = np.asarray(paths)
+    axes.plot(paths[..., 0], paths[..., 1], color=colour, alpha=0.35, linewidth=0.6, zorder=1)
+    if samples is not None:
+        axes.scatter(*np.asarray(samples).T, s=1.2, color=colour, linewidths=0, zorder=2, rasterized=True)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+    for side in axes.spines.values():
+        side.set_color("0.8")
+
+
+def draw_curves(axes, report, figure, ylabel, floor=None):
+    """One figure of the demo's report (`sliced_w2` or `path_error`) against steps; the line is the mean over seeds."""
+    for name, method in report["methods"].items():
+        values = np.array(method[figure])
+        style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
+        axes.plot(method["nfe"], values.mean(0), label=LABELS[name].replace("\n", " "), linewidth=1.8, **style)
+        axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
+    if floor:
+        axes.axhline(floor, color="black", linestyle=":", linewidth=1.2)
+        axes.annotate("exact flow", (1, floor), xytext=(0, 3), textcoords="offset points", fontsize=9)
+    nfe = next(iter(report["methods"].values()))["nfe"]
+    axes.set(xscale="log", yscale="log", xlabel="steps (network evaluations)", ylabel=ylabel)
+    axes.set_xticks(nfe, map(str, nfe))
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+
+
+def any_step_figure(report, trajectories, exact_paths, shown=(1, 4, 16, 64), lines=60):
+    """Methods as rows, steps as columns; the exact flow and the two curves beside.
+
+    trajectories: {method: {nfe: (nfe + 1, n, 2)}}; exact_paths (times, n, 2), from the same n noises.
+    """
+    figure = plt.figure(figsize=(15, 11.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.42, 1])
+    grid = left.subplots(len(trajectories), len(shown))
+    for row, (name, by_steps) in zip(grid, trajectories.items(), strict=True):
+        for axes, steps in zip(row, shown, strict=True):
+            draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1])
+        row[0].set_ylabel(LABELS[name], fontsize=12)
+    for axes, steps in zip(grid[0], shown, strict=True):
+        axes.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=14)
+    exact, w2, path = right.subplots(3, 1, height_ratios=[1.25, 1, 1])
+    draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1])
+    exact.set_title("the exact flow, same noise", fontsize=14)
+    draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", report["exact_flow"]["sliced_w2"])
+    draw_curves(path, report, "path_error", "path error")
+    path.legend(fontsize=9, ncols=2)
+    return figure
+
+
+def save_figure(figure, path, dpi=110, colours=64):
+    """Write a PNG of at most `colours` colours, small enough to commit; returns the path."""
+    from PIL import Image
+
+    figure.canvas.draw()
+    figure.set_dpi(dpi)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    Image.fromarray(pixels).quantize(colours, dither=Image.Dither.NONE).save(Path(path), optimize=True)
+    plt.close(figure)
+    return path

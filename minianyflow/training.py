@@ -1,0 +1,159 @@
+"""The one training loop: notebooks, the demo and the scripts all call `train`.
+
+A `Role` is a network with its loss, its optimiser and its average. One student alone is one role; on-policy training
+has two, student and fake score, which take turns on the same batch. A batch is drawn for all processes from its step
+number alone; every process takes its part, so that one process and many see the same rows.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from minianyflow.errors import InputError
+from minianyflow.interpolant import check_finite
+from minianyflow.pairs import draw_pairs, generator
+
+
+@dataclass
+class Role:
+    """network: u(z, t, r). loss: `loss(network, batch) -> (losses (B,), raw errors by name)`; may be set later.
+
+    AdamW at `lr`, linear warm-up over `warmup` steps, then a cosine to zero (or constant). `average` is an
+    exponential moving average of the weights, begun after `ema_after` steps; it is what one samples from.
+    """
+
+    network: torch.nn.Module
+    loss: Callable | None = None
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 200
+    cosine: bool = True
+    clip: float | None = None
+    ema: float = 0.999
+    ema_after: int = 0
+    average: AveragedModel = field(init=False)
+
+    def __post_init__(self):
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
+        )
+
+    def schedule(self, step, steps):
+        """The learning rate at `step` of `steps`."""
+        rate = self.lr * min(1.0, (step + 1) / max(self.warmup, 1))
+        return rate * (0.5 * (1 + math.cos(math.pi * step / steps)) if self.cosine else 1.0)
+
+
+def batches(sample, rows, seeds=(0,), **pairs):
+    """`draw(step)` for `train`: the batch of that step, the same whoever draws it.
+
+    sample(count, generator) gives data (count, *shape). `rows` rows for each of `seeds`, drawn from (seed, step)
+    alone; with several seeds the condition `copy` says whose a row is (networks.MLP). `pairs` goes to `draw_pairs`.
+    """
+
+    def draw_one(seed, step):
+        source = generator(seed, step)
+        x = sample(rows, source)
+        return {"x": x, "eps": torch.randn(x.shape, generator=source), **draw_pairs(rows, source, **pairs)}
+
+    def draw(step):
+        each = [draw_one(seed, step) for seed in seeds]
+        batch = {name: torch.stack([one[name] for one in each], 1).flatten(0, 1) for name in each[0]}
+        return batch if len(seeds) == 1 else batch | {"condition": {"copy": copies}}
+
+    copies = torch.arange(len(seeds)).repeat(rows)
+    check_finite("the data", sample(rows, generator(*seeds)))
+    return draw
+
+
+def part_of(batch, index, parts, device=None):
+    """Rows [index n / parts, (index + 1) n / parts) of every tensor of a batch, conditions included."""
+    size = len(batch["x"])
+    if size % parts:
+        raise InputError(f"a batch of {size} rows does not divide into {parts} equal parts (processes x accumulation)")
+    rows = slice(index * size // parts, (index + 1) * size // parts)
+    return {
+        name: {key: item[rows].to(device) for key, item in value.items()}
+        if isinstance(value, dict) else value[rows].to(device)
+        for name, value in batch.items()
+    }
+
+
+def train(roles, draw, steps, accumulate=1, accelerator=None, progress=True, on_step=None, log_every=100):
+    """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/KIND": raw error}.
+
+    draw(step): the global batch, a dict of tensors. accumulate: parts a process takes its rows in. progress: a bar,
+    none, or a dict of tqdm's options. on_step(step) is called after each step. The history is gathered from all
+    processes every `log_every` steps and at the end.
+    Raises InputError if a loss stops being finite, or a weight that should learn gets no gradient.
+    """
+    if steps < 1:
+        raise InputError(f"{steps} training steps asked for; expected at least 1")
+    accelerator = accelerator or Accelerator()
+    parts = accumulate * accelerator.num_processes
+    ready = {name: accelerator.prepare(role.network, role.optimizer) for name, role in roles.items()}
+    for role in roles.values():
+        role.average.to(accelerator.device)
+    history = []
+    for step in tqdm(range(steps), **_bar(progress, accelerator)):
+        batch, logs = draw(step), {"step": step}
+        for name, role in roles.items():
+            network, optimizer = ready[name]
+            for group in optimizer.param_groups:
+                group["lr"] = role.schedule(step, steps)
+            for index in range(accumulate):
+                part = part_of(batch, accelerator.process_index * accumulate + index, parts, accelerator.device)
+                last = index == accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                    losses, raw = role.loss(network, part)
+                    accelerator.backward(losses.mean() / accumulate)
+            if step == 0:
+                _check_gradients(name, role.network)
+            if role.clip:
+                accelerator.clip_grad_norm_(network.parameters(), role.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step >= role.ema_after:
+                role.average.update_parameters(role.network)
+            logs |= {f"{name}/{kind}": error for kind, error in raw.items()} | {f"{name}/loss": losses.detach().mean()}
+        if step % log_every == 0 or step == steps - 1:
+            history.append(_gather(logs))
+        if on_step:
+            on_step(step)
+    return history
+
+
+def _bar(progress, accelerator):
+    options = {"desc": "training", "unit": "step", "mininterval": 0.5}
+    options |= progress if isinstance(progress, dict) else {"disable": not progress}
+    return options if accelerator.is_main_process else {"disable": True}
+
+
+def _gather(logs):
+    """Mean over processes of every figure; stops the run if one is not finite."""
+    every = gather_object([{name: float(value) for name, value in logs.items()}])
+    names = dict.fromkeys(name for each in every for name in each)
+    figures = {name: [each[name] for each in every if name in each] for name in names}
+    out = {name: sum(values) / len(values) for name, values in figures.items()}
+    if not all(map(math.isfinite, out.values())):
+        bad = next(name for name, value in out.items() if not math.isfinite(value))
+        where = f"{bad} is {out[bad]} at step {out['step']:.0f}"
+        raise InputError(f"{where}; expected finite losses: lower lr, or look at the data")
+    return out
+
+
+def _check_gradients(name, network):
+    missing = [key for key, weight in network.named_parameters() if weight.requires_grad and weight.grad is None]
+    if missing:
+        raise InputError(f"no gradient reached {missing[0]} of role {name!r} ({len(missing)} weights in all); "
+                         "expected one for every trained weight: freeze it, or use it in the loss")

@@ -1,0 +1,30 @@
+"""What every test shares: one thread (fastest for small networks, and bitwise repeatable), targets, random times."""
+
+import pytest
+import torch
+
+from minianyflow.pairs import generator
+from toy_data import plane
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def spiral():
+    """The spiral in float64."""
+    return plane.spiral().to(torch.float64)
+
+
+@pytest.fixture
+def states():
+    """`states(mixture, n, seed)`: z_t of that mixture with times t > s > r, all float64, times apart by .02 or more."""
+
+    def draw(mixture, count=64, seed=0):
+        source = generator(seed)
+        t, s, r = (torch.rand(3, count, generator=source, dtype=torch.float64) * 0.9).sort(0, descending=True).values
+        t, r = t + 0.08, (r - 0.02).clamp(min=0)
+        x = mixture.sample(count, source)
+        eps = torch.randn(x.shape, generator=source, dtype=x.dtype)
+        return (1 - t)[:, None] * x + t[:, None] * eps, t, s + 0.02, r
+
+    return draw

@@ -1,0 +1,140 @@
+"""The mathematics, on the exact map of the spiral: identities, rollouts, samplers, and diffusers' scheduler."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from minianyflow.flow_map import displace, end_point, jump, rollout, velocity
+from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate, score_from_velocity
+from minianyflow.measures import path_error, sobol_noise
+from minianyflow.objectives import eulerian_target, lagrangian_target, semigroup_target
+from minianyflow.pairs import generator
+from minianyflow.samplers import (
+    sample_consistency,
+    sample_consistency_deterministic,
+    sample_euler,
+    sample_flow_map,
+    sample_ode,
+)
+from minianyflow.schedules import time_grid, time_shift
+
+
+def largest(a, b):
+    return float((a - b).abs().max())
+
+
+def test_semigroup(spiral, states):
+    z, t, s, r = states(spiral)
+    assert largest(spiral.flow(spiral.flow(z, t, s), s, r), spiral.flow(z, t, r)) < 1e-5
+
+
+def test_each_target_of_the_exact_map_is_the_exact_map(spiral, states):
+    z, t, s, r = states(spiral)
+    u, v = partial(spiral.average_velocity, tolerance=1e-13), spiral.velocity(z, t)
+    exact = u(z, t, r)
+    tolerance = 1e-5 * exact.abs().max()
+    assert largest(eulerian_target(u, z, t, r, v, delta=2e-6), exact) < tolerance
+    assert largest(lagrangian_target(u, z, t, r, spiral.velocity, delta=2e-6), exact) < tolerance
+    assert largest(semigroup_target(u, z, t, r, s), exact) < tolerance
+
+
+def test_tangent(spiral, states):
+    z, t, _, _ = states(spiral)
+    assert torch.equal(velocity(spiral.average_velocity, z, t), spiral.velocity(z, t))
+    assert largest(spiral.average_velocity(z, t, t - 1e-6), spiral.velocity(z, t)) < 1e-3  # continuous at the diagonal
+
+
+def test_interpolant_and_its_velocity():
+    x, eps, t = torch.randn(5, 3, 2), torch.randn(5, 3, 2), torch.rand(5)
+    z = interpolate(x, eps, t)
+    assert torch.allclose(clean_from_velocity(data_velocity(x, eps), z, t), x, atol=1e-6)
+    assert torch.equal(interpolate(x, eps, torch.zeros(5)), x)
+    assert torch.equal(interpolate(x, eps, torch.ones(5)), eps)
+    frames = torch.rand(5, 3)                                              # a time for every frame
+    assert torch.equal(interpolate(x, eps, frames)[2, 1], interpolate(x[2, 1:2], eps[2, 1:2], frames[2, 1:2])[0])
+
+
+def test_score_from_velocity(spiral, states):
+    z, t, _, _ = states(spiral)
+    assert torch.allclose(score_from_velocity(spiral.velocity(z, t), z, t), spiral.score(z, t), rtol=1e-6)
+
+
+def test_euler_converges_with_order_one(spiral):
+    z = sobol_noise(512, (2,)).double()
+    exact = spiral.flow(z, torch.ones(512), torch.zeros(512))
+    steps = np.array([128, 256, 512, 1024])
+    errors = [path_error(sample_euler(spiral.velocity, z, time_grid(int(n)).double())[-1], exact) for n in steps]
+    slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert slope == pytest.approx(-1, abs=0.1)
+
+
+def test_any_solver_of_torchdiffeq(spiral):
+    z = sobol_noise(64, (2,)).double()
+    exact = spiral.flow(z, torch.ones(64), torch.zeros(64))
+    assert path_error(sample_ode(spiral.velocity, z, time_grid(2))[-1], exact) < 1e-3
+    euler = sample_ode(spiral.velocity, z, time_grid(8), method="euler")
+    assert torch.allclose(euler, sample_euler(spiral.velocity, z, time_grid(8)), atol=1e-6)
+
+
+def test_the_exact_map_is_any_step(spiral):
+    z = sobol_noise(32, (2,)).double()
+    exact = spiral.flow(z, torch.ones(32), torch.zeros(32))
+    for steps in (1, 3, 8):
+        trajectory = sample_flow_map(spiral.average_velocity, z, time_grid(steps).double())
+        assert trajectory.shape == (steps + 1, 32, 2)
+        assert largest(trajectory[-1], exact) < 1e-5
+
+
+def test_exact_consistency_sampling_loses_the_path_and_the_deterministic_one_the_law(spiral):
+    z = sobol_noise(256, (2,)).double()
+    exact = spiral.flow(z, torch.ones(256), torch.zeros(256))
+    u = spiral.average_velocity
+    renoised = [path_error(sample_consistency(u, z, time_grid(n).double(), generator(n))[-1], exact) for n in (1, 2, 4)]
+    assert renoised[0] < 1e-5
+    assert renoised[1:] == pytest.approx([0.9, 1.66], abs=0.1)             # recipe: another, equally good, sample
+    off = [path_error(sample_consistency_deterministic(u, z, time_grid(n).double())[-1], exact) for n in (1, 2, 8)]
+    assert off[0] < 1e-5 < 0.1 < off[1] < off[2]
+
+
+def test_rollout_takes_a_grid_a_sample_and_leaves_out_rests():
+    rows = []
+
+    def u(z, t, r):
+        rows.append(len(z))
+        return z * (t + r)[:, None]
+
+    z = torch.randn(3, 2)
+    times = torch.tensor([[1.0, 1.0, 1.0], [0.5, 1.0, 1.0], [0.0, 0.2, 1.0]])
+    trajectory = rollout(u, z, times)
+    assert rows == [1, 2]                                                  # a jump of length zero costs nothing
+    assert torch.equal(trajectory[-1][2], z[2])
+    assert torch.equal(trajectory[-1][0], rollout(u, z[:1], times[:, 0])[-1][0])
+
+
+def test_jump_and_end_point(spiral, states):
+    z, t, _, r = states(spiral, 8)
+    assert largest(jump(spiral.average_velocity, z, t, r), spiral.flow(z, t, r)) < 1e-9
+    assert largest(end_point(spiral.average_velocity, z, t), spiral.flow(z, t, 0 * t)) < 1e-9
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 1.0), (8, 5.0)])
+def test_diffusers_scheduler_takes_the_same_steps(spiral, steps, shift):
+    from diffusers import FlowMapEulerDiscreteScheduler
+
+    scheduler = FlowMapEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    times = time_grid(steps, shift)
+    assert torch.allclose(scheduler.sigmas.float(), times, atol=1e-6)
+    z = here = sobol_noise(16, (2,)).double()
+    trajectory = sample_flow_map(spiral.average_velocity, z, scheduler.sigmas)
+    for now, t, r in zip(scheduler.timesteps, scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+        u = spiral.average_velocity(here, t.expand(16), r.expand(16))
+        here = scheduler.step(u, now, here).prev_sample
+    assert largest(here, trajectory[-1]) < 1e-9
+
+
+def test_time_shift_keeps_the_ends():
+    assert time_shift(torch.tensor([0.0, 0.5, 1.0]), 5.0).tolist() == pytest.approx([0, 5 / 6, 1])
+    assert displace(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.zeros(1)).tolist() == [[0, 0]]
