@@ -14,7 +14,7 @@ import torch
 from minianyflow.errors import InputError, choose
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.interpolant import broadcast_time, interpolate
-from minianyflow.objectives import DELTA, eulerian_target
+from minianyflow.objectives import DELTA, adaptive_weight, eulerian_target
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ class ConsistencyLoss:
     """velocity: `velocity(z, t)` of the teacher. average: the averaged student (discrete form only).
 
     form: "discrete" on `grid` times, or "continuous" with the tangent warmed up over `warmup` calls. weight: of a row,
-    from its t, on the squared error of the network output.
+    from its t, on the squared error of the network output. adaptive: see `objectives.adaptive_weight`.
     """
 
     velocity: Callable
@@ -56,6 +56,7 @@ class ConsistencyLoss:
     grid: int = 64
     solver: str = "euler"
     weight: Callable = lambda t: t
+    adaptive: float = 0.0
     warmup: int = 1000
     calls: int = 0
 
@@ -66,7 +67,10 @@ class ConsistencyLoss:
             raise InputError("discrete consistency distillation needs average=, an EMA of the student, and grid >= 1")
 
     def __call__(self, u, batch):
-        """Weighted losses (B,) and the raw mean squared error. batch: x, eps (B, *shape) and `t` (B,), here uniform."""
+        """Weighted losses (B,) and the raw mean squared error. 
+
+        batch: x, eps (B, *shape) and t (B,), uniform: as `draw_pairs(count, diagonal=1, end=0)` draws it.
+        """
         t, condition = batch["t"], batch.get("condition", {})
         if self.form == "discrete":
             index = (t * self.grid).ceil().clamp(min=1)
@@ -79,4 +83,5 @@ class ConsistencyLoss:
             v = self.velocity(z, t, **condition)
             target = continuous_target(lambda z, t, r: u(z, t, r, **condition), z, t, v, warm)
         error = (u(z, t, torch.zeros_like(t), **condition) - target).square().flatten(1).mean(1)
-        return self.weight(t) * error, {"consistency": error.detach().mean()}
+        loss = self.weight(t) * error * adaptive_weight(error, self.adaptive)
+        return loss, {"consistency": error.detach().mean()}

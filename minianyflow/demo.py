@@ -52,7 +52,7 @@ def make_student(method, dataset, seeds):
     if method == "consistency":
         student.loss = ConsistencyLoss(velocity, student.average)
     else:
-        student.loss = FlowMapLoss(choose("method", method, FLOW_MAPS), velocity)
+        student.loss = FlowMapLoss(choose("method", method, FLOW_MAPS), velocity, adaptive=0.5)
     return student
 
 
@@ -73,7 +73,8 @@ def run_method(method, dataset, seeds, steps, rows=192, position=0, quiet=False)
     network, copy, cost = None, None, {"train_seconds": 0.0, "network_evaluations": 0}
     if method != "euler":
         student, start = make_student(method, dataset, seeds), time.perf_counter()
-        draw = batches(plane.load(dataset).sample, rows, seeds)
+        pairs = {"diagonal": 1.0, "end": 0.0} if method == "consistency" else {}
+        draw = batches(plane.load(dataset).sample, rows, seeds, **pairs)
         progress = {"desc": f"{method:>11}", "position": position, "leave": True, "disable": quiet or None}
         train({"student": student}, draw, steps, accelerator=Accelerator(cpu=True), progress=progress)
         network = student.average.module

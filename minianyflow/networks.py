@@ -16,16 +16,16 @@ class MLP(nn.Module):
     seeds: one copy each. With S > 1 copies every row names its own, `u(z, t, r, copy=copy)` with copy (B,) in 0..S-1:
     a condition like any other, so that it follows the row wherever an objective takes it. A copy's outputs and
     gradients are what they would be alone; together they cost little more than one.
-    The times enter as sines and cosines of t and of t - r, slow ones: fast ones (16 turns) ruin the derivatives that
-    objectives take.
+    The times enter as slow sines and cosines of t and of t - r, which derivatives in time survive (from one turn on
+    they get worse, sixteen ruin them), and as log t and log r, since at time t detail of size t is resolved.
     """
 
-    def __init__(self, shape=(2,), width=64, depth=3, seeds=(0,), turns=(0.25, 0.5, 1.0)):
+    def __init__(self, shape=(2,), width=64, depth=4, seeds=(0,), turns=(0.125, 0.25, 0.5)):
         super().__init__()
         self.shape, self.copies = tuple(shape), len(seeds)
         size = math.prod(shape)
         self.register_buffer("angular", 2 * math.pi * torch.tensor(turns), persistent=False)
-        sizes = [size + 4 * len(turns), *[width] * depth, size]
+        sizes = [size + 4 * len(turns) + 2, *[width] * depth, size]
         draws = [generator(seed) for seed in seeds]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in pairwise(sizes):
@@ -43,7 +43,8 @@ class MLP(nn.Module):
         if (copy is None) != (self.copies == 1):
             raise InputError(f"a network of {self.copies} copies; pass copy= (B,) if there are several, and only then")
         phase = torch.cat([t[:, None] * self.angular, (t - r)[:, None] * self.angular], 1)
-        hidden = torch.cat([z.flatten(1), phase.sin(), phase.cos()], 1)    # (B, D + 4 turns)
+        fine = 0.5 * torch.log(torch.stack([t, r], 1) + 0.02)
+        hidden = torch.cat([z.flatten(1), phase.sin(), phase.cos(), fine], 1)                      # (B, D + 4 turns + 2)
         if copy is None:
             return self._layers(hidden[None])[0].reshape(z.shape)
         place, longest = self._places(copy)
@@ -60,7 +61,10 @@ class MLP(nn.Module):
 
     def _layers(self, hidden):
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = torch.baddbmm(bias, nn.functional.gelu(hidden) if index else hidden, weight)
+            out = torch.baddbmm(bias, hidden, weight)
+            if index < len(self.weights) - 1:
+                out = nn.functional.gelu(out, approximate="tanh")
+            hidden = hidden + out if hidden.shape == out.shape else out    # a residual wherever widths agree
         return hidden                                                      # (S, n, D)
 
 

@@ -77,13 +77,15 @@ class FlowMapLoss:
 
     shares: how the rows r < t are divided, e.g. {"eulerian": 0.5, "semigroup": 0.5}; {} is for r = t alone.
     velocity: `velocity(z, t, **condition)` of a teacher or of exact truth; None takes the data velocity eps - x.
-    guidance: a `Guidance`, or None. weight: of a row, from its t. rebalance: see `rebalanced`.
+    guidance: a `Guidance`, or None. weight: of a row, from its t. adaptive: see `adaptive_weight`. rebalance: see
+    `rebalanced`.
     """
 
     shares: Mapping[str, float]
     velocity: Callable | None = None
     guidance: Guidance | None = None
     weight: Callable = sqrt_weight
+    adaptive: float = 0.0
     derivative: str = "difference"
     delta: float = DELTA
     rebalance: bool = False
@@ -113,7 +115,7 @@ class FlowMapLoss:
         for name, rows in kinds.items():
             target[rows], scale[rows] = self._target(name, u, batch, rows, z[rows])
         error = (u(z, t, r, **batch.get("condition", {})) - target).square().flatten(1).mean(1)     # (B,)
-        loss = self.weight(t) * scale * error
+        loss = self.weight(t) * scale * error * adaptive_weight(error, self.adaptive)
         if self.rebalance:
             loss = rebalanced(loss, t == r)
         return loss, {name: error[rows].detach().mean() for name, rows in kinds.items()}
@@ -155,8 +157,17 @@ class FlowMapLoss:
         v = velocity(z, t)
         target = v if name == "tangent" else eulerian_target(bound, z, t, r, v, **options)
         if self.guidance and self.guidance.published:
-            return target + self.guidance.pull(u, z, t, r, v, kept), torch.where(kept, self.guidance.scale**-2, 1.0)
+            return target + self.guidance.pull(u, z, t, r, v, kept), torch.where(kept, self.guidance.scale**-2, 1.0).to(z)
         return target, 1.0
+
+
+def adaptive_weight(error, power, floor=5e-3):
+    """(error + floor)^-power, stop-gradient (MeanFlow, section 4.3): 0 is plain squares, 0.5 nearly absolute values.
+
+    error (B,). Rows that are far off pull less. Right for targets without noise (an exact or taught velocity): with
+    the data velocity, whose noise is in the error, it moves the minimum away from the mean.
+    """
+    return (error.detach() + floor) ** -power if power else 1.0
 
 
 def rebalanced(loss, diagonal):

@@ -3,7 +3,8 @@
 Published mix (AnyFlow): half of the rows on the diagonal r = t, a quarter on the bottom edge r = 0, a quarter free.
 """
 
-import numpy as np
+import hashlib
+
 import torch
 
 from minianyflow.errors import InputError
@@ -15,7 +16,8 @@ def generator(*key):
 
     torch keeps only 32 bits of a seed, so `seed << 32 | step` would repeat itself: the key is hashed first.
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def stratified_uniform(count, generator=None):
@@ -31,20 +33,20 @@ def stratified_uniform(count, generator=None):
 def draw_pairs(count, generator=None, diagonal=0.5, end=0.25, shift=1.0):
     """Pairs of times for `count` samples, and the random numbers that objectives spend on them.
 
-    Returns a dict of (count,) float32: `t`, `r` (the larger and the smaller of two uniforms, shifted; `r = t` for a
-    share `diagonal`, `r = 0` for a share `end`), `split` (uniform: where a semigroup target cuts the jump) and `lot`
+    Returns a dict of (count,) float32: `t`, `r` (the larger and the smaller of two uniforms, shifted; a share `end` has
+    r = 0; a share `diagonal` has r = t, one uniform), `split` (uniform: where a semigroup target cuts the jump) and `lot`
     (uniform, stratified inside each of the three kinds: which objective a row draws).
     """
     if min(diagonal, end) < 0 or diagonal + end > 1:
         raise InputError(f"shares diagonal={diagonal}, end={end}; expected shares >= 0 that add up to at most 1")
     place = stratified_uniform(count, generator)
-    t, r = time_shift(torch.rand(2, count, generator=generator).sort(0, descending=True).values, shift)
+    first, second = time_shift(torch.rand(2, count, generator=generator), shift)
     edges = torch.tensor([0.0, diagonal, diagonal + end, 1.0])
     kind = torch.bucketize(place, edges[1:3], right=True)                  # 0: diagonal, 1: end, 2: free
     lot = (place - edges[kind]) / (edges[kind + 1] - edges[kind])
     return {
-        "t": t,
-        "r": torch.where(kind == 0, t, torch.where(kind == 1, 0.0, r)),
+        "t": torch.where(kind == 0, first, torch.maximum(first, second)),
+        "r": torch.where(kind == 0, first, torch.where(kind == 1, 0.0, torch.minimum(first, second))),
         "split": torch.rand(count, generator=generator),
         "lot": lot,
     }

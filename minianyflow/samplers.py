@@ -27,15 +27,18 @@ def sample_euler(velocity, z, times, **condition):
 
 
 @torch.no_grad()
-def sample_consistency(u, z, times, generator=None, **condition):
-    """Multistep consistency sampling (Consistency Models, algorithm 1): jump to the end, add fresh noise, repeat."""
+def sample_consistency(u, z, times, generator=None, noises=None, **condition):
+    """Multistep consistency sampling (Consistency Models, algorithm 1): jump to the end, add fresh noise, repeat.
+
+    noises: the fresh noises, (N - 1, B, *shape); drawn from `generator` if not given.
+    """
     check_grid(times)
     trajectory = [z]
-    for t, r in pairwise(times):
+    for step, (t, r) in enumerate(pairwise(times)):
         x = end_point(u, trajectory[-1], t.expand(len(z)), **condition)
         if r > 0:
-            eps = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
-            x = interpolate(x, eps, r.expand(len(z)))
+            fresh = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device) if noises is None else noises[step]
+            x = interpolate(x, fresh, r.expand(len(z)))
         trajectory.append(x)
     return torch.stack(trajectory)
 

@@ -1,0 +1,71 @@
+"""The baseline: its boundary, its fixed point, and that exact truth bears out what is said of it."""
+
+import pytest
+import torch
+
+from minianyflow.consistency import ConsistencyLoss, consistency_target, continuous_target
+from minianyflow.errors import InputError
+from minianyflow.networks import MLP
+from minianyflow.objectives import eulerian_target
+from minianyflow.pairs import draw_pairs, generator
+from toy_data.gaussians import Gaussian
+
+GAUSSIAN = Gaussian(0.6, 0.5)
+Z, T = torch.linspace(-2, 2, 60, dtype=torch.float64)[:, None], torch.linspace(0.05, 1, 60, dtype=torch.float64)
+
+
+def test_the_exact_map_is_its_own_target():
+    exact = GAUSSIAN.average_velocity(Z, T, 0 * T)
+    gaps = []
+    for solver, step in (("euler", 1 / 64), ("euler", 1 / 128), ("heun", 1 / 64), ("heun", 1 / 128)):
+        s = (T - step).clamp(min=0)
+        target = consistency_target(GAUSSIAN.average_velocity, Z, T, s, GAUSSIAN.velocity, solver)
+        gaps.append(float(((target - exact) * T[:, None]).abs().max()))
+    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.2)                  # one Euler step errs by its square
+    assert gaps[2] / gaps[3] == pytest.approx(8, rel=0.4)
+    target = continuous_target(GAUSSIAN.average_velocity, Z, T, GAUSSIAN.velocity(Z, T), derivative="jvp")
+    assert float((target - exact).abs().max()) < 1e-9
+
+
+def test_the_last_cell_needs_no_network():
+    def u(z, t, r):
+        raise AssertionError("asked for a row whose target is known")
+
+    t = torch.full((4,), 1 / 64, dtype=torch.float64)
+    target = consistency_target(u, Z[:4], t, 0 * t, GAUSSIAN.velocity)
+    assert torch.allclose(target, GAUSSIAN.velocity(Z[:4], t))
+
+
+def test_continuous_tangent_is_normalised_and_warmed_up():
+    u = MLP(shape=(1,)).double()
+    v = GAUSSIAN.velocity(Z, T)
+    with torch.no_grad():
+        here = u(Z, T, 0 * T)
+    cold = continuous_target(u, Z, T, v, warm=0.0) - here
+    assert torch.allclose(cold, (v - here) / ((v - here).abs() + 0.1))
+    warm = continuous_target(u, Z, T, v) - here
+    tangent = eulerian_target(u, Z, T, 0 * T, v) - here
+    assert torch.allclose(warm, tangent / (tangent.abs() + 0.1))
+    assert float(warm.abs().max()) < 1
+
+
+@pytest.mark.parametrize("form", ["discrete", "continuous"])
+def test_gradient_reaches_the_student_alone(form):
+    student, average = MLP(), MLP(seeds=(1,))
+    source = generator(0)
+    x, eps = torch.randn(2, 16, 2, generator=source)
+    loss = ConsistencyLoss(lambda z, t: z, average, form)
+    losses, raw = loss(student, {"x": x, "eps": eps, **draw_pairs(16, source)})
+    losses.mean().backward()
+    assert losses.shape == (16,)
+    assert raw["consistency"] > 0
+    assert all(weight.grad.abs().sum() > 0 for weight in student.parameters())
+    assert all(weight.grad is None for weight in average.parameters())
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({}, "average="), ({"form": "discreet"}, "did you mean 'discrete'"), ({"average": MLP(), "grid": 0}, "grid >= 1"),
+])
+def test_bad_input_is_one_clear_line(arguments, words):
+    with pytest.raises(InputError, match=words):
+        ConsistencyLoss(lambda z, t: z, **arguments)

@@ -1,0 +1,148 @@
+"""On one-dimensional Gaussians the minimiser of each objective is the formula; guided ones too.
+
+A model that is affine in z, with polynomials in (t, r) for coefficients, is wide enough for these maps and has one
+stationary point; Newton's method on the stop-gradient field of the real FlowMapLoss finds it.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from minianyflow.guidance import Guidance
+from minianyflow.objectives import FlowMapLoss
+from minianyflow.pairs import draw_pairs, generator
+from toy_data.gaussians import Gaussian, GuidedGaussian
+
+DEGREE = 10
+CONDITIONAL, UNCONDITIONAL, SCALE = Gaussian(1.0, 0.7), Gaussian(-0.2, 1.0), 3.0
+
+
+class Affine(torch.nn.Module):
+    """u = a(t, r) z + b(t, r), Legendre polynomials; `label` 0 and 1 have coefficients of their own."""
+
+    def __init__(self, labels=1):
+        super().__init__()
+        self.powers = [(i, j) for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i)]
+        self.theta = torch.nn.Parameter(torch.zeros(labels, 2, len(self.powers), dtype=torch.float64))
+
+    def basis(self, t, r):
+        t, r = (torch.from_numpy(np.polynomial.legendre.legvander(2 * time.numpy() - 1, DEGREE)) for time in (t, r))
+        return torch.stack([t[:, i] * r[:, j] for i, j in self.powers], 1)
+
+    def forward(self, z, t, r, label=None):
+        theta = self.theta[torch.zeros_like(t, dtype=torch.long) if label is None else label]      # (B, 2, P)
+        a, b = torch.einsum("bcp,bp->cb", theta, self.basis(t, r))
+        return a[:, None] * z + b[:, None]
+
+
+def stationary_point(u, loss, batch, rounds=6):
+    """Newton on the gradient field that training follows, targets held still inside each gradient."""
+    def field(theta):
+        u.theta.data = theta.reshape(u.theta.shape)
+        return torch.autograd.grad(loss(u, batch)[0].mean(), u.theta)[0].flatten()
+
+    theta = u.theta.detach().flatten().clone()
+    for _ in range(rounds):
+        here, size = field(theta), 1e-4
+        if float(here.norm()) < 1e-9:
+            break
+        steps = size * torch.eye(len(theta), dtype=torch.float64)
+        columns = [(field(theta + step) - field(theta - step)) / (2 * size) for step in steps]
+        theta = theta - torch.linalg.lstsq(torch.stack(columns, 1), here[:, None]).solution[:, 0]
+    assert float(field(theta).norm()) < 1e-8
+    return u
+
+
+def spread_batch(count, seed=0, **pairs):
+    source = generator(seed)
+    x, eps = torch.randn(2, count, 1, generator=source, dtype=torch.float64)
+    drawn = {name: value.double() for name, value in draw_pairs(count, source, **pairs).items()}
+    return {"x": x, "eps": 1.5 * eps, **drawn}
+
+
+def error(u, exact, **condition):
+    """Root mean square over the triangle of times, its bottom edge and z in [-2, 2]; the maps reach 2 to 10."""
+    t, r = torch.rand(2, 400, generator=generator(9), dtype=torch.float64).sort(0, descending=True).values
+    r[:100] = 0
+    z = torch.linspace(-2, 2, 400, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        return float((u(z, t, r, **condition) - exact(z, t, r)).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("shares", [
+    {"eulerian": 1.0}, {"lagrangian": 1.0}, {"semigroup": 1.0}, {"eulerian": 0.5, "semigroup": 0.5},
+])
+def test_the_minimiser_is_the_flow_map(shares):
+    loss = FlowMapLoss(shares, CONDITIONAL.velocity, weight=torch.ones_like, delta=1e-3)
+    u = stationary_point(Affine(), loss, spread_batch(1500))
+    assert error(u, CONDITIONAL.average_velocity) < 5e-3
+
+
+def test_the_minimiser_with_data_velocity_is_the_flow_map_up_to_sampling():
+    """The Eulerian target with eps - x for the velocity: right on average, so its minimiser converges as 1/sqrt(n)."""
+    batch = spread_batch(60_000)
+    batch |= {"x": CONDITIONAL.mean + CONDITIONAL.sigma * batch["x"], "eps": batch["eps"] / 1.5}
+    u = Affine()
+    u.powers = [(i, j) for i, j in u.powers if i + j <= 4]
+    u.theta = torch.nn.Parameter(torch.zeros(1, 2, len(u.powers), dtype=torch.float64))
+    stationary_point(u, FlowMapLoss({"eulerian": 1.0}, weight=torch.ones_like), batch, rounds=3)
+    assert error(u, CONDITIONAL.average_velocity) < 0.25
+
+
+def guided_student(published):
+    def velocity(z, t, label):
+        return torch.where(label[:, None] == 1, CONDITIONAL.velocity(z, t), UNCONDITIONAL.velocity(z, t))
+
+    batch = spread_batch(2400)
+    label = torch.arange(2400) % 2                                         # half of the rows dropped their condition
+    batch |= {"condition": {"label": label}, "dropped": label == 0}
+    guidance = Guidance(SCALE, {"label": torch.zeros(1, dtype=torch.long)}, published)
+    loss = FlowMapLoss({"eulerian": 1.0}, velocity, guidance, weight=torch.ones_like, delta=1e-3)
+    return stationary_point(Affine(2), loss, batch)
+
+
+def label(value):
+    return {"label": torch.full((400,), value)}
+
+
+def test_exact_guidance_learns_the_guided_flow_map():
+    u = guided_student(published=False)
+    guided = GuidedGaussian(CONDITIONAL, UNCONDITIONAL, SCALE)
+    assert error(u, guided.average_velocity, **label(1)) < 1e-2
+    assert error(u, UNCONDITIONAL.average_velocity, **label(0)) < 5e-3     # dropped rows keep their own velocity
+
+
+def test_published_guidance_is_exact_on_the_diagonal_alone():
+    u = guided_student(published=True)
+    guided = GuidedGaussian(CONDITIONAL, UNCONDITIONAL, SCALE)
+    z, t = torch.linspace(-2, 2, 50, dtype=torch.float64)[:, None], torch.linspace(0.05, 1, 50, dtype=torch.float64)
+    one = {"label": torch.ones(50, dtype=torch.long)}
+    with torch.no_grad():
+        on = float((u(z, t, t, **one) - guided.velocity(z, t)).square().mean().sqrt())
+        off = float((u(z, t, 0 * t, **one) - guided.average_velocity(z, t, 0 * t)).square().mean().sqrt())
+    assert on < 1e-2 < 0.5 < off
+    assert error(u, published_fixed_point, **label(1)) < 3e-2              # what it learns instead is known, too
+
+
+def published_fixed_point(z, t, r):
+    """(t-r) u = integral over tau in [r, t] of g v + (1-g) u_null(z_tau, tau, r), along the *unguided* flow z_tau."""
+    nodes, weights = GuidedGaussian.nodes, GuidedGaussian.weights
+    tau = r[:, None] + (t - r)[:, None] / 2 * (1 + nodes)                  # (B, nodes)
+    z, t, r = (value.reshape(-1, 1).expand(-1, len(nodes)).reshape(-1) for value in (z, t, r))
+    state = CONDITIONAL.flow(z[:, None], t, tau.flatten())
+    inside = SCALE * CONDITIONAL.velocity(state, tau.flatten())
+    inside = inside + (1 - SCALE) * UNCONDITIONAL.average_velocity(state, tau.flatten(), r)
+    return (inside.reshape(tau.shape) * weights / 2).sum(1, keepdim=True)
+
+
+def test_exact_guidance_equals_two_passes():
+    """On the diagonal the guided target is what two forwards of the unguided model would combine to."""
+    u = Affine(2)
+    u.theta.data.normal_(generator=generator(4))
+    guidance = Guidance(SCALE, {"label": torch.zeros(1, dtype=torch.long)})
+    z, v = torch.randn(2, 6, 1, dtype=torch.float64)
+    t = torch.rand(6, dtype=torch.float64)
+    kept = torch.tensor([True, False, True, True, False, True])
+    v_null = u(z, t, t, label=torch.zeros(6, dtype=torch.long)).detach()
+    expected = torch.where(kept[:, None], v_null + SCALE * (v - v_null), v)
+    assert torch.allclose(v + guidance.pull(u, z, t, t, v, kept), expected)

@@ -1,0 +1,219 @@
+"""Targets, pairs, weights and the forward loss: derivatives, edges, gradients, empty kinds, evaluation counts."""
+
+import pytest
+import torch
+
+from minianyflow.errors import InputError
+from minianyflow.networks import MLP, EvaluationCounter
+from minianyflow.objectives import (
+    FlowMapLoss,
+    adaptive_weight,
+    eulerian_target,
+    lagrangian_target,
+    rebalanced,
+    semigroup_target,
+)
+from minianyflow.pairs import draw_pairs, generator, stratified_uniform
+from toy_data.gaussians import Gaussian
+
+GAUSSIAN = Gaussian(0.6, 0.5)
+
+
+def batch_of(count, seed=0, shape=(2,), **pairs):
+    source = generator(seed)
+    x, eps = torch.randn(2, count, *shape, generator=source)
+    return {"x": x, "eps": eps, **draw_pairs(count, source, **pairs)}
+
+
+def affine_velocity(z, t):
+    return GAUSSIAN.velocity(z.reshape(-1, 1), t.repeat_interleave(z[0].numel())).reshape(z.shape)
+
+
+# ---- derivatives
+
+
+def test_forward_mode_equals_central_difference_for_a_network():
+    u = MLP(shape=(3,)).double()
+    z, v = torch.randn(2, 40, 3, dtype=torch.float64)
+    t, r = torch.rand(2, 40, dtype=torch.float64).sort(0, descending=True).values
+    for target, where in ((eulerian_target, v), (lagrangian_target, lambda z, t: z * t[:, None] - 0.3)):
+        exact, gaps = target(u, z, t, r, where, derivative="jvp"), []
+        for delta in (4e-4, 1e-4):
+            inside = (t + delta <= 1) & (t - delta >= r) & (r - delta >= 0)
+            gaps.append(float((target(u, z, t, r, where, delta=delta) - exact)[inside].abs().max()))
+        assert gaps[1] < 1e-3
+        assert gaps[0] / gaps[1] == pytest.approx(16, rel=0.2)             # second order in delta
+
+
+@pytest.mark.parametrize(("t", "r"), [(1.0, 0.0), (1.0, 0.999), (0.5, 0.4999), (0.002, 0.0), (0.3, 0.0), (1e-6, 0.0)])
+def test_one_sided_differences_stay_inside_the_triangle(t, r):
+    """At every edge and corner: no time outside r <= t, [0, 1] is asked for, and the exact map is still its target."""
+    def u(z, t, r):
+        assert bool(((r >= 0) & (r <= t) & (t <= 1)).all())
+        return GAUSSIAN.average_velocity(z, t, r)
+
+    z = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    t, r = (torch.full((5,), time, dtype=torch.float64) for time in (t, r))
+    exact = GAUSSIAN.average_velocity(z, t, r)
+    v = GAUSSIAN.velocity(z, t)
+    for target in (eulerian_target(u, z, t, r, v), lagrangian_target(u, z, t, r, GAUSSIAN.velocity)):
+        assert float((target - exact).abs().max()) < 5e-3                  # first order in delta at an edge
+    for target in (eulerian_target(u, z, t, r, v, delta=1e-6), lagrangian_target(u, z, t, r, GAUSSIAN.velocity, delta=1e-6)):
+        assert float((target - exact).abs().max()) < 1e-5
+
+
+def test_semigroup_cut_at_an_end_is_the_jump_itself():
+    u = MLP()
+    z, t, r = torch.randn(6, 2), torch.full((6,), 0.8), torch.full((6,), 0.3)
+    with torch.no_grad():
+        for s in (t, r):
+            assert torch.allclose(semigroup_target(u, z, t, r, s), u(z, t, r), atol=1e-6)
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("name", ["eulerian", "lagrangian", "semigroup"])
+def test_no_gradient_through_a_target_and_one_to_every_weight(name):
+    u = MLP()
+    batch = batch_of(32)
+    teacher = torch.nn.Linear(2, 2)                                        # a teacher with weights of its own
+    loss, _ = FlowMapLoss({name: 1.0}, lambda z, t: teacher(z) * t[:, None])(u, batch)
+    loss.mean().backward()
+    assert all(weight.grad is not None and bool(weight.grad.abs().sum() > 0) for weight in u.parameters())
+    assert teacher.weight.grad is None
+    z = ((1 - batch["t"])[:, None] * batch["x"] + batch["t"][:, None] * batch["eps"])
+    copy = MLP()
+    copy.load_state_dict(u.state_dict())
+    loss_of = FlowMapLoss({name: 1.0}, lambda z, t: teacher(z) * t[:, None])
+    target = torch.empty_like(z)
+    for kind, rows in loss_of.kinds(batch).items():
+        target[rows] = loss_of._target(kind, copy, batch, rows, z[rows])[0]
+    error = (u(z, batch["t"], batch["r"]) - target.detach()).square().mean(1)
+    u.zero_grad()
+    (((1 - batch["t"]).sqrt() * error).mean()).backward()                 # the same gradient as plain regression
+    first = [weight.grad.clone() for weight in u.parameters()]
+    u.zero_grad()
+    loss_of(u, batch)[0].mean().backward()
+    assert all(torch.allclose(a, b.grad, atol=1e-7) for a, b in zip(first, u.parameters(), strict=True))
+
+
+# ---- pairs
+
+
+def test_pairs_have_exact_shares_in_order_and_at_random():
+    pairs = draw_pairs(64, generator(0))
+    t, r = pairs["t"], pairs["r"]
+    assert bool(((r >= 0) & (r <= t) & (t <= 1)).all())
+    assert int((t == r).sum()) == 32
+    assert int((r == 0).sum()) == 16
+    assert not torch.equal((t == r), (draw_pairs(64, generator(1))["t"] == draw_pairs(64, generator(1))["r"]))
+    assert all(torch.equal(pairs[name], draw_pairs(64, generator(0))[name]) for name in pairs)
+
+
+def test_a_batch_of_one_sees_every_kind_in_its_share():
+    """Splits by rank or by position would show one sample one objective for ever."""
+    kinds = []
+    for step in range(2000):
+        pair = draw_pairs(1, generator(0, step))
+        kinds.append(0 if pair["t"] == pair["r"] else 1 if pair["r"] == 0 else 2)
+    shares = torch.bincount(torch.tensor(kinds)) / 2000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.04)
+
+
+def test_lots_divide_every_kind_of_row_evenly():
+    pairs = draw_pairs(64, generator(3))
+    for rows in (pairs["r"] == 0, (pairs["r"] > 0) & (pairs["r"] < pairs["t"])):
+        assert int((pairs["lot"][rows] < 0.5).sum()) == 8
+    kinds = FlowMapLoss({"eulerian": 1.0, "semigroup": 1.0}).kinds(pairs)
+    assert {name: len(rows) for name, rows in kinds.items()} == {"tangent": 32, "eulerian": 16, "semigroup": 16}
+
+
+def test_stratified_uniform_fills_its_cells():
+    places = stratified_uniform(100, generator(0))
+    assert torch.equal((places * 100).long().sort().values, torch.arange(100))
+    assert not torch.equal(places, places.sort().values)
+
+
+def test_long_keys_do_not_collide():
+    first = [float(torch.rand(1, generator=generator(1 << 32, step))) for step in range(50)]
+    assert len({*first, *(float(torch.rand(1, generator=generator(0, step))) for step in range(50))}) == 100
+
+
+# ---- the loss as a whole
+
+
+@pytest.mark.parametrize("pairs", [{"diagonal": 0.0}, {"end": 0.0}, {"diagonal": 1.0, "end": 0.0}, {"diagonal": 0.0, "end": 1.0}])
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("rebalance", [False, True])
+def test_any_kind_of_row_may_be_absent(pairs, count, rebalance):
+    u = MLP()
+    shares = {"eulerian": 1.0, "lagrangian": 1.0, "semigroup": 1.0}
+    loss, raw = FlowMapLoss(shares, affine_velocity, rebalance=rebalance, adaptive=0.5)(u, batch_of(count, **pairs))
+    loss.mean().backward()
+    assert loss.shape == (count,)
+    assert all(map(torch.isfinite, raw.values()))
+    assert all(bool(torch.isfinite(weight.grad).all()) for weight in u.parameters())
+
+
+@pytest.mark.parametrize(("shares", "extra"), [({"eulerian": 1.0}, 2), ({"lagrangian": 1.0}, 2), ({"semigroup": 1.0}, 2),
+                                                ({"eulerian": 1.0, "semigroup": 1.0}, 2)])
+def test_evaluations_are_counted_and_none_is_wasted(shares, extra):
+    """One with gradient a row, two without for a row r < t, none more for a row r = t: two a row at the usual half."""
+    u = EvaluationCounter(MLP())
+    FlowMapLoss(shares, affine_velocity)(u, batch_of(64))
+    assert (u.with_grad, u.rows) == (64, 64 + extra * 32)
+
+
+def test_data_velocity_is_the_default_and_lagrangian_refuses_it():
+    batch = batch_of(16, diagonal=1.0, end=0.0)
+    _, raw = FlowMapLoss({})(lambda z, t, r: batch["eps"] - batch["x"], batch)
+    assert float(raw["tangent"]) == 0
+    with pytest.raises(InputError, match="teacher"):
+        FlowMapLoss({"lagrangian": 1.0})
+
+
+def test_rebalancing_levels_the_rows_and_keeps_the_raw_errors():
+    loss = torch.tensor([1.0, 3.0, 10.0, 0.1])
+    level = rebalanced(loss, torch.tensor([True, True, False, False]))
+    assert level.tolist() == pytest.approx([1, 3, 2, 2])
+    assert torch.equal(rebalanced(loss, torch.zeros(4, dtype=torch.bool)), loss)
+    batch = batch_of(32)
+    u = MLP()
+    plain, even = (FlowMapLoss({"eulerian": 1.0}, rebalance=on)(u, batch)[1] for on in (False, True))
+    assert plain == even
+
+
+def test_adaptive_weight_turns_squares_into_absolute_values():
+    error = torch.tensor([4.0, 100.0])
+    assert (error * adaptive_weight(error, 0.5, floor=0.0)).tolist() == pytest.approx([2, 10])
+    assert adaptive_weight(error, 0.0) == 1
+
+
+def test_a_condition_follows_its_row():
+    """Rows are split by objective; each must keep its own condition."""
+    batch = batch_of(48) | {"condition": {"shift": torch.arange(48.0)}}
+
+    def u(z, t, r, shift):
+        return z * 0 + shift[:, None]
+
+    def velocity(z, t, shift):
+        return z * 0 + shift[:, None]
+
+    _, raw = FlowMapLoss({"eulerian": 1.0, "lagrangian": 1.0, "semigroup": 1.0}, velocity)(u, batch)
+    assert len(raw) == 4
+    assert max(map(float, raw.values())) < 1e-6
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: FlowMapLoss({"eulerain": 1.0}), "did you mean 'eulerian'"),
+    (lambda: FlowMapLoss({"eulerian": -1.0}), "not negative"),
+    (lambda: FlowMapLoss({}, affine_velocity)(MLP(), batch_of(8)), "no objective for them"),
+    (lambda: draw_pairs(8, diagonal=0.8, end=0.5), "at most 1"),
+    (lambda: eulerian_target(MLP(), *torch.zeros(1, 4, 2), torch.ones(4), torch.zeros(4), torch.zeros(4, 2), "backward"), "jvp"),
+    (lambda: FlowMapLoss({"eulerian": 1.0})(MLP(), batch_of(8) | {"r": torch.ones(8) * 2}), r"\[0, 1\]|r > t"),
+])
+def test_bad_input_is_one_clear_line(make, words):
+    with pytest.raises(InputError, match=words) as problem:
+        make()
+    assert "\n" not in str(problem.value)

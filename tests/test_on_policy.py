@@ -1,0 +1,148 @@
+"""Backward simulation and distribution matching: what is scored is clean, costs three evaluations, and descends."""
+
+import pytest
+import torch
+
+from minianyflow.errors import InputError
+from minianyflow.flow_map import rollout
+from minianyflow.interpolant import interpolate
+from minianyflow.measures import sliced_w2
+from minianyflow.networks import MLP, EvaluationCounter
+from minianyflow.objectives import FlowMapLoss
+from minianyflow.on_policy import (
+    STEPS,
+    FakeScoreLoss,
+    OnPolicyLoss,
+    backward_simulation,
+    backward_simulation_times,
+    distribution_matching_loss,
+    draw_rollouts,
+)
+from minianyflow.pairs import draw_pairs, generator
+from minianyflow.schedules import time_grid
+from toy_data.gaussians import Gaussian
+
+EVERY = [(steps, step) for steps in STEPS for step in range(steps)]
+LENGTHS, STEP = torch.tensor(EVERY).T
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_every_rollout_runs_from_noise_to_data_over_one_step_of_its_grid(shift):
+    times = backward_simulation_times(LENGTHS, STEP, shift)
+    assert bool((times[0] == 1).all())
+    assert bool((times[3] == 0).all())                                     # what is scored is at t = 0
+    for (steps, step), column in zip(EVERY, times.T, strict=True):
+        assert torch.allclose(column[1:3], time_grid(steps, shift)[step:step + 2], atol=1e-6)
+
+
+def test_three_evaluations_at_most_whatever_the_length():
+    network = EvaluationCounter(MLP())
+    counts = []
+    for steps, step in EVERY:
+        before = network.rows
+        backward_simulation(network, torch.randn(1, 2), torch.tensor([steps]), torch.tensor([step]))
+        counts.append(network.rows - before)
+    assert set(counts) == {2, 3}
+    assert counts[0] == counts[1] == 2                                     # N = 2: one of the three has length zero
+    network.rows = 0
+    backward_simulation(network, torch.randn(len(EVERY), 2), LENGTHS, STEP)
+    assert network.rows == sum(counts)                                     # and in a batch no row costs more
+    lengths, step = draw_rollouts(20_000, generator(0))
+    inner = (step > 0).float() + (step < lengths - 1).float() + 1
+    assert float(inner.mean()) == pytest.approx(2.6, abs=0.05)
+
+
+def test_it_equals_the_plain_rollout_when_the_map_is_exact():
+    gaussian = Gaussian(0.6, 0.5)
+    z = torch.linspace(-2, 2, len(EVERY), dtype=torch.float64)[:, None]
+    short = backward_simulation(gaussian.average_velocity, z, LENGTHS, STEP)
+    for row, (steps, step) in enumerate(EVERY):
+        full = rollout(gaussian.average_velocity, z[row:row + 1], time_grid(steps).double())
+        assert torch.allclose(short[-1, row], full[-1, 0], atol=1e-5)
+        assert torch.allclose(short[1, row], full[step, 0], atol=1e-5)
+        assert torch.allclose(short[2, row], full[step + 1, 0], atol=1e-5)
+
+
+def test_gradient_flows_through_all_three_jumps():
+    u, z = MLP().double(), torch.randn(4, 2, dtype=torch.float64)
+    lengths, step = torch.full((4,), 8), torch.full((4,), 3)
+    times = backward_simulation_times(lengths, step)
+    backward_simulation(u, z, lengths, step)[-1].square().sum().backward()
+    whole = [weight.grad.clone() for weight in u.parameters()]
+    total = [torch.zeros_like(weight) for weight in whole]
+    for jump in range(3):                                                  # the same, one jump's weights at a time
+        def only(z, t, r, jump=jump):
+            out = u(z, t, r)
+            live = bool((t == times[jump]).all())
+            return out if live else torch.func.functional_call(u, {k: w.detach() for k, w in u.named_parameters()}, (z, t, r))
+
+        u.zero_grad()
+        backward_simulation(only, z, lengths, step)[-1].square().sum().backward()
+        assert all(weight.grad.abs().sum() > 0 for weight in u.parameters())
+        total = [a + weight.grad for a, weight in zip(total, u.parameters(), strict=True)]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(whole, total, strict=True))
+
+
+def each_number(gaussian):
+    """The velocity of states whose numbers are independent, each N(mean, sigma^2)."""
+    return lambda z, t: gaussian.velocity(z.reshape(-1, 1), t.repeat_interleave(z[0].numel())).reshape(z.shape)
+
+
+def test_distribution_matching_gradient_is_the_published_one():
+    x = torch.randn(5, 3, 2, requires_grad=True)
+    t, eps = torch.rand(5), torch.randn(5, 3, 2)
+    real, fake = Gaussian(1.0, 0.5), Gaussian(0.0, 0.7)
+
+    losses = distribution_matching_loss(x, each_number(real), each_number(fake), t, eps)
+    assert losses.shape == (5,)
+    gradient = torch.autograd.grad(losses.sum(), x)[0]
+    z = interpolate(x, eps, t)
+    x_real, x_fake = (z - t[:, None, None] * each_number(side)(z, t) for side in (real, fake))
+    size = (x - x_real).abs().mean((1, 2), keepdim=True)
+    assert torch.allclose(gradient, 2 / 6 * (x_fake - x_real) / size, atol=1e-5)
+    same = torch.autograd.grad(distribution_matching_loss(x, each_number(real), each_number(real), t, eps).sum(), x)[0]
+    assert float(same.abs().max()) < 1e-5                                  # scores agree: nothing moves
+
+
+def test_descent_moves_samples_to_the_real_law():
+    """Free particles with the exact fake score of their own Gaussian: they end at the real mean and spread."""
+    x = (-0.5 + 1.2 * torch.randn(64, 32, generator=generator(0))).requires_grad_()
+    target = 1.0 + 0.5 * torch.randn(64 * 32, 1, generator=generator(1))
+    before, source = sliced_w2(x.detach().reshape(-1, 1), target), generator(2)
+    for _ in range(150):
+        fake = Gaussian(float(x.mean()), float(x.std()))
+        t, eps = torch.rand(64, generator=source), torch.randn(64, 32, generator=source)
+        loss = distribution_matching_loss(x, each_number(Gaussian(1.0, 0.5)), each_number(fake), t, eps)
+        x = (x - 0.5 * torch.autograd.grad(loss.sum(), x)[0]).detach().requires_grad_()
+    assert sliced_w2(x.detach().reshape(-1, 1), target) < 0.1 * before
+
+
+def policy_batch(count, source):
+    x, eps, noise, score_eps = torch.randn(4, count, 2, generator=source)
+    lengths, step = draw_rollouts(count, source)
+    score_t = torch.rand(count, generator=source)
+    return {"x": x, "eps": eps, "noise": noise, "score_eps": score_eps, "score_t": score_t, "lengths": lengths,
+            "step": step, **draw_pairs(count, source)}
+
+
+def test_both_roles_learn_and_neither_trains_the_other():
+    student, fake = MLP(), MLP(seeds=(1,))
+    batch = policy_batch(32, generator(0))
+    loss = OnPolicyLoss(lambda z, t: z, fake, FlowMapLoss({"eulerian": 1.0}))
+    losses, raw = loss(student, batch)
+    losses.mean().backward()
+    assert losses.shape == (32,)
+    assert set(raw) == {"distribution matching", "tangent", "eulerian"}
+    assert all(weight.grad.abs().sum() > 0 for weight in student.parameters())
+    assert all(weight.grad is None for weight in fake.parameters())
+    student.zero_grad(set_to_none=True)
+    FakeScoreLoss(student)(fake, batch)[0].mean().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in fake.parameters())
+    assert all(weight.grad is None for weight in student.parameters())
+
+
+def test_bad_input_is_one_clear_line():
+    with pytest.raises(InputError, match="outside 0"):
+        backward_simulation_times(torch.tensor([4]), torch.tensor([4]))
+    with pytest.raises(InputError, match="at least one step"):
+        draw_rollouts(3, steps=(0, 2))
