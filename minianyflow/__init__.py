@@ -3,6 +3,7 @@
 Time: t = 1 is noise, t = 0 is data. `u(z, t, r)` is the average velocity from t down to r; z_r = z - (t - r) u.
 
 The rooms, from the ground up; each needs only those above it in this list:
+    errors, install                               one line for bad input; the set-up
     interpolant, schedules, flow_map, samplers    the mathematics
     mixtures                                      exact truth
     pairs, guidance, objectives                   the forward stage
@@ -10,7 +11,7 @@ The rooms, from the ground up; each needs only those above it in this list:
     on_policy                                     backward simulation, distribution matching
     networks, training                            a small network, the one loop
     measures, pictures                            how far off, and what it looks like
-    demo, __main__                                the race, the command line
+    running, demo, ablation, __main__             jobs side by side, the race, what moves it, the command line
 """
 
 __version__ = "0.1.0"

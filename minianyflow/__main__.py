@@ -6,6 +6,7 @@ This module needs nothing but Python until a command that needs more is run: `se
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 
 from minianyflow.errors import InputError
 from minianyflow.install import ROOT, setup
@@ -15,16 +16,43 @@ def demo(arguments):
     """Race every method against the exact answer; writes any_step.json and any_step.png."""
     from minianyflow.demo import run, table
 
-    report = run(
-        arguments.dataset, whole_numbers(arguments.seeds), arguments.steps, arguments.output, arguments.workers,
-        arguments.quiet,
+    report = run(**experiment(arguments))
+    floors = (
+        report["exact_flow"]["sliced_w2"],
+        report["measure"]["renoised_floor"],
+        report["reference_floor"]["sliced_w2"],
     )
-    exact, floor = report["exact_flow"]["sliced_w2"], report["reference_floor"]["sliced_w2"]
     print(f"\n{table(report)}")
-    print(f"{'exact flow'.ljust(18)}{1000 * exact:8.1f}   two samples of the data {1000 * floor:.1f}")
+    print(
+        "the exact flow reads {:.1f}, fresh samples {:.1f}, the data itself {:.1f}".format(*(1000 * f for f in floors))
+    )
     print(f"\n{table(report, 'path_error')}")
     print(f"\nwritten: {arguments.output}/any_step.json, {arguments.output}/any_step.png")
     return 0
+
+
+def ablate(arguments):
+    """Change one thing at a time in the mixed flow map, about ten minutes; writes ablation.json."""
+    from minianyflow.ablation import run
+    from minianyflow.demo import table
+
+    report = run(**experiment(arguments))
+    print(f"\n{table(report)}\n\n{table(report, 'path_error')}\n\nwritten: {arguments.output}/ablation.json")
+    return 0
+
+
+def experiment(arguments):
+    """What the commands that train take, as their functions take it."""
+    from minianyflow.demo import BUDGET
+
+    return {
+        "dataset": arguments.dataset,
+        "seeds": whole_numbers(arguments.seeds),
+        "budget": BUDGET if arguments.steps is None else replace(BUDGET, steps=arguments.steps),
+        "output": arguments.output,
+        "workers": arguments.workers,
+        "quiet": arguments.quiet,
+    }
 
 
 def test(arguments):
@@ -36,7 +64,11 @@ def test(arguments):
 def check(arguments):
     """The quick loop: lint, then the fast tests."""
     arguments.fast = True
-    return subprocess.call([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT) or test(arguments)
+    ruff = [sys.executable, "-m", "ruff"]
+    lint = subprocess.call([*ruff, "check", "."], cwd=ROOT) or subprocess.call(
+        [*ruff, "format", "--check", "."], cwd=ROOT
+    )
+    return lint or test(arguments)
 
 
 def whole_numbers(text):
@@ -62,20 +94,23 @@ def parse(argv):
 
     def add(function):
         each = commands.add_parser(
-            function.__name__, help=function.__doc__.splitlines()[0], description=function.__doc__,
+            function.__name__,
+            help=function.__doc__.splitlines()[0],
+            description=function.__doc__,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         each.set_defaults(command=function)
         return each
 
     add(setup)
-    each = add(demo)
-    each.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
-    each.add_argument("--seeds", default="0,1,2", help="trained together, as one network")
-    each.add_argument("--steps", default=12000, type=int, help="training steps of every method")
-    each.add_argument("--output", default="outputs/demo", help="folder for any_step.json and any_step.png")
-    each.add_argument("--workers", default=2, type=int, help="processes; each trains one method on one core")
-    each.add_argument("--quiet", action="store_true", help="no progress bars")
+    for function, output in ((demo, "outputs/demo"), (ablate, "outputs/ablation")):
+        each = add(function)
+        each.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
+        each.add_argument("--seeds", default="0,1,2", help="trained together, as one network")
+        each.add_argument("--steps", type=int, help="training steps of every method (default: the demo's budget)")
+        each.add_argument("--output", default=output, help="folder for what is written")
+        each.add_argument("--workers", default=2, type=int, help="processes; each trains one method on one core")
+        each.add_argument("--quiet", action="store_true", help="no progress bars")
     add(test).add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     add(check)
     return parser.parse_args(argv)

@@ -25,7 +25,7 @@ def consistency_target(u_average, z, t, s, velocity, solver="euler", **condition
         v = (v + velocity(displace(z, v, t, s), s, **condition)) / 2
     nearer, end = displace(z, v, t, s), torch.zeros_like(t)
     x = nearer.clone()
-    rows = (s > 0).nonzero().squeeze(1)                                    # at s = 0 the boundary is exact
+    rows = (s > 0).nonzero().squeeze(1)  # at s = 0 the boundary is exact
     if len(rows):
         u = u_average(nearer[rows], s[rows], end[rows], **pick_rows(condition, rows))
         x[rows] = displace(nearer[rows], u, s[rows], end[rows])
@@ -38,7 +38,7 @@ def continuous_target(u, z, t, v, warm=1.0, constant=0.1, derivative="difference
     end = torch.zeros_like(t)
     here = u(z, t, end)
     tangent = (1 - warm) * v + warm * eulerian_target(u, z, t, end, v, derivative, delta) - here
-    size = tangent.flatten(1).norm(dim=1) / tangent[0].numel() ** 0.5      # root mean square, (B,)
+    size = tangent.flatten(1).norm(dim=1) / tangent[0].numel() ** 0.5  # root mean square, (B,)
     return here + tangent / broadcast_time(size + constant, z)
 
 
@@ -67,7 +67,7 @@ class ConsistencyLoss:
             raise InputError("discrete consistency distillation needs average=, an EMA of the student, and grid >= 1")
 
     def __call__(self, u, batch):
-        """Weighted losses (B,) and the raw mean squared error. 
+        """Weighted losses (B,) and the raw mean squared error.
 
         batch: x, eps (B, *shape) and t (B,), uniform: as `draw_pairs(count, diagonal=1, end=0)` draws it.
         """

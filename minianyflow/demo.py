@@ -1,17 +1,11 @@
 """The claim in one run: flow maps and consistency maps race from the same noise against the exact answer.
 
-Every student has the same network, data, teacher (the exact velocity) and number of steps; three seeds train as one.
+Every student has the same network, data, teacher (the exact velocity), evaluations; several seeds train as one.
 """
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
@@ -23,14 +17,17 @@ from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks import MLP, EvaluationCounter
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.pairs import generator
+from minianyflow.running import run_jobs, staged
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
 from minianyflow.schedules import time_grid
 from minianyflow.training import Role, batches, train
 from toy_data import plane
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)
-POINTS = 8192      # of the measure: fewer would measure the sampling noise
-SHOWN = 1200       # of them that a picture shows
+POINTS = 8192  # of the measure: fewer would measure the sampling noise
+DRAWS = 8  # of fresh noise, pooled, for a sampler that re-noises: one would measure that noise
+PIECE = 1024  # of the points, sampled together: they stay in the processor's cache; a picture shows one piece
+SHOWN = (1, 4, 16, 64)
 
 FLOW_MAPS = {
     "eulerian": {"eulerian": 1.0},
@@ -41,62 +38,107 @@ FLOW_MAPS = {
 METHODS = ("euler", *FLOW_MAPS, "consistency")
 
 
-def make_student(method, dataset, seeds):
-    """The role of one method: network, loss, optimiser. Its loss is all that differs between methods."""
+@dataclass(frozen=True)
+class Budget:
+    """What every method gets: training steps, rows of a batch for each seed, learning rate, network."""
+
+    steps: int = 10000
+    rows: int = 128
+    lr: float = 1e-2
+    width: int = 64
+    depth: int = 4
+
+
+BUDGET = Budget()
+
+
+def make_student(method, dataset, seeds, budget, **changes):
+    """The role of one method and the batches it trains on; its loss, and the pairs that needs, are its own.
+
+    changes: to the flow-map loss or to the pairs drawn, for the ablation.
+    """
     mixture = plane.load(dataset)
 
-    def velocity(z, t, copy=None):                                         # the exact teacher, the same for every copy
+    def velocity(z, t, copy=None):  # the exact teacher, the same for every copy
         return mixture.velocity(z, t)
 
-    student = Role(EvaluationCounter(MLP(seeds=seeds)), lr=6e-3)
+    pairs = {"diagonal": changes.pop("diagonal", 0.5), "end": changes.pop("end", 0.25)}
+    network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
+    student = Role(network, lr=budget.lr, ema=0.99 if method == "consistency" else 0.999)
     if method == "consistency":
-        student.loss = ConsistencyLoss(velocity, student.average)
+        student.loss = ConsistencyLoss(velocity, student.average, grid=32, solver="heun")
+        pairs = {"diagonal": 1.0, "end": 0.0}  # a row has one time
     else:
-        student.loss = FlowMapLoss(choose("method", method, FLOW_MAPS), velocity, adaptive=0.5)
-    return student
+        options = {"shares": choose("method", method, FLOW_MAPS), "velocity": velocity, "adaptive": 0.5}
+        student.loss = FlowMapLoss(**options | changes)
+    return student, batches(mixture.sample, budget.rows, seeds, **pairs)
 
 
-def sample(method, network, dataset, z, steps, copy):
-    """The trajectory (steps + 1, B, 2) of one method from noise `z` (B, 2) in `steps` evaluations."""
+def sample(method, network, dataset, z, nfe, draw=0, **condition):
+    """The trajectory (nfe + 1, B, 2) of one method from noise `z` (B, 2) in `nfe` evaluations."""
     if method == "euler":
-        return sample_euler(plane.load(dataset).velocity, z, time_grid(steps))
-    condition = {} if copy is None else {"copy": copy}
+        return sample_euler(plane.load(dataset).velocity, z, time_grid(nfe))
     if method == "consistency":
-        return sample_consistency(network, z, time_grid(steps), generator(steps), **condition)
-    return sample_flow_map(network, z, time_grid(steps), **condition)
+        return sample_consistency(network, z, time_grid(nfe), generator(nfe, draw), **condition)
+    return sample_flow_map(network, z, time_grid(nfe), **condition)
 
 
-def run_method(method, dataset, seeds, steps, rows=192, position=0, quiet=False):
-    """Train one method (Euler has nothing to train) and sample it; runs in a process of its own, on one thread."""
+def sample_all(method, network, dataset, copies, bar):
+    """Sample at every step count, the copies from the same noises, and measure against the data.
+
+    Returns {nfe: ends (copies, POINTS, 2)}, {nfe: [sliced W2 of each copy]} and, for some, {nfe: (nfe + 1, PIECE, 2)},
+    the paths of the first copy.
+    """
+    condition = {"copy": torch.arange(copies).repeat(PIECE)} if copies > 1 else {}
+    reference, _ = references(dataset)
+    ends, distance, paths = {}, {}, {}
+    for nfe in tqdm(NFE, unit="sampler", **bar):
+        pieces = [
+            sample(method, network, dataset, z.repeat_interleave(copies, 0), nfe, draw * POINTS + start, **condition)
+            for draw in range(DRAWS if method == "consistency" and nfe > 1 else 1)
+            for start, z in enumerate(sobol_noise(POINTS, (2,)).split(PIECE))
+        ]
+        pooled = torch.cat([piece[-1] for piece in pieces]).reshape(-1, copies, 2).transpose(0, 1)
+        distance[nfe] = [sliced_w2(samples, reference) for samples in pooled]
+        ends[nfe] = pooled[:, :POINTS].contiguous()
+        if nfe in SHOWN:
+            paths[nfe] = pieces[0][:, ::copies].numpy()
+    return ends, distance, paths
+
+
+def run_method(method, dataset, seeds, budget, changes, quiet, position=0):
+    """Train one method (Euler has nothing to train), sample and measure it; on one thread, in a process of its own."""
     torch.set_num_threads(1)
-    noise, count = sobol_noise(POINTS, (2,)), len(seeds)
-    network, copy, cost = None, None, {"train_seconds": 0.0, "network_evaluations": 0}
-    if method != "euler":
-        student, start = make_student(method, dataset, seeds), time.perf_counter()
-        pairs = {"diagonal": 1.0, "end": 0.0} if method == "consistency" else {}
-        draw = batches(plane.load(dataset).sample, rows, seeds, **pairs)
-        progress = {"desc": f"{method:>11}", "position": position, "leave": True, "disable": quiet or None}
-        train({"student": student}, draw, steps, accelerator=Accelerator(cpu=True), progress=progress)
-        network = student.average.module
-        cost = {"train_seconds": round(time.perf_counter() - start, 1),
-                "network_evaluations": student.network.rows + network.rows}
-        copy = torch.arange(count).repeat_interleave(POINTS) if count > 1 else None
-        noise = noise.repeat(count, 1)                                     # the same noises for every seed
-    ends, paths = {}, {}
-    for nfe in NFE:
-        trajectory = sample(method, network, dataset, noise, nfe, copy)
-        ends[nfe] = trajectory[-1].reshape(-1, POINTS, 2)                  # (seeds, POINTS, 2)
-        paths[nfe] = trajectory[:, :SHOWN].numpy()
-    return {"ends": ends, "paths": paths, "cost": cost}
+    bar = {"position": position, "disable": quiet or None}  # None: shown where there is a terminal
+    if method == "euler":
+        sampled = sample_all(method, None, dataset, 1, {"desc": "sampling euler", **bar})
+        return {"sampled": sampled, "cost": {"train_seconds": 0.0, "network_evaluations": 0}}
+    student, draw = make_student(method, dataset, seeds, budget, **changes)
+    accelerator, start = Accelerator(cpu=True), time.perf_counter()
+    train(
+        {"student": student},
+        draw,
+        budget.steps,
+        accelerator=accelerator,
+        progress={"desc": f"training {method}", **bar},
+    )
+    network = student.average.module
+    cost = {
+        "train_seconds": round(time.perf_counter() - start, 1),
+        "network_evaluations": student.network.rows + network.rows,
+    }
+    return {
+        "sampled": sample_all(method, network, dataset, len(seeds), {"desc": f"sampling {method}", **bar}),
+        "cost": cost,
+    }
 
 
-def exact_flow(dataset):
-    """Where the exact flow carries the measure's noises, (POINTS, 2), and its paths for a picture (33, SHOWN, 2)."""
+def exact_flow(dataset, position=0):
+    """Where the exact flow carries the measure's noises, (POINTS, 2), and its paths for a picture (65, PIECE, 2)."""
     torch.set_num_threads(1)
     mixture, z = plane.load(dataset), sobol_noise(POINTS, (2,))
     ends = mixture.flow(z, torch.ones(POINTS), torch.zeros(POINTS))
-    paths = sample_ode(mixture.velocity, z[:SHOWN], time_grid(32))
-    return ends, paths.numpy()
+    return ends, sample_ode(mixture.velocity, z[:PIECE], time_grid(64)).numpy()
 
 
 def references(dataset):
@@ -105,84 +147,62 @@ def references(dataset):
     return [plane.load(dataset).sample_stratified(POINTS, source) for _ in range(2)]
 
 
-def measure(dataset, ends, exact_ends):
-    """The measures of one method, {"nfe", "sliced_w2", "path_error"}, the last two a list a seed."""
-    torch.set_num_threads(1)
-    reference = references(dataset)[0]
-    seeds = range(len(ends[NFE[0]]))
+def in_report(result, seeds, exact_ends):
+    """One method as it stands in the JSON: a list over step counts for each seed, and what it cost."""
+    ends, distance, _ = result["sampled"]
+    copies = [seed % len(ends[1]) for seed in range(len(seeds))]  # Euler has one copy, the same for all seeds
     return {
         "nfe": list(NFE),
-        "sliced_w2": [[round(sliced_w2(ends[nfe][seed], reference), 6) for nfe in NFE] for seed in seeds],
-        "path_error": [[round(path_error(ends[nfe][seed], exact_ends), 6) for nfe in NFE] for seed in seeds],
+        "sliced_w2": [[round(distance[nfe][copy], 6) for nfe in NFE] for copy in copies],
+        "path_error": [[round(path_error(ends[nfe][copy], exact_ends), 6) for nfe in NFE] for copy in copies],
+        **result["cost"],
     }
 
 
-def _race(dataset, seeds, steps, workers, quiet):
-    """Every method and the exact flow, in `workers` processes; {method: results with measures}, (ends, paths)."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=tqdm.set_lock, initargs=(context.RLock(),)) as pool:
-        try:
-            exact = pool.submit(exact_flow, dataset)
-            trained = {
-                method: pool.submit(run_method, method, dataset, seeds, steps, position=position, quiet=quiet)
-                for position, method in enumerate(METHODS)
-            }
-            results = {method: job.result() for method, job in trained.items()}
-            ends = exact.result()[0]
-            measured = {method: pool.submit(measure, dataset, results[method]["ends"], ends) for method in METHODS}
-            for method, job in measured.items():
-                results[method]["measures"] = job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool._processes.values()):
-                process.terminate()
-            raise
-    return results, exact.result()
-
-
-@contextlib.contextmanager
-def staged(output):
-    """A folder to write into that takes the place of `output`'s files only when everything went well."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output))
-    except OSError as problem:
-        why = f"cannot write to {output} ({problem.strerror})"
-        raise InputError(f"{why}; name a folder you may write to with --output") from None
-    try:
-        yield folder
-        for file in folder.iterdir():
-            os.replace(file, output / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def run(dataset="spiral", seeds=(0, 1, 2), steps=12000, output="outputs/demo", workers=None, quiet=False):
+def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo", workers=2, quiet=False):
     """The whole demo: train, sample, measure, draw. Writes `any_step.json` and `any_step.png` whole, or nothing.
 
-    workers: processes, one method each, two by default where there are two cores. Returns the report, the JSON.
+    workers: processes; each trains one method at a time, on one core. Returns the report, the JSON.
     """
-    plane.load(dataset)
-    if not seeds or steps < 1:
-        raise InputError(f"seeds {list(seeds)} and {steps} training steps; expected at least one of each")
-    with staged(Path(output)) as folder:
-        results, exact = _race(dataset, tuple(seeds), steps, workers or min(2, os.cpu_count() or 1), quiet)
+    mixture = plane.load(dataset)
+    check(seeds, budget)
+    with staged(output) as folder:
+        arguments = (dataset, tuple(seeds), budget, {}, quiet)
+        jobs = {method: (run_method, (method, *arguments)) for method in reversed(METHODS)}  # the longest first
+        results = run_jobs(jobs | {"exact": (exact_flow, (dataset,))}, workers)
+        exact_ends, exact_paths = results["exact"]
         reference, other = references(dataset)
+        fresh = mixture.sample(DRAWS * POINTS, generator(1))
         report = {
             "dataset": dataset,
             "seeds": list(seeds),
-            "measure": {"points": POINTS, "directions": 128, "noise": "scrambled Sobol", "reference": "stratified"},
-            "training": {"steps": steps},
+            "measure": {
+                "points": POINTS,
+                "directions": 128,
+                "noise": "scrambled Sobol",
+                "reference": "stratified",
+                "pooled_draws_when_renoised": DRAWS,
+                "renoised_floor": round(sliced_w2(fresh, reference), 6),
+            },
+            "budget": asdict(budget),
             "reference_floor": {"sliced_w2": round(sliced_w2(reference, other), 6)},
-            "exact_flow": {"sliced_w2": round(sliced_w2(exact[0], reference), 6)},
-            "methods": {method: results[method]["measures"] | results[method]["cost"] for method in METHODS},
+            "exact_flow": {"sliced_w2": round(sliced_w2(exact_ends, reference), 6)},
+            "methods": {method: in_report(results[method], seeds, exact_ends) for method in METHODS},
         }
-        (folder / "any_step.json").write_text(json.dumps(report, indent=1) + "\n")
         from minianyflow.pictures import any_step_figure, save_figure
 
-        paths = {method: results[method]["paths"] for method in METHODS}
-        save_figure(any_step_figure(report, paths, exact[1]), folder / "any_step.png")
+        paths = {method: results[method]["sampled"][2] for method in METHODS}
+        save_figure(any_step_figure(report, paths, exact_paths), folder / "any_step.png")
+        (folder / "any_step.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def check(seeds, budget):
+    """Raise InputError for seeds or a budget that train nothing."""
+    if not seeds or budget.steps < 1 or budget.rows < 1:
+        raise InputError(f"{len(seeds)} seeds, {budget.steps} steps, {budget.rows} rows; expected at least one of each")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds {list(seeds)}; expected different ones, each trains its own copy")
 
 
 def table(report, figure="sliced_w2"):

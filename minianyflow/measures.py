@@ -27,24 +27,31 @@ def directions(dimensions, count=128, seed=0):
 
 
 def sliced_w2(a, b, count=128):
-    """Sliced Wasserstein-2 distance between two sets of equally many samples (n, *shape); a float in data units.
+    """Sliced Wasserstein-2 distance of samples `a` from a reference `b` (n, *shape); a float in data units.
 
-    Root of the mean, over directions, of the squared W2 distance between the two projections.
+    Root of the mean, over directions, of the squared W2 distance between the two projections. `a` may pool K draws,
+    (K n, *shape): their quantiles are averaged in groups of K. A sampler that draws fresh noise needs that, or its
+    sampling noise (.011 to .022 on the spiral, where a map of even noises has .004) is taken for an error.
     """
-    a, b = _pair(a, b)
+    a, b = _flat(a), _flat(b)
+    if a.shape[1] != b.shape[1] or len(a) % len(b):
+        raise InputError(f"samples {tuple(a.shape)} and reference {tuple(b.shape)}; expected (K n, D) and (n, D)")
     along = directions(a.shape[1], count).to(a).T
-    return float((((a @ along).sort(0).values - (b @ along).sort(0).values) ** 2).mean().sqrt())
+    quantiles = (a @ along).sort(0).values.reshape(len(b), -1, count).mean(1)
+    return float((quantiles - (b @ along).sort(0).values).square().mean().sqrt())
 
 
 def path_error(end, exact_end):
     """Mean distance between where samples ended and where the exact flow carries the same noises; in data units."""
-    end, exact_end = _pair(end, exact_end)
+    end, exact_end = _flat(end), _flat(exact_end)
+    if end.shape != exact_end.shape:
+        raise InputError(f"ends {tuple(end.shape)} and exact ends {tuple(exact_end.shape)}; expected the same shape")
     return float((end - exact_end).norm(dim=1).mean())
 
 
 def energy_distance(a, b):
     """2 E|A - B| - E|A - A'| - E|B - B'| (Szekely and Rizzo), over all pairs; zero only for equal laws."""
-    a, b = _pair(a, b)
+    a, b = _flat(a), _flat(b)
     within = [torch.cdist(s, s).sum() / (len(s) * (len(s) - 1)) for s in (a, b)]
     return float(2 * torch.cdist(a, b).mean() - within[0] - within[1])
 
@@ -61,9 +68,8 @@ def component_mass(samples, mixture):
     return torch.bincount(nearest, minlength=len(mixture.means)) / len(samples)
 
 
-def _pair(a, b):
-    if a.shape != b.shape or a.ndim < 2 or len(a) < 2:
-        raise InputError(f"samples of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected two sets (n, *shape)")
-    check_finite("samples", a)
-    check_finite("samples", b)
-    return a.flatten(1).float(), b.flatten(1).float()
+def _flat(samples):
+    if samples.ndim < 2 or len(samples) < 1:
+        raise InputError(f"samples of shape {tuple(samples.shape)}; expected (n, *shape), n at least 1")
+    check_finite("a set of samples", samples)
+    return samples.flatten(1).float()

@@ -20,7 +20,7 @@ class GaussianMixture:
         if means.ndim < 2 or len(means) == 0:
             raise InputError(f"means of shape {tuple(means.shape)}; a mixture needs (components, *shape), one at least")
         self.shape = means.shape[1:]
-        self.means = means.flatten(1)                                      # (K, D)
+        self.means = means.flatten(1)  # (K, D)
         self.sigma = torch.as_tensor(sigma, dtype=means.dtype).reshape(-1)  # (1,) or (K,)
         weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
         for name, value in [("means", means), ("sigma", self.sigma), ("weights", weights)]:
@@ -29,7 +29,7 @@ class GaussianMixture:
             raise InputError(f"{len(means)} means, {len(self.sigma)} sigmas, {len(weights)} weights; expected one each")
         if bool((self.sigma <= 0).any()) or bool((weights < 0).any()) or not bool(weights.sum() > 0):
             raise InputError("a mixture needs positive sigma and weights that are not negative and not all zero")
-        self.weights = (weights / weights.sum()).to(means.dtype)           # (K,)
+        self.weights = (weights / weights.sum()).to(means.dtype)  # (K,)
 
     def to(self, *args, **kwargs):
         """The same mixture on another device or in another dtype."""
@@ -44,8 +44,8 @@ class GaussianMixture:
                 f"{', '.join(map(str, self.shape))}) and (B,)"
             )
         z, t = z.flatten(1), t[:, None]
-        keep = 1 - t                                                       # (B, 1)
-        variance = (keep * self.sigma) ** 2 + t**2                         # (B, 1) or (B, K)
+        keep = 1 - t  # (B, 1)
+        variance = (keep * self.sigma) ** 2 + t**2  # (B, 1) or (B, K)
         distance = (z**2).sum(1, keepdim=True) - 2 * keep * (z @ self.means.T) + keep**2 * (self.means**2).sum(1)
         log_norm = 0.5 * z.shape[1] * torch.log(2 * torch.pi * variance)
         log_weights = self.weights.log() if log_weights is None else log_weights
@@ -62,16 +62,16 @@ class GaussianMixture:
     def velocity(self, z, t, log_weights=None):
         """v(z, t) = E[eps - x | z_t = z], exact at every t in [0, 1]: (B, *shape)."""
         log_parts, variance, keep = self._components(z, t, log_weights)
-        posterior = log_parts.softmax(1)                                   # (B, K)
-        slope = (t[:, None] - keep * self.sigma**2) / variance             # (B, 1 or K): cov(eps - x, z) / var(z)
-        towards = (posterior * (keep * slope + 1)) @ self.means            # (B, D)
-        away = (posterior * slope).sum(1, keepdim=True) * z.flatten(1)     # (B, D)
+        posterior = log_parts.softmax(1)  # (B, K)
+        slope = (t[:, None] - keep * self.sigma**2) / variance  # (B, 1 or K): cov(eps - x, z) / var(z)
+        towards = (posterior * (keep * slope + 1)) @ self.means  # (B, D)
+        away = (posterior * slope).sum(1, keepdim=True) * z.flatten(1)  # (B, D)
         return (away - towards).reshape(z.shape)
 
     def score(self, z, t, log_weights=None):
         """grad_z log p_t(z): (B, *shape)."""
         log_parts, variance, keep = self._components(z, t, log_weights)
-        posterior = log_parts.softmax(1) / variance                        # (B, K)
+        posterior = log_parts.softmax(1) / variance  # (B, K)
         return (keep * (posterior @ self.means) - posterior.sum(1, keepdim=True) * z.flatten(1)).reshape(z.shape)
 
     @torch.no_grad()
@@ -82,11 +82,11 @@ class GaussianMixture:
         log_weights = None if log_weights is None else log_weights.double()
         length = broadcast_time(stop - start, z)
 
-        def velocity(fraction, state):                                     # fraction of the way from t to r
+        def velocity(fraction, state):  # fraction of the way from t to r
             return length * exact.velocity(state, start + fraction * (stop - start), log_weights)
 
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=z.device)
-        worst = {"norm": lambda error: error.abs().max()}                  # every row, not their mean
+        worst = {"norm": lambda error: error.abs().max()}  # every row, not their mean
         end = odeint(velocity, z.double(), ends, method="dopri8", rtol=tolerance, atol=tolerance, options=worst)[-1]
         return end.to(z.dtype)
 

@@ -27,11 +27,10 @@ class MLP(nn.Module):
         self.register_buffer("angular", 2 * math.pi * torch.tensor(turns), persistent=False)
         sizes = [size + 4 * len(turns) + 2, *[width] * depth, size]
         draws = [generator(seed) for seed in seeds]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in pairwise(sizes):
+        for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             weight = torch.stack([torch.randn(fan_in, fan_out, generator=draw) for draw in draws])
-            self.weights.append(weight / math.sqrt(fan_in))                # (S, fan_in, fan_out)
-            self.biases.append(torch.zeros(len(seeds), 1, fan_out))
+            self.register_parameter(f"weight{index}", nn.Parameter(weight / math.sqrt(fan_in)))  # (S, in, out)
+            self.register_parameter(f"bias{index}", nn.Parameter(torch.zeros(len(seeds), 1, fan_out)))
 
     def forward(self, z, t, r, copy=None):
         """z (B, *shape), t and r (B,), copy (B,) whole numbers if there are several copies; returns (B, *shape)."""
@@ -44,28 +43,36 @@ class MLP(nn.Module):
             raise InputError(f"a network of {self.copies} copies; pass copy= (B,) if there are several, and only then")
         phase = torch.cat([t[:, None] * self.angular, (t - r)[:, None] * self.angular], 1)
         fine = 0.5 * torch.log(torch.stack([t, r], 1) + 0.02)
-        hidden = torch.cat([z.flatten(1), phase.sin(), phase.cos(), fine], 1)                      # (B, D + 4 turns + 2)
+        hidden = torch.cat([z.flatten(1), phase.sin(), phase.cos(), fine], 1)  # (B, D + 4 turns + 2)
         if copy is None:
             return self._layers(hidden[None])[0].reshape(z.shape)
+        if self._in_turn(copy):  # the usual case, at no cost
+            grid = hidden.reshape(-1, self.copies, hidden.shape[1]).transpose(0, 1)
+            return self._layers(grid).transpose(0, 1).reshape(z.shape)
         place, longest = self._places(copy)
         grid = hidden.new_zeros(self.copies * longest, hidden.shape[1]).index_copy(0, place, hidden)
         out = self._layers(grid.reshape(self.copies, longest, -1)).flatten(0, 1)
         return out.index_select(0, place).reshape(z.shape)
 
+    def _in_turn(self, copy):
+        """Whether the rows belong to the copies 0, 1, ..., S-1, 0, 1, ..., S-1, and so on."""
+        turns = torch.arange(self.copies, device=copy.device)
+        return len(copy) % self.copies == 0 and bool((copy.reshape(-1, self.copies) == turns).all())
+
     def _places(self, copy):
         """Where each row goes in a (copies, longest) grid that holds the rows of every copy side by side."""
-        mine = nn.functional.one_hot(copy, self.copies)                    # (B, S)
+        mine = nn.functional.one_hot(copy, self.copies)  # (B, S)
         so_far = mine.cumsum(0)
         longest = int(so_far[-1].max())
         return copy * longest + (so_far * mine).sum(1) - 1, longest
 
     def _layers(self, hidden):
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            out = torch.baddbmm(bias, hidden, weight)
-            if index < len(self.weights) - 1:
-                out = nn.functional.gelu(out, approximate="tanh")
-            hidden = hidden + out if hidden.shape == out.shape else out    # a residual wherever widths agree
-        return hidden                                                      # (S, n, D)
+        values = list(self._parameters.values())  # weight0, bias0, weight1, ...
+        *inner, last = zip(values[::2], values[1::2], strict=True)
+        for weight, bias in inner:
+            out = nn.functional.gelu(torch.baddbmm(bias, hidden, weight), approximate="tanh")
+            hidden = hidden + out if hidden.shape == out.shape else out  # a residual wherever widths agree
+        return torch.baddbmm(last[1], hidden, last[0])  # (S, n, D)
 
 
 class EvaluationCounter(nn.Module):

@@ -54,7 +54,7 @@ def lagrangian_target(u, z, t, r, velocity, derivative="difference", delta=DELTA
         upper, lower = torch.minimum(r + delta, t), (r - delta).clamp(min=0)
         below = u(z, t, lower)
         du = (u(z, t, upper) - below) / broadcast_time(upper - lower, z)
-        here = below + broadcast_time(r - lower, z) * du                   # u(z, t, r) to second order, for free
+        here = below + broadcast_time(r - lower, z) * du  # u(z, t, r) to second order, for free
     return velocity(displace(z, here, t, r), r) + broadcast_time(t - r, z) * du
 
 
@@ -65,7 +65,6 @@ def semigroup_target(u, z, t, r, s):
     second = u(displace(z, first, t, s), s, r)
     share = broadcast_time((t - s) / (t - r), z)
     return share * first + (1 - share) * second
-
 
 
 TARGETS = {"eulerian": eulerian_target, "lagrangian": lagrangian_target, "semigroup": semigroup_target}
@@ -96,8 +95,10 @@ class FlowMapLoss:
         if self.shares and not (min(self.shares.values()) >= 0 and sum(self.shares.values()) > 0):
             raise InputError(f"shares {dict(self.shares)}; expected shares that are not negative and not all zero")
         if "lagrangian" in self.shares and self.velocity is None:
-            raise InputError("a Lagrangian target asks for the velocity where a jump lands, and data does not have it: "
-                             "pass velocity=, a teacher's or the exact one")
+            raise InputError(
+                "a Lagrangian target asks for the velocity where a jump lands, and data does not have it: "
+                "pass velocity=, a teacher's or the exact one"
+            )
         if self.guidance and self.guidance.published and set(self.shares) - {"eulerian"}:
             raise InputError(f"published guidance is for the Eulerian target alone; got {', '.join(self.shares)}")
 
@@ -114,7 +115,7 @@ class FlowMapLoss:
         target, scale = torch.empty_like(z), torch.ones_like(t)
         for name, rows in kinds.items():
             target[rows], scale[rows] = self._target(name, u, batch, rows, z[rows])
-        error = (u(z, t, r, **batch.get("condition", {})) - target).square().flatten(1).mean(1)     # (B,)
+        error = (u(z, t, r, **batch.get("condition", {})) - target).square().flatten(1).mean(1)  # (B,)
         loss = self.weight(t) * scale * error * adaptive_weight(error, self.adaptive)
         if self.rebalance:
             loss = rebalanced(loss, t == r)
@@ -157,7 +158,8 @@ class FlowMapLoss:
         v = velocity(z, t)
         target = v if name == "tangent" else eulerian_target(bound, z, t, r, v, **options)
         if self.guidance and self.guidance.published:
-            return target + self.guidance.pull(u, z, t, r, v, kept), torch.where(kept, self.guidance.scale**-2, 1.0).to(z)
+            target = target + self.guidance.pull(u, z, t, r, v, kept)
+            return target, torch.where(kept, self.guidance.scale**-2, 1.0).to(z)
         return target, 1.0
 
 

@@ -57,7 +57,7 @@ def distribution_matching_loss(x, real_velocity, fake_velocity, t, eps):
         z = interpolate(x, eps, t)
         x_real = clean_from_velocity(real_velocity(z, t), z, t)
         x_fake = clean_from_velocity(fake_velocity(z, t), z, t)
-        size = (x - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)       # (B,)
+        size = (x - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)  # (B,)
         target = x - (x_fake - x_real) / broadcast_time(size, x)
     return (x - target).square().flatten(1).mean(1)
 
@@ -84,7 +84,8 @@ class OnPolicyLoss:
             x,
             lambda z, t: self.real(z, t, **condition),
             lambda z, t: velocity(self.fake, z, t, **condition),
-            batch["score_t"], batch["score_eps"],
+            batch["score_t"],
+            batch["score_eps"],
         )
         raw = {"distribution matching": loss.detach().mean()}
         if self.forward and self.forward_weight:

@@ -27,18 +27,15 @@ def sample_euler(velocity, z, times, **condition):
 
 
 @torch.no_grad()
-def sample_consistency(u, z, times, generator=None, noises=None, **condition):
-    """Multistep consistency sampling (Consistency Models, algorithm 1): jump to the end, add fresh noise, repeat.
-
-    noises: the fresh noises, (N - 1, B, *shape); drawn from `generator` if not given.
-    """
+def sample_consistency(u, z, times, generator=None, **condition):
+    """Multistep consistency sampling (Consistency Models, algorithm 1): jump to the end, add fresh noise, repeat."""
     check_grid(times)
     trajectory = [z]
-    for step, (t, r) in enumerate(pairwise(times)):
+    for t, r in pairwise(times):
         x = end_point(u, trajectory[-1], t.expand(len(z)), **condition)
         if r > 0:
-            fresh = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device) if noises is None else noises[step]
-            x = interpolate(x, fresh, r.expand(len(z)))
+            eps = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+            x = interpolate(x, eps, r.expand(len(z)))
         trajectory.append(x)
     return torch.stack(trajectory)
 
@@ -59,5 +56,9 @@ def sample_ode(velocity, z, times, method="dopri5", rtol=1e-5, atol=1e-5, **cond
     check_grid(times)
     return odeint(
         lambda t, z: velocity(z, t.expand(len(z)).to(z.dtype), **condition),
-        z, times.to(z), method=method, rtol=rtol, atol=atol,
+        z,
+        times.to(z),
+        method=method,
+        rtol=rtol,
+        atol=atol,
     )

@@ -57,18 +57,17 @@ class Role:
 def batches(sample, rows, seeds=(0,), **pairs):
     """`draw(step)` for `train`: the batch of that step, the same whoever draws it.
 
-    sample(count, generator) gives data (count, *shape). `rows` rows for each of `seeds`, drawn from (seed, step)
-    alone; with several seeds the condition `copy` says whose a row is (networks.MLP). `pairs` goes to `draw_pairs`.
+    sample(count, generator) gives data (count, *shape). Each of `seeds` has `rows` rows, with data and noise of its
+    own and times that all share, so that rows of one kind go through the network in turn; with several seeds the
+    condition `copy` says whose a row is (networks.MLP). `pairs` goes to `draw_pairs`.
     """
 
-    def draw_one(seed, step):
-        source = generator(seed, step)
-        x = sample(rows, source)
-        return {"x": x, "eps": torch.randn(x.shape, generator=source), **draw_pairs(rows, source, **pairs)}
-
     def draw(step):
-        each = [draw_one(seed, step) for seed in seeds]
-        batch = {name: torch.stack([one[name] for one in each], 1).flatten(0, 1) for name in each[0]}
+        sources = [generator(seed, step) for seed in seeds]
+        x = torch.stack([sample(rows, source) for source in sources], 1).flatten(0, 1)
+        eps = torch.stack([torch.randn(x[:rows].shape, generator=source) for source in sources], 1).flatten(0, 1)
+        times = draw_pairs(rows, generator(step), **pairs)
+        batch = {"x": x, "eps": eps} | {name: value.repeat_interleave(len(seeds)) for name, value in times.items()}
         return batch if len(seeds) == 1 else batch | {"condition": {"copy": copies}}
 
     copies = torch.arange(len(seeds)).repeat(rows)
@@ -84,7 +83,8 @@ def part_of(batch, index, parts, device=None):
     rows = slice(index * size // parts, (index + 1) * size // parts)
     return {
         name: {key: item[rows].to(device) for key, item in value.items()}
-        if isinstance(value, dict) else value[rows].to(device)
+        if isinstance(value, dict)
+        else value[rows].to(device)
         for name, value in batch.items()
     }
 
@@ -155,5 +155,7 @@ def _gather(logs):
 def _check_gradients(name, network):
     missing = [key for key, weight in network.named_parameters() if weight.requires_grad and weight.grad is None]
     if missing:
-        raise InputError(f"no gradient reached {missing[0]} of role {name!r} ({len(missing)} weights in all); "
-                         "expected one for every trained weight: freeze it, or use it in the loss")
+        raise InputError(
+            f"no gradient reached {missing[0]} of role {name!r} ({len(missing)} weights in all); "
+            "expected one for every trained weight: freeze it, or use it in the loss"
+        )

@@ -21,7 +21,7 @@ def test_the_exact_map_is_its_own_target():
         s = (T - step).clamp(min=0)
         target = consistency_target(GAUSSIAN.average_velocity, Z, T, s, GAUSSIAN.velocity, solver)
         gaps.append(float(((target - exact) * T[:, None]).abs().max()))
-    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.2)                  # one Euler step errs by its square
+    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.2)  # one Euler step errs by its square
     assert gaps[2] / gaps[3] == pytest.approx(8, rel=0.4)
     target = continuous_target(GAUSSIAN.average_velocity, Z, T, GAUSSIAN.velocity(Z, T), derivative="jvp")
     assert float((target - exact).abs().max()) < 1e-9
@@ -63,9 +63,14 @@ def test_gradient_reaches_the_student_alone(form):
     assert all(weight.grad is None for weight in average.parameters())
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ({}, "average="), ({"form": "discreet"}, "did you mean 'discrete'"), ({"average": MLP(), "grid": 0}, "grid >= 1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "average="),
+        ({"form": "discreet"}, "did you mean 'discrete'"),
+        ({"average": MLP(), "grid": 0}, "grid >= 1"),
+    ],
+)
 def test_bad_input_is_one_clear_line(arguments, words):
     with pytest.raises(InputError, match=words):
         ConsistencyLoss(lambda z, t: z, **arguments)

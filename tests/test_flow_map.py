@@ -52,7 +52,7 @@ def test_interpolant_and_its_velocity():
     assert torch.allclose(clean_from_velocity(data_velocity(x, eps), z, t), x, atol=1e-6)
     assert torch.equal(interpolate(x, eps, torch.zeros(5)), x)
     assert torch.equal(interpolate(x, eps, torch.ones(5)), eps)
-    frames = torch.rand(5, 3)                                              # a time for every frame
+    frames = torch.rand(5, 3)  # a time for every frame
     assert torch.equal(interpolate(x, eps, frames)[2, 1], interpolate(x[2, 1:2], eps[2, 1:2], frames[2, 1:2])[0])
 
 
@@ -93,7 +93,7 @@ def test_exact_consistency_sampling_loses_the_path_and_the_deterministic_one_the
     u = spiral.average_velocity
     renoised = [path_error(sample_consistency(u, z, time_grid(n).double(), generator(n))[-1], exact) for n in (1, 2, 4)]
     assert renoised[0] < 1e-5
-    assert renoised[1:] == pytest.approx([0.9, 1.66], abs=0.1)             # recipe: another, equally good, sample
+    assert renoised[1:] == pytest.approx([0.9, 1.66], abs=0.1)  # recipe: another, equally good, sample
     off = [path_error(sample_consistency_deterministic(u, z, time_grid(n).double())[-1], exact) for n in (1, 2, 8)]
     assert off[0] < 1e-5 < 0.1 < off[1] < off[2]
 
@@ -108,7 +108,7 @@ def test_rollout_takes_a_grid_a_sample_and_leaves_out_rests():
     z = torch.randn(3, 2)
     times = torch.tensor([[1.0, 1.0, 1.0], [0.5, 1.0, 1.0], [0.0, 0.2, 1.0]])
     trajectory = rollout(u, z, times)
-    assert rows == [1, 2]                                                  # a jump of length zero costs nothing
+    assert rows == [1, 2]  # a jump of length zero costs nothing
     assert torch.equal(trajectory[-1][2], z[2])
     assert torch.equal(trajectory[-1][0], rollout(u, z[:1], times[:, 0])[-1][0])
 

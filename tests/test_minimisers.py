@@ -30,13 +30,14 @@ class Affine(torch.nn.Module):
         return torch.stack([t[:, i] * r[:, j] for i, j in self.powers], 1)
 
     def forward(self, z, t, r, label=None):
-        theta = self.theta[torch.zeros_like(t, dtype=torch.long) if label is None else label]      # (B, 2, P)
+        theta = self.theta[torch.zeros_like(t, dtype=torch.long) if label is None else label]  # (B, 2, P)
         a, b = torch.einsum("bcp,bp->cb", theta, self.basis(t, r))
         return a[:, None] * z + b[:, None]
 
 
 def stationary_point(u, loss, batch, rounds=6):
     """Newton on the gradient field that training follows, targets held still inside each gradient."""
+
     def field(theta):
         u.theta.data = theta.reshape(u.theta.shape)
         return torch.autograd.grad(loss(u, batch)[0].mean(), u.theta)[0].flatten()
@@ -69,9 +70,15 @@ def error(u, exact, **condition):
         return float((u(z, t, r, **condition) - exact(z, t, r)).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("shares", [
-    {"eulerian": 1.0}, {"lagrangian": 1.0}, {"semigroup": 1.0}, {"eulerian": 0.5, "semigroup": 0.5},
-])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"eulerian": 1.0},
+        {"lagrangian": 1.0},
+        {"semigroup": 1.0},
+        {"eulerian": 0.5, "semigroup": 0.5},
+    ],
+)
 def test_the_minimiser_is_the_flow_map(shares):
     loss = FlowMapLoss(shares, CONDITIONAL.velocity, weight=torch.ones_like, delta=1e-3)
     u = stationary_point(Affine(), loss, spread_batch(1500))
@@ -94,7 +101,7 @@ def guided_student(published):
         return torch.where(label[:, None] == 1, CONDITIONAL.velocity(z, t), UNCONDITIONAL.velocity(z, t))
 
     batch = spread_batch(2400)
-    label = torch.arange(2400) % 2                                         # half of the rows dropped their condition
+    label = torch.arange(2400) % 2  # half of the rows dropped their condition
     batch |= {"condition": {"label": label}, "dropped": label == 0}
     guidance = Guidance(SCALE, {"label": torch.zeros(1, dtype=torch.long)}, published)
     loss = FlowMapLoss({"eulerian": 1.0}, velocity, guidance, weight=torch.ones_like, delta=1e-3)
@@ -109,7 +116,7 @@ def test_exact_guidance_learns_the_guided_flow_map():
     u = guided_student(published=False)
     guided = GuidedGaussian(CONDITIONAL, UNCONDITIONAL, SCALE)
     assert error(u, guided.average_velocity, **label(1)) < 1e-2
-    assert error(u, UNCONDITIONAL.average_velocity, **label(0)) < 5e-3     # dropped rows keep their own velocity
+    assert error(u, UNCONDITIONAL.average_velocity, **label(0)) < 5e-3  # dropped rows keep their own velocity
 
 
 def test_published_guidance_is_exact_on_the_diagonal_alone():
@@ -121,13 +128,13 @@ def test_published_guidance_is_exact_on_the_diagonal_alone():
         on = float((u(z, t, t, **one) - guided.velocity(z, t)).square().mean().sqrt())
         off = float((u(z, t, 0 * t, **one) - guided.average_velocity(z, t, 0 * t)).square().mean().sqrt())
     assert on < 1e-2 < 0.5 < off
-    assert error(u, published_fixed_point, **label(1)) < 3e-2              # what it learns instead is known, too
+    assert error(u, published_fixed_point, **label(1)) < 3e-2  # what it learns instead is known, too
 
 
 def published_fixed_point(z, t, r):
     """(t-r) u = integral over tau in [r, t] of g v + (1-g) u_null(z_tau, tau, r), along the *unguided* flow z_tau."""
     nodes, weights = GuidedGaussian.nodes, GuidedGaussian.weights
-    tau = r[:, None] + (t - r)[:, None] / 2 * (1 + nodes)                  # (B, nodes)
+    tau = r[:, None] + (t - r)[:, None] / 2 * (1 + nodes)  # (B, nodes)
     z, t, r = (value.reshape(-1, 1).expand(-1, len(nodes)).reshape(-1) for value in (z, t, r))
     state = CONDITIONAL.flow(z[:, None], t, tau.flatten())
     inside = SCALE * CONDITIONAL.velocity(state, tau.flatten())

@@ -87,7 +87,7 @@ def test_guided_gaussian_solves_its_ode():
     guided = GuidedGaussian(Gaussian(1.0, 0.5), Gaussian(-0.3, 1.2), 3.0)
     z, steps = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], 2000
     state = z
-    for step in range(steps):                                              # midpoint rule from 1 to 0.1
+    for step in range(steps):  # midpoint rule from 1 to 0.1
         t = torch.full((9,), 1 - 0.9 * step / steps, dtype=torch.float64)
         half = state - 0.45 / steps * guided.velocity(state, t)
         state = state - 0.9 / steps * guided.velocity(half, t - 0.45 / steps)
@@ -95,7 +95,8 @@ def test_guided_gaussian_solves_its_ode():
     alone = GuidedGaussian(Gaussian(1.0, 0.5), Gaussian(-0.3, 1.2), 1.0)
     assert torch.allclose(
         alone.flow(z, torch.ones(9).double(), torch.zeros(9).double()),
-        Gaussian(1.0, 0.5).flow(z, torch.ones(9).double(), torch.zeros(9).double()), atol=1e-12,
+        Gaussian(1.0, 0.5).flow(z, torch.ones(9).double(), torch.zeros(9).double()),
+        atol=1e-12,
     )
 
 
@@ -133,17 +134,20 @@ def test_circle_frames_flow_to_the_frame_that_must_follow():
     clips = process.clips.sample(64, generator(1))
     weights, frame = process.log_weights(clips[:, :3]), process.frame(3)
     end = frame.flow(torch.randn(64, 2, generator=generator(2)), torch.ones(64), torch.zeros(64), log_weights=weights)
-    assert float((end - clips[:, 3]).norm(dim=1).median()) < 0.15          # two independent blurs of .05, a known place
+    assert float((end - clips[:, 3]).norm(dim=1).median()) < 0.15  # two independent blurs of .05, a known place
     assert float((end.norm(dim=1) - 1).abs().mean()) < 0.1
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ((torch.zeros(0, 2), 0.1), "one at least"),
-    ((torch.zeros(3, 2), -0.1), "positive sigma"),
-    ((torch.zeros(3, 2), 0.1, torch.zeros(3)), "not all zero"),
-    ((torch.zeros(3, 2), 0.1, torch.ones(2)), "3 means"),
-    ((torch.full((3, 2), float("nan")), 0.1), "NaN"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((torch.zeros(0, 2), 0.1), "one at least"),
+        ((torch.zeros(3, 2), -0.1), "positive sigma"),
+        ((torch.zeros(3, 2), 0.1, torch.zeros(3)), "not all zero"),
+        ((torch.zeros(3, 2), 0.1, torch.ones(2)), "3 means"),
+        ((torch.full((3, 2), float("nan")), 0.1), "NaN"),
+    ],
+)
 def test_impossible_mixtures_are_refused(arguments, words):
     with pytest.raises(InputError, match=words):
         GaussianMixture(*arguments)

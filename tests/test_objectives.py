@@ -17,6 +17,7 @@ from minianyflow.pairs import draw_pairs, generator, stratified_uniform
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
+ZERO = torch.zeros(4, 2)
 
 
 def batch_of(count, seed=0, shape=(2,), **pairs):
@@ -42,12 +43,13 @@ def test_forward_mode_equals_central_difference_for_a_network():
             inside = (t + delta <= 1) & (t - delta >= r) & (r - delta >= 0)
             gaps.append(float((target(u, z, t, r, where, delta=delta) - exact)[inside].abs().max()))
         assert gaps[1] < 1e-3
-        assert gaps[0] / gaps[1] == pytest.approx(16, rel=0.2)             # second order in delta
+        assert gaps[0] / gaps[1] == pytest.approx(16, rel=0.2)  # second order in delta
 
 
 @pytest.mark.parametrize(("t", "r"), [(1.0, 0.0), (1.0, 0.999), (0.5, 0.4999), (0.002, 0.0), (0.3, 0.0), (1e-6, 0.0)])
 def test_one_sided_differences_stay_inside_the_triangle(t, r):
     """At every edge and corner: no time outside r <= t, [0, 1] is asked for, and the exact map is still its target."""
+
     def u(z, t, r):
         assert bool(((r >= 0) & (r <= t) & (t <= 1)).all())
         return GAUSSIAN.average_velocity(z, t, r)
@@ -57,8 +59,11 @@ def test_one_sided_differences_stay_inside_the_triangle(t, r):
     exact = GAUSSIAN.average_velocity(z, t, r)
     v = GAUSSIAN.velocity(z, t)
     for target in (eulerian_target(u, z, t, r, v), lagrangian_target(u, z, t, r, GAUSSIAN.velocity)):
-        assert float((target - exact).abs().max()) < 5e-3                  # first order in delta at an edge
-    for target in (eulerian_target(u, z, t, r, v, delta=1e-6), lagrangian_target(u, z, t, r, GAUSSIAN.velocity, delta=1e-6)):
+        assert float((target - exact).abs().max()) < 5e-3  # first order in delta at an edge
+    for target in (
+        eulerian_target(u, z, t, r, v, delta=1e-6),
+        lagrangian_target(u, z, t, r, GAUSSIAN.velocity, delta=1e-6),
+    ):
         assert float((target - exact).abs().max()) < 1e-5
 
 
@@ -77,12 +82,12 @@ def test_semigroup_cut_at_an_end_is_the_jump_itself():
 def test_no_gradient_through_a_target_and_one_to_every_weight(name):
     u = MLP()
     batch = batch_of(32)
-    teacher = torch.nn.Linear(2, 2)                                        # a teacher with weights of its own
+    teacher = torch.nn.Linear(2, 2)  # a teacher with weights of its own
     loss, _ = FlowMapLoss({name: 1.0}, lambda z, t: teacher(z) * t[:, None])(u, batch)
     loss.mean().backward()
     assert all(weight.grad is not None and bool(weight.grad.abs().sum() > 0) for weight in u.parameters())
     assert teacher.weight.grad is None
-    z = ((1 - batch["t"])[:, None] * batch["x"] + batch["t"][:, None] * batch["eps"])
+    z = (1 - batch["t"])[:, None] * batch["x"] + batch["t"][:, None] * batch["eps"]
     copy = MLP()
     copy.load_state_dict(u.state_dict())
     loss_of = FlowMapLoss({name: 1.0}, lambda z, t: teacher(z) * t[:, None])
@@ -91,7 +96,7 @@ def test_no_gradient_through_a_target_and_one_to_every_weight(name):
         target[rows] = loss_of._target(kind, copy, batch, rows, z[rows])[0]
     error = (u(z, batch["t"], batch["r"]) - target.detach()).square().mean(1)
     u.zero_grad()
-    (((1 - batch["t"]).sqrt() * error).mean()).backward()                 # the same gradient as plain regression
+    (((1 - batch["t"]).sqrt() * error).mean()).backward()  # the same gradient as plain regression
     first = [weight.grad.clone() for weight in u.parameters()]
     u.zero_grad()
     loss_of(u, batch)[0].mean().backward()
@@ -143,7 +148,9 @@ def test_long_keys_do_not_collide():
 # ---- the loss as a whole
 
 
-@pytest.mark.parametrize("pairs", [{"diagonal": 0.0}, {"end": 0.0}, {"diagonal": 1.0, "end": 0.0}, {"diagonal": 0.0, "end": 1.0}])
+@pytest.mark.parametrize(
+    "pairs", [{"diagonal": 0.0}, {"end": 0.0}, {"diagonal": 1.0, "end": 0.0}, {"diagonal": 0.0, "end": 1.0}]
+)
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("rebalance", [False, True])
 def test_any_kind_of_row_may_be_absent(pairs, count, rebalance):
@@ -156,8 +163,15 @@ def test_any_kind_of_row_may_be_absent(pairs, count, rebalance):
     assert all(bool(torch.isfinite(weight.grad).all()) for weight in u.parameters())
 
 
-@pytest.mark.parametrize(("shares", "extra"), [({"eulerian": 1.0}, 2), ({"lagrangian": 1.0}, 2), ({"semigroup": 1.0}, 2),
-                                                ({"eulerian": 1.0, "semigroup": 1.0}, 2)])
+@pytest.mark.parametrize(
+    ("shares", "extra"),
+    [
+        ({"eulerian": 1.0}, 2),
+        ({"lagrangian": 1.0}, 2),
+        ({"semigroup": 1.0}, 2),
+        ({"eulerian": 1.0, "semigroup": 1.0}, 2),
+    ],
+)
 def test_evaluations_are_counted_and_none_is_wasted(shares, extra):
     """One with gradient a row, two without for a row r < t, none more for a row r = t: two a row at the usual half."""
     u = EvaluationCounter(MLP())
@@ -205,14 +219,17 @@ def test_a_condition_follows_its_row():
     assert max(map(float, raw.values())) < 1e-6
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda: FlowMapLoss({"eulerain": 1.0}), "did you mean 'eulerian'"),
-    (lambda: FlowMapLoss({"eulerian": -1.0}), "not negative"),
-    (lambda: FlowMapLoss({}, affine_velocity)(MLP(), batch_of(8)), "no objective for them"),
-    (lambda: draw_pairs(8, diagonal=0.8, end=0.5), "at most 1"),
-    (lambda: eulerian_target(MLP(), *torch.zeros(1, 4, 2), torch.ones(4), torch.zeros(4), torch.zeros(4, 2), "backward"), "jvp"),
-    (lambda: FlowMapLoss({"eulerian": 1.0})(MLP(), batch_of(8) | {"r": torch.ones(8) * 2}), r"\[0, 1\]|r > t"),
-])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: FlowMapLoss({"eulerain": 1.0}), "did you mean 'eulerian'"),
+        (lambda: FlowMapLoss({"eulerian": -1.0}), "not negative"),
+        (lambda: FlowMapLoss({}, affine_velocity)(MLP(), batch_of(8)), "no objective for them"),
+        (lambda: draw_pairs(8, diagonal=0.8, end=0.5), "at most 1"),
+        (lambda: eulerian_target(MLP(), ZERO, torch.ones(4), torch.zeros(4), ZERO, "backward"), "jvp"),
+        (lambda: FlowMapLoss({"eulerian": 1.0})(MLP(), batch_of(8) | {"r": torch.ones(8) * 2}), r"\[0, 1\]|r > t"),
+    ],
+)
 def test_bad_input_is_one_clear_line(make, words):
     with pytest.raises(InputError, match=words) as problem:
         make()

@@ -30,9 +30,9 @@ LENGTHS, STEP = torch.tensor(EVERY).T
 def test_every_rollout_runs_from_noise_to_data_over_one_step_of_its_grid(shift):
     times = backward_simulation_times(LENGTHS, STEP, shift)
     assert bool((times[0] == 1).all())
-    assert bool((times[3] == 0).all())                                     # what is scored is at t = 0
+    assert bool((times[3] == 0).all())  # what is scored is at t = 0
     for (steps, step), column in zip(EVERY, times.T, strict=True):
-        assert torch.allclose(column[1:3], time_grid(steps, shift)[step:step + 2], atol=1e-6)
+        assert torch.allclose(column[1:3], time_grid(steps, shift)[step : step + 2], atol=1e-6)
 
 
 def test_three_evaluations_at_most_whatever_the_length():
@@ -43,10 +43,10 @@ def test_three_evaluations_at_most_whatever_the_length():
         backward_simulation(network, torch.randn(1, 2), torch.tensor([steps]), torch.tensor([step]))
         counts.append(network.rows - before)
     assert set(counts) == {2, 3}
-    assert counts[0] == counts[1] == 2                                     # N = 2: one of the three has length zero
+    assert counts[0] == counts[1] == 2  # N = 2: one of the three has length zero
     network.rows = 0
     backward_simulation(network, torch.randn(len(EVERY), 2), LENGTHS, STEP)
-    assert network.rows == sum(counts)                                     # and in a batch no row costs more
+    assert network.rows == sum(counts)  # and in a batch no row costs more
     lengths, step = draw_rollouts(20_000, generator(0))
     inner = (step > 0).float() + (step < lengths - 1).float() + 1
     assert float(inner.mean()) == pytest.approx(2.6, abs=0.05)
@@ -57,7 +57,7 @@ def test_it_equals_the_plain_rollout_when_the_map_is_exact():
     z = torch.linspace(-2, 2, len(EVERY), dtype=torch.float64)[:, None]
     short = backward_simulation(gaussian.average_velocity, z, LENGTHS, STEP)
     for row, (steps, step) in enumerate(EVERY):
-        full = rollout(gaussian.average_velocity, z[row:row + 1], time_grid(steps).double())
+        full = rollout(gaussian.average_velocity, z[row : row + 1], time_grid(steps).double())
         assert torch.allclose(short[-1, row], full[-1, 0], atol=1e-5)
         assert torch.allclose(short[1, row], full[step, 0], atol=1e-5)
         assert torch.allclose(short[2, row], full[step + 1, 0], atol=1e-5)
@@ -70,11 +70,12 @@ def test_gradient_flows_through_all_three_jumps():
     backward_simulation(u, z, lengths, step)[-1].square().sum().backward()
     whole = [weight.grad.clone() for weight in u.parameters()]
     total = [torch.zeros_like(weight) for weight in whole]
-    for jump in range(3):                                                  # the same, one jump's weights at a time
+    for jump in range(3):  # the same, one jump's weights at a time
+
         def only(z, t, r, jump=jump):
-            out = u(z, t, r)
+            frozen = {name: weight.detach() for name, weight in u.named_parameters()}
             live = bool((t == times[jump]).all())
-            return out if live else torch.func.functional_call(u, {k: w.detach() for k, w in u.named_parameters()}, (z, t, r))
+            return u(z, t, r) if live else torch.func.functional_call(u, frozen, (z, t, r))
 
         u.zero_grad()
         backward_simulation(only, z, lengths, step)[-1].square().sum().backward()
@@ -101,7 +102,7 @@ def test_distribution_matching_gradient_is_the_published_one():
     size = (x - x_real).abs().mean((1, 2), keepdim=True)
     assert torch.allclose(gradient, 2 / 6 * (x_fake - x_real) / size, atol=1e-5)
     same = torch.autograd.grad(distribution_matching_loss(x, each_number(real), each_number(real), t, eps).sum(), x)[0]
-    assert float(same.abs().max()) < 1e-5                                  # scores agree: nothing moves
+    assert float(same.abs().max()) < 1e-5  # scores agree: nothing moves
 
 
 def test_descent_moves_samples_to_the_real_law():
@@ -121,8 +122,16 @@ def policy_batch(count, source):
     x, eps, noise, score_eps = torch.randn(4, count, 2, generator=source)
     lengths, step = draw_rollouts(count, source)
     score_t = torch.rand(count, generator=source)
-    return {"x": x, "eps": eps, "noise": noise, "score_eps": score_eps, "score_t": score_t, "lengths": lengths,
-            "step": step, **draw_pairs(count, source)}
+    return {
+        "x": x,
+        "eps": eps,
+        "noise": noise,
+        "score_eps": score_eps,
+        "score_t": score_t,
+        "lengths": lengths,
+        "step": step,
+        **draw_pairs(count, source),
+    }
 
 
 def test_both_roles_learn_and_neither_trains_the_other():

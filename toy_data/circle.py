@@ -20,7 +20,7 @@ class CircleProcess:
     def __init__(self, frames=16, phases=64, sigma=0.05):
         phase = torch.arange(phases) * (2 * math.pi / phases)
         angle = phase[:, None, None] + torch.tensor(SPEEDS)[:, None] * torch.arange(frames)  # (phases, speeds, frames)
-        means = torch.stack([angle.cos(), angle.sin()], -1).flatten(0, 1)                    # (K, frames, 2)
+        means = torch.stack([angle.cos(), angle.sin()], -1).flatten(0, 1)  # (K, frames, 2)
         self.frames, self.clips = frames, GaussianMixture(means, sigma)
 
     def frame(self, index):
@@ -32,5 +32,5 @@ class CircleProcess:
         if past.ndim != 3 or past.shape[2] != 2 or past.shape[1] >= self.frames:
             raise InputError(f"past frames of shape {tuple(past.shape)}; expected (B, 0 to {self.frames - 1}, 2)")
         seen = self.clips.means.reshape(-1, self.frames, 2)[:, : past.shape[1]].flatten(1)
-        distance = torch.cdist(past.flatten(1), seen).square()             # (B, K)
+        distance = torch.cdist(past.flatten(1), seen).square()  # (B, K)
         return (-0.5 * distance / self.clips.sigma**2).log_softmax(1)

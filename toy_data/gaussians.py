@@ -57,7 +57,7 @@ class GuidedGaussian:
         """Phi(z; t -> r) of the guided ODE: (B, 1)."""
         t, r = t.double()[:, None], r.double()[:, None]
         half = (t - r) / 2
-        times = r + half * (1 + self.nodes)                                # (B, nodes)
+        times = r + half * (1 + self.nodes)  # (B, nodes)
         offsets = self.velocity(torch.zeros_like(times).reshape(-1, 1), times.flatten()).reshape(times.shape)
         pushed = (self._factor(times, r) * offsets * self.weights).sum(1, keepdim=True) * half
         return self._factor(t, r) * z - pushed

@@ -1,0 +1,64 @@
+"""Running long jobs: side by side in processes of their own, and results that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from minianyflow.errors import InputError
+
+
+def run_jobs(jobs, workers=2):
+    """The results of `jobs`, {name: (function, arguments)}, by name; at most `workers` of them run at a time.
+
+    They start in the order given: put the longest first. Each gets its `position` among the progress bars as a last
+    argument. An error or Ctrl-C stops them all.
+    """
+    if workers < 1:
+        raise InputError(f"{workers} workers; expected at least 1")
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(context.RLock(),)) as pool:
+        try:
+            started = {
+                name: pool.submit(function, *arguments, position)
+                for position, (name, (function, arguments)) in enumerate(jobs.items())
+            }
+            return {name: job.result() for name, job in started.items()}
+        except BrokenProcessPool:
+            raise InputError("a process was killed, perhaps for want of memory; try again with --workers 1") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(pool._processes.values()):
+                process.terminate()
+            raise
+
+
+def _start_worker(lock):
+    """One lock for all progress bars; Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(lock)
+
+
+@contextlib.contextmanager
+def staged(output):
+    """A folder to write into; its files take their place in `output` only when everything went well."""
+    output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output))
+    except OSError as problem:
+        why = f"cannot write to {output} ({problem.strerror})"
+        raise InputError(f"{why}; name a folder you may write to with --output") from None
+    try:
+        yield folder
+        for file in folder.iterdir():
+            os.replace(file, output / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

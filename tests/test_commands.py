@@ -1,0 +1,90 @@
+"""The command line on bad input: one line, no stack trace, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minianyflow.__main__ import main
+from minianyflow.demo import METHODS, NFE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["demo", "--dataset", "spirla"], "did you mean 'spiral'"),
+        (["demo", "--steps", "0"], "at least one"),
+        (["demo", "--seeds", "a,b"], "0,1,2"),
+        (["demo", "--seeds", "1,1"], "different"),
+        (["demo", "--workers", "0"], "at least one"),
+        (["demo", "--steps", "many"], "--help"),
+        (["dmeo"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_bad_input_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.strip().splitlines()) == 1
+    assert words in printed.err
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["demo", "--output", str(tmp_path / "file" / "demo")]) == 2
+    printed = capsys.readouterr().err
+    assert "cannot write to" in printed
+    assert "--output" in printed
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "minianyflow", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_leaves_what_was_there(tmp_path):
+    (tmp_path / "any_step.json").write_text("of an earlier run")
+    running = subprocess.Popen(
+        command("demo", "--output", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(12)  # in the midst of training
+    os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does: every process of the group
+    assert running.wait(timeout=60) == 130
+    assert "Traceback" not in (printed := running.stderr.read())
+    assert "interrupted" in printed
+    assert [file.name for file in tmp_path.iterdir()] == ["any_step.json"]
+    assert (tmp_path / "any_step.json").read_text() == "of an earlier run"
+
+
+@pytest.mark.slow
+def test_a_short_demo_writes_everything(tmp_path):
+    done = subprocess.run(
+        command("demo", "--dataset", "ring8", "--steps", 60, "--seeds", "4,5", "--output", tmp_path),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["any_step.json", "any_step.png"]
+    report = json.loads((tmp_path / "any_step.json").read_text())
+    assert (report["dataset"], report["seeds"]) == ("ring8", [4, 5])
+    assert set(report["methods"]) == set(METHODS)
+    for name, method in report["methods"].items():
+        assert method["nfe"] == list(NFE)
+        for figure in ("sliced_w2", "path_error"):
+            assert [len(each) for each in method[figure]] == [len(NFE)] * 2
+        assert (method["train_seconds"] > 0) == (method["network_evaluations"] > 0) == (name != "euler")
+    cost = {name: method["network_evaluations"] for name, method in report["methods"].items() if name != "euler"}
+    assert max(cost.values()) <= 1.01 * min(cost.values())  # the same budget for all
+    assert "sliced_w2 x 1000" in done.stdout

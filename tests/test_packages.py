@@ -1,0 +1,79 @@
+"""What is installed, pinned and imported agrees with what is said."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
+NEEDED = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+LIBRARY = [path.stem for path in (ROOT / "minianyflow").glob("*.py") if path.stem not in ("__main__", "__init__")]
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_dependency_is_pinned_inside_its_range():
+    pins = {canonical(name): value for name, value in PINS.items()}
+    for needed in NEEDED:
+        assert Version(pins[canonical(needed.name)]) in needed.specifier, needed
+    assert pins["torch"] == "2.13.0"
+    torch = next(needed for needed in NEEDED if needed.name == "torch")
+    assert torch.specifier.contains("2.12.0")  # a range, not a pin
+
+
+def test_what_is_installed_is_what_is_pinned():
+    for name, pin in PINS.items():
+        assert Version(version(name)).public == pin, name
+
+
+def test_conda_gets_the_same_packages():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda[-1] == {"pip": ["-r requirements.txt", "-e ."]}
+    python = next(line for line in conda[:-1] if line.startswith("python"))
+    assert python.removeprefix("python") == PROJECT["requires-python"]
+    assert {line.split(">")[0] for line in conda[:-1]} == {"python", "pip"}  # nothing but the pins decides a version
+
+
+def in_a_fresh_interpreter(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_is_light():
+    """The whole library but its pictures: no diffusers, no matplotlib, and two seconds beyond torch at most."""
+    rooms = [name for name in LIBRARY if name not in ("pictures", "install")]
+    imports = "; ".join(f"import minianyflow.{name}" for name in rooms)
+    out = in_a_fresh_interpreter(
+        f"import time, sys, torch; start = time.perf_counter(); {imports}; "
+        "print(time.perf_counter() - start, *{'diffusers', 'matplotlib', 'ipywidgets'} & set(sys.modules))"
+    ).split()
+    assert out[1:] == []
+    assert float(out[0]) < 2
+
+
+def test_the_package_itself_needs_only_python():
+    """`python -m minianyflow setup` runs before anything is installed."""
+    loaded = in_a_fresh_interpreter("import sys; import minianyflow.__main__; print(*sys.modules)").split()
+    assert not {"torch", "numpy", "tqdm"} & set(loaded)
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_rooms_need_only_those_below_them(module):
+    """The order of the list in minianyflow/__init__.py is the order of the floors."""
+    listed = re.findall(r"^    ([a-z_, ]+?)   ", (ROOT / "minianyflow/__init__.py").read_text(), re.M)
+    floors = [name.strip() for line in listed for name in line.split(",")]
+    assert set(floors) == {*LIBRARY, "__main__"}
+    source = (ROOT / f"minianyflow/{module}.py").read_text()
+    for needed in re.findall(r"from minianyflow\.(\w+) import", source):
+        assert floors.index(needed) < floors.index(module), f"{module} imports {needed}, which stands above it"

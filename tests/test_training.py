@@ -1,0 +1,184 @@
+"""The one loop: repeatable, the same in one process and in two, copies independent, failures named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from minianyflow.errors import InputError
+from minianyflow.networks import MLP
+from minianyflow.objectives import FlowMapLoss
+from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_rollouts
+from minianyflow.pairs import generator
+from minianyflow.training import Role, batches, part_of, train
+from toy_data import plane
+
+RING = plane.ring8()
+HERE = Path(__file__).parent
+
+
+def velocity(z, t, copy=None):
+    return RING.velocity(z, t)
+
+
+def student(seeds=(0,), **options):
+    return Role(MLP(seeds=seeds), FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5}, velocity), **options)
+
+
+def run(role, draw, steps=12, **options):
+    history = train({"student": role}, draw, steps, accelerator=Accelerator(cpu=True), progress=False, **options)
+    return history, [weight.detach().clone() for weight in role.network.parameters()]
+
+
+def same(a, b, tolerance=0.0):
+    return all(torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in zip(a, b, strict=True))
+
+
+def test_seeds_reproduce_bit_for_bit():
+    draw = batches(RING.sample, 32, (0, 1))
+    first, again = (run(student((0, 1)), draw)[1] for _ in range(2))
+    assert same(first, again)
+    other = run(student((0, 2)), batches(RING.sample, 32, (0, 2)))[1]
+    assert same([weight[0] for weight in first], [weight[0] for weight in other], 1e-6)
+    assert not same(first, other, 1e-3)
+
+
+def test_copies_trained_together_are_what_they_are_alone():
+    together = run(student((3, 4, 5)), batches(RING.sample, 32, (3, 4, 5)))[1]
+    for index, seed in enumerate((3, 4, 5)):
+        alone = run(student((seed,)), batches(RING.sample, 32, (seed,)))[1]
+        assert same([weight[index] for weight in together], [weight[0] for weight in alone], 2e-5)
+
+
+def test_a_row_is_computed_by_the_copy_it_names_wherever_it_stands():
+    network, alone = MLP(seeds=(7, 8)), [MLP(seeds=(7,)), MLP(seeds=(8,))]
+    z, t, r = torch.randn(9, 2), torch.rand(9), torch.rand(9) * 0
+    copy = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0])  # uneven and out of order
+    with torch.no_grad():
+        out = network(z, t, r, copy=copy)
+        for row in range(9):
+            own = alone[copy[row]](z[row : row + 1], t[row : row + 1], r[row : row + 1])[0]
+            assert torch.allclose(out[row], own, atol=1e-6)
+
+
+def test_accumulated_parts_equal_the_whole():
+    draw = batches(RING.sample, 32)
+    assert same(run(student(), draw)[1], run(student(), draw, accumulate=4)[1], 2e-5)
+    with pytest.raises(InputError, match="does not divide"):
+        run(student(), draw, accumulate=5)
+
+
+def test_parts_of_a_batch_make_up_the_batch():
+    batch = batches(RING.sample, 6, (0, 1))(0)
+    parts = [part_of(batch, index, 3) for index in range(3)]
+    assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
+    assert torch.equal(torch.cat([part["condition"]["copy"] for part in parts]), batch["condition"]["copy"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["plain", "rebalance"])
+def test_two_processes_equal_one(tmp_path, option):
+    """Real processes; the number and the kind are asserted, for a launcher that starts one says nothing."""
+    launch = {
+        1: [sys.executable],
+        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }
+    reports = {}
+    for count, command in launch.items():
+        file = tmp_path / f"{count}.json"
+        done = subprocess.run(
+            [*command, str(HERE / "train_tiny.py"), str(file), option],
+            capture_output=True,
+            text=True,
+            env=one_thread(),
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        reports[count] = json.loads(file.read_text())
+    assert (reports[1]["processes"], reports[2]["processes"]) == (1, 2)
+    assert "MULTI_CPU" in reports[2]["kind"]
+    for name, one in reports[1]["weights"].items():
+        assert torch.allclose(torch.tensor(one), torch.tensor(reports[2]["weights"][name]), rtol=0, atol=1e-5), name
+
+
+def one_thread():
+    import os
+
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_the_average_is_the_moving_average():
+    role, seen = student(ema=0.9, ema_after=2), []
+
+    def look(step):
+        seen.append(next(role.network.parameters()).detach().clone())
+
+    run(role, batches(RING.sample, 16), 6, on_step=look)
+    expected = seen[2]  # begun after two steps, with what stands then
+    for weight in seen[3:]:
+        expected = 0.9 * expected + 0.1 * weight
+    assert torch.allclose(next(role.average.module.parameters()), expected, atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    role = student(lr=1.0, warmup=10)
+    assert [role.schedule(step, 100) for step in (0, 4)] == pytest.approx([0.1, 0.5], rel=0.01)
+    assert role.schedule(99, 100) < 1e-3
+    assert student(lr=1.0, warmup=0, cosine=False).schedule(99, 100) == 1.0
+
+
+def test_two_roles_take_turns_on_the_same_batch():
+    draw_pairs_of = batches(RING.sample, 16)
+
+    def draw(step):
+        source = generator(9, step)
+        lengths, at = draw_rollouts(16, source)
+        noise, score_eps = torch.randn(2, 16, 2, generator=source)
+        return draw_pairs_of(step) | {
+            "noise": noise,
+            "score_eps": score_eps,
+            "score_t": torch.rand(16, generator=source),
+            "lengths": lengths,
+            "step": at,
+        }
+
+    role, fake = Role(MLP(), lr=1e-3), Role(MLP(seeds=(1,)), lr=1e-3)
+    role.loss = OnPolicyLoss(velocity, fake.network, FlowMapLoss({"eulerian": 1.0}, velocity))
+    fake.loss = FakeScoreLoss(role.network)
+    before = [next(each.network.parameters()).detach().clone() for each in (role, fake)]
+    history = train({"student": role, "fake": fake}, draw, 3, accelerator=Accelerator(cpu=True), progress=False)
+    assert {"student/distribution matching", "student/tangent", "fake/tangent", "fake/loss"} <= set(history[-1])
+    for each, weight in zip((role, fake), before, strict=True):
+        assert not torch.equal(next(each.network.parameters()), weight)
+
+
+def test_training_learns():
+    history, _ = run(student(), batches(RING.sample, 128), 300)
+    assert history[-1]["student/tangent"] < 0.2 * history[0]["student/tangent"]
+
+
+def test_a_weight_without_gradient_is_an_error():
+    role = student()
+    role.network.unused = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(InputError, match="no gradient reached unused"):
+        run(role, batches(RING.sample, 8))
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (lambda: batches(lambda n, source: torch.full((n, 2), float("nan")), 8), "the data holds NaN"),
+        (lambda: run(student(lr=1e30, warmup=0), batches(RING.sample, 8), 300), "expected finite losses"),
+        (lambda: run(student(), batches(RING.sample, 8), 0), "at least 1"),
+        (lambda: MLP(seeds=(0, 1))(torch.zeros(2, 2), torch.ones(2), torch.ones(2)), "copy="),
+        (lambda: MLP()(torch.zeros(2, 3), torch.ones(2), torch.ones(2)), r"z \(B, 2\)"),
+    ],
+)
+def test_bad_input_is_one_clear_line(start, words):
+    with pytest.raises(InputError, match=words) as problem:
+        start()
+    assert "\n" not in str(problem.value)

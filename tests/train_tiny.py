@@ -1,0 +1,32 @@
+"""Train a tiny student and write what came of it; test_training.py runs this in one process and in two."""
+
+import json
+import sys
+
+import torch
+from accelerate import Accelerator
+
+from minianyflow.networks import MLP
+from minianyflow.objectives import FlowMapLoss
+from minianyflow.training import Role, batches, train
+from toy_data import plane
+
+
+def main(output, rebalance):
+    torch.set_num_threads(1)
+    accelerator, mixture = Accelerator(cpu=True), plane.ring8()
+    shares = {"eulerian": 0.5, "semigroup": 0.5}
+    loss = FlowMapLoss(shares, lambda z, t, copy: mixture.velocity(z, t), rebalance=rebalance)
+    student = Role(MLP(seeds=(0, 1)), loss, warmup=5)
+    draw = batches(mixture.sample, 24, (0, 1))
+    history = train({"student": student}, draw, 20, accelerator=accelerator, progress=False)
+    if accelerator.is_main_process:
+        weights = {name: value.tolist() for name, value in student.average.module.state_dict().items()}
+        kind = str(accelerator.distributed_type)
+        report = {"processes": accelerator.num_processes, "kind": kind, "history": history, "weights": weights}
+        with open(output, "w") as file:
+            json.dump(report, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "rebalance" in sys.argv[2:])
