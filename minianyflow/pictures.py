@@ -8,7 +8,7 @@ import numpy as np
 # Okabe and Ito's palette: told apart with any colour vision. One colour a method, throughout the course.
 COLOURS = {
     "exact": "#000000",
-    "euler": "#999999",
+    "euler": "#CC79A7",
     "eulerian": "#56B4E9",
     "lagrangian": "#E69F00",
     "semigroup": "#009E73",
@@ -27,12 +27,14 @@ LABELS = {
 }
 
 
-def draw_paths(axes, paths, colour, samples=None, limit=2.6):
-    """Trajectories (steps + 1, n, 2) as lines, noise to data, and `samples` (m, 2) as points."""
+def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):
+    """Trajectories (steps + 1, n, 2) as lines, noise to data; `samples` (m, 2) as points, `exact` ones grey below."""
     paths = np.asarray(paths)
-    axes.plot(paths[..., 0], paths[..., 1], color=colour, alpha=0.35, linewidth=0.6, zorder=1)
-    if samples is not None:
-        axes.scatter(*np.asarray(samples).T, s=1.2, color=colour, linewidths=0, zorder=2, rasterized=True)
+    length = np.linalg.norm(np.diff(paths, axis=0), axis=-1).sum(0).mean()  # long, tangled ones are drawn fainter
+    axes.plot(*np.moveaxis(paths, -1, 0), color=colour, alpha=min(0.4, 1 / length), linewidth=0.6, zorder=1)
+    for points, shade, size, order in ((exact, "0.75", 4, 0), (samples, colour, 2, 2)):
+        if points is not None:
+            axes.scatter(*np.asarray(points).T, s=size, color=shade, linewidths=0, zorder=order)
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
     for side in axes.spines.values():
         side.set_color("0.8")
@@ -47,9 +49,12 @@ def draw_curves(axes, report, figure, ylabel, floor=None):
         axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
     if floor:
         axes.axhline(floor, color="black", linestyle=":", linewidth=1.2)
-        axes.annotate("exact flow", (1, floor), xytext=(0, 3), textcoords="offset points", fontsize=9)
+        axes.annotate("exact flow", (1, floor), xytext=(0, 3), textcoords="offset points", fontsize=11)
     nfe = next(iter(report["methods"].values()))["nfe"]
     axes.set(xscale="log", yscale="log", xlabel="steps (network evaluations)", ylabel=ylabel)
+    axes.xaxis.label.set_size(13)
+    axes.yaxis.label.set_size(13)
+    axes.tick_params(labelsize=11)
     axes.set_xticks(nfe, map(str, nfe))
     axes.minorticks_off()
     axes.grid(alpha=0.25)
@@ -65,16 +70,16 @@ def any_step_figure(report, trajectories, exact_paths, shown=(1, 4, 16, 64), lin
     grid = left.subplots(len(trajectories), len(shown))
     for row, (name, by_steps) in zip(grid, trajectories.items(), strict=True):
         for axes, steps in zip(row, shown, strict=True):
-            draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1])
-        row[0].set_ylabel(LABELS[name], fontsize=12)
+            draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1], exact_paths[-1])
+        row[0].set_ylabel(LABELS[name], fontsize=15)
     for axes, steps in zip(grid[0], shown, strict=True):
-        axes.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=14)
+        axes.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=17)
     exact, w2, path = right.subplots(3, 1, height_ratios=[1.25, 1, 1])
     draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1])
-    exact.set_title("the exact flow, same noise", fontsize=14)
+    exact.set_title("the exact flow, same noise (grey in every panel)", fontsize=15)
     draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", report["exact_flow"]["sliced_w2"])
     draw_curves(path, report, "path_error", "path error")
-    path.legend(fontsize=9, ncols=2)
+    w2.legend(fontsize=11)
     return figure
 
 
