@@ -4,6 +4,7 @@ The measure decides what can be seen: with a few thousand random samples sliced 
 noises are scrambled Sobol points, the reference is stratified over components, the directions are evenly spaced.
 """
 
+import numpy as np
 import torch
 
 from minianyflow.errors import InputError
@@ -36,9 +37,9 @@ def sliced_w2(a, b, count=128):
     a, b = _flat(a), _flat(b)
     if a.shape[1] != b.shape[1] or len(a) % len(b):
         raise InputError(f"samples {tuple(a.shape)} and reference {tuple(b.shape)}; expected (K n, D) and (n, D)")
-    along = directions(a.shape[1], count).to(a).T
-    quantiles = (a @ along).sort(0).values.reshape(len(b), -1, count).mean(1)
-    return float((quantiles - (b @ along).sort(0).values).square().mean().sqrt())
+    along = directions(a.shape[1], count).to(a)
+    of_a, of_b = (np.sort((along @ each.T).cpu().numpy()) for each in (a, b))  # several times faster than torch's sort
+    return float(np.sqrt(np.square(of_a.reshape(count, len(b), -1).mean(2) - of_b).mean()))
 
 
 def path_error(end, exact_end):

@@ -40,16 +40,18 @@ def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):
         side.set_color("0.8")
 
 
-def draw_curves(axes, report, figure, ylabel, floor=None):
-    """One figure of the demo's report (`sliced_w2` or `path_error`) against steps; the line is the mean over seeds."""
+def draw_curves(axes, report, figure, ylabel, floors=None):
+    """One figure of the demo's report (`sliced_w2` or `path_error`) against steps; the line is the mean over seeds.
+
+    floors: {method: value}, dotted lines in that method's colour, below which the measure shows no error.
+    """
     for name, method in report["methods"].items():
         values = np.array(method[figure])
         style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
         axes.plot(method["nfe"], values.mean(0), label=LABELS[name].replace("\n", " "), linewidth=1.8, **style)
         axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
-    if floor:
-        axes.axhline(floor, color="black", linestyle=":", linewidth=1.2)
-        axes.annotate("exact flow", (1, floor), xytext=(0, 3), textcoords="offset points", fontsize=11)
+    for name, floor in (floors or {}).items():
+        axes.axhline(floor, color=COLOURS[name], linestyle=":", linewidth=1.4, zorder=0)
     nfe = next(iter(report["methods"].values()))["nfe"]
     axes.set(xscale="log", yscale="log", xlabel="steps (network evaluations)", ylabel=ylabel)
     axes.xaxis.label.set_size(13)
@@ -61,7 +63,7 @@ def draw_curves(axes, report, figure, ylabel, floor=None):
 
 
 def any_step_figure(report, trajectories, exact_paths, shown=(1, 4, 16, 64), lines=60):
-    """Methods as rows, steps as columns; the exact flow and the two curves beside.
+    """Methods as rows, steps as columns, with the sliced W2 of each; the exact flow and the two curves beside.
 
     trajectories: {method: {nfe: (nfe + 1, n, 2)}}; exact_paths (times, n, 2), from the same n noises.
     """
@@ -71,13 +73,18 @@ def any_step_figure(report, trajectories, exact_paths, shown=(1, 4, 16, 64), lin
     for row, (name, by_steps) in zip(grid, trajectories.items(), strict=True):
         for axes, steps in zip(row, shown, strict=True):
             draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1], exact_paths[-1])
+            method = report["methods"][name]
+            distance = np.mean([each[method["nfe"].index(steps)] for each in method["sliced_w2"]])
+            axes.annotate(f"{1000 * distance:.0f}", (0.97, 0.04), xycoords="axes fraction", ha="right", fontsize=14)
         row[0].set_ylabel(LABELS[name], fontsize=15)
     for axes, steps in zip(grid[0], shown, strict=True):
         axes.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=17)
     exact, w2, path = right.subplots(3, 1, height_ratios=[1.25, 1, 1])
     draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1])
     exact.set_title("the exact flow, same noise (grey in every panel)", fontsize=15)
-    draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", report["exact_flow"]["sliced_w2"])
+    floors = {"exact": report["exact_flow"]["sliced_w2"], "consistency": report["measure"]["renoised_floor"]}
+    draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", floors)
+    w2.set_title("panel numbers: this x 1000; dotted: its floors", fontsize=13)
     draw_curves(path, report, "path_error", "path error")
     w2.legend(fontsize=11)
     return figure
