@@ -67,7 +67,12 @@ def make_student(method, dataset, seeds, budget, **changes):
     network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
     student = Role(network, lr=budget.lr, ema=0.99 if method == "consistency" else 0.999)
     if method == "consistency":
-        options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5}  # the best of a dozen tried
+        options = {
+            "grid": 16,
+            "solver": "heun",
+            "weight": torch.ones_like,
+            "adaptive": 0.5,
+        }  # the best of a dozen tried
         student.loss = ConsistencyLoss(velocity, student.average, **options)
         pairs = {"diagonal": 1.0, "end": 0.0}  # a row has one time
     else:

@@ -22,7 +22,7 @@ class MLP(nn.Module):
 
     def __init__(self, shape=(2,), width=64, depth=4, seeds=(0,), turns=(0.125, 0.25, 0.5)):
         super().__init__()
-        self.shape, self.copies = tuple(shape), len(seeds)
+        self.shape, self.copies, self.layers = tuple(shape), len(seeds), depth + 1
         size = math.prod(shape)
         self.register_buffer("angular", 2 * math.pi * torch.tensor(turns), persistent=False)
         sizes = [size + 4 * len(turns) + 2, *[width] * depth, size]
@@ -67,8 +67,7 @@ class MLP(nn.Module):
         return copy * longest + (so_far * mine).sum(1) - 1, longest
 
     def _layers(self, hidden):
-        values = list(self._parameters.values())  # weight0, bias0, weight1, ...
-        *inner, last = zip(values[::2], values[1::2], strict=True)
+        *inner, last = ((getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(self.layers))
         for weight, bias in inner:
             out = nn.functional.gelu(torch.baddbmm(bias, hidden, weight), approximate="tanh")
             hidden = hidden + out if hidden.shape == out.shape else out  # a residual wherever widths agree

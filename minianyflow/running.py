@@ -7,7 +7,7 @@ import signal
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -23,7 +23,7 @@ def run_jobs(jobs, workers=2):
     """
     if workers < 1:
         raise InputError(f"{workers} workers; expected at least 1")
-    context = get_context("spawn")
+    context, others = get_context("spawn"), set(active_children())
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(context.RLock(),)) as pool:
         try:
             started = {
@@ -34,8 +34,7 @@ def run_jobs(jobs, workers=2):
         except BrokenProcessPool:
             raise InputError("a process was killed, perhaps for want of memory; try again with --workers 1") from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool._processes.values()):
+            for process in set(active_children()) - others:
                 process.terminate()
             raise
 

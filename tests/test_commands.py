@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
         (["demo", "--steps", "0"], "at least one"),
         (["demo", "--seeds", "a,b"], "0,1,2"),
         (["demo", "--seeds", "1,1"], "different"),
-        (["demo", "--workers", "0"], "at least one"),
+        (["demo", "--workers", "0"], "at least 1"),
         (["demo", "--steps", "many"], "--help"),
         (["dmeo"], "invalid choice"),
         ([], "required"),
@@ -86,5 +86,5 @@ def test_a_short_demo_writes_everything(tmp_path):
             assert [len(each) for each in method[figure]] == [len(NFE)] * 2
         assert (method["train_seconds"] > 0) == (method["network_evaluations"] > 0) == (name != "euler")
     cost = {name: method["network_evaluations"] for name, method in report["methods"].items() if name != "euler"}
-    assert max(cost.values()) <= 1.01 * min(cost.values())  # the same budget for all
+    assert max(cost.values()) <= 1.05 * min(cost.values())  # the same for all; a consistency target at t = 0 is free
     assert "sliced_w2 x 1000" in done.stdout

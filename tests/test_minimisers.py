@@ -18,16 +18,23 @@ CONDITIONAL, UNCONDITIONAL, SCALE = Gaussian(1.0, 0.7), Gaussian(-0.2, 1.0), 3.0
 
 
 class Affine(torch.nn.Module):
-    """u = a(t, r) z + b(t, r), Legendre polynomials; `label` 0 and 1 have coefficients of their own."""
+    """u = a(t, r) z + b(t, r), polynomials orthonormal on the triangle; `label` 0 and 1 have coefficients of their own."""
 
-    def __init__(self, labels=1):
+    def __init__(self, labels=1, degree=DEGREE):
         super().__init__()
-        self.powers = [(i, j) for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i)]
+        self.degree, self.powers = degree, [(i, j) for i in range(degree + 1) for j in range(degree + 1 - i)]
         self.theta = torch.nn.Parameter(torch.zeros(labels, 2, len(self.powers), dtype=torch.float64))
+        t, r = torch.rand(2, 20_000, generator=generator(5), dtype=torch.float64).sort(0, descending=True).values
+        self.mix = torch.linalg.inv(torch.linalg.qr(self.products(t, r) / len(t) ** 0.5).R)
+
+    def products(self, t, r):
+        t, r = (
+            torch.from_numpy(np.polynomial.legendre.legvander(2 * time.numpy() - 1, self.degree)) for time in (t, r)
+        )
+        return torch.stack([t[:, i] * r[:, j] for i, j in self.powers], 1)
 
     def basis(self, t, r):
-        t, r = (torch.from_numpy(np.polynomial.legendre.legvander(2 * time.numpy() - 1, DEGREE)) for time in (t, r))
-        return torch.stack([t[:, i] * r[:, j] for i, j in self.powers], 1)
+        return self.products(t, r) @ self.mix
 
     def forward(self, z, t, r, label=None):
         theta = self.theta[torch.zeros_like(t, dtype=torch.long) if label is None else label]  # (B, 2, P)
@@ -82,18 +89,15 @@ def error(u, exact, **condition):
 def test_the_minimiser_is_the_flow_map(shares):
     loss = FlowMapLoss(shares, CONDITIONAL.velocity, weight=torch.ones_like, delta=1e-3)
     u = stationary_point(Affine(), loss, spread_batch(1500))
-    assert error(u, CONDITIONAL.average_velocity) < 5e-3
+    assert error(u, CONDITIONAL.average_velocity) < 2e-3
 
 
 def test_the_minimiser_with_data_velocity_is_the_flow_map_up_to_sampling():
     """The Eulerian target with eps - x for the velocity: right on average, so its minimiser converges as 1/sqrt(n)."""
     batch = spread_batch(60_000)
     batch |= {"x": CONDITIONAL.mean + CONDITIONAL.sigma * batch["x"], "eps": batch["eps"] / 1.5}
-    u = Affine()
-    u.powers = [(i, j) for i, j in u.powers if i + j <= 4]
-    u.theta = torch.nn.Parameter(torch.zeros(1, 2, len(u.powers), dtype=torch.float64))
-    stationary_point(u, FlowMapLoss({"eulerian": 1.0}, weight=torch.ones_like), batch, rounds=3)
-    assert error(u, CONDITIONAL.average_velocity) < 0.25
+    u = stationary_point(Affine(degree=4), FlowMapLoss({"eulerian": 1.0}, weight=torch.ones_like), batch, rounds=3)
+    assert error(u, CONDITIONAL.average_velocity) < 0.05
 
 
 def guided_student(published):
@@ -115,8 +119,8 @@ def label(value):
 def test_exact_guidance_learns_the_guided_flow_map():
     u = guided_student(published=False)
     guided = GuidedGaussian(CONDITIONAL, UNCONDITIONAL, SCALE)
-    assert error(u, guided.average_velocity, **label(1)) < 1e-2
-    assert error(u, UNCONDITIONAL.average_velocity, **label(0)) < 5e-3  # dropped rows keep their own velocity
+    assert error(u, guided.average_velocity, **label(1)) < 3e-3
+    assert error(u, UNCONDITIONAL.average_velocity, **label(0)) < 3e-3  # dropped rows keep their own velocity
 
 
 def test_published_guidance_is_exact_on_the_diagonal_alone():
@@ -128,7 +132,7 @@ def test_published_guidance_is_exact_on_the_diagonal_alone():
         on = float((u(z, t, t, **one) - guided.velocity(z, t)).square().mean().sqrt())
         off = float((u(z, t, 0 * t, **one) - guided.average_velocity(z, t, 0 * t)).square().mean().sqrt())
     assert on < 1e-2 < 0.5 < off
-    assert error(u, published_fixed_point, **label(1)) < 3e-2  # what it learns instead is known, too
+    assert error(u, published_fixed_point, **label(1)) < 1.5e-2  # what it learns instead is known, too
 
 
 def published_fixed_point(z, t, r):

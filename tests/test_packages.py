@@ -54,12 +54,13 @@ def test_importing_is_light():
     """The whole library but its pictures: no diffusers, no matplotlib, and two seconds beyond torch at most."""
     rooms = [name for name in LIBRARY if name not in ("pictures", "install")]
     imports = "; ".join(f"import minianyflow.{name}" for name in rooms)
-    out = in_a_fresh_interpreter(
+    code = (
         f"import time, sys, torch; start = time.perf_counter(); {imports}; "
         "print(time.perf_counter() - start, *{'diffusers', 'matplotlib', 'ipywidgets'} & set(sys.modules))"
-    ).split()
-    assert out[1:] == []
-    assert float(out[0]) < 2
+    )
+    runs = [in_a_fresh_interpreter(code).split() for _ in range(3)]  # the first may find a cold disk
+    assert [heavy for _, *heavy in runs] == [[]] * 3
+    assert min(float(seconds) for seconds, *_ in runs) < 2
 
 
 def test_the_package_itself_needs_only_python():
