@@ -56,7 +56,7 @@ BUDGET = Budget()
 def make_student(method, dataset, seeds, budget, **changes):
     """The role of one method and the batches it trains on; its loss, and the pairs that needs, are its own.
 
-    changes: to the flow-map loss or to the pairs drawn, for the ablation.
+    changes: to the options of the loss or to the pairs drawn, for the ablation.
     """
     mixture = plane.load(dataset)
 
@@ -66,14 +66,9 @@ def make_student(method, dataset, seeds, budget, **changes):
     pairs = {"diagonal": changes.pop("diagonal", 0.5), "end": changes.pop("end", 0.25)}
     network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
     student = Role(network, lr=budget.lr, ema=0.99 if method == "consistency" else 0.999)
-    if method == "consistency":
-        options = {
-            "grid": 16,
-            "solver": "heun",
-            "weight": torch.ones_like,
-            "adaptive": 0.5,
-        }  # the best of a dozen tried
-        student.loss = ConsistencyLoss(velocity, student.average, **options)
+    if method == "consistency":  # the best of a dozen settings tried: docs/plane.md
+        options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5}
+        student.loss = ConsistencyLoss(velocity, student.average, **options | changes)
         pairs = {"diagonal": 1.0, "end": 0.0}  # a row has one time
     else:
         shares = choose("method", method, FLOW_MAPS)
@@ -215,8 +210,8 @@ def check(seeds, budget):
 
 def table(report, figure="sliced_w2"):
     """One figure of a report as text: a row a method, a column a step count; mean over seeds, times 1000."""
-    rows = [f"{figure} x 1000".ljust(18) + "".join(f"{nfe:>8}" for nfe in NFE)]
+    rows = [f"{figure} x 1000".ljust(26) + "".join(f"{nfe:>8}" for nfe in NFE)]
     for name, method in report["methods"].items():
         columns = zip(*method[figure], strict=True)
-        rows.append(name.ljust(18) + "".join(f"{1000 * sum(each) / len(each):>8.1f}" for each in columns))
+        rows.append(name.ljust(26) + "".join(f"{1000 * sum(each) / len(each):>8.1f}" for each in columns))
     return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""The claims of the README, on a fresh run of the whole demo; and the README's figures are those of the committed run."""
+"""The claims of the README hold on a fresh run of the whole demo; its figures are those of the committed one."""
 
 import json
 from pathlib import Path

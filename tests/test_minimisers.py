@@ -4,9 +4,9 @@ A model that is affine in z, with polynomials in (t, r) for coefficients, is wid
 stationary point; Newton's method on the stop-gradient field of the real FlowMapLoss finds it.
 """
 
-import numpy as np
 import pytest
 import torch
+from numpy.polynomial.legendre import legvander
 
 from minianyflow.guidance import Guidance
 from minianyflow.objectives import FlowMapLoss
@@ -18,7 +18,7 @@ CONDITIONAL, UNCONDITIONAL, SCALE = Gaussian(1.0, 0.7), Gaussian(-0.2, 1.0), 3.0
 
 
 class Affine(torch.nn.Module):
-    """u = a(t, r) z + b(t, r), polynomials orthonormal on the triangle; `label` 0 and 1 have coefficients of their own."""
+    """u = a(t, r) z + b(t, r), polynomials orthonormal on the triangle; each `label` has coefficients of its own."""
 
     def __init__(self, labels=1, degree=DEGREE):
         super().__init__()
@@ -28,9 +28,7 @@ class Affine(torch.nn.Module):
         self.mix = torch.linalg.inv(torch.linalg.qr(self.products(t, r) / len(t) ** 0.5).R)
 
     def products(self, t, r):
-        t, r = (
-            torch.from_numpy(np.polynomial.legendre.legvander(2 * time.numpy() - 1, self.degree)) for time in (t, r)
-        )
+        t, r = (torch.from_numpy(legvander(2 * time.numpy() - 1, self.degree)) for time in (t, r))
         return torch.stack([t[:, i] * r[:, j] for i, j in self.powers], 1)
 
     def basis(self, t, r):
