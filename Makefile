@@ -2,10 +2,13 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m minianyflow
 
-.PHONY: demo test check setup
+.PHONY: demo lab test check setup
 
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET))
+
+lab: setup    ## the course, in JupyterLab
+	@$(RUN) lab
 
 test: setup   ## every test
 	@$(RUN) test

@@ -11,7 +11,8 @@ The rooms, from the ground up; each needs only those above it in this list:
     on_policy                                     backward simulation, distribution matching
     networks, training                            a small network, the one loop
     measures, pictures                            how far off, and what it looks like
-    running, demo, ablation, __main__             jobs side by side, the race, what moves it, the command line
+    running, demo, ablation                       jobs side by side, the race, what moves it
+    course, exercises, __main__                   what notebooks stand on, their exercises, the command line
 """
 
 __version__ = "0.1.0"

@@ -4,9 +4,11 @@ This module needs nothing but Python until a command that needs more is run: `se
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from minianyflow.errors import InputError
 from minianyflow.install import ROOT, setup
@@ -19,12 +21,13 @@ def demo(arguments):
     report = run(**experiment(arguments))
     floors = (
         report["exact_flow"]["sliced_w2"],
-        report["measure"]["renoised_floor"],
+        report["fresh_noise"]["sliced_w2"],
+        report["fresh_noise"]["sliced_w2_pooled"],
         report["reference_floor"]["sliced_w2"],
     )
     print(f"\n{table(report)}")
     print(
-        "the exact flow reads {:.1f}, fresh samples {:.1f}, the data itself {:.1f}".format(*(1000 * f for f in floors))
+        "floors: exact flow {:.1f}, fresh noise {:.1f} (pooled {:.1f}), data {:.1f}".format(*(1000 * f for f in floors))
     )
     print(f"\n{table(report, 'path_error')}")
     print(f"\nwritten: {arguments.output}/any_step.json, {arguments.output}/any_step.png")
@@ -32,7 +35,7 @@ def demo(arguments):
 
 
 def ablate(arguments):
-    """Change one thing at a time in the mixed flow map and in the baseline: 15 minutes; writes ablation.json."""
+    """Change one thing at a time in the mixed flow map and in the baseline, twenty minutes; writes ablation.json."""
     from minianyflow.ablation import run
     from minianyflow.demo import table
 
@@ -48,11 +51,48 @@ def experiment(arguments):
     return {
         "dataset": arguments.dataset,
         "seeds": whole_numbers(arguments.seeds),
-        "budget": BUDGET if arguments.steps is None else replace(BUDGET, steps=arguments.steps),
+        "budget": replace(BUDGET, steps=getattr(arguments, "steps", BUDGET.steps)),
         "output": arguments.output,
         "workers": arguments.workers,
         "quiet": arguments.quiet,
     }
+
+
+def lab(arguments):
+    """Open the course in JupyterLab."""
+    page = "/lab/tree/README.md?factory=Markdown%20Preview"
+    return subprocess.call([sys.executable, "-m", "jupyterlab", f"--LabApp.default_url={page}"], cwd=ROOT / "notebooks")
+
+
+def course(arguments):
+    """Run the notebooks from fresh kernels and save them with their outputs, or compare them with what is saved."""
+    import nbformat
+    from tqdm import tqdm
+
+    from minianyflow.course import compare, execute, notebooks
+
+    chosen = [path for path in notebooks() if not arguments.only or path.name.startswith(arguments.only)]
+    if not chosen:
+        raise InputError(f"no notebook begins with {arguments.only!r}; expected one of 00 to 05")
+    if arguments.figures:
+        Path(arguments.figures).mkdir(parents=True, exist_ok=True)
+    differences = []
+    for path in tqdm(chosen, unit="notebook"):
+        fresh = execute(path, arguments.figures)
+        if arguments.compare:
+            differences += [f"{path.name}: {line}" for line in compare(nbformat.read(path, as_version=4), fresh)]
+        else:
+            nbformat.write(fresh, path)
+    print("\n".join(differences) or f"{len(chosen)} notebooks run, every claim holds")
+    return 1 if differences else 0
+
+
+def exercises(arguments):
+    """Write the student's exercise files from the solutions."""
+    from minianyflow.exercises import write_exercises
+
+    print("\n".join(str(path.relative_to(ROOT)) for path in write_exercises()))
+    return 0
 
 
 def test(arguments):
@@ -107,10 +147,21 @@ def parse(argv):
         each = add(function)
         each.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
         each.add_argument("--seeds", default="0,1,2", help="trained together, as one network")
-        each.add_argument("--steps", type=int, help="training steps of every method (default: the demo's budget)")
+        each.add_argument(
+            "--steps",
+            type=int,
+            default=argparse.SUPPRESS,
+            help="training steps of every method (default: 10000)",
+        )
         each.add_argument("--output", default=output, help="folder for what is written")
         each.add_argument("--workers", default=2, type=int, help="processes; each trains one method on one core")
         each.add_argument("--quiet", action="store_true", help="no progress bars")
+    add(lab)
+    each = add(course)
+    each.add_argument("--only", help="the number of one notebook, say 03")
+    each.add_argument("--compare", action="store_true", help="write nothing; say where claims differ from those saved")
+    each.add_argument("--figures", metavar="FOLDER", help="write every figure there too, for slides")
+    add(exercises)
     add(test).add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     add(check)
     return parser.parse_args(argv)
@@ -119,10 +170,18 @@ def parse(argv):
 def main(argv=None):
     """Run one command; returns its exit status. Bad input is one line, an interruption too."""
     try:
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a polite kill is an interruption, too
         arguments = parse(argv)
         return arguments.command(arguments)
     except InputError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as missing:
+        print(
+            f"error: {missing.name} is not installed here; run `python -m minianyflow setup`, then use "
+            "`.venv/bin/python` (on Windows `.venv\\Scripts\\python`), or `make`",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written; run the same command again to start over", file=sys.stderr)

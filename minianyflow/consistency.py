@@ -43,7 +43,7 @@ def continuous_target(u, z, t, v, warm=1.0, constant=0.1, derivative="difference
     end = torch.zeros_like(t)
     here = u(z, t, end)
     tangent = (1 - warm) * v + warm * eulerian_target(u, z, t, end, v, derivative, delta) - here
-    size = tangent.flatten(1).norm(dim=1) / tangent[0].numel() ** 0.5  # root mean square, (B,)
+    size = tangent.flatten(1).norm(dim=1) / tangent[0].numel() ** 0.5  # (B,), root mean square where sCM has the norm
     return here + tangent / broadcast_time(size + constant, z)
 
 
@@ -51,8 +51,9 @@ def continuous_target(u, z, t, v, warm=1.0, constant=0.1, derivative="difference
 class ConsistencyLoss:
     """velocity: `velocity(z, t)` of the teacher. average: the averaged student (discrete form only).
 
-    form: "discrete" on `grid` times, or "continuous" with the tangent warmed up over `warmup` calls. weight: of a row,
-    from its t, on the squared error of the network output. adaptive: see `objectives.adaptive_weight`.
+    form: "discrete" on `grid` times, or "continuous" with the tangent warmed up over `warmup` calls (parts of
+    steps). weight: of a row, from its t, on the squared error of the network output.
+    adaptive: see `objectives.adaptive_weight`.
     """
 
     velocity: Callable

@@ -6,10 +6,13 @@ Every student has the same network, data, teacher (the exact velocity), evaluati
 import json
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
 
 from minianyflow.consistency import ConsistencyLoss
 from minianyflow.errors import InputError, choose
@@ -25,9 +28,10 @@ from toy_data import plane
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)
 POINTS = 8192  # of the measure: fewer would measure the sampling noise
-DRAWS = 4  # of fresh noise, pooled, for a sampler that re-noises: one would measure that noise
+DRAWS = 4  # of fresh noise for a sampler that re-noises, pooled for a second reading: one alone reads mostly that noise
 PIECE = 1024  # of the points, carried together: they stay in the processor's cache; a picture shows one piece
 SHOWN = (1, 4, 16, 64)
+STUDENTS = Path(plane.__file__).parent / "students"  # of the committed run
 
 FLOW_MAPS = {
     "eulerian": {"eulerian": 1.0},
@@ -59,6 +63,7 @@ def make_student(method, dataset, seeds, budget, **changes):
     changes: to the options of the loss or to the pairs drawn, for the ablation.
     """
     mixture = plane.load(dataset)
+    choose("method", method, dict.fromkeys(METHODS[1:]))
 
     def velocity(z, t, copy=None):  # the exact teacher, the same for every copy
         return mixture.velocity(z, t)
@@ -71,7 +76,7 @@ def make_student(method, dataset, seeds, budget, **changes):
         student.loss = ConsistencyLoss(velocity, student.average, **options | changes)
         pairs = {"diagonal": 1.0, "end": 0.0}  # a row has one time
     else:
-        shares = choose("method", method, FLOW_MAPS)
+        shares = FLOW_MAPS[method]
         options = {"shares": shares, "velocity": velocity, "adaptive": ADAPTIVE.get(method, 0.5)}
         student.loss = FlowMapLoss(**options | changes)
     return student, batches(mixture.sample, budget.rows, seeds, **pairs)
@@ -79,7 +84,7 @@ def make_student(method, dataset, seeds, budget, **changes):
 
 def sample(method, network, dataset, z, nfe, draw=0, **condition):
     """The trajectory (nfe + 1, B, 2) of one method from noise `z` (B, 2) in `nfe` evaluations."""
-    if method == "euler":
+    if choose("method", method, dict.fromkeys(METHODS, method)) == "euler":
         return sample_euler(plane.load(dataset).velocity, z, time_grid(nfe))
     if method == "consistency":
         return sample_consistency(network, z, time_grid(nfe), generator(nfe, draw), **condition)
@@ -89,24 +94,26 @@ def sample(method, network, dataset, z, nfe, draw=0, **condition):
 def sample_all(method, network, dataset, copies, bar):
     """Sample at every step count, the copies from the same noises, and measure against the data.
 
-    Returns {nfe: ends (copies, POINTS, 2)}, {nfe: [sliced W2 of each copy]} and, for some, {nfe: (nfe + 1, PIECE, 2)},
-    the paths of the first copy.
+    Returns {nfe: ends (copies, POINTS, 2)}, {"sliced_w2": {nfe: [one a copy]}}, with "sliced_w2_pooled" for a sampler
+    that re-noises, and, for some, {nfe: (nfe + 1, PIECE, 2)}, the paths of the first copy.
     """
     condition = {"copy": torch.arange(copies).repeat(PIECE)} if copies > 1 else {}
     reference, _ = references(dataset)
-    ends, distance, paths = {}, {}, {}
+    ends, paths, renoised = {}, {}, method == "consistency"
+    distances = {name: {} for name in ("sliced_w2", "sliced_w2_pooled")[: 1 + renoised]}
     for nfe in tqdm(NFE, unit="sampler", **bar):
         pieces = [
             sample(method, network, dataset, z.repeat_interleave(copies, 0), nfe, draw * POINTS + start, **condition)
-            for draw in range(DRAWS if method == "consistency" and nfe > 1 else 1)
+            for draw in range(DRAWS if renoised and nfe > 1 else 1)
             for start, z in enumerate(sobol_noise(POINTS, (2,)).split(PIECE))
         ]
         pooled = torch.cat([piece[-1] for piece in pieces]).reshape(-1, copies, 2).transpose(0, 1)
-        distance[nfe] = [sliced_w2(samples, reference) for samples in pooled]
         ends[nfe] = pooled[:, :POINTS].contiguous()
+        for name, samples in zip(distances, (ends[nfe], pooled), strict=False):
+            distances[name][nfe] = [sliced_w2(each, reference) for each in samples]
         if nfe in SHOWN:
             paths[nfe] = pieces[0][:, ::copies].numpy()
-    return ends, distance, paths
+    return ends, distances, paths
 
 
 def run_method(method, dataset, seeds, budget, changes, quiet, position=0):
@@ -133,6 +140,7 @@ def run_method(method, dataset, seeds, budget, changes, quiet, position=0):
     return {
         "sampled": sample_all(method, network, dataset, len(seeds), {"desc": f"sampling {method}", **bar}),
         "cost": cost,
+        "weights": network.network.state_dict(),
     }
 
 
@@ -144,6 +152,21 @@ def exact_flow(dataset, position=0):
     return torch.cat(ends), sample_ode(mixture.velocity, pieces[0], time_grid(64)).numpy()
 
 
+def load_student(method, copy=0, folder=STUDENTS):
+    """The trained network u(z, t, r) of one seed, from what `run` wrote; by default the one in toy_data/."""
+    path = Path(folder) / f"{choose('method', method, dict.fromkeys(METHODS[1:], method))}.safetensors"
+    if not path.exists():
+        raise InputError(f"no {path.name} in {folder}; make one with python -m minianyflow demo --output {folder}")
+    with safe_open(path, "pt") as file:
+        made, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    seeds, budget = json.loads(made["seeds"]), Budget(**json.loads(made["budget"]))
+    if not 0 <= copy < len(seeds):
+        raise InputError(f"copy {copy} of a student with {len(seeds)} copies; expected 0 to {len(seeds) - 1}")
+    network = MLP(width=budget.width, depth=budget.depth, seeds=seeds[copy : copy + 1])
+    network.load_state_dict({name: value[copy : copy + 1] for name, value in weights.items()})
+    return network.eval().requires_grad_(False)
+
+
 def references(dataset):
     """Two independent stratified samples of the data; how far apart they are is the floor of the measure."""
     source = generator(0)
@@ -152,18 +175,20 @@ def references(dataset):
 
 def in_report(result, seeds, exact_ends):
     """One method as it stands in the JSON: a list over step counts for each seed, and what it cost."""
-    ends, distance, _ = result["sampled"]
+    ends, distances, _ = result["sampled"]
     copies = [seed % len(ends[1]) for seed in range(len(seeds))]  # Euler has one copy, the same for all seeds
     return {
         "nfe": list(NFE),
-        "sliced_w2": [[round(distance[nfe][copy], 6) for nfe in NFE] for copy in copies],
+        **{name: [[round(by[nfe][copy], 6) for nfe in NFE] for copy in copies] for name, by in distances.items()},
         "path_error": [[round(path_error(ends[nfe][copy], exact_ends), 6) for nfe in NFE] for copy in copies],
         **result["cost"],
     }
 
 
 def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo", workers=2, quiet=False):
-    """The whole demo: train, sample, measure, draw. Writes `any_step.json` and `any_step.png` whole, or nothing.
+    """The whole demo: train, sample, measure, draw. Writes `any_step.json` and `any_step.png`, whole or not at all.
+
+    With them go the trained networks, `METHOD.safetensors`, which `load_student` opens.
 
     workers: processes; each trains one method at a time, on one core. Returns the report, the JSON.
     """
@@ -176,6 +201,7 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo",
         exact_ends, exact_paths = results["exact"]
         reference, other = references(dataset)
         fresh = [mixture.sample(DRAWS * POINTS, generator(1, draw)) for draw in range(8)]
+        fresh_w2 = [[sliced_w2(each[:rows], reference) for each in fresh] for rows in (POINTS, DRAWS * POINTS)]
         report = {
             "dataset": dataset,
             "seeds": list(seeds),
@@ -184,11 +210,14 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo",
                 "directions": 128,
                 "noise": "scrambled Sobol",
                 "reference": "stratified",
-                "pooled_draws_when_renoised": DRAWS,
-                "renoised_floor": round(sum(sliced_w2(each, reference) for each in fresh) / len(fresh), 6),
+                "pooled_draws": DRAWS,
             },
             "budget": asdict(budget),
             "reference_floor": {"sliced_w2": round(sliced_w2(reference, other), 6)},
+            "fresh_noise": {
+                name: round(sum(each) / len(each), 6)
+                for name, each in zip(("sliced_w2", "sliced_w2_pooled"), fresh_w2, strict=True)
+            },
             "exact_flow": {"sliced_w2": round(sliced_w2(exact_ends, reference), 6)},
             "methods": {method: in_report(results[method], seeds, exact_ends) for method in METHODS},
         }
@@ -197,6 +226,9 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo",
         paths = {method: results[method]["sampled"][2] for method in METHODS}
         save_figure(any_step_figure(report, paths, exact_paths), folder / "any_step.png")
         (folder / "any_step.json").write_text(json.dumps(report, indent=1) + "\n")
+        made = {"dataset": dataset, "budget": json.dumps(report["budget"]), "seeds": json.dumps(report["seeds"])}
+        for method in METHODS[1:]:
+            save_file(results[method]["weights"], folder / f"{method}.safetensors", made)
     return report
 
 
@@ -212,6 +244,8 @@ def table(report, figure="sliced_w2"):
     """One figure of a report as text: a row a method, a column a step count; mean over seeds, times 1000."""
     rows = [f"{figure} x 1000".ljust(26) + "".join(f"{nfe:>8}" for nfe in NFE)]
     for name, method in report["methods"].items():
-        columns = zip(*method[figure], strict=True)
-        rows.append(name.ljust(26) + "".join(f"{1000 * sum(each) / len(each):>8.1f}" for each in columns))
+        for label, key in ((name, figure), (f"{name}, pooled", f"{figure}_pooled")):
+            columns = zip(*method.get(key, []), strict=True)
+            figures = "".join(f"{1000 * sum(each) / len(each):>8.1f}" for each in columns)
+            rows += [label.ljust(26) + figures] if figures else []
     return "\n".join(rows)

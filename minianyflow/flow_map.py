@@ -9,12 +9,13 @@ from itertools import pairwise
 
 import torch
 
-from minianyflow.interpolant import broadcast_time, check_times
+from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
 from minianyflow.schedules import check_grid
 
 
 def displace(z, u, t, r):
     """Follow the average velocity `u` (a tensor) from t to r: z - (t - r) u."""
+    check_same_shape("the average velocity", u, z)
     return z - broadcast_time(t - r, z) * u
 
 

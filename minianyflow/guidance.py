@@ -3,7 +3,7 @@
 The guided velocity is v_null + g (v - v_null), with v_null = u(z, t, t | null), the unconditional velocity.
 Exact (MeanFlow, eq. 13): this velocity is the target and the tangent, and the map learned is that of the guided ODE.
 Published (AnyFlow's code): (u - (1 - g) u_null(z, t, r)) / g is regressed on v - (t - r) / g du/dt along the unguided
-velocity. The two agree where r = t and nowhere else: the fixed point is not a flow map (tests/test_guidance.py).
+velocity. The two agree where r = t and nowhere else: the fixed point is not a flow map (tests/test_minimisers.py).
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from minianyflow.errors import InputError
+from minianyflow.flow_map import pick_rows
 
 
 def guided_velocity(v, v_null, scale):
@@ -21,7 +22,11 @@ def guided_velocity(v, v_null, scale):
 
 @dataclass
 class Guidance:
-    """scale: g >= 1. null: the condition of the unconditional branch, tensors (1, ...), as `u` takes them."""
+    """scale: g >= 1. null: what the unconditional branch has in place of a condition, tensors (1, ...).
+
+    Conditions that are not named in `null` stay as they are. Rows that dropped theirs, `dropped` in a batch, teach the
+    branch itself: without any, it would pull towards what nothing has trained.
+    """
 
     scale: float
     null: Mapping[str, torch.Tensor]
@@ -32,7 +37,7 @@ class Guidance:
             raise InputError(f"guidance scale {self.scale}; expected at least 1, which is none")
 
     @torch.no_grad()
-    def pull(self, u, z, t, r, v, kept):
+    def pull(self, u, z, t, r, v, kept, condition):
         """(g - 1) (v - u_null(z, t, r)) for the rows `kept` (B,) bool, zero for rows that dropped their condition.
 
         Only the kept rows are evaluated; no gradient. Returns (B, *shape).
@@ -41,6 +46,6 @@ class Guidance:
         rows = kept.nonzero().squeeze(1)
         if len(rows) and self.scale != 1:
             null = {name: value.expand(len(rows), *value.shape[1:]) for name, value in self.null.items()}
-            v_null = u(z[rows], t[rows], r[rows], **null)
+            v_null = u(z[rows], t[rows], r[rows], **pick_rows(condition, rows) | null)
             out[rows] = guided_velocity(v[rows], v_null, self.scale) - v[rows]
         return out

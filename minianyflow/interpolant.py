@@ -5,7 +5,7 @@
 Shapes, here and in every module:
     B  samples        F  frames        *shape  the shape of one sample, whatever it is
     x, eps, z, v, u   (B, *shape)      data, noise, state, velocity, average velocity
-    t, r              (B,), or (B, F) where every frame has its own time; r <= t, both in [0, 1]
+    t, r              (B,); r <= t, both in [0, 1]. A time for every frame, (B, F), is taken here, and by a jump
 """
 
 import torch
@@ -23,8 +23,16 @@ def broadcast_time(t, z):
     return t.reshape(t.shape + (1,) * (z.ndim - t.ndim))
 
 
+def check_same_shape(name, value, z):
+    """Raise InputError unless `value` has the shape of the state `z`: torch would broadcast it without a word."""
+    if value.shape != z.shape:
+        raise InputError(f"{name} has shape {tuple(value.shape)}; expected that of the state, {tuple(z.shape)}")
+
+
 def check_times(t, r):
     """Raise InputError unless 0 <= r <= t <= 1 everywhere (NaN fails too)."""
+    if not (isinstance(t, torch.Tensor) and isinstance(r, torch.Tensor)):
+        raise InputError(f"times {t!r} and {r!r}; expected tensors, one time a sample: use torch.full((len(z),), t)")
     if t.shape != r.shape:
         raise InputError(f"t has shape {tuple(t.shape)}, r has {tuple(r.shape)}; expected the same shape")
     if not bool(((r >= 0) & (t <= 1)).all()):
@@ -38,6 +46,7 @@ def check_times(t, r):
 
 def interpolate(x, eps, t):
     """z_t = (1 - t) x + t eps: data at t = 0, noise at t = 1. All (B, *shape), t (B,) or (B, F)."""
+    check_same_shape("the noise", eps, x)
     t = broadcast_time(t, x)
     return (1 - t) * x + t * eps
 

@@ -6,6 +6,7 @@ noises are scrambled Sobol points, the reference is stratified over components, 
 
 import numpy as np
 import torch
+from scipy.stats import chi
 
 from minianyflow.errors import InputError
 from minianyflow.interpolant import check_finite
@@ -57,8 +58,13 @@ def energy_distance(a, b):
     return float(2 * torch.cdist(a, b).mean() - within[0] - within[1])
 
 
-def off_share(samples, mixture, radius=4.0):
-    """The share of samples farther than `radius` sigmas from every component of the mixture."""
+def off_share(samples, mixture, rare=3.35e-4):
+    """The share of samples that are off every component of the mixture.
+
+    Off: farther away than all but the share `rare` of a component's own samples, which is 4 sigmas in the plane and
+    more in more dimensions.
+    """
+    radius = float(chi.isf(rare, mixture.means.shape[1]))
     distance = torch.cdist(samples.flatten(1), mixture.means)
     return float((distance > radius * mixture.sigma).all(1).float().mean())
 

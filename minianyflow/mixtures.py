@@ -78,6 +78,7 @@ class GaussianMixture:
     def flow(self, z, t, r, log_weights=None, tolerance=1e-10):
         """Phi(z; t -> r), every row with its own t and r: the ODE solved in float64, good to 1e-7; (B, *shape)."""
         check_times(t, r)
+        check_finite("the state", z)
         exact, start, stop = self.to(torch.float64), t.double(), r.double()
         log_weights = None if log_weights is None else log_weights.double()
         length = broadcast_time(stop - start, z)

@@ -75,7 +75,10 @@ class MLP(nn.Module):
 
 
 class EvaluationCounter(nn.Module):
-    """Wraps a network and counts what it evaluates: `rows` states, and how many of them `with_grad`."""
+    """Wraps a network and counts what it evaluates: `rows` states, and how many of them `with_grad`.
+
+    A forward-mode derivative is one call and counts as one, though it costs about two.
+    """
 
     def __init__(self, network):
         super().__init__()

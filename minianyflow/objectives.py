@@ -19,7 +19,7 @@ import torch
 from minianyflow.errors import InputError, choose
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.guidance import Guidance
-from minianyflow.interpolant import broadcast_time, check_times, data_velocity, interpolate
+from minianyflow.interpolant import broadcast_time, check_same_shape, check_times, data_velocity, interpolate
 
 DELTA = 2e-3  # half the width of a central difference: flat between 1e-3 and 5e-3 on the plane, in float32
 
@@ -110,12 +110,19 @@ class FlowMapLoss:
         """
         t, r = batch["t"], batch["r"]
         check_times(t, r)
+        if self.guidance and "dropped" not in batch:
+            raise InputError(
+                "guidance without `dropped` in the batch; expected which rows dropped their condition: "
+                "draw_pairs(..., drop=0.1) draws them"
+            )
         z = interpolate(batch["x"], batch["eps"], t)
         kinds = self.kinds(batch)
         target, scale = torch.empty_like(z), torch.ones_like(t)
         for name, rows in kinds.items():
             target[rows], scale[rows] = self._target(name, u, batch, rows, z[rows])
-        error = (u(z, t, r, **batch.get("condition", {})) - target).square().flatten(1).mean(1)  # (B,)
+        out = u(z, t, r, **batch.get("condition", {}))
+        check_same_shape("the network's output", out, z)
+        error = (out - target).square().flatten(1).mean(1)  # (B,)
         loss = self.weight(t) * scale * error * adaptive_weight(error, self.adaptive)
         if self.rebalance:
             loss = rebalanced(loss, t == r)
@@ -148,8 +155,9 @@ class FlowMapLoss:
         def velocity(z, t):
             x, eps = batch["x"][rows], batch["eps"][rows]
             v = self.velocity(z, t, **condition) if self.velocity else data_velocity(x, eps)
+            check_same_shape("the velocity", v, z)
             exact = self.guidance and not self.guidance.published
-            return v + self.guidance.pull(u, z, t, t, v, kept) if exact else v
+            return v + self.guidance.pull(u, z, t, t, v, kept, condition) if exact else v
 
         if name == "semigroup":
             return semigroup_target(bound, z, t, r, r + batch["split"][rows] * (t - r)), 1.0
@@ -158,7 +166,7 @@ class FlowMapLoss:
         v = velocity(z, t)
         target = v if name == "tangent" else eulerian_target(bound, z, t, r, v, **options)
         if self.guidance and self.guidance.published:
-            target = target + self.guidance.pull(u, z, t, r, v, kept)
+            target = target + self.guidance.pull(u, z, t, r, v, kept, condition)
             return target, torch.where(kept, self.guidance.scale**-2, 1.0).to(z)
         return target, 1.0
 
@@ -175,8 +183,9 @@ def adaptive_weight(error, power, floor=5e-3):
 def rebalanced(loss, diagonal):
     """AnyFlow's rebalancing: every row r < t is scaled so that its loss equals the mean loss of the rows r = t.
 
-    loss (B,), diagonal (B,) bool; the mean is taken over all processes. It cancels the time weight of those rows, and
-    the scaled loss no longer shows flow-map error: log the raw one. Without any row r = t the loss is left alone.
+    loss (B,), diagonal (B,) bool; the mean is taken over all processes (of one part, where a step accumulates).
+    It cancels the time weight of those rows, and the scaled loss no longer shows flow-map error: log the raw one.
+    Without any row r = t the loss is left alone.
     """
     total = torch.stack([loss[diagonal].sum(), diagonal.sum()]).detach()
     if torch.distributed.is_initialized():

@@ -26,6 +26,17 @@ def draw_rollouts(count, generator=None, steps=STEPS):
     return lengths, (torch.rand(count, generator=generator) * lengths).long()
 
 
+def draw_on_policy(shape, count, generator=None, steps=STEPS, shift=1.0):
+    """What on-policy training draws for `count` samples of `shape`, on top of the batch of the forward loss.
+
+    Returns a dict: `noise`, `score_eps` (count, *shape), `lengths`, `step`, `score_t` (count,), uniform and shifted.
+    """
+    noise, score_eps = torch.randn(2, count, *shape, generator=generator)
+    lengths, step = draw_rollouts(count, generator, steps)
+    score_t = time_shift(torch.rand(count, generator=generator), shift)
+    return {"noise": noise, "score_eps": score_eps, "lengths": lengths, "step": step, "score_t": score_t}
+
+
 def backward_simulation_times(lengths, step, shift=1.0):
     """The times 1 -> t_g -> t_{g+1} -> 0 on a grid of N steps, one column a sample: (4, B), float32.
 
@@ -96,7 +107,7 @@ class OnPolicyLoss:
 
 @dataclass
 class FakeScoreLoss:
-    """The fake score's loss: flow matching on fresh samples of the student. batch: as for OnPolicyLoss."""
+    """The fake score's loss: flow matching on what the student makes now, without gradient to it. batch: as above."""
 
     student: Callable
     shift: float = 1.0

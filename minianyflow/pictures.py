@@ -1,9 +1,12 @@
 """Figures for the README, the notebooks and slides: fixed axes, equal aspect, one colour a method."""
 
+import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 # Okabe and Ito's palette: told apart with any colour vision. One colour a method, throughout the course.
 COLOURS = {
@@ -30,8 +33,9 @@ LABELS = {
 def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):
     """Trajectories (steps + 1, n, 2) as lines, noise to data; `samples` (m, 2) as points, `exact` ones grey below."""
     paths = np.asarray(paths)
-    length = np.linalg.norm(np.diff(paths, axis=0), axis=-1).sum(0).mean()  # long, tangled ones are drawn fainter
-    axes.plot(*np.moveaxis(paths, -1, 0), color=colour, alpha=min(0.4, 1 / length), linewidth=0.6, zorder=1)
+    length = np.linalg.norm(np.diff(paths, axis=0), axis=-1).sum(0).mean()
+    alpha = 0.4 / max(1.0, 0.4 * length)  # long, tangled ones are drawn fainter
+    axes.plot(*np.moveaxis(paths, -1, 0), color=colour, alpha=alpha, linewidth=0.6, zorder=1)
     for points, shade, size, order in ((exact, "0.75", 4, 0), (samples, colour, 2, 2)):
         if points is not None:
             axes.scatter(*np.asarray(points).T, s=size, color=shade, linewidths=0, zorder=order)
@@ -46,7 +50,7 @@ def draw_curves(axes, report, figure, ylabel, floors=None):
     floors: {method: value}, dotted lines in that method's colour, below which the measure shows no error.
     """
     for name, method in report["methods"].items():
-        values = np.array(method[figure])
+        values = np.array(method.get(f"{figure}_pooled", method[figure]))
         style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
         axes.plot(method["nfe"], values.mean(0), label=LABELS[name].replace("\n", " "), linewidth=1.8, **style)
         axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
@@ -74,30 +78,35 @@ def any_step_figure(report, trajectories, exact_paths, shown=(1, 4, 16, 64), lin
         for axes, steps in zip(row, shown, strict=True):
             draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1], exact_paths[-1])
             method = report["methods"][name]
-            distance = np.mean([each[method["nfe"].index(steps)] for each in method["sliced_w2"]])
+            distances = np.array(method.get("sliced_w2_pooled", method["sliced_w2"]))  # (seeds, step counts)
+            distance = distances[:, method["nfe"].index(steps)].mean()
             axes.annotate(f"{1000 * distance:.0f}", (0.97, 0.04), xycoords="axes fraction", ha="right", fontsize=14)
         row[0].set_ylabel(LABELS[name], fontsize=15)
     for axes, steps in zip(grid[0], shown, strict=True):
         axes.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=17)
     exact, w2, path = right.subplots(3, 1, height_ratios=[1.25, 1, 1])
     draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1])
-    exact.set_title("the exact flow, same noise (grey in every panel)", fontsize=15)
-    floors = {"exact": report["exact_flow"]["sliced_w2"], "consistency": report["measure"]["renoised_floor"]}
+    exact.set_title(f"{report['dataset']}: the exact flow, same noise\n(grey in every panel)", fontsize=15)
+    floors = {"exact": report["exact_flow"]["sliced_w2"], "consistency": report["fresh_noise"]["sliced_w2_pooled"]}
     draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", floors)
-    w2.set_title("panel numbers: this x 1000; dotted: its floors", fontsize=13)
+    w2.set_title("x 1000 in the panels; dotted: its floors,\nexact flow (black) and fresh noise (orange)", fontsize=13)
     draw_curves(path, report, "path_error", "path error")
     w2.legend(fontsize=11)
     return figure
 
 
-def save_figure(figure, path, dpi=110, colours=64):
-    """Write a PNG of at most `colours` colours, small enough to commit; returns the path."""
-    from PIL import Image
-
-    figure.canvas.draw()
+def small_png(figure, dpi=110, colours=64):
+    """A PNG of at most `colours` colours, small enough to commit; bytes."""
     figure.set_dpi(dpi)
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-    Image.fromarray(pixels).quantize(colours, dither=Image.Dither.NONE).save(Path(path), optimize=True)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels, file = np.asarray(canvas.buffer_rgba())[..., :3], io.BytesIO()
+    Image.fromarray(pixels).quantize(colours, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return file.getvalue()
+
+
+def save_figure(figure, path, dpi=110, colours=64):
+    """Write a small PNG and close the figure; returns the path."""
+    Path(path).write_bytes(small_png(figure, dpi, colours))
     plt.close(figure)
     return path

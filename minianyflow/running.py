@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from minianyflow.errors import InputError
 
@@ -59,5 +59,8 @@ def staged(output):
         yield folder
         for file in folder.iterdir():
             os.replace(file, output / file.name)
+    except OSError as problem:
+        why = f"cannot write {problem.filename2 or problem.filename or output} ({problem.strerror})"
+        raise InputError(f"{why}; make room, or name another folder with --output") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

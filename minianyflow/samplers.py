@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torchdiffeq import odeint
 
+from minianyflow.errors import InputError
 from minianyflow.flow_map import end_point, rollout
 from minianyflow.interpolant import interpolate
 from minianyflow.schedules import check_grid
@@ -29,12 +30,13 @@ def sample_euler(velocity, z, times, **condition):
 @torch.no_grad()
 def sample_consistency(u, z, times, generator=None, **condition):
     """Multistep consistency sampling (Consistency Models, algorithm 1): jump to the end, add fresh noise, repeat."""
-    check_grid(times)
+    check_grid(times, columns=False)
     trajectory = [z]
-    for t, r in pairwise(times):
+    for t, r in pairwise(times.to(z.device)):
         x = end_point(u, trajectory[-1], t.expand(len(z)), **condition)
         if r > 0:
-            eps = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+            where = generator.device if generator else z.device
+            eps = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=where).to(z.device)
             x = interpolate(x, eps, r.expand(len(z)))
         trajectory.append(x)
     return torch.stack(trajectory)
@@ -53,7 +55,9 @@ def sample_consistency_deterministic(u, z, times, **condition):
 @torch.no_grad()
 def sample_ode(velocity, z, times, method="dopri5", rtol=1e-5, atol=1e-5, **condition):
     """dz/dt = velocity(z, t) by any torchdiffeq solver; the state at each of `times`."""
-    check_grid(times)
+    check_grid(times, columns=False)
+    if bool((times[1:] == times[:-1]).any()):
+        raise InputError("a time grid with two equal times; expected falling ones for an ODE solver")
     return odeint(
         lambda t, z: velocity(z, t.expand(len(z)).to(z.dtype), **condition),
         z,

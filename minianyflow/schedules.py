@@ -19,9 +19,11 @@ def time_grid(steps, shift=1.0, device=None):
     return time_shift(torch.linspace(1, 0, int(steps) + 1, device=device), shift)
 
 
-def check_grid(times):
-    """Raise InputError unless `times` (N + 1,) or (N + 1, B) falls (or rests) inside [0, 1], N >= 1."""
-    if times.ndim not in (1, 2) or len(times) < 2:
+def check_grid(times, columns=True):
+    """Raise InputError unless `times` (N + 1,), or (N + 1, B) if `columns`, falls (or rests) inside [0, 1], N >= 1."""
+    if not isinstance(times, torch.Tensor):
+        raise InputError(f"times {times!r}; expected a tensor (steps + 1,), as time_grid(steps) makes")
+    if times.ndim not in ((1, 2) if columns else (1,)) or len(times) < 2:
         raise InputError(f"a time grid of shape {tuple(times.shape)}; expected (steps + 1,), as time_grid(steps) makes")
     if not bool(((times >= 0) & (times <= 1)).all() and (times[1:] <= times[:-1]).all()):
         raise InputError("a time grid must fall from noise (1) towards data (0) inside [0, 1]; use time_grid(steps)")

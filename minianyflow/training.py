@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from minianyflow.errors import InputError
 from minianyflow.interpolant import check_finite
@@ -102,8 +102,12 @@ def train(roles, draw, steps, accumulate=1, accelerator=None, progress=True, on_
     accelerator = accelerator or Accelerator()
     parts = accumulate * accelerator.num_processes
     ready = {name: accelerator.prepare(role.network, role.optimizer) for name, role in roles.items()}
-    for role in roles.values():
+    for name, role in roles.items():
+        if role.loss is None:
+            raise InputError(f"role {name!r} has no loss; set its `loss` before training")
         role.average.to(accelerator.device)
+        if hasattr(ready[name][0], "broadcast_buffers"):
+            ready[name][0].broadcast_buffers = False  # or a process whose rows need fewer forwards hangs the others
     history = []
     for step in tqdm(range(steps), **_bar(progress, accelerator)):
         batch, logs = draw(step), {"step": step}
@@ -111,12 +115,14 @@ def train(roles, draw, steps, accumulate=1, accelerator=None, progress=True, on_
             network, optimizer = ready[name]
             for group in optimizer.param_groups:
                 group["lr"] = role.schedule(step, steps)
+            every = []
             for index in range(accumulate):
                 part = part_of(batch, accelerator.process_index * accumulate + index, parts, accelerator.device)
                 last = index == accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(network):
                     losses, raw = role.loss(network, part)
                     accelerator.backward(losses.mean() / accumulate)
+                every.append(raw | {"loss": losses.detach().mean()})
             if step == 0:
                 _check_gradients(name, role.network)
             if role.clip:
@@ -125,7 +131,7 @@ def train(roles, draw, steps, accumulate=1, accelerator=None, progress=True, on_
             optimizer.zero_grad()
             if step >= role.ema_after:
                 role.average.update_parameters(role.network)
-            logs |= {f"{name}/{kind}": error for kind, error in raw.items()} | {f"{name}/loss": losses.detach().mean()}
+            logs |= {f"{name}/{kind}": error for kind, error in _mean(every).items()}
         if step % log_every == 0 or step == steps - 1:
             history.append(_gather(logs))
         if on_step:
@@ -139,12 +145,16 @@ def _bar(progress, accelerator):
     return options if accelerator.is_main_process else {"disable": True}
 
 
-def _gather(logs):
-    """Mean over processes of every figure; stops the run if one is not finite."""
-    every = gather_object([{name: float(value) for name, value in logs.items()}])
+def _mean(every):
+    """Figure by figure, the mean over those of the dicts `every` that have it."""
     names = dict.fromkeys(name for each in every for name in each)
     figures = {name: [each[name] for each in every if name in each] for name in names}
-    out = {name: sum(values) / len(values) for name, values in figures.items()}
+    return {name: sum(values) / len(values) for name, values in figures.items()}
+
+
+def _gather(logs):
+    """Mean over processes of every figure; stops the run if one is not finite."""
+    out = _mean(gather_object([{name: float(value) for name, value in logs.items()}]))
     if not all(map(math.isfinite, out.values())):
         bad = next(name for name, value in out.items() if not math.isfinite(value))
         where = f"{bad} is {out[bad]} at step {out['step']:.0f}"

@@ -49,6 +49,40 @@ def test_continuous_tangent_is_normalised_and_warmed_up():
     assert float(warm.abs().max()) < 1
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_discrete_loss_is_what_it_says(solver):
+    """Every option by hand: the grid, the averaged student, the teacher's step, the weight, the adaptive weight."""
+    student, average = MLP(shape=(1,)).double(), MLP(shape=(1,), seeds=(1,)).double()
+    x, eps = torch.randn(2, 40, 1, dtype=torch.float64)
+    t = torch.rand(40, dtype=torch.float64)
+    loss = ConsistencyLoss(GAUSSIAN.velocity, average, grid=8, solver=solver, weight=torch.sqrt, adaptive=0.5)
+    losses, raw = loss(student, {"x": x, "eps": eps, "t": t})
+    upper = torch.ceil(8 * t) / 8
+    lower = upper - 1 / 8
+    z = (1 - upper)[:, None] * x + upper[:, None] * eps
+    v = GAUSSIAN.velocity(z, upper)
+    if solver == "heun":
+        v = (v + GAUSSIAN.velocity(z - v / 8, lower)) / 2
+    there = z - v / 8
+    end = there - lower[:, None] * average(there, lower, 0 * lower)
+    error = (student(z, upper, 0 * t) - (z - end) / upper[:, None]).square().mean(1)
+    assert torch.allclose(losses, upper.sqrt() * error / (error + 5e-3).sqrt(), atol=1e-9)
+    assert float(raw["consistency"]) == pytest.approx(float(error.mean()), abs=1e-6)
+
+
+def test_the_continuous_loss_warms_up():
+    student = MLP(shape=(1,)).double()
+    x, eps = torch.randn(2, 40, 1, dtype=torch.float64)
+    t = torch.rand(40, dtype=torch.float64)
+    loss = ConsistencyLoss(GAUSSIAN.velocity, form="continuous", warmup=4, weight=torch.ones_like)
+    z = (1 - t)[:, None] * x + t[:, None] * eps
+    with torch.no_grad():
+        here, v = student(z, t, 0 * t), GAUSSIAN.velocity(z, t)
+    for warm in (0.25, 0.5, 0.75, 1.0, 1.0):
+        expected = (here - continuous_target(student, z, t, v, warm)).square().mean(1)
+        assert torch.allclose(loss(student, {"x": x, "eps": eps, "t": t})[0], expected, atol=1e-9)
+
+
 @pytest.mark.parametrize("form", ["discrete", "continuous"])
 def test_gradient_reaches_the_student_alone(form):
     student, average = MLP(), MLP(seeds=(1,))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minianyflow.errors import InputError
+from minianyflow.guidance import Guidance
 from minianyflow.networks import MLP, EvaluationCounter
 from minianyflow.objectives import (
     FlowMapLoss,
@@ -14,6 +15,8 @@ from minianyflow.objectives import (
     semigroup_target,
 )
 from minianyflow.pairs import draw_pairs, generator, stratified_uniform
+from minianyflow.samplers import sample_flow_map
+from minianyflow.schedules import time_grid
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
@@ -198,6 +201,82 @@ def test_rebalancing_levels_the_rows_and_keeps_the_raw_errors():
     assert plain == even
 
 
+def gradients(losses, u):
+    return torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), list(u.parameters()))])
+
+
+def test_weights_hold_no_gradient_and_reach_the_loss():
+    """Rebalanced or adaptive, a row's gradient is its plain one times a number that is held still."""
+    batch, u = batch_of(32), MLP()
+    plain = FlowMapLoss({"eulerian": 1.0}, affine_velocity)(u, batch)[0]
+    error = plain / (1 - batch["t"]).sqrt()
+    pulled = (plain.detach() / (error.detach() + 5e-3).sqrt() / plain.detach()) * plain
+    adaptive = FlowMapLoss({"eulerian": 1.0}, affine_velocity, adaptive=0.5)(u, batch)[0]
+    assert torch.allclose(gradients(adaptive, u), gradients(pulled, u), rtol=1e-4, atol=1e-5)
+    diagonal = batch["t"] == batch["r"]
+    plain = FlowMapLoss({"eulerian": 1.0}, affine_velocity)(u, batch)[0]
+    factor = torch.where(diagonal, 1.0, plain.detach()[diagonal].mean() / plain.detach())
+    level = FlowMapLoss({"eulerian": 1.0}, affine_velocity, rebalance=True)(u, batch)[0]
+    assert torch.allclose(level.detach(), factor * plain.detach(), rtol=1e-4)
+    assert torch.allclose(gradients(level, u), gradients(factor * plain, u), rtol=1e-4, atol=1e-5)
+
+
+def test_derivative_and_delta_reach_the_target():
+    batch, u = batch_of(64), MLP().double()
+    batch = {name: value.double() for name, value in batch.items()}
+    coarse, fine, exact = (
+        FlowMapLoss({"eulerian": 1.0}, affine_velocity, **options)(u, batch)[0]
+        for options in ({"delta": 0.05}, {"delta": 1e-4}, {"derivative": "jvp"})
+    )
+    assert float((fine - exact).abs().max()) < 1e-3 * float((coarse - exact).abs().max())
+
+
+@pytest.mark.parametrize("shape", [(2,), (5,), (3, 4, 4), (2, 3, 4, 4)])
+def test_a_state_has_any_shape(shape):
+    """Losses, rollouts and samplers know nothing of the plane; on an exact map they are exact."""
+
+    def u(z, t, r):
+        flat = [time.repeat_interleave(z[0].numel()) for time in (t, r)]
+        return GAUSSIAN.average_velocity(z.reshape(-1, 1), *flat).reshape(z.shape)
+
+    batch = batch_of(16, shape=shape)
+    batch = {name: value.double() for name, value in batch.items()}
+    loss = FlowMapLoss({"eulerian": 1.0, "lagrangian": 1.0, "semigroup": 1.0}, affine_velocity, delta=1e-4)
+    losses, raw = loss(u, batch)
+    assert losses.shape == (16,)
+    assert len(raw) == 4
+    assert max(map(float, raw.values())) < 1e-6
+    ends = [sample_flow_map(u, batch["eps"], time_grid(steps).double())[-1] for steps in (1, 3)]
+    assert ends[0].shape == (16, *shape)
+    assert torch.allclose(*ends, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_times_are_shifted_and_rows_dropped(shift):
+    pairs = draw_pairs(20_000, generator(0), shift=shift, drop=0.1)
+    diagonal = pairs["t"] == pairs["r"]
+    assert float(pairs["t"][diagonal].median()) == pytest.approx(shift / (1 + shift), abs=0.02)
+    assert float(pairs["dropped"].float().mean()) == pytest.approx(0.1, abs=0.01)
+    assert 0.45 < float(pairs["split"].mean()) < 0.55
+    assert float(pairs["split"].std()) == pytest.approx(12**-0.5, abs=0.01)
+
+
+def test_guidance_replaces_what_it_names_and_asks_for_dropped_rows():
+    guidance = Guidance(2.0, {"label": torch.zeros(1, dtype=torch.long)}, published=False)
+
+    def u(z, t, r, label, shift):
+        return z * 0 + shift[:, None] + label[:, None]
+
+    batch = batch_of(8, diagonal=1.0, end=0.0) | {"dropped": torch.arange(8) >= 6}
+    condition = {"label": torch.ones(8, dtype=torch.long), "shift": torch.arange(8.0)}
+    loss = FlowMapLoss({}, lambda z, t, label, shift: 0 * z, guidance)
+    target = loss._target("tangent", u, batch | {"condition": condition}, torch.arange(8), batch["x"])[0]
+    assert torch.allclose(target[:6, 0], -condition["shift"][:6])  # v + (g - 1) (v - u_null), with v = 0 and label 0
+    assert not target[6:].any()
+    with pytest.raises(InputError, match="dropped"):
+        loss(u, batch_of(8, diagonal=1.0, end=0.0) | {"condition": condition})
+
+
 def test_adaptive_weight_turns_squares_into_absolute_values():
     error = torch.tensor([4.0, 100.0])
     assert (error * adaptive_weight(error, 0.5, floor=0.0)).tolist() == pytest.approx([2, 10])
@@ -227,7 +306,13 @@ def test_a_condition_follows_its_row():
         (lambda: FlowMapLoss({}, affine_velocity)(MLP(), batch_of(8)), "no objective for them"),
         (lambda: draw_pairs(8, diagonal=0.8, end=0.5), "at most 1"),
         (lambda: eulerian_target(MLP(), ZERO, torch.ones(4), torch.zeros(4), ZERO, "backward"), "jvp"),
-        (lambda: FlowMapLoss({"eulerian": 1.0})(MLP(), batch_of(8) | {"r": torch.ones(8) * 2}), r"\[0, 1\]|r > t"),
+        (lambda: FlowMapLoss({"eulerian": 1.0})(MLP(), batch_of(8) | {"r": torch.ones(8)}), "r > t"),
+        (lambda: FlowMapLoss({"eulerian": 1.0})(MLP(), batch_of(8) | {"t": torch.ones(8) * 2}), r"\[0, 1\]"),
+        (lambda: FlowMapLoss({"eulerian": 1.0}, lambda z, t: z[:1])(MLP(), batch_of(8)), "the velocity has shape"),
+        (
+            lambda: FlowMapLoss({}, affine_velocity)(lambda z, t, r: z[:, :1], batch_of(8, diagonal=1.0, end=0.0)),
+            "output",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(make, words):

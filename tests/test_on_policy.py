@@ -16,6 +16,7 @@ from minianyflow.on_policy import (
     backward_simulation,
     backward_simulation_times,
     distribution_matching_loss,
+    draw_on_policy,
     draw_rollouts,
 )
 from minianyflow.pairs import draw_pairs, generator
@@ -119,19 +120,53 @@ def test_descent_moves_samples_to_the_real_law():
 
 
 def policy_batch(count, source):
-    x, eps, noise, score_eps = torch.randn(4, count, 2, generator=source)
-    lengths, step = draw_rollouts(count, source)
-    score_t = torch.rand(count, generator=source)
-    return {
-        "x": x,
-        "eps": eps,
-        "noise": noise,
-        "score_eps": score_eps,
-        "score_t": score_t,
-        "lengths": lengths,
-        "step": step,
-        **draw_pairs(count, source),
-    }
+    x, eps = torch.randn(2, count, 2, generator=source)
+    return {"x": x, "eps": eps, **draw_pairs(count, source), **draw_on_policy((2,), count, source)}
+
+
+class Recorder:
+    """A velocity that remembers what it was asked."""
+
+    def __init__(self, velocity):
+        self.velocity, self.asked = velocity, []
+
+    def __call__(self, z, t, r=None):
+        self.asked.append((z.detach(), t))
+        return self.velocity(z, t)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_what_is_scored_is_the_clean_end_of_the_rollout(shift):
+    """Both score the rollout's end, noised to score_t, each in its own role; the forward loss is added."""
+    real, fake = Recorder(each_number(Gaussian(1.0, 0.5))), Recorder(each_number(Gaussian(0.0, 0.7)))
+    student, forward, batch = MLP(), FlowMapLoss({"eulerian": 1.0}), policy_batch(32, generator(0))
+    losses, _ = OnPolicyLoss(real, fake, forward, forward_weight=0.3, shift=shift)(student, batch)
+    end = backward_simulation(student, batch["noise"], batch["lengths"], batch["step"], shift)[-1]
+    z = interpolate(end, batch["score_eps"], batch["score_t"])
+    for asked in (real.asked, fake.asked):
+        assert len(asked) == 1
+        assert torch.allclose(asked[0][0], z, atol=1e-6)
+        assert torch.equal(asked[0][1], batch["score_t"])
+    matching = distribution_matching_loss(end, real, fake, batch["score_t"], batch["score_eps"])
+    assert torch.allclose(losses, matching + 0.3 * forward(student, batch)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_the_fake_score_learns_the_students_ends(shift):
+    student, batch = MLP(), policy_batch(32, generator(1))
+    end = backward_simulation(student, batch["noise"], batch["lengths"], batch["step"], shift)[-1].detach()
+    fake = Recorder(lambda z, t: 0 * z)
+    losses, _ = FakeScoreLoss(student, shift)(fake, batch)
+    assert torch.allclose(fake.asked[-1][0], interpolate(end, batch["score_eps"], batch["score_t"]), atol=1e-6)
+    assert torch.allclose(losses, (batch["score_eps"] - end).square().mean(1), atol=1e-6)
+
+
+def test_on_policy_draws_have_their_shapes_and_their_shift():
+    drawn = draw_on_policy((3, 4), 4000, generator(0), shift=5.0)
+    assert drawn["noise"].shape == drawn["score_eps"].shape == (4000, 3, 4)
+    assert set(drawn["lengths"].tolist()) == set(STEPS)
+    assert float(drawn["score_t"].median()) == pytest.approx(5 / 6, abs=0.02)
+    assert not torch.equal(drawn["noise"], drawn["score_eps"])
 
 
 def test_both_roles_learn_and_neither_trains_the_other():

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from minianyflow.errors import InputError
 from minianyflow.networks import MLP
 from minianyflow.objectives import FlowMapLoss
-from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_rollouts
+from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.pairs import generator
 from minianyflow.training import Role, batches, part_of, train
 from toy_data import plane
@@ -80,7 +80,7 @@ def test_parts_of_a_batch_make_up_the_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["plain", "rebalance"])
+@pytest.mark.parametrize("option", ["plain", "rebalance", "one row"])
 def test_two_processes_equal_one(tmp_path, option):
     """Real processes; the number and the kind are asserted, for a launcher that starts one says nothing."""
     launch = {
@@ -103,6 +103,10 @@ def test_two_processes_equal_one(tmp_path, option):
     assert "MULTI_CPU" in reports[2]["kind"]
     for name, one in reports[1]["weights"].items():
         assert torch.allclose(torch.tensor(one), torch.tensor(reports[2]["weights"][name]), rtol=0, atol=1e-5), name
+    for one, two in zip(reports[1]["history"], reports[2]["history"], strict=True):
+        assert one.keys() == two.keys()
+        if option == "plain":  # of equal parts, the mean of the parts' means
+            assert two["student/loss"] == pytest.approx(one["student/loss"], rel=1e-4)
 
 
 def one_thread():
@@ -135,16 +139,7 @@ def test_two_roles_take_turns_on_the_same_batch():
     draw_pairs_of = batches(RING.sample, 16)
 
     def draw(step):
-        source = generator(9, step)
-        lengths, at = draw_rollouts(16, source)
-        noise, score_eps = torch.randn(2, 16, 2, generator=source)
-        return draw_pairs_of(step) | {
-            "noise": noise,
-            "score_eps": score_eps,
-            "score_t": torch.rand(16, generator=source),
-            "lengths": lengths,
-            "step": at,
-        }
+        return draw_pairs_of(step) | draw_on_policy((2,), 16, generator(9, step))
 
     role, fake = Role(MLP(), lr=1e-3), Role(MLP(seeds=(1,)), lr=1e-3)
     role.loss = OnPolicyLoss(velocity, fake.network, FlowMapLoss({"eulerian": 1.0}, velocity))

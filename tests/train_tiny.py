@@ -12,13 +12,13 @@ from minianyflow.training import Role, batches, train
 from toy_data import plane
 
 
-def main(output, rebalance):
+def main(output, option):
     torch.set_num_threads(1)
     accelerator, mixture = Accelerator(cpu=True), plane.ring8()
     shares = {"eulerian": 0.5, "semigroup": 0.5}
-    loss = FlowMapLoss(shares, lambda z, t, copy: mixture.velocity(z, t), rebalance=rebalance)
+    loss = FlowMapLoss(shares, lambda z, t, copy: mixture.velocity(z, t), rebalance=option == "rebalance")
     student = Role(MLP(seeds=(0, 1)), loss, warmup=5)
-    draw = batches(mixture.sample, 24, (0, 1))
+    draw = batches(mixture.sample, 1 if option == "one row" else 24, (0, 1))  # then processes differ in what they do
     history = train({"student": student}, draw, 20, accelerator=accelerator, progress=False)
     if accelerator.is_main_process:
         weights = {name: value.tolist() for name, value in student.average.module.state_dict().items()}
@@ -29,4 +29,4 @@ def main(output, rebalance):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "rebalance" in sys.argv[2:])
+    main(*sys.argv[1:])
