@@ -96,9 +96,9 @@ def exercises(arguments):
 
 
 def test(arguments):
-    """Run every test, or with --fast the quick ones."""
-    quick = ["-m", "not slow"] if arguments.fast else []
-    return subprocess.call([sys.executable, "-m", "pytest", *quick], cwd=ROOT)
+    """Run every test and every notebook, or with --fast the quick tests."""
+    chosen = ["-m", "not slow"] if arguments.fast else ["--nbmake", "--nbmake-timeout=600", "tests", "notebooks"]
+    return subprocess.call([sys.executable, "-m", "pytest", *chosen], cwd=ROOT)
 
 
 def check(arguments):

@@ -28,13 +28,14 @@ CHANGES = {
     "consistency": {
         "": ({}, {}),
         "steps x 2": ({"steps": 2}, {}),
+        "EMA .99": ({}, {"ema": 0.99}),
+        "EMA 0": ({}, {"ema": 0.0}),
         "8 times": ({}, {"grid": 8}),
         "32 times": ({}, {"grid": 32}),
         "64 times": ({}, {"grid": 64}),
         "Euler": ({}, {"solver": "euler"}),
         "weight t": ({}, {"weight": time_weight}),
         "squares": ({}, {"adaptive": 0.0}),
-        "lr / 3": ({"lr": 1 / 3}, {}),
         "continuous": ({"lr": 1 / 3}, {"form": "continuous", "weight": time_weight, "adaptive": 0.0}),
     },
 }

@@ -18,7 +18,7 @@ from minianyflow.install import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = "MINIANYFLOW_FIGURES"  # a folder: figures are written there too, for slides
-_CLAIM = re.compile(r"^(holds|FAILS)  (.+?): ([-\d.e+]+)", re.M)
+_CLAIM = re.compile(r"^(holds|FAILS)  (.+?): (-?\d[\d.]*(?:e[-+]\d+)?)(?=, | \()", re.M)
 
 
 def start(name, minutes, needs="nothing but the library"):

@@ -60,7 +60,7 @@ BUDGET = Budget()
 def make_student(method, dataset, seeds, budget, **changes):
     """The role of one method and the batches it trains on; its loss, and the pairs that needs, are its own.
 
-    changes: to the options of the loss or to the pairs drawn, for the ablation.
+    changes: to the options of the loss, to the pairs drawn or to `ema`, for the ablation.
     """
     mixture = plane.load(dataset)
     choose("method", method, dict.fromkeys(METHODS[1:]))
@@ -70,7 +70,8 @@ def make_student(method, dataset, seeds, budget, **changes):
 
     pairs = {"diagonal": changes.pop("diagonal", 0.5), "end": changes.pop("end", 0.25)}
     network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
-    student = Role(network, lr=budget.lr, ema=0.99 if method == "consistency" else 0.999)
+    ema = changes.pop("ema", 0.5 if method == "consistency" else 0.999)  # the target's, and of what one samples from
+    student = Role(network, lr=budget.lr, ema=ema)
     if method == "consistency":  # the best of a dozen settings tried: docs/plane.md
         options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5}
         student.loss = ConsistencyLoss(velocity, student.average, **options | changes)

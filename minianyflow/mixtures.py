@@ -107,7 +107,7 @@ class GaussianMixture:
         return self._around(torch.multinomial(self.weights, count, replacement=True, generator=generator), generator)
 
     def sample_stratified(self, count, generator=None):
-        """`count` samples of which each component has its exact share (rounded at random): a quieter reference."""
+        """`count` samples, in order of component, each with its exact share (rounded at random): quieter."""
         edges = self.weights.double().cumsum(0)
         places = (torch.arange(count) + torch.rand(1, generator=generator, dtype=torch.float64)) / count
         return self._around(torch.searchsorted(edges, places).clamp(max=len(edges) - 1), generator)

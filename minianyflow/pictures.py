@@ -33,9 +33,10 @@ LABELS = {
 def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):
     """Trajectories (steps + 1, n, 2) as lines, noise to data; `samples` (m, 2) as points, `exact` ones grey below."""
     paths = np.asarray(paths)
-    length = np.linalg.norm(np.diff(paths, axis=0), axis=-1).sum(0).mean()
-    alpha = 0.4 / max(1.0, 0.4 * length)  # long, tangled ones are drawn fainter
-    axes.plot(*np.moveaxis(paths, -1, 0), color=colour, alpha=alpha, linewidth=0.6, zorder=1)
+    if len(paths) > 1 and paths.shape[1]:
+        length = np.linalg.norm(np.diff(paths, axis=0), axis=-1).sum(0).mean()
+        alpha = 0.4 / max(1.0, 0.4 * length)  # long, tangled ones are drawn fainter
+        axes.plot(*np.moveaxis(paths, -1, 0), color=colour, alpha=alpha, linewidth=0.6, zorder=1)
     for points, shade, size, order in ((exact, "0.75", 4, 0), (samples, colour, 2, 2)):
         if points is not None:
             axes.scatter(*np.asarray(points).T, s=size, color=shade, linewidths=0, zorder=order)

@@ -51,19 +51,35 @@ def command(*arguments):
     return [sys.executable, "-m", "minianyflow", *map(str, arguments)]
 
 
+def gone(group, seconds=15):
+    """Whether a process group is empty, or soon will be."""
+    for _ in range(10 * seconds):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.slow
-def test_an_interrupted_demo_leaves_what_was_there(tmp_path):
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
+def test_an_interrupted_demo_leaves_what_was_there(tmp_path, how):
     (tmp_path / "any_step.json").write_text("of an earlier run")
     running = subprocess.Popen(
         command("demo", "--output", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     time.sleep(12)  # in the midst of training
-    os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does: every process of the group
+    if how == "Ctrl-C":
+        os.killpg(running.pid, signal.SIGINT)  # every process of the group
+    else:
+        running.terminate()  # the parent alone
     assert running.wait(timeout=60) == 130
     assert "Traceback" not in (printed := running.stderr.read())
     assert "interrupted" in printed
     assert [file.name for file in tmp_path.iterdir()] == ["any_step.json"]
     assert (tmp_path / "any_step.json").read_text() == "of an earlier run"
+    assert gone(running.pid)  # nobody is left behind
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from minianyflow.pairs import generator
 from minianyflow.samplers import sample_euler
 from minianyflow.schedules import time_grid
 from toy_data import plane
+from toy_data.circle import CircleProcess
 
 
 def test_sliced_w2_of_a_shift_and_a_scaling():
@@ -77,6 +78,10 @@ def test_off_share_and_mass():
     samples = ring.sample_stratified(4000, generator(0))
     assert off_share(samples, ring) == pytest.approx(math.exp(-8), abs=2e-3)  # beyond four sigmas in the plane
     assert off_share(torch.zeros(10, 2), ring) == 1
+    clips = CircleProcess().clips
+    exact = clips.sample_stratified(4000, generator(1))  # 16 frames: 32 dimensions
+    assert off_share(exact, clips) < 2e-3
+    assert off_share(1.3 * exact, clips) > 0.99
     assert torch.allclose(component_mass(samples, ring), ring.weights, atol=1e-3)
     assert component_mass(samples[:1], ring).sum() == 1
 

@@ -12,10 +12,13 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from minianyflow.errors import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
-NEEDED = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+EXTRAS = PROJECT["optional-dependencies"].values()
+NEEDED = [Requirement(line) for line in sum(EXTRAS, PROJECT["dependencies"])]
 LIBRARY = [path.stem for path in (ROOT / "minianyflow").glob("*.py") if path.stem not in ("__main__", "__init__")]
 
 
@@ -78,3 +81,25 @@ def test_rooms_need_only_those_below_them(module):
     source = (ROOT / f"minianyflow/{module}.py").read_text()
     for needed in re.findall(r"from minianyflow\.(\w+) import", source):
         assert floors.index(needed) < floors.index(module), f"{module} imports {needed}, which stands above it"
+
+
+def test_set_up_does_nothing_where_it_is_done_and_names_what_failed(tmp_path, monkeypatch):
+    from minianyflow import install
+
+    calls = []
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install.venv, "create", lambda folder, with_pip: folder.mkdir(exist_ok=True))
+    monkeypatch.setattr(install.subprocess, "call", lambda command: calls.append(command) or 0)
+    for name in ("requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_text("")
+    assert install.setup() == 0
+    assert len(calls) == 2
+    install.setup()
+    assert len(calls) == 2  # done once
+    (tmp_path / "requirements.txt").write_text("numpy==2.0.0")
+    monkeypatch.setattr(install.subprocess, "call", lambda command: 1)
+    with pytest.raises(InputError, match=r"pip could not install .*requirements\.txt"):
+        install.setup()
+    monkeypatch.setattr(install.sys, "version_info", (3, 10, 0))
+    with pytest.raises(InputError, match=r"expected 3\.11 or newer"):
+        install.setup()
