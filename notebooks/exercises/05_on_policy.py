@@ -76,6 +76,7 @@ check("3", lambda: all_times(average_push), expected, hint)
 # m + cov(x, z) / var(z) (z - E z). Then look at s = q: on what does the push depend, and where does it vanish in t?
 def gap(z, t, m, s, n, q):
     """Return x_fake - x_real, before it is divided by its scale; all arguments are numbers."""
+
     ...  # your lines here
 
 
@@ -94,6 +95,8 @@ numbers = (0.35, 0.5, 1.0, 0.5, 0.0, 1.0)  # those of the notebook
 hint = "cov(x, z) = (1 - t) sigma^2 and var(z) = (1 - t)^2 sigma^2 + t^2; the notebook's numbers give 0.35 - 0.94"
 check("4", lambda: gap(*numbers), from_library(*numbers), hint)
 hint = "z drops out; the factor is 1 - (1 - t) cov / var: no push at t = 0, the whole gap at t = 1"
-check("4, equal spread", lambda: gap_equal_spread(0.3, 1.0, -0.4, 0.6), from_library(0.2, 0.3, 1.0, 0.6, -0.4, 0.6), hint)
+check(
+    "4, equal spread", lambda: gap_equal_spread(0.3, 1.0, -0.4, 0.6), from_library(0.2, 0.3, 1.0, 0.6, -0.4, 0.6), hint
+)
 
 finish()
