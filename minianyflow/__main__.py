@@ -60,8 +60,9 @@ def experiment(arguments):
 
 def lab(arguments):
     """Open the course in JupyterLab."""
-    page = "/lab/tree/README.md?factory=Markdown%20Preview"
-    return subprocess.call([sys.executable, "-m", "jupyterlab", f"--LabApp.default_url={page}"], cwd=ROOT / "notebooks")
+    page, settings = "/lab/tree/notebooks/README.md", ROOT / "notebooks/.lab"  # which show Markdown rendered
+    options = [f"--LabApp.default_url={page}", f"--LabApp.app_settings_dir={settings}"]
+    return subprocess.call([sys.executable, "-m", "jupyterlab", *options], cwd=ROOT)
 
 
 def course(arguments):
