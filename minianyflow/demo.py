@@ -243,10 +243,11 @@ def check(seeds, budget):
 
 def table(report, figure="sliced_w2"):
     """One figure of a report as text: a row a method, a column a step count; mean over seeds, times 1000."""
-    rows = [f"{figure} x 1000".ljust(26) + "".join(f"{nfe:>8}" for nfe in NFE)]
+    width = max(26, 10 + max(map(len, report["methods"])))
+    rows = [f"{figure} x 1000".ljust(width) + "".join(f"{nfe:>8}" for nfe in NFE)]
     for name, method in report["methods"].items():
         for label, key in ((name, figure), (f"{name}, pooled", f"{figure}_pooled")):
             columns = zip(*method.get(key, []), strict=True)
             figures = "".join(f"{1000 * sum(each) / len(each):>8.1f}" for each in columns)
-            rows += [label.ljust(26) + figures] if figures else []
+            rows += [label.ljust(width) + figures] if figures else []
     return "\n".join(rows)
