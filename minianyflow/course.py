@@ -6,6 +6,7 @@ claims it ends with to the committed ones.
 
 import ast
 import builtins
+import math
 import os
 import re
 from pathlib import Path
@@ -36,8 +37,8 @@ def claim(what, figures, at_most=None, at_least=None):
 
     The bound is asked of every seed.
     """
-    values = np.atleast_1d(np.asarray([float(each) for each in np.ravel(figures)]))
-    holds = bool(np.isfinite(values).all()) and len(values) > 0
+    values = np.asarray([float(each) for each in np.ravel(figures)] or [math.nan])
+    holds = bool(np.isfinite(values).all())
     holds &= at_most is None or bool((values <= at_most).all())
     holds &= at_least is None or bool((values >= at_least).all())
     seeds = f" ({values.min():.3g} to {values.max():.3g}, {len(values)} runs)" if len(values) > 1 else ""
@@ -67,7 +68,9 @@ def execute(path, figures=None):
     try:
         client.execute(env=environment, cwd=str(path.parent))
     except CellExecutionError as problem:
-        raise InputError(f"{path.name} fails: {str(problem).strip().splitlines()[-1]}; run it in JupyterLab") from None
+        raise InputError(
+            f"{path.name} fails: {problem.ename}: {problem.evalue.splitlines()[0]}; run it in JupyterLab"
+        ) from None
     for cell in notebook.cells:
         _tidy(cell)
     notebook.metadata = {

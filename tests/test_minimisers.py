@@ -154,4 +154,4 @@ def test_exact_guidance_equals_two_passes():
     kept = torch.tensor([True, False, True, True, False, True])
     v_null = u(z, t, t, label=torch.zeros(6, dtype=torch.long)).detach()
     expected = torch.where(kept[:, None], v_null + SCALE * (v - v_null), v)
-    assert torch.allclose(v + guidance.pull(u, z, t, t, v, kept), expected)
+    assert torch.allclose(v + guidance.pull(u, z, t, t, v, kept, {"label": torch.ones(6, dtype=torch.long)}), expected)
