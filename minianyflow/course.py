@@ -68,9 +68,8 @@ def execute(path, figures=None):
     try:
         client.execute(env=environment, cwd=str(path.parent))
     except CellExecutionError as problem:
-        raise InputError(
-            f"{path.name} fails: {problem.ename}: {problem.evalue.splitlines()[0]}; run it in JupyterLab"
-        ) from None
+        what = f"{problem.ename}: {problem.evalue}".splitlines()[0]
+        raise InputError(f"{path.name} fails: {what}; run it in JupyterLab") from None
     for cell in notebook.cells:
         _tidy(cell)
     notebook.metadata = {
