@@ -10,6 +10,7 @@ import sys
 import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 
 from minianyflow import course, exercises
@@ -221,6 +222,15 @@ def test_a_cell_run_out_of_order_says_which_it_needs(tmp_path, monkeypatch):
     assert course.where_defined(path, "w") == "z = math.pi\nw = 2"
     assert course.where_defined(path, "math") == "import math"
     assert course.where_defined(path, "unknown") is None
+
+
+@pytest.mark.slow
+def test_the_kernel_explains_what_is_missing():
+    first = code(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
+    notebook = small_notebook(first, "print(spiral)", "import nosuchpackage")
+    NotebookClient(notebook, allow_errors=True, kernel_name="python3").execute(cwd=str(course.NOTEBOOKS))
+    assert "`spiral` comes from an earlier cell" in course.printed(notebook)
+    assert "nosuchpackage is missing: run `make lab`" in course.printed(notebook)
 
 
 @pytest.mark.slow
