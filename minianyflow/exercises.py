@@ -70,7 +70,8 @@ def _lines(value, most=6):
     """A value as a few short lines."""
     if isinstance(value, torch.Tensor | np.ndarray | list | tuple):
         try:
-            rows = np.atleast_1d(np.asarray(torch.as_tensor(value).detach(), dtype=float))
+            numbers = np.asarray(torch.as_tensor(value).detach(), dtype=float)
+            rows = numbers.reshape(-1, numbers.shape[-1]) if numbers.ndim > 1 else np.atleast_1d(numbers)
             return [np.array2string(row, precision=4, suppress_small=True, threshold=8) for row in rows[:most]]
         except (TypeError, ValueError, RuntimeError):
             pass
