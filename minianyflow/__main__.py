@@ -76,7 +76,10 @@ def course(arguments):
     if not chosen:
         raise InputError(f"no notebook begins with {arguments.only!r}; expected one of 00 to 05")
     if arguments.figures:
-        Path(arguments.figures).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(arguments.figures).mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InputError(f"cannot write to {arguments.figures} ({problem.strerror}); name another folder") from None
     differences = []
     for path in tqdm(chosen, unit="notebook"):
         fresh = execute(path, arguments.figures)

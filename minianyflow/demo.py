@@ -39,7 +39,7 @@ FLOW_MAPS = {
     "semigroup": {"semigroup": 1.0},
     "mixed": {"eulerian": 0.5, "semigroup": 0.5},
 }
-ADAPTIVE = {"lagrangian": 0.25}  # 0.5 for the others: of 0, 1/4, 1/2 and 1 the best for each
+ADAPTIVE = {"lagrangian": 0.25}  # 0.5 for the others, who are worse with 1/4; 0 and 1 were tried for it
 METHODS = ("euler", *FLOW_MAPS, "consistency")
 
 
@@ -72,7 +72,7 @@ def make_student(method, dataset, seeds, budget, **changes):
     network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
     ema = changes.pop("ema", 0.5 if method == "consistency" else 0.999)  # the target's, and of what one samples from
     student = Role(network, lr=budget.lr, ema=ema)
-    if method == "consistency":  # the best of a dozen settings tried: docs/plane.md
+    if method == "consistency":  # one change at a time: docs/plane.md
         options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5}
         student.loss = ConsistencyLoss(velocity, student.average, **options | changes)
         pairs = {"diagonal": 1.0, "end": 0.0}  # a row has one time
