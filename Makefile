@@ -2,10 +2,16 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m minianyflow
 
-.PHONY: demo lab test check setup
+.PHONY: demo video weights lab test check setup
 
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET))
+
+video: setup  ## measure the committed video students at 1 to 64 steps
+	@$(RUN) video
+
+weights: setup  ## train the video codec, teacher and students anew (an hour)
+	@$(RUN) weights
 
 lab: setup    ## the course, in JupyterLab
 	@$(RUN) lab

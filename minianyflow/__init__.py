@@ -12,6 +12,11 @@ The rooms, from the ground up; each needs only those above it in this list:
     networks, training                            a small network, the one loop
     measures, pictures                            how far off, and what it looks like
     running, demo, ablation                       jobs side by side, the race, what moves it
+    exposure                                      exposure bias, where it is exact
+    codec, wan, causal                            video: the codec, transformers of diffusers as u, chunk by chunk
+    weights, pipelines                            how networks are kept; out to diffusers
+    video_measures, video_pictures                what a blob video should be, and what it looks like
+    video_stages, video_report                    every stage of training, and what each reaches at any step count
     course, exercises, __main__                   what notebooks stand on, their exercises, the command line
 """
 

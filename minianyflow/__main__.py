@@ -44,6 +44,25 @@ def ablate(arguments):
     return 0
 
 
+def weights(arguments):
+    """Train the video codec, teacher and students, an hour; says how they compare with those in toy_data/video."""
+    from minianyflow.video_report import comparison
+    from minianyflow.video_stages import train_all
+
+    train_all(arguments.output, arguments.workers, arguments.quiet)
+    print(comparison(arguments.output, arguments.workers, arguments.quiet))
+    return 0
+
+
+def video(arguments):
+    """Sample the trained video students at 1 to 64 steps and measure them; writes any_step.json and pictures."""
+    from minianyflow.video_report import run, table
+
+    report = run(arguments.weights, arguments.output, workers=arguments.workers, quiet=arguments.quiet)
+    print(f"\n{table(report)}\n\nwritten: {arguments.output}/any_step.json, any_step.png, contact_sheet.png")
+    return 0
+
+
 def experiment(arguments):
     """What the commands that train take, as their functions take it."""
     from minianyflow.demo import BUDGET
@@ -160,6 +179,13 @@ def parse(argv):
         each.add_argument("--output", default=output, help="folder for what is written")
         each.add_argument("--workers", default=2, type=int, help="processes; each trains one method on one core")
         each.add_argument("--quiet", action="store_true", help="no progress bars")
+    for function, output in ((weights, "outputs/weights"), (video, "outputs/video")):
+        each = add(function)
+        each.add_argument("--output", default=output, help="folder for what is written")
+        each.add_argument("--workers", default=2, type=int, help="processes; each takes one core")
+        each.add_argument("--quiet", action="store_true", help="no progress bars")
+        if function is video:
+            each.add_argument("--weights", default="toy_data/video", help="folder of the trained networks")
     add(lab)
     each = add(course)
     each.add_argument("--only", help="the number of one notebook, say 03")

@@ -8,6 +8,7 @@ A three-layer MLP on the plane is such a `u`, and so is a Wan2.1 transformer. Sh
 from itertools import pairwise
 
 import torch
+from torch.utils._pytree import tree_map
 
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
 from minianyflow.schedules import check_grid
@@ -65,5 +66,5 @@ def _move(u, z, t, r, condition):
 
 
 def pick_rows(condition, rows):
-    """The condition of some rows of a batch: every entry of a condition is a tensor (B, ...)."""
-    return {name: value[rows] for name, value in condition.items()}
+    """The condition of some rows of a batch: its entries are tensors (B, ...), or tuples of them, however nested."""
+    return tree_map(lambda value: value[rows], condition)

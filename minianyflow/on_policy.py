@@ -78,6 +78,7 @@ class OnPolicyLoss:
     """The student's loss: distribution matching on simulated rollouts, plus the forward loss, which keeps many steps.
 
     real: velocity(z, t) of the teacher. fake: the fake score, a network u(z, t, r). forward: the forward stage's loss.
+    simulate: what makes the samples, in the form of `backward_simulation`.
     batch: what `forward` needs, and `noise` (B, *shape), `lengths`, `step`, `score_t` (B,), `score_eps` (B, *shape).
     """
 
@@ -86,11 +87,12 @@ class OnPolicyLoss:
     forward: FlowMapLoss | None
     forward_weight: float = 1.0
     shift: float = 1.0
+    simulate: Callable = backward_simulation
 
     def __call__(self, u, batch):
         """Losses (B,) and the raw errors by name: "distribution matching" and the kinds of `forward`."""
         condition = batch.get("condition", {})
-        x = backward_simulation(u, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)[-1]
+        x = self.simulate(u, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)[-1]
         loss = distribution_matching_loss(
             x,
             lambda z, t: self.real(z, t, **condition),
@@ -111,14 +113,13 @@ class FakeScoreLoss:
 
     student: Callable
     shift: float = 1.0
+    simulate: Callable = backward_simulation
 
     def __call__(self, u, batch):
         """Losses (B,) and the raw error, of rows r = t."""
+        condition = batch.get("condition", {})
         with torch.no_grad():
-            condition = batch.get("condition", {})
-            x = backward_simulation(
-                self.student, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition
-            )[-1]
+            x = self.simulate(self.student, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)
         t = batch["score_t"]
-        fresh = {"x": x, "eps": batch["score_eps"], "t": t, "r": t, "condition": condition}
+        fresh = {"x": x[-1], "eps": batch["score_eps"], "t": t, "r": t, "condition": condition}
         return FlowMapLoss({}, weight=torch.ones_like)(u, fresh)

@@ -35,11 +35,14 @@ WORDS = (
 
 
 class WanNetwork(nn.Module):
-    """The average velocity u(z, t, r, prompt) of an AnyFlowTransformer3DModel, whatever its size."""
+    """The average velocity u(z, t, r, prompt) of an AnyFlowTransformer3DModel, whatever its size.
 
-    def __init__(self, transformer):
+    timesteps: what time 1 is counted as, 1000 in Wan; see TINY_TIMESTEPS.
+    """
+
+    def __init__(self, transformer, timesteps=TIMESTEPS):
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.timesteps = transformer, timesteps
 
     def forward(self, z, t, r, prompt):
         """z (B, F, C, H, W), t and r (B,) or (B, F), prompt (B, L, D); returns the shape of z.
@@ -47,15 +50,15 @@ class WanNetwork(nn.Module):
         Raises InputError for latents that patches do not divide, or other than the transformer's channels.
         """
         check_latents(z, self.transformer.config)
-        t, r = (timesteps(each, z) for each in (t, r))
+        t, r = (count_time(each, z, self.timesteps) for each in (t, r))
         return self.transformer(z, t, r, prompt, return_dict=False)[0]
 
 
-def timesteps(t, z):
-    """Times (B,) or (B, F) in [0, 1] as Wan counts them, one a frame: (B, F), float32."""
+def count_time(t, z, timesteps=TIMESTEPS):
+    """Times (B,) or (B, F) in [0, 1] counted to `timesteps`, one a frame: (B, F), float32."""
     if t.shape not in (z.shape[:1], z.shape[:2]):
         raise InputError(f"times {tuple(t.shape)} for latents {tuple(z.shape)}; expected (B,) or (B, F)")
-    return TIMESTEPS * (t[:, None] if t.ndim == 1 else t).float().expand(z.shape[:2])
+    return timesteps * (t[:, None] if t.ndim == 1 else t).float().expand(z.shape[:2])
 
 
 def check_latents(z, config):
@@ -110,9 +113,7 @@ class TextEncoder(nn.Module):
                 why = f"the word {unknown[0]!r} is not known" if unknown else f"{len(prompt.split())} words"
                 expected = f"at most {PROMPT_LENGTH - 1} of the words {', '.join(WORDS)}"
                 raise InputError(f"prompt {prompt!r}: {why}; expected {expected}")
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt", return_attention_mask=True
-        )
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt")
         mask = tokens.attention_mask
         with torch.no_grad():
             return self.encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None]

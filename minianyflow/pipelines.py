@@ -1,0 +1,141 @@
+"""Out to diffusers: any network trained here as a pipeline folder that stock diffusers loads and samples.
+
+A WanNetwork becomes an AnyFlowPipeline, a CausalNetwork an AnyFlowFARPipeline. A pipeline has its latents the other way
+round, channels first: (B, C, F, H, W).
+"""
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import diffusers
+from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+
+from minianyflow.causal import CausalAttention, CausalNetwork, chunk_partition
+from minianyflow.errors import InputError
+from minianyflow.schedules import time_grid
+from minianyflow.wan import PROMPT_LENGTH, WanNetwork
+
+FRAMES = 5  # latent frames of a clip of 17
+README = """# {name}
+
+A flow map u(z, t, r) for 16 x 16 videos of 17 frames, trained with minianyflow: any number of steps will do.
+It is a complete `{pipeline}`: diffusers ({version} or newer) loads it as it is.
+
+```python
+from diffusers import {pipeline}
+{imports}
+pipeline = {pipeline}.from_pretrained("{name}")
+{attention}video = pipeline(
+    "two balls", height=16, width=16, num_frames=17, num_inference_steps=4, max_sequence_length={length}
+).frames[0]
+```
+{causal}{provenance}"""
+IMPORTS = "from minianyflow.causal import CausalAttention\n"
+ATTENTION = """for block in pipeline.transformer.blocks:
+    block.attn1.set_processor(CausalAttention())
+"""
+CAUSAL = """
+Without minianyflow leave out its import and the loop over blocks: diffusers' own attention then pads the keys of a
+chunk with zeros and lets the chunk see them, which the network was not trained with.
+"""
+
+
+def save_pipeline(folder, network, codec, text, shift=1.0, made=None):
+    """Write a complete pipeline to `folder`, which must not exist or be empty; whole or not at all.
+
+    network: WanNetwork or CausalNetwork. codec: Codec. text: TextEncoder. shift: the time shift it samples with.
+    made: its provenance, as `weights.read_weights` returns it, for the README.
+    Raises InputError for a folder with something in it, or parts that do not fit together.
+    """
+    time_grid(1, shift)  # says what is wrong with a shift
+    pipeline = _assemble(network, codec, text, _scheduler(network, shift))
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; expected a new one: name another")
+    unfinished = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+        inside = unfinished / folder.name
+        pipeline.save_pretrained(inside)
+        for file in inside.rglob("*.safetensors"):  # written for their owner alone; make them as the rest is
+            file.chmod((inside / "model_index.json").stat().st_mode)
+        (inside / "README.md").write_text(_readme(folder.name, type(pipeline).__name__, made))
+        if folder.exists():
+            folder.rmdir()
+        inside.rename(folder)
+    except OSError as problem:
+        raise InputError(f"cannot write {folder} ({problem.strerror}); name a folder you may write to") from None
+    finally:
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load_pipeline(folder):
+    """The stock pipeline in `folder`; a causal one with our attention, which has no padded keys."""
+    folder, known = Path(folder), {each.__name__: each for each in (AnyFlowPipeline, AnyFlowFARPipeline)}
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise InputError(f"no model_index.json in {folder}; expected a folder that save_pipeline wrote")
+    try:
+        name = json.loads(index.read_text()).get("_class_name")
+        if name not in known:
+            raise InputError(f"{folder} holds a {name}; expected {' or '.join(known)}")
+        pipeline = known[name].from_pretrained(folder, local_files_only=True)
+    except InputError:
+        raise
+    except Exception as problem:  # what diffusers and transformers raise for a broken folder is anything
+        why = str(problem).strip().partition("\n")[0]
+        raise InputError(f"{folder} does not load ({why}); save it again with save_pipeline") from None
+    if isinstance(pipeline, AnyFlowFARPipeline):
+        for block in pipeline.transformer.blocks:
+            block.attn1.set_processor(CausalAttention())
+    return pipeline
+
+
+def _scheduler(network, shift):
+    return FlowMapEulerDiscreteScheduler(int(getattr(network, "timesteps", 1000)), float(shift))
+
+
+def _assemble(network, codec, text, scheduler):
+    """The pipeline in memory, of parts that fit."""
+    if not isinstance(network, WanNetwork | CausalNetwork):
+        raise InputError(f"a {type(network).__name__}; expected a WanNetwork or a CausalNetwork, not wrapped")
+    config = network.transformer.config
+    for what, given, expected in (
+        ("latent channels", config.in_channels, codec.vae.config.z_dim),
+        ("wide prompt embeddings", config.text_dim, text.encoder.config.d_model),
+    ):
+        if given != expected:
+            raise InputError(f"a transformer for {given} {what}; expected {expected}, as the codec and text have")
+    parts = {"tokenizer": text.tokenizer, "text_encoder": text.encoder, "vae": codec.vae, "scheduler": scheduler}
+    if isinstance(network, WanNetwork):
+        return AnyFlowPipeline(transformer=network.transformer, **parts)
+    return AnyFlowFARPipeline(transformer=_in_chunks(network), **parts)
+
+
+def _in_chunks(network):
+    """The transformer with the network's own chunks in its configuration: a pipeline reads them there."""
+    transformer, partition = network.transformer, chunk_partition(FRAMES, network.first, network.rest)
+    if tuple(transformer.config.chunk_partition) == tuple(partition):
+        return transformer
+    transformer = copy.deepcopy(transformer)
+    transformer.register_to_config(chunk_partition=tuple(partition))
+    return transformer
+
+
+def _readme(name, pipeline, made):
+    causal = pipeline == AnyFlowFARPipeline.__name__
+    return README.format(
+        name=name,
+        pipeline=pipeline,
+        version=diffusers.__version__,
+        length=PROMPT_LENGTH,
+        imports=IMPORTS if causal else "",
+        attention=ATTENTION if causal else "",
+        causal=CAUSAL if causal else "",
+        provenance=f"\nHow it was made:\n\n```json\n{json.dumps(made, indent=1)}\n```\n" if made else "",
+    )
