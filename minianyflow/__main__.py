@@ -63,6 +63,15 @@ def video(arguments):
     return 0
 
 
+def exposure(arguments):
+    """Exposure bias on the circle process, where it is exact, six minutes; writes exposure.json and exposure.png."""
+    from minianyflow.exposure import run
+
+    run(whole_numbers(arguments.seeds), output=arguments.output, workers=arguments.workers, quiet=arguments.quiet)
+    print(f"\nwritten: {arguments.output}/exposure.json, {arguments.output}/exposure.png")
+    return 0
+
+
 def experiment(arguments):
     """What the commands that train take, as their functions take it."""
     from minianyflow.demo import BUDGET
@@ -179,8 +188,10 @@ def parse(argv):
         each.add_argument("--output", default=output, help="folder for what is written")
         each.add_argument("--workers", default=2, type=int, help="processes; each trains one method on one core")
         each.add_argument("--quiet", action="store_true", help="no progress bars")
-    for function, output in ((weights, "outputs/weights"), (video, "outputs/video")):
+    for function, output in ((weights, "outputs/weights"), (video, "outputs/video"), (exposure, "outputs/exposure")):
         each = add(function)
+        if function is exposure:
+            each.add_argument("--seeds", default="0,1,2", help="trained together, as one network")
         each.add_argument("--output", default=output, help="folder for what is written")
         each.add_argument("--workers", default=2, type=int, help="processes; each takes one core")
         each.add_argument("--quiet", action="store_true", help="no progress bars")

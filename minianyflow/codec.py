@@ -108,7 +108,7 @@ def codec_batches(sample, steps, seed=0):
     return draw
 
 
-def train_codec(sample, steps=800, seed=0, lr=6e-3, blur=0.05, accelerator=None, progress=True):
+def train_codec(sample, steps=1000, seed=0, lr=6e-3, blur=0.02, accelerator=None, progress=True):
     """A codec for the videos that `sample(count, generator, frames)` draws; returns it and the training history."""
     torch.manual_seed(seed)
     role = Role(_Autoencoder(blur), reconstruction_loss, lr=lr, ema=0.98, clip=1.0)

@@ -16,7 +16,7 @@ def time_grid(steps, shift=1.0, device=None):
     """The times of a sampler that takes `steps` steps: (steps + 1,), from 1 down to 0, float32."""
     if int(steps) != steps or steps < 1:
         raise InputError(f"{steps} steps asked for; a sampler takes a whole number of steps, at least 1")
-    return time_shift(torch.linspace(1, 0, int(steps) + 1, device=device), shift)
+    return time_shift(torch.linspace(1, 0, int(steps) + 1, device=device), shift).clamp(max=1)  # a shift may round up
 
 
 def check_grid(times, columns=True):

@@ -30,6 +30,10 @@ SEEN = 512  # of them decoded and measured as videos
 PIECE = 256
 FRAMES, LONG = 17, 33
 MEASURES = ("sliced_w2", "frechet", "prompt_obeyed", "light", "light_kept", "from_ideal", "acceleration")
+CURVES = ("teacher", "mixed", "semigroup", "on_policy", "forward_only", "consistency")
+SHOWN = (*(("teacher", nfe) for nfe in (1, 4, 32)), *(("mixed", nfe) for nfe in (1, 4, 32)), ("consistency", 1))
+SHOWN += (("consistency", 32), ("on_policy", 1), ("causal", 4))
+CAUSAL_NFE = (1, 2, 4, 8, 16)  # a chunk
 COST = ("steps", "forwards", "backwards", "seconds")
 
 
@@ -140,10 +144,14 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
     names = [name for name, stage in STAGES.items() if stage.kind != "codec"] if names is None else list(names)
     codec = load_codec(path_of(weights, "codec"))
     (reference, other), balls = held_out(codec)
+
+    def steps(name):
+        return [nfe for nfe in nfes if how_sampled(name) != "causal" or nfe in CAUSAL_NFE]
+
     jobs = {
         (name, seed): (
             measure_network,
-            (path_of(weights, name, seed), path_of(weights, "codec"), how_sampled(name), reference, nfes, quiet),
+            (path_of(weights, name, seed), path_of(weights, "codec"), how_sampled(name), reference, steps(name), quiet),
         )
         for name in names
         for seed in STAGES[name].seeds
@@ -160,12 +168,29 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
             "dataset": "blobs",
             "measure": {"latents": COUNT, "videos": SEEN, "directions": 128, "noise": "scrambled Sobol"},
             "floors": {"codec": measure(other, reference, codec, balls)},
-            "methods": {name: in_report(name, results, weights, nfes, target) for name in names},
+            "methods": {name: in_report(name, results, weights, steps(name), target) for name in names},
         }
         report |= {way: {name: results[name, way] for name in causal} for way in ("long", "padding")}
         report["costs"] = {name: costs(name, weights) for name in STAGES}
-        (folder / "any_step.json").write_text(json.dumps(rounded(report), indent=1, allow_nan=False) + "\n")
+        report = rounded(report)
+        (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        draw(report, {name: results[name, 0][1] for name in names}, codec, folder)
     return report
+
+
+def draw(report, ends, codec, folder):
+    """The pictures of a report: any-step curves of two measures, and a contact sheet. ends: {stage: {nfe: latents}}."""
+    from minianyflow.pictures import save_figure
+    from minianyflow.video_pictures import any_step_curves, contact_sheet
+
+    whole = report | {"methods": {name: each for name, each in report["methods"].items() if name in CURVES}}
+    save_figure(any_step_curves(whole, "sliced_w2", "sliced W2 of latents"), folder / "any_step.png")
+    save_figure(any_step_curves(whole, "from_ideal", "distance from ideal blobs"), folder / "from_ideal.png")
+    rows = {"data": blobs.sample(2, generator(7)).video}
+    for name, nfe in SHOWN:
+        if nfe in ends.get(name, {}):
+            rows[f"{name.replace('_', '-')}, {nfe}"] = codec.decode(ends[name][nfe][:2])
+    save_figure(contact_sheet(rows), folder / "contact_sheet.png")
 
 
 def in_report(name, results, weights, nfes, target):
@@ -196,15 +221,39 @@ def rounded(value):
 
 
 def comparison(folder, workers=2, quiet=False, nfes=(1, 4)):
-    """Text: sliced W2 x 1000 at a few steps of every network in `folder` beside those committed, stage by stage."""
-    here, there = (
-        run(each, Path(folder) / "report", nfes=nfes, workers=workers, quiet=quiet) for each in (folder, WEIGHTS)
-    )
-    lines = ["sliced W2 x 1000".ljust(24) + "".join(f"{f'{nfe} new':>10}{'committed':>10}" for nfe in nfes)]
-    for name, method in here["methods"].items():
-        pairs = zip(_means(method["sliced_w2"]), _means(there["methods"][name]["sliced_w2"]), strict=True)
-        lines.append(name.ljust(24) + "".join(f"{1000 * new:>10.1f}{1000 * old:>10.1f}" for new, old in pairs))
+    """Measure the networks in `folder` at a few steps, note it in their provenance, and set it beside those committed.
+
+    Returns text: sliced W2 x 1000, the mean over seeds, and what one seed cost.
+    """
+    report = run(folder, Path(folder) / "report", nfes=nfes, workers=workers, quiet=quiet)
+    lines = [
+        "sliced W2 x 1000".ljust(22) + "".join(f"{f'NFE {nfe}':>8}{'before':>8}" for nfe in nfes) + "  seconds a seed"
+    ]
+    for name, method in report["methods"].items():
+        line = name.ljust(22)
+        by_seed = dict(zip(method["seeds"], method["sliced_w2"], strict=True))
+        for seed, values in by_seed.items():
+            note_figures(path_of(folder, name, seed), dict(zip(map(str, nfes), values, strict=True)))
+        before = [figures_of(path_of(WEIGHTS, name, seed)) for seed in by_seed]
+        for nfe, new in zip(nfes, _means(method["sliced_w2"]), strict=True):
+            old = [each.get(str(nfe)) for each in before]
+            line += f"{1000 * new:>8.1f}" + (f"{1000 * sum(old) / len(old):>8.1f}" if all(old) else f"{'-':>8}")
+        lines.append(line + f"{method['seconds']:>16.0f}")
     return "\n".join(lines)
+
+
+def note_figures(path, sliced):
+    """Write what was measured, {step count: sliced W2}, into the provenance of the weights at `path`."""
+    beside = Path(path).with_suffix(".json")
+    made = json.loads(beside.read_text())
+    with staged(beside.parent) as folder:
+        (folder / beside.name).write_text(json.dumps(made | {"figures": {"sliced_w2": sliced}}, indent=1) + "\n")
+
+
+def figures_of(path):
+    """The sliced W2 noted in the provenance of the weights at `path`; {} if there are none."""
+    beside = Path(path).with_suffix(".json")
+    return json.loads(beside.read_text())["figures"].get("sliced_w2", {}) if beside.exists() else {}
 
 
 def table(report, figure="sliced_w2", scale=1000):

@@ -25,17 +25,16 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
 from minianyflow.networks import EvaluationCounter
 from minianyflow.objectives import FlowMapLoss
-from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
+from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.pairs import draw_pairs, generator
 from minianyflow.running import run_jobs, staged
 from minianyflow.training import Role, train
-from minianyflow.wan import TextEncoder, WanNetwork, tiny_transformer
+from minianyflow.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from toy_data import blobs
 
 WEIGHTS = Path(blobs.__file__).parent / "video"  # of the committed run
 CLIPS = 16384  # encoded once, for all stages
-MIXED = {"eulerian": 0.5, "semigroup": 0.5}
 
 
 @dataclass(frozen=True)
@@ -49,27 +48,30 @@ class Stage:
     parent: str = ""
     steps: int = 0
     rows: int = 128
-    lr: float = 2e-3
+    lr: float = 3e-3
     seeds: tuple[int, ...] = (0,)
     options: dict = field(default_factory=dict)
 
 
 THREE = (0, 1, 2)
-CONSISTENCY_EMA, FAKE_RATE = 0.95, 2.0
+ALONE = ("codec", "teacher")
+CONSISTENCY_EMA, FAKE_RATE = 0.95, 5.0
+EULERIAN = {"shares": {"eulerian": 1.0}, "adaptive": 0.5}
 STAGES = {
     "codec": Stage("codec", steps=1000, lr=6e-3),
-    "teacher": Stage("teacher", "codec", 3500, lr=6e-3),
-    "eulerian": Stage("flow_map", "teacher", 800, options={"shares": {"eulerian": 1.0}}),
-    "lagrangian": Stage("flow_map", "teacher", 800, options={"shares": {"lagrangian": 1.0}}),
-    "semigroup": Stage("flow_map", "teacher", 800, options={"shares": {"semigroup": 1.0}}),
-    "mixed": Stage("flow_map", "teacher", 800, seeds=THREE, options={"shares": MIXED}),
-    "consistency": Stage("consistency", "teacher", 800, seeds=THREE),
-    "on_policy": Stage("on_policy", "mixed", 200, 64, 3e-4, THREE),
-    "forward_only": Stage("flow_map", "mixed", 800, seeds=THREE, options={"shares": MIXED}),
-    "causal": Stage("causal", "mixed", 1000, seeds=THREE, options={"shares": MIXED}),
-    "causal_on_policy": Stage("causal_on_policy", "causal", 100, 64, 3e-4, THREE),
-    "causal_gradient": Stage("causal_on_policy", "causal", 100, 64, 3e-4, options={"context_gradient": True}),
-    "causal_forward_only": Stage("causal", "causal", 800, seeds=THREE, options={"shares": MIXED}),
+    "teacher": Stage("teacher", "codec", 6000, lr=6e-3),
+    "eulerian": Stage("flow_map", "teacher", 700, seeds=THREE, options=EULERIAN),
+    "lagrangian": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"lagrangian": 1.0}}),
+    "semigroup": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"semigroup": 1.0}}),
+    "mixed": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"eulerian": 0.5, "semigroup": 0.5}}),
+    "consistency": Stage("consistency", "teacher", 700, seeds=THREE),
+    "on_policy": Stage("on_policy", "eulerian", 200, 64, 1e-4, THREE),
+    "forward_only": Stage("flow_map", "eulerian", 410, seeds=THREE, options=EULERIAN),
+    "causal_teacher": Stage("causal_teacher", "teacher", 2000),
+    "causal": Stage("causal", "causal_teacher", 900, seeds=THREE, options=EULERIAN),
+    "causal_on_policy": Stage("causal_on_policy", "causal", 100, 64, 1e-4, THREE),
+    "causal_gradient": Stage("causal_on_policy", "causal", 100, 64, 1e-4, THREE, {"context_gradient": True}),
+    "causal_forward_only": Stage("causal", "causal", 400, seeds=THREE, options=EULERIAN),
 }
 
 
@@ -135,65 +137,105 @@ class TeacherForced:
         return self.loss(u, batch | {"condition": batch["condition"] | batch["context"]})
 
 
-# How each kind trains: build(stage, seed, folder, teacher) gives roles, the first of which is kept, and draw(step)
+# How each kind trains: build(stage, seed, earlier) gives roles, the first of which is kept, and draw(step)
 
 
-def build_teacher(stage, seed, folder, teacher):
+class Earlier:
+    """What earlier stages left in a folder: to train on, to ask (counted), and the latents."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def network(self, name, seed=0):
+        """A copy to train on."""
+        return load_network(path_of(self.folder, name, seed)).requires_grad_(True)
+
+    def causal(self, name, seed=0):
+        """A copy to train on chunk by chunk, from a causal network or a bidirectional one."""
+        network = self.network(name, seed)
+        if isinstance(network, CausalNetwork):
+            return network
+        return CausalNetwork(causal_from(network.transformer), timesteps=network.timesteps)
+
+    def velocity(self, name):
+        """The velocity(z, t, **condition) of a teacher."""
+        self.asked.append(EvaluationCounter(load_network(path_of(self.folder, name))))
+        return partial(velocity, self.asked[-1])
+
+    def forward(self, stage, teacher="teacher"):
+        """The forward stage's loss with a teacher's velocity: that of data makes Eulerian targets diverge here."""
+        return FlowMapLoss(**{"delta": 5e-3} | stage.options, velocity=self.velocity(teacher))
+
+
+def build_teacher(stage, seed, earlier):
     """Flow matching on data; a tenth of the rows without their prompt."""
-    data = Latents(folder)
-    teacher = _role(WanNetwork(tiny_transformer(seed)), stage, FlowMapLoss({}, weight=torch.ones_like))
+    data = Latents(earlier.folder)
+    network = WanNetwork(tiny_transformer(seed), TINY_TIMESTEPS)
+    teacher = _role(network, stage, FlowMapLoss({}, weight=torch.ones_like))
     return {"teacher": teacher}, lambda step: data.batch(stage.rows, generator(seed, step), 0.1, diagonal=1.0, end=0.0)
 
 
-def build_flow_map(stage, seed, folder, teacher):
+def build_flow_map(stage, seed, earlier):
     """The forward stage."""
-    data = Latents(folder)
-    student = _role(_network(folder, stage.parent, seed), stage, _forward(stage, teacher))
+    data = Latents(earlier.folder)
+    student = _role(earlier.network(stage.parent, seed), stage, earlier.forward(stage))
     return {"student": student}, lambda step: data.batch(stage.rows, generator(seed, 1, step))
 
 
-def build_consistency(stage, seed, folder, teacher):
+def build_consistency(stage, seed, earlier):
     """Discrete consistency distillation, with the options that the baseline has on the plane."""
-    data = Latents(folder)
-    student = _role(_network(folder, stage.parent, seed), stage, None, ema=CONSISTENCY_EMA)
+    data = Latents(earlier.folder)
+    student = _role(earlier.network(stage.parent, seed), stage, None, ema=CONSISTENCY_EMA)
     options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5} | stage.options
-    student.loss = ConsistencyLoss(partial(velocity, teacher), student.average, **options)
+    student.loss = ConsistencyLoss(earlier.velocity("teacher"), student.average, **options)
     return {"student": student}, lambda step: data.batch(stage.rows, generator(seed, 1, step), diagonal=1.0, end=0.0)
 
 
-def build_on_policy(stage, seed, folder, teacher):
+def build_on_policy(stage, seed, earlier):
     """Backward simulation and distribution matching, with the parent's forward loss beside it."""
-    return _on_policy(stage, seed, folder, teacher, _forward(STAGES[stage.parent], teacher), lambda batch, step: batch)
+    student = earlier.network(stage.parent, seed)
+    return _on_policy(stage, seed, earlier, student, earlier.forward(STAGES[stage.parent]))
 
 
-def build_causal(stage, seed, folder, teacher):
-    """Teacher forcing: the forward stage on clips in chunks, from a bidirectional flow map or a causal one."""
-    data, network = Latents(folder), _causal(folder, stage.parent, seed)
-    student = _role(network, stage, TeacherForced(_forward(stage, teacher)))
-    return {"student": student}, lambda step: in_chunks(data.batch(stage.rows, generator(seed, 2, step)), step, network)
+def build_causal_teacher(stage, seed, earlier):
+    """Flow matching on data by teacher forcing, from the bidirectional teacher."""
+    return _teacher_forcing(stage, seed, earlier, FlowMapLoss({}, weight=torch.ones_like), diagonal=1.0, end=0.0)
 
 
-def build_causal_on_policy(stage, seed, folder, teacher):
-    """Chunk by chunk from its own context; scores see the whole clip; teacher forcing beside it."""
-    network = _causal(folder, stage.parent, seed)
-    forward = TeacherForced(_forward(STAGES[stage.parent], teacher))
-    simulate = causal_backward_simulation(stage.options.get("context_gradient", False), network.first, network.rest)
-    return _on_policy(
-        stage, seed, folder, teacher, forward, lambda batch, step: in_chunks(batch, step, network), simulate
-    )
+def build_causal(stage, seed, earlier):
+    """The forward stage by teacher forcing, with the velocity of the causal teacher."""
+    return _teacher_forcing(stage, seed, earlier, earlier.forward(stage, "causal_teacher"))
 
 
-def _on_policy(stage, seed, folder, teacher, forward, cut, simulate=backward_simulation):
-    data = Latents(folder)
-    network = _causal if isinstance(forward, TeacherForced) else _network
-    student = _role(network(folder, stage.parent, seed), stage, None, betas=(0.0, 0.999))
-    fake = _role(_network(folder, "teacher"), stage, None, lr=FAKE_RATE * stage.lr, betas=(0.0, 0.999))
-    student.loss = OnPolicyLoss(partial(velocity, teacher), fake.network, forward, simulate=simulate)
-    fake.loss = FakeScoreLoss(student.network, simulate=simulate)
+def _teacher_forcing(stage, seed, earlier, loss, **pairs):
+    data, network = Latents(earlier.folder), earlier.causal(stage.parent, seed)
 
     def draw(step):
-        batch, source = data.batch(stage.rows, generator(seed, 3, step)), generator(seed, 4, step)
-        return cut(batch, step) | draw_on_policy(batch["x"].shape[1:], stage.rows, source)
+        return in_chunks(data.batch(stage.rows, generator(seed, 2, step), **pairs), step, network)
+
+    return {"student": _role(network, stage, TeacherForced(loss))}, draw
+
+
+def build_causal_on_policy(stage, seed, earlier):
+    """Chunk by chunk from its own context; scores see the whole clip; teacher forcing beside it."""
+    student = earlier.causal(stage.parent, seed)
+    forward = TeacherForced(earlier.forward(STAGES[stage.parent], "causal_teacher"))
+    simulate = causal_backward_simulation(stage.options.get("context_gradient", False), student.first, student.rest)
+    cut = partial(in_chunks, network=student)
+    return _on_policy(stage, seed, earlier, student, forward, cut, simulate=simulate)
+
+
+def _on_policy(stage, seed, earlier, network, forward, cut=None, **how):
+    data = Latents(earlier.folder)
+    student = _role(network, stage, None, betas=(0.0, 0.999))
+    fake = _role(earlier.network("teacher"), stage, None, lr=FAKE_RATE * stage.lr, betas=(0.0, 0.999))
+    student.loss = OnPolicyLoss(earlier.velocity("teacher"), fake.network, forward, **how)
+    fake.loss = FakeScoreLoss(student.network, **how)
+
+    def draw(step):
+        batch = data.batch(stage.rows, generator(seed, 3, step))
+        rollouts = draw_on_policy(batch["x"].shape[1:], stage.rows, generator(seed, 4, step))
+        return (cut(batch, step) if cut else batch) | rollouts
 
     return {"student": student, "fake": fake}, draw
 
@@ -202,30 +244,12 @@ def _role(network, stage, loss, lr=None, ema=0.99, **options):
     return Role(EvaluationCounter(network), loss, lr or stage.lr, warmup=50, ema=ema, clip=1.0, **options)
 
 
-def _network(folder, name, seed=0):
-    """What an earlier stage trained, to train on."""
-    return load_network(path_of(folder, name, seed)).requires_grad_(True)
-
-
-def _causal(folder, name, seed):
-    network = _network(folder, name, seed)
-    if isinstance(network, CausalNetwork):
-        return network
-    return CausalNetwork(causal_from(network.transformer), timesteps=network.timesteps)
-
-
-def _forward(stage, teacher):
-    """The forward stage's loss. Velocities are those of data, whose mistakes nobody has to unlearn, unless asked."""
-    options = {"adaptive": 0.0, "delta": 5e-3} | stage.options
-    taught = options.pop("taught", "lagrangian" in stage.options["shares"])
-    return FlowMapLoss(**options, velocity=partial(velocity, teacher) if taught else None)
-
-
 BUILDERS = {
     "teacher": build_teacher,
     "flow_map": build_flow_map,
     "consistency": build_consistency,
     "on_policy": build_on_policy,
+    "causal_teacher": build_causal_teacher,
     "causal": build_causal,
     "causal_on_policy": build_causal_on_policy,
 }
@@ -240,8 +264,11 @@ def path_of(folder, name, seed=0):
 
 
 def train_stage(name, seed, folder, quiet=False, position=0):
-    """Train one stage with one seed and keep it in `folder` with its provenance; it needs its parents there."""
-    torch.set_num_threads(1)
+    """Train one stage with one seed and keep it in `folder` with its provenance; it needs its parents there.
+
+    A stage of whom there is one at a time has two cores to itself.
+    """
+    torch.set_num_threads(2 if name in ALONE else 1)
     stage, path = STAGES[name], path_of(folder, name, seed)
     bar = {"desc": f"{name} {seed}", "position": position, "disable": quiet or None}
     accelerator, start = Accelerator(cpu=True), time.perf_counter()
@@ -251,12 +278,11 @@ def train_stage(name, seed, folder, quiet=False, position=0):
         )
         counters = []
     else:
-        teacher = None if stage.kind == "teacher" else EvaluationCounter(load_network(path_of(folder, "teacher")))
-        roles, draw = BUILDERS[stage.kind](stage, seed, folder, teacher)
+        earlier = Earlier(folder)
+        roles, draw = BUILDERS[stage.kind](stage, seed, earlier)
         history = train(roles, draw, stage.steps, accelerator=accelerator, progress=bar)
         network = next(iter(roles.values())).average.module.network
-        counters = [each for role in roles.values() for each in (role.network, role.average.module)]
-        counters += [teacher] if teacher else []
+        counters = [each for role in roles.values() for each in (role.network, role.average.module)] + earlier.asked
     cost = {
         "steps": stage.steps,
         "forwards": sum(each.rows for each in counters),
@@ -280,7 +306,7 @@ def train_all(folder="outputs/weights", workers=2, quiet=False):
     done = {name for name in STAGES if _is_done(folder, name)}
     for names in _waves():
         done -= {name for name in names if STAGES[name].parent and STAGES[name].parent not in done}
-        missing = [name for name in names if name not in done]
+        missing = sorted((name for name in names if name not in done), key=lambda name: -STAGES[name].steps)
         arguments = {(name, seed): (name, seed, folder, quiet) for name in missing for seed in STAGES[name].seeds}
         run_jobs({job: (train_stage, each) for job, each in arguments.items()}, workers)
 

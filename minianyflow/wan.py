@@ -26,6 +26,7 @@ TINY = {
     "num_layers": 4,
     "rope_max_seq_len": 64,
 }
+TINY_TIMESTEPS = 5.0  # and tiny ones to 5: docs/video.md says what Wan's 160 turns between 0 and 1 do to du/dt
 PROMPT_LENGTH = 4  # tokens; pass it as max_sequence_length to a pipeline: padding is seen, in Wan too
 WORDS = (
     *("one", "two", "ball", "balls"),

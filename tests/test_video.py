@@ -1,0 +1,178 @@
+"""The video stages: the functions of the plane, fed right; and the committed networks, which measure what they say."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minianyflow import (
+    causal,
+    consistency,
+    demo,
+    flow_map,
+    objectives,
+    on_policy,
+    samplers,
+    training,
+    video_report,
+    video_stages,
+)
+from minianyflow.errors import InputError
+from minianyflow.measures import sliced_w2, sobol_noise
+from minianyflow.pairs import generator
+from minianyflow.video_stages import STAGES, WEIGHTS, TeacherForced, in_chunks, path_of
+from minianyflow.weights import KINDS, load_codec, load_network, read_weights
+from toy_data import blobs
+
+torch.set_num_threads(1)
+TRAINED = [(name, seed) for name, stage in STAGES.items() for seed in stage.seeds if name != "codec"]
+
+
+def test_video_runs_on_the_functions_of_the_plane():
+    for name in ("FlowMapLoss", "ConsistencyLoss", "Role", "train", "generator", "EvaluationCounter"):
+        assert getattr(video_stages, name) is getattr(demo, name), name
+    for name in ("sample_flow_map", "sample_euler", "sample_consistency", "sliced_w2", "sobol_noise", "time_grid"):
+        assert getattr(video_report, name) is getattr(demo, name), name
+    assert video_stages.OnPolicyLoss is on_policy.OnPolicyLoss
+    assert causal.backward_simulation_times is on_policy.backward_simulation_times
+    assert causal.rollout is flow_map.rollout
+    assert video_stages.velocity is video_report.velocity is flow_map.velocity
+    assert video_stages.FlowMapLoss.__module__ == objectives.__name__
+
+
+def test_no_function_of_the_mathematics_is_written_again():
+    """Nothing in the video rooms has the name of anything in the rooms of the mathematics."""
+    below = (consistency, flow_map, objectives, on_policy, samplers, training)
+    known = {
+        name
+        for room in below
+        for name, value in vars(room).items()
+        if getattr(value, "__module__", "") == room.__name__
+    }
+    for room in (video_stages, video_report):
+        own = {name for name, value in vars(room).items() if getattr(value, "__module__", "") == room.__name__}
+        assert not own & known
+
+
+def test_blobs_are_what_they_say():
+    clips = blobs.sample(64, generator(0))
+    assert torch.equal(clips.video, blobs.sample(64, generator(0)).video)
+    light = clips.video.sum((2, 3)) / (blobs.LIGHT * clips.balls[:, None])
+    assert (light - 1).abs().max() < 2e-3  # no light is lost at the edge
+    pairs = clips.positions[clips.balls == 2]
+    assert (pairs[:, :, 0] - pairs[:, :, 1]).norm(dim=2).min() > blobs.APART
+    inside = clips.positions.nan_to_num(7.5)
+    assert inside.min() >= blobs.WALLS[0]
+    assert inside.max() <= blobs.WALLS[1]
+    speed = (clips.positions[:, 1:] - clips.positions[:, :-1]).norm(dim=3)
+    assert speed.nan_to_num(0).max() <= blobs.SPEED[1] + 1e-5
+    with pytest.raises(InputError, match=r"16 frames; expected 4 n \+ 1"):
+        blobs.sample(1, frames=16)
+
+
+def test_teacher_forcing_trains_every_frame_and_sees_only_earlier_chunks():
+    network = load_network(path_of(WEIGHTS, "causal"))
+    x = torch.arange(5.0)[None, :, None, None, None].expand(2, 5, 4, 4, 4)  # a frame holds its own number
+    batch, seen = {"x": x, "eps": -x, "condition": {}}, set()
+    for step in range(2):
+        part = in_chunks(batch, step, network)
+        numbers = [int(frame) for frame in part["x"][0, :, 0, 0, 0]]
+        past = part["context"].get("past", x[:, :0])[0, :, 0, 0, 0].tolist()
+        assert past == list(range(numbers[0]))
+        assert torch.equal(part["x"], part["context"]["clean"])
+        assert torch.equal(part["x"], -part["eps"])
+        seen |= set(numbers)
+    assert seen == {0, 1, 2, 3, 4}
+
+
+def test_teacher_forced_hands_the_context_to_the_network_alone():
+    given = {}
+
+    def loss(u, batch):
+        given.update(batch["condition"])
+
+    TeacherForced(loss)(None, {"condition": {"prompt": 1}, "context": {"clean": 2, "past": 3}})
+    assert given == {"prompt": 1, "clean": 2, "past": 3}
+
+
+def test_what_distribution_matching_scores_is_at_time_zero():
+    """If all data is 0 then u(z, t, r) = z / t and Phi(z; t -> r) = (r / t) z: only a whole journey ends at 0."""
+
+    def u(z, t, r, prompt, cache=(), remember=False):
+        return () if remember else z / t[:, None, None, None, None]
+
+    source, simulate = generator(0), causal.causal_backward_simulation()
+    lengths, step = on_policy.draw_rollouts(16, source)
+    z, prompt = torch.randn(16, 5, 4, 2, 2, generator=source), torch.zeros(16, 1, 1)
+    path = simulate(u, z, lengths, step, 5.0, prompt=prompt)
+    assert torch.equal(path[0], z)
+    assert path[-1].abs().max() < 1e-6
+    assert path[-2].abs().amax((1, 2, 3, 4))[step < lengths - 1].min() > 1e-3  # the one before is still noisy
+
+
+def test_stages_come_after_what_they_start_from():
+    seen = set()
+    for wave in video_stages._waves():
+        assert all(STAGES[name].parent in seen | {""} for name in wave)
+        seen |= set(wave)
+    assert seen == set(STAGES)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Stages of two steps, in a folder with the committed codec."""
+    tiny = {name: dataclasses.replace(stage, steps=2, rows=8, seeds=(0,)) for name, stage in STAGES.items()}
+    monkeypatch.setattr(video_stages, "STAGES", tiny | {"codec": STAGES["codec"]})
+    monkeypatch.setattr(video_stages, "CLIPS", 32)
+    monkeypatch.setattr(video_stages, "run_jobs", lambda jobs, workers: [f(*given) for f, given in jobs.values()])
+    for end in ("safetensors", "json"):
+        name = f"codec-0.{end}"
+        (tmp_path / name).write_bytes((WEIGHTS / name).read_bytes())
+    video_stages.make_latents(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_stage_trains_counts_and_goes_on_where_it_stopped(small, monkeypatch):
+    video_stages.train_all(small, quiet=True)
+    for name in STAGES:
+        cost = read_weights(path_of(small, name), *KINDS)[2]["cost"]
+        assert cost["seconds"] > 0
+        assert name == "codec" or cost["forwards"] >= cost["backwards"] >= 16, name
+    assert read_weights(path_of(small, "mixed"), *KINDS)[2]["cost"]["backwards"] == 16  # two steps of eight rows
+    calls = []
+    monkeypatch.setattr(video_stages, "train_stage", lambda name, *given: calls.append(name))
+    video_stages.train_all(small, quiet=True)
+    assert not calls
+    path_of(small, "causal").unlink()
+    video_stages.train_all(small, quiet=True)
+    assert calls == [name for name, stage in STAGES.items() if name == "causal" or stage.parent == "causal"]
+
+
+@pytest.fixture(scope="module")
+def held():
+    codec = load_codec(path_of(WEIGHTS, "codec"))
+    return codec, *video_report.held_out(codec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "seed"), TRAINED)
+def test_committed_weights_measure_what_their_provenance_says(name, seed, held):
+    path = path_of(WEIGHTS, name, seed)
+    said = json.loads(path.with_suffix(".json").read_text())["figures"]["sliced_w2"]
+    _, (reference, _), _ = held
+    z, (prompt, _) = sobol_noise(video_report.COUNT, reference.shape[1:]), video_report.prompts_for(video_report.COUNT)
+    ends = video_report.sample(video_report.how_sampled(name), load_network(path), z, prompt, 1)
+    assert sliced_w2(ends, reference) == pytest.approx(said["1"], rel=1e-2)
+
+
+def test_the_committed_weights_are_small_and_whole():
+    files = list(Path(WEIGHTS).glob("*.safetensors"))
+    assert {file.stem for file in files} == {f"{name}-{seed}" for name, seed in [*TRAINED, ("codec", 0)]}
+    assert sum(file.stat().st_size for file in files) < 15e6
+    for file in files:
+        _, _, made = read_weights(file, *KINDS)
+        assert made["command"].startswith("python -m minianyflow weights")
+        assert made["stage"] == json.loads(json.dumps(dataclasses.asdict(STAGES[file.stem.rsplit("-", 1)[0]])))
