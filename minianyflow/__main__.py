@@ -59,7 +59,8 @@ def video(arguments):
     from minianyflow.video_report import run, table
 
     report = run(arguments.weights, arguments.output, workers=arguments.workers, quiet=arguments.quiet)
-    print(f"\n{table(report)}\n\nwritten: {arguments.output}/any_step.json, any_step.png, contact_sheet.png")
+    print(f"\n{table(report)}\n")
+    print(f"written to {arguments.output}: any_step.json, any_step.png, from_ideal.png, contact_sheet.png")
     return 0
 
 
@@ -102,7 +103,8 @@ def course(arguments):
 
     chosen = [path for path in notebooks() if not arguments.only or path.name.startswith(arguments.only)]
     if not chosen:
-        raise InputError(f"no notebook begins with {arguments.only!r}; expected one of 00 to 05")
+        known = ", ".join(path.name[:2] for path in notebooks())
+        raise InputError(f"no notebook begins with {arguments.only!r}; expected one of {known}")
     if arguments.figures:
         try:
             Path(arguments.figures).mkdir(parents=True, exist_ok=True)
@@ -196,7 +198,7 @@ def parse(argv):
         each.add_argument("--workers", default=2, type=int, help="processes; each takes one core")
         each.add_argument("--quiet", action="store_true", help="no progress bars")
         if function is video:
-            each.add_argument("--weights", default="toy_data/video", help="folder of the trained networks")
+            each.add_argument("--weights", default=str(ROOT / "toy_data/video"), help="folder of the trained networks")
     add(lab)
     each = add(course)
     each.add_argument("--only", help="the number of one notebook, say 03")
@@ -225,7 +227,7 @@ def main(argv=None):
         )
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written; run the same command again to start over", file=sys.stderr)
+        print("\ninterrupted: nothing unfinished was kept; run the same command again", file=sys.stderr)
         return 130
 
 

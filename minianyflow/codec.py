@@ -6,6 +6,8 @@ Shapes:
 Latents are normalised by the mean and spread in the codec's own configuration, as diffusers pipelines do.
 """
 
+from types import SimpleNamespace
+
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
@@ -65,7 +67,8 @@ class Codec(nn.Module):
 
     def _scale(self):
         config = self.vae.config
-        return (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
+        where = self.vae.quant_conv.weight
+        return (where.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
 
     @torch.no_grad()
     def normalise(self, video):
@@ -99,13 +102,24 @@ def codec_batches(sample, steps, seed=0):
     """`draw(step)`: short clips first (5 frames, then 9, then 17), which teach the codec to see at all, and quickly."""
 
     def draw(step):
-        frames, rows = (5, 16) if step < 0.45 * steps else (9, 8) if step < 0.6 * steps else (17, 8)
+        frames, rows = _size(step, steps)
         source = generator(seed, step)
         video = sample(rows, source, frames)
         size = (rows, 4 * (frames // 4 + 1) * video.shape[2] * video.shape[3] // 16)
         return {"x": video, "eps": torch.randn(size, generator=source)}
 
     return draw
+
+
+def _size(step, steps):
+    """Frames and rows of the batch at `step`."""
+    return (5, 16) if step < 0.45 * steps else (9, 8) if step < 0.6 * steps else (17, 8)
+
+
+def codec_cost(steps):
+    """Rows that went through codec and back in training, forwards and backwards, as an EvaluationCounter has them."""
+    rows = sum(_size(step, steps)[1] for step in range(steps))
+    return SimpleNamespace(rows=rows, with_grad=rows)
 
 
 def train_codec(sample, steps=1000, seed=0, lr=6e-3, blur=0.02, accelerator=None, progress=True):

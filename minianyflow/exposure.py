@@ -27,6 +27,7 @@ from minianyflow.schedules import time_grid
 from minianyflow.training import Role, batches, train
 from toy_data.circle import CircleProcess
 
+FRESH = 1_000_000  # where the batches of an arm begin: it must not see those of the start again
 WINDOW = 4  # frames: enough to tell the speed (4.5 sigma); exact conditionals on a window keep every window's law
 
 
@@ -200,7 +201,7 @@ def on_policy(network, process, seeds, budget, forward_weight=1.0, detach=False)
     """The same for on-policy training: student and fake score; the real score is that of the joint law, exact."""
     real, counter = counted(lambda z, t, copy=None: process.clips.velocity(z, t))
     student, make = EvaluationCounter(network), simulate(detach)
-    fake = EvaluationCounter(ClipScore(process.clips.velocity, (process.frames, 2), seeds=seeds))
+    fake = EvaluationCounter(ClipScore(real, (process.frames, 2), seeds=seeds))
     loss = OnPolicyLoss(real, fake, FrameLoss(FlowMapLoss(SHARES)), forward_weight, simulate=make)
     options = {"betas": (0.0, 0.999), "warmup": 50}
     roles = {
@@ -295,11 +296,12 @@ def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0):
             spare += time.process_time() - now
 
     bar = {"desc": arm, "position": position, "disable": quiet or None}
-    train(roles, draw, steps, accelerator=Accelerator(cpu=True), progress=bar, on_step=look)
+    fresh = 0 if start is None else FRESH
+    train(roles, lambda step: draw(fresh + step), steps, accelerator=Accelerator(cpu=True), progress=bar, on_step=look)
     return curve, average.state_dict()
 
 
-def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/video", workers=2, quiet=False):
+def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", workers=2, quiet=False):
     """The whole experiment; writes `exposure.json` and `exposure.png`, whole or not at all, and returns the report."""
     if not seeds or len(set(seeds)) < len(seeds) or min(budget.start, budget.after, budget.points) < 1:
         raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, one at least, and positive numbers")

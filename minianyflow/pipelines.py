@@ -97,7 +97,11 @@ def load_pipeline(folder):
 
 
 def _scheduler(network, shift):
-    return FlowMapEulerDiscreteScheduler(int(getattr(network, "timesteps", 1000)), float(shift))
+    """A scheduler that counts time as the network does."""
+    timesteps = getattr(network, "timesteps", 1000)
+    if timesteps != int(timesteps):
+        raise InputError(f"time counted to {timesteps}; expected a whole number, which is what a scheduler can hold")
+    return FlowMapEulerDiscreteScheduler(int(timesteps), float(shift))
 
 
 def _assemble(network, codec, text, scheduler):

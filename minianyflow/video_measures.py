@@ -128,9 +128,10 @@ def summary(video, balls, partition=None):
 
     prompt_obeyed  share of clips with the prompted number of balls in every frame
     light          mean; light_kept: share of clips whose light is within 15% of 1 in every frame
+    obeyed_and_kept            share of clips with both
     from_ideal, acceleration   means, as in `physics`
-    Data read 1, 1, 1, 0, 0; the codec alone about 1, .99, .99 (in half of its clips a frame is off by 5% or more, in
-    one of a hundred by 15%), .06, .15.
+    Data read 1, 1, 1, 1, 0, 0; the codec alone about 1, .99, .99, .99 (in half of its clips a frame is off by 5% or
+    more, in one of a hundred by 15%), .06, .15.
 
     A `partition` of latent frames into chunks, say (1, 2, 2), adds `by_chunk`, a list of the same for the video frames
     of each; an acceleration counts where its last frame is. Raises InputError where it does not sum to (T + 3) / 4.
@@ -152,10 +153,12 @@ def summary(video, balls, partition=None):
 
 def _summary(seen, balls, frames):
     light, count = seen["light"][:, frames], seen["count"][:, frames]
+    obeyed, kept = (count == balls[:, None]).all(1), ((light - 1).abs() <= KEPT).all(1)
     return {
-        "prompt_obeyed": float((count == balls[:, None]).all(1).float().mean()),
+        "prompt_obeyed": float(obeyed.float().mean()),
         "light": float(light.mean()),
-        "light_kept": float(((light - 1).abs() <= KEPT).all(1).float().mean()),
+        "light_kept": float(kept.float().mean()),
+        "obeyed_and_kept": float((obeyed & kept).float().mean()),
         "from_ideal": float(seen["from_ideal"][:, frames].mean()),
         "acceleration": float(seen["squared_acceleration"][:, frames].flatten(1).nanmean(1).sqrt().nanmean()),
     }

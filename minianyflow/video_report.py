@@ -6,6 +6,7 @@ videos against what a blob video is. Excess is a measure minus the codec's own, 
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,17 +30,20 @@ COUNT = 2048  # clips measured as latents
 SEEN = 512  # of them decoded and measured as videos
 PIECE = 256
 FRAMES, LONG = 17, 33
-MEASURES = ("sliced_w2", "frechet", "prompt_obeyed", "light", "light_kept", "from_ideal", "acceleration")
-CURVES = ("teacher", "mixed", "semigroup", "on_policy", "forward_only", "consistency")
-SHOWN = (*(("teacher", nfe) for nfe in (1, 4, 32)), *(("mixed", nfe) for nfe in (1, 4, 32)), ("consistency", 1))
+CHUNKS = (1, 2, 2)
+CURVES = ("teacher", "eulerian", "lagrangian", "semigroup", "mixed", "consistency", "on_policy")
+SHOWN = (*(("teacher", nfe) for nfe in (1, 4, 32)), *(("eulerian", nfe) for nfe in (1, 4, 32)), ("consistency", 1))
 SHOWN += (("consistency", 32), ("on_policy", 1), ("causal", 4))
 CAUSAL_NFE = (1, 2, 4, 8, 16)  # a chunk
 COST = ("steps", "forwards", "backwards", "seconds")
 
 
 def prompts_for(count):
-    """Embeddings (count, L, D) of one ball and two balls in turn, and the numbers of balls (count,)."""
-    which = torch.arange(count) % 2
+    """Embeddings (count, L, D), half of them of one ball and half of two, and the numbers of balls (count,).
+
+    In random order, the same every time: in turn, they would go with the parity of Sobol points.
+    """
+    which = torch.randperm(count, generator=generator(103)) % 2
     return TextEncoder()(blobs.PROMPTS)[which], which + 1
 
 
@@ -47,14 +51,16 @@ def prompts_for(count):
 def sample(how, network, z, prompt, nfe):
     """Where `nfe` evaluations take the noise z (B, F, C, H, W); (B, F, C, H, W).
 
-    how: "euler" (a teacher), "consistency" (re-noised), "flow_map", or "causal", chunk by chunk, `nfe` a chunk.
+    how: "euler" (a teacher), "consistency" (re-noised), "flow_map", or, chunk by chunk with `nfe` a chunk, "causal" and
+    "causal euler".
     """
     times, ends = time_grid(nfe), []
     for index, (noise, text) in enumerate(zip(z.split(PIECE), prompt.split(PIECE), strict=True)):
-        if how == "causal":
-            path = causal_rollout(network, noise, times, text, network.first, network.rest)
+        if how.startswith("causal"):
+            u = network if how == "causal" else lambda z, t, r, **known: network(z, t, t, **known)
+            path = causal_rollout(u, noise, times, text, network.first, network.rest)
         elif how == "euler":
-            path = sample_euler(lambda z, t, **c: velocity(network, z, t, **c), noise, times, prompt=text)
+            path = sample_euler(partial(velocity, network), noise, times, prompt=text)
         elif how == "consistency":
             path = sample_consistency(network, noise, times, generator(nfe, index), prompt=text)
         else:
@@ -66,7 +72,8 @@ def sample(how, network, z, prompt, nfe):
 def measure(latents, reference, codec, balls, partition=None):
     """All measures of latents (n, F, C, H, W) whose prompts asked for `balls` (n,): {name: float}, and by chunk."""
     figures = {"sliced_w2": sliced_w2(latents, reference), "frechet": frechet_distance(latents, reference)}
-    return figures | look(latents, codec, balls, partition)
+    drifts = {"drift": drift(latents, reference, partition)} if partition else {}
+    return figures | drifts | look(latents, codec, balls, partition)
 
 
 def look(latents, codec, balls, partition=None):
@@ -76,9 +83,8 @@ def look(latents, codec, balls, partition=None):
 
 def how_sampled(name):
     """Which sampler a stage of this name takes."""
-    if name in ("teacher", "consistency"):
-        return {"teacher": "euler", "consistency": "consistency"}[name]
-    return "causal" if name.startswith("causal") else "flow_map"
+    known = {"teacher": "euler", "consistency": "consistency", "causal_teacher": "causal euler"}
+    return known.get(name, "causal" if name.startswith("causal") else "flow_map")
 
 
 def measure_network(path, codec_path, how, reference, nfes, quiet=False, position=0):
@@ -86,7 +92,7 @@ def measure_network(path, codec_path, how, reference, nfes, quiet=False, positio
     torch.set_num_threads(1)
     network, codec, z = load_network(path), load_codec(codec_path), sobol_noise(COUNT, reference.shape[1:])
     prompt, balls = prompts_for(COUNT)
-    partition = chunk_partition(z.shape[1], network.first, network.rest) if how == "causal" else None
+    partition = chunk_partition(z.shape[1], network.first, network.rest) if how.startswith("causal") else None
     figures, ends = {}, {}
     bar = {"desc": f"measuring {Path(path).stem}", "position": position, "disable": quiet or None, "unit": "sampler"}
     for nfe in tqdm(nfes, **bar):
@@ -136,17 +142,18 @@ def held_out(codec, frames=FRAMES, count=None):
     return torch.stack([codec.encode(each.video) for each in clips]), clips[0].balls
 
 
-def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2, quiet=False):
-    """Sample and measure every trained network in `weights`; writes any_step.json and any_step.png. Returns the report.
+def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2, quiet=False, extras=True):
+    """Sample and measure every trained network in `weights`; returns the report, any_step.json.
 
-    names: stages, all by default. Written whole or not at all.
+    names: stages, all by default; every seed that is there. extras: long clips and stock's padding for causal
+    students, and the pictures any_step.png, from_ideal.png and contact_sheet.png. Written whole or not at all.
     """
     names = [name for name, stage in STAGES.items() if stage.kind != "codec"] if names is None else list(names)
     codec = load_codec(path_of(weights, "codec"))
     (reference, other), balls = held_out(codec)
 
     def steps(name):
-        return [nfe for nfe in nfes if how_sampled(name) != "causal" or nfe in CAUSAL_NFE]
+        return [nfe for nfe in nfes if not name.startswith("causal") or nfe in CAUSAL_NFE]
 
     jobs = {
         (name, seed): (
@@ -154,9 +161,9 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
             (path_of(weights, name, seed), path_of(weights, "codec"), how_sampled(name), reference, steps(name), quiet),
         )
         for name in names
-        for seed in STAGES[name].seeds
+        for seed in seeds_in(weights, name)
     }
-    causal = [name for name in names if how_sampled(name) == "causal"]
+    causal = [name for name in names if how_sampled(name) == "causal" and extras]
     for name in causal:
         place = (path_of(weights, name), path_of(weights, "codec"))
         jobs[name, "long"] = (measure_long, (*place, 4, quiet))
@@ -167,14 +174,15 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
         report = {
             "dataset": "blobs",
             "measure": {"latents": COUNT, "videos": SEEN, "directions": 128, "noise": "scrambled Sobol"},
-            "floors": {"codec": measure(other, reference, codec, balls)},
+            "floors": floors(reference, other, codec, balls),
             "methods": {name: in_report(name, results, weights, steps(name), target) for name in names},
         }
         report |= {way: {name: results[name, way] for name in causal} for way in ("long", "padding")}
-        report["costs"] = {name: costs(name, weights) for name in STAGES}
+        report["costs"] = {name: costs(name, weights) for name in ("codec", *names)}
         report = rounded(report)
         (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        draw(report, {name: results[name, 0][1] for name in names}, codec, folder)
+        if extras:
+            draw(report, {name: results[name, 0][1] for name in names}, codec, folder)
     return report
 
 
@@ -186,16 +194,33 @@ def draw(report, ends, codec, folder):
     whole = report | {"methods": {name: each for name, each in report["methods"].items() if name in CURVES}}
     save_figure(any_step_curves(whole, "sliced_w2", "sliced W2 of latents"), folder / "any_step.png")
     save_figure(any_step_curves(whole, "from_ideal", "distance from ideal blobs"), folder / "from_ideal.png")
+    clips = [int((prompts_for(COUNT)[1] == balls).nonzero()[0]) for balls in (1, 2)]
     rows = {"data": blobs.sample(2, generator(7)).video}
     for name, nfe in SHOWN:
         if nfe in ends.get(name, {}):
-            rows[f"{name.replace('_', '-')}, {nfe}"] = codec.decode(ends[name][nfe][:2])
+            rows[f"{name.replace('_', '-')}, {nfe}"] = codec.decode(ends[name][nfe][clips])
     save_figure(contact_sheet(rows), folder / "contact_sheet.png")
+
+
+def seeds_in(weights, name):
+    """The seeds of a stage that a folder holds; the first at least, or reading it says what is missing."""
+    return [seed for seed in STAGES[name].seeds if path_of(weights, name, seed).exists()] or STAGES[name].seeds[:1]
+
+
+def floors(reference, other, codec, balls):
+    """What the measures read where there is no error: data against data, and data through the codec."""
+    through = measure(other, reference, codec, balls, CHUNKS)
+    clips = blobs.sample(SEEN, generator(7))
+    kept = ("sliced_w2", "frechet", "drift")
+    return {
+        "data": {name: through[name] for name in kept} | summary(clips.video, clips.balls, CHUNKS),
+        "codec": through,
+    }
 
 
 def in_report(name, results, weights, nfes, target):
     """One stage as it stands in the JSON: for every measure a list over step counts for each seed, and its cost."""
-    seeds = STAGES[name].seeds
+    seeds = seeds_in(weights, name)
     by_seed = [results[name, seed][0] for seed in seeds]
     out = {"seeds": list(seeds), "nfe": list(nfes), **costs(name, weights)}
     for key in by_seed[0][nfes[0]]:
@@ -207,7 +232,7 @@ def in_report(name, results, weights, nfes, target):
 
 def costs(name, weights):
     """What training one seed of a stage cost, the mean over its seeds, from their provenance."""
-    each = [read_weights(path_of(weights, name, seed), *KINDS)[2]["cost"] for seed in STAGES[name].seeds]
+    each = [read_weights(path_of(weights, name, seed), *KINDS)[2]["cost"] for seed in seeds_in(weights, name)]
     return {key: sum(cost[key] for cost in each) / len(each) for key in COST}
 
 
@@ -225,7 +250,9 @@ def comparison(folder, workers=2, quiet=False, nfes=(1, 4)):
 
     Returns text: sliced W2 x 1000, the mean over seeds, and what one seed cost.
     """
-    report = run(folder, Path(folder) / "report", nfes=nfes, workers=workers, quiet=quiet)
+    before = {path.stem: figures_of(path) for path in Path(WEIGHTS).glob("*.safetensors")}
+    report = run(folder, Path(folder) / "report", nfes=nfes, workers=workers, quiet=quiet, extras=False)
+    note_figures(path_of(folder, "codec"), report["floors"]["codec"])
     lines = [
         "sliced W2 x 1000".ljust(22) + "".join(f"{f'NFE {nfe}':>8}{'before':>8}" for nfe in nfes) + "  seconds a seed"
     ]
@@ -233,27 +260,27 @@ def comparison(folder, workers=2, quiet=False, nfes=(1, 4)):
         line = name.ljust(22)
         by_seed = dict(zip(method["seeds"], method["sliced_w2"], strict=True))
         for seed, values in by_seed.items():
-            note_figures(path_of(folder, name, seed), dict(zip(map(str, nfes), values, strict=True)))
-        before = [figures_of(path_of(WEIGHTS, name, seed)) for seed in by_seed]
+            note_figures(path_of(folder, name, seed), {"sliced_w2": dict(zip(map(str, nfes), values, strict=True))})
+        earlier = [before.get(path_of(folder, name, seed).stem, {}).get("sliced_w2", {}) for seed in by_seed]
         for nfe, new in zip(nfes, _means(method["sliced_w2"]), strict=True):
-            old = [each.get(str(nfe)) for each in before]
+            old = [each.get(str(nfe)) for each in earlier]
             line += f"{1000 * new:>8.1f}" + (f"{1000 * sum(old) / len(old):>8.1f}" if all(old) else f"{'-':>8}")
         lines.append(line + f"{method['seconds']:>16.0f}")
     return "\n".join(lines)
 
 
-def note_figures(path, sliced):
-    """Write what was measured, {step count: sliced W2}, into the provenance of the weights at `path`."""
+def note_figures(path, figures):
+    """Write what was measured into the provenance of the weights at `path`."""
     beside = Path(path).with_suffix(".json")
     made = json.loads(beside.read_text())
     with staged(beside.parent) as folder:
-        (folder / beside.name).write_text(json.dumps(made | {"figures": {"sliced_w2": sliced}}, indent=1) + "\n")
+        (folder / beside.name).write_text(json.dumps(made | {"figures": figures}, indent=1) + "\n")
 
 
 def figures_of(path):
-    """The sliced W2 noted in the provenance of the weights at `path`; {} if there are none."""
+    """The figures noted in the provenance of the weights at `path`; {} if there are none."""
     beside = Path(path).with_suffix(".json")
-    return json.loads(beside.read_text())["figures"].get("sliced_w2", {}) if beside.exists() else {}
+    return json.loads(beside.read_text()).get("figures", {}) if beside.exists() else {}
 
 
 def table(report, figure="sliced_w2", scale=1000):

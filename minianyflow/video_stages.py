@@ -9,6 +9,7 @@
 No mathematics stands here: objectives, backward simulation, samplers and the loop are those of the plane.
 """
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from minianyflow.causal import CausalNetwork, causal_backward_simulation, causal_from, chunk_partition
-from minianyflow.codec import train_codec
+from minianyflow.codec import codec_cost, train_codec
 from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
 from minianyflow.networks import EvaluationCounter
@@ -34,6 +35,7 @@ from minianyflow.weights import KINDS, describe, load_codec, load_network, read_
 from toy_data import blobs
 
 WEIGHTS = Path(blobs.__file__).parent / "video"  # of the committed run
+LATENTS = "latents.safetensors"
 CLIPS = 16384  # encoded once, for all stages
 
 
@@ -41,7 +43,8 @@ CLIPS = 16384  # encoded once, for all stages
 class Stage:
     """kind: how it trains (`BUILDERS`). parent: the stage that it starts from. steps, rows, lr: of the loop.
 
-    options: of its loss. One student a seed; seed 0 of the parent where that has fewer.
+    options: of its loss. stream: the number of its stream of batches; a stage that goes on from another must not see
+    the other's again. One student a seed; seed 0 of the parent where that has fewer.
     """
 
     kind: str
@@ -51,6 +54,7 @@ class Stage:
     lr: float = 3e-3
     seeds: tuple[int, ...] = (0,)
     options: dict = field(default_factory=dict)
+    stream: int = 1
 
 
 THREE = (0, 1, 2)
@@ -65,13 +69,13 @@ STAGES = {
     "semigroup": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"semigroup": 1.0}}),
     "mixed": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"eulerian": 0.5, "semigroup": 0.5}}),
     "consistency": Stage("consistency", "teacher", 700, seeds=THREE),
-    "on_policy": Stage("on_policy", "eulerian", 200, 64, 1e-4, THREE),
-    "forward_only": Stage("flow_map", "eulerian", 410, seeds=THREE, options=EULERIAN),
-    "causal_teacher": Stage("causal_teacher", "teacher", 2000),
-    "causal": Stage("causal", "causal_teacher", 900, seeds=THREE, options=EULERIAN),
-    "causal_on_policy": Stage("causal_on_policy", "causal", 100, 64, 1e-4, THREE),
-    "causal_gradient": Stage("causal_on_policy", "causal", 100, 64, 1e-4, THREE, {"context_gradient": True}),
-    "causal_forward_only": Stage("causal", "causal", 400, seeds=THREE, options=EULERIAN),
+    "on_policy": Stage("on_policy", "eulerian", 200, 64, 1e-4, THREE, stream=3),
+    "forward_only": Stage("flow_map", "eulerian", 410, seeds=THREE, options=EULERIAN, stream=5),
+    "causal_teacher": Stage("causal_teacher", "teacher", 2000, stream=2),
+    "causal": Stage("causal", "causal_teacher", 900, seeds=THREE, options=EULERIAN, stream=2),
+    "causal_on_policy": Stage("causal_on_policy", "causal", 150, 64, 1e-4, THREE, stream=3),
+    "causal_gradient": Stage("causal_on_policy", "causal", 150, 64, 1e-4, THREE, {"context_gradient": True}, 3),
+    "causal_forward_only": Stage("causal", "causal", 390, seeds=THREE, options=EULERIAN, stream=6),
 }
 
 
@@ -88,7 +92,7 @@ def make_latents(folder):
     clips = blobs.sample(CLIPS, generator(100))
     latents = load_codec(folder / "codec-0.safetensors").encode(clips.video)
     with staged(folder) as unfinished:
-        save_file({"latents": latents, "balls": clips.balls}, unfinished / "latents.st")
+        save_file({"latents": latents, "balls": clips.balls}, unfinished / LATENTS)
 
 
 class Latents:
@@ -98,7 +102,7 @@ class Latents:
     """
 
     def __init__(self, folder):
-        held = load_file(Path(folder) / "latents.st")
+        held = load_file(Path(folder) / LATENTS)
         self.latents, self.balls = held["latents"], held["balls"]
         self.prompts = TextEncoder()(["", *blobs.PROMPTS])  # (3, L, D); number 0 is the null prompt
 
@@ -163,7 +167,7 @@ class Earlier:
         return partial(velocity, self.asked[-1])
 
     def forward(self, stage, teacher="teacher"):
-        """The forward stage's loss with a teacher's velocity: that of data makes Eulerian targets diverge here."""
+        """The forward stage's loss with a teacher's velocity: why not that of data, see docs/video.md."""
         return FlowMapLoss(**{"delta": 5e-3} | stage.options, velocity=self.velocity(teacher))
 
 
@@ -179,7 +183,7 @@ def build_flow_map(stage, seed, earlier):
     """The forward stage."""
     data = Latents(earlier.folder)
     student = _role(earlier.network(stage.parent, seed), stage, earlier.forward(stage))
-    return {"student": student}, lambda step: data.batch(stage.rows, generator(seed, 1, step))
+    return {"student": student}, lambda step: data.batch(stage.rows, generator(seed, stage.stream, step))
 
 
 def build_consistency(stage, seed, earlier):
@@ -188,7 +192,9 @@ def build_consistency(stage, seed, earlier):
     student = _role(earlier.network(stage.parent, seed), stage, None, ema=CONSISTENCY_EMA)
     options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5} | stage.options
     student.loss = ConsistencyLoss(earlier.velocity("teacher"), student.average, **options)
-    return {"student": student}, lambda step: data.batch(stage.rows, generator(seed, 1, step), diagonal=1.0, end=0.0)
+    return {"student": student}, lambda step: data.batch(
+        stage.rows, generator(seed, stage.stream, step), diagonal=1.0, end=0.0
+    )
 
 
 def build_on_policy(stage, seed, earlier):
@@ -211,7 +217,7 @@ def _teacher_forcing(stage, seed, earlier, loss, **pairs):
     data, network = Latents(earlier.folder), earlier.causal(stage.parent, seed)
 
     def draw(step):
-        return in_chunks(data.batch(stage.rows, generator(seed, 2, step), **pairs), step, network)
+        return in_chunks(data.batch(stage.rows, generator(seed, stage.stream, step), **pairs), step, network)
 
     return {"student": _role(network, stage, TeacherForced(loss))}, draw
 
@@ -233,7 +239,7 @@ def _on_policy(stage, seed, earlier, network, forward, cut=None, **how):
     fake.loss = FakeScoreLoss(student.network, **how)
 
     def draw(step):
-        batch = data.batch(stage.rows, generator(seed, 3, step))
+        batch = data.batch(stage.rows, generator(seed, stage.stream, step))
         rollouts = draw_on_policy(batch["x"].shape[1:], stage.rows, generator(seed, 4, step))
         return (cut(batch, step) if cut else batch) | rollouts
 
@@ -276,7 +282,7 @@ def train_stage(name, seed, folder, quiet=False, position=0):
         network, history = train_codec(
             sample_videos, stage.steps, seed, stage.lr, accelerator=accelerator, progress=bar
         )
-        counters = []
+        counters = [codec_cost(stage.steps)]
     else:
         earlier = Earlier(folder)
         roles, draw = BUILDERS[stage.kind](stage, seed, earlier)
@@ -289,26 +295,26 @@ def train_stage(name, seed, folder, quiet=False, position=0):
         "backwards": sum(each.with_grad for each in counters),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    made = {"command": f"python -m minianyflow weights --only {name}", "seeds": [seed], "stage": asdict(stage)}
+    made = {"command": "python -m minianyflow weights", "seeds": [seed], "stage": asdict(stage)}
+    made["parent"] = _parent(folder, name, seed)
     made |= {"cost": cost, "losses": {kind: round(error, 5) for kind, error in history[-1].items()}, "figures": {}}
     save_weights(path, network.state_dict(), describe(network) | made)
-    if stage.kind == "codec":
-        make_latents(folder)
 
 
 def train_all(folder="outputs/weights", workers=2, quiet=False):
     """Train every stage that `folder` does not have yet, parents first, `workers` at a time, one core each.
 
-    A stage is kept as soon as it is done: an interrupted run goes on from there. One that is there with other settings
-    is trained again, and what came from it.
+    Each is kept as soon as it is done: an interrupted run goes on from there. One that is there with other settings, or
+    from another parent, is trained again.
     """
     folder = Path(folder)
-    done = {name for name in STAGES if _is_done(folder, name)}
     for names in _waves():
-        done -= {name for name in names if STAGES[name].parent and STAGES[name].parent not in done}
-        missing = sorted((name for name in names if name not in done), key=lambda name: -STAGES[name].steps)
-        arguments = {(name, seed): (name, seed, folder, quiet) for name in missing for seed in STAGES[name].seeds}
-        run_jobs({job: (train_stage, each) for job, each in arguments.items()}, workers)
+        longest_first = sorted(names, key=lambda name: -STAGES[name].steps)
+        wanted = [(name, seed) for name in longest_first for seed in STAGES[name].seeds]
+        missing = [job for job in wanted if not _is_done(folder, *job)]
+        run_jobs({job: (train_stage, (*job, folder, quiet)) for job in missing}, workers)
+        if names == ["codec"] and (missing or not (folder / LATENTS).exists()):
+            make_latents(folder)
 
 
 def _waves():
@@ -320,8 +326,17 @@ def _waves():
     return waves
 
 
-def _is_done(folder, name):
-    """Whether all seeds of a stage are there, trained with the settings of today."""
-    paths = [path_of(folder, name, seed) for seed in STAGES[name].seeds]
+def _is_done(folder, name, seed):
+    """Whether this one is there, trained with the settings of today from the parent that is there today."""
+    path = path_of(folder, name, seed)
+    if not path.exists():
+        return False
+    made = read_weights(path, *KINDS)[2]
     same = json.loads(json.dumps(asdict(STAGES[name])))
-    return all(path.exists() and read_weights(path, *KINDS)[2].get("stage") == same for path in paths)
+    return made.get("stage") == same and made.get("parent") == _parent(folder, name, seed)
+
+
+def _parent(folder, name, seed):
+    """A digest of the weights that a stage starts from."""
+    parent = STAGES[name].parent
+    return parent and hashlib.sha256(path_of(folder, parent, seed).read_bytes()).hexdigest()[:16]

@@ -28,7 +28,7 @@ TINY = {
 }
 TINY_TIMESTEPS = 5.0  # and tiny ones to 5: docs/video.md says what Wan's 160 turns between 0 and 1 do to du/dt
 PROMPT_LENGTH = 4  # tokens; pass it as max_sequence_length to a pipeline: padding is seen, in Wan too
-WORDS = (
+WORDS = (  # more than blobs need: another toy can be prompted by the same encoder
     *("one", "two", "ball", "balls"),
     *("zero", "three", "four", "five", "six", "seven", "eight", "nine"),
     *("moving", "left", "right", "up", "down"),

@@ -19,7 +19,7 @@ from minianyflow.errors import InputError
 from minianyflow.pipelines import load_pipeline, save_pipeline
 from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
-from minianyflow.wan import PROMPT_LENGTH, TextEncoder, WanNetwork, tiny_transformer
+from minianyflow.wan import PROMPT_LENGTH, TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 
 PROMPTS = ["one ball", "two balls"]
 CLIP = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}
@@ -37,12 +37,12 @@ def parts():
 
 @pytest.fixture(scope="module")
 def network():
-    return trained(WanNetwork(tiny_transformer()))
+    return trained(WanNetwork(tiny_transformer()))  # time to 1000, as Wan's; the causal one to 5
 
 
 @pytest.fixture(scope="module")
 def causal():
-    return trained(CausalNetwork(tiny_causal()))
+    return trained(CausalNetwork(tiny_causal(), timesteps=TINY_TIMESTEPS))
 
 
 def trained(network):
@@ -143,7 +143,7 @@ def test_the_causal_pipeline_with_our_attention_is_our_rollout(causal_folder, ca
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_causal_pipeline_untouched_is_our_rollout_with_its_padding(causal_folder, causal, parts, z, steps):
-    padded = CausalNetwork(copy.deepcopy(causal.transformer), padded=True)
+    padded = CausalNetwork(copy.deepcopy(causal.transformer), timesteps=TINY_TIMESTEPS, padded=True)
     ends = [causal_rollout(each, z, time_grid(steps, 5), parts[1](PROMPTS))[-1] for each in (padded, causal)]
     assert distance(sample(stock(AnyFlowFARPipeline, causal_folder), z, steps), ends[0]) < 1e-5
     assert distance(*ends) > 1e-3  # the padding is seen
@@ -261,3 +261,8 @@ def test_folders_that_are_no_pipeline_are_one_line(folder, tmp_path):
     refused("broken holds a WanPipeline; expected AnyFlowPipeline or AnyFlowFARPipeline", load_pipeline, broken)
     (broken / "model_index.json").write_text("{")
     refused("broken does not load", load_pipeline, broken)
+
+
+def test_time_that_a_scheduler_cannot_count_is_refused(parts, tmp_path):
+    with pytest.raises(InputError, match=r"time counted to 2\.5; expected a whole number"):
+        save_pipeline(tmp_path / "odd", WanNetwork(tiny_transformer(), timesteps=2.5), *parts)

@@ -1,0 +1,122 @@
+"""What docs/video.md says of the committed run, asserted of the report it was written from."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+REPORT = json.loads((DOCS / "video/any_step.json").read_text())
+TEXT = (DOCS / "video.md").read_text()
+FLOOR = REPORT["floors"]["codec"]
+DATA = "data against data"
+
+
+def at(name, nfe, measure="sliced_w2"):
+    """One figure of every seed."""
+    method = REPORT["methods"][name]
+    return [by_nfe[method["nfe"].index(nfe)] for by_nfe in method[measure]]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def spread(values):
+    return max(values) - min(values)
+
+
+def test_two_steps_are_as_good_as_sixteen_of_the_teacher_and_four_as_thirty_two():
+    assert mean(at("eulerian", 2)) <= mean(at("teacher", 16))
+    assert mean(at("eulerian", 4)) <= mean(at("teacher", 32))
+
+
+def test_the_excess_at_one_step_is_a_tenth_of_the_teachers():
+    student, teacher = (mean(at(name, 1)) - FLOOR["sliced_w2"] for name in ("eulerian", "teacher"))
+    assert student <= 0.1 * teacher
+
+
+def test_from_four_steps_on_more_steps_never_hurt_a_flow_map_beyond_its_spread():
+    steps = [nfe for nfe in REPORT["methods"]["eulerian"]["nfe"] if nfe >= 4]
+    for before, after in pairwise(steps):
+        assert mean(at("eulerian", after)) <= mean(at("eulerian", before)) + spread(at("eulerian", after)), after
+
+
+def test_on_policy_does_not_hurt_many_steps():
+    tolerated = max(spread(at(name, 32)) for name in ("forward_only", "on_policy"))
+    assert mean(at("on_policy", 32)) <= mean(at("forward_only", 32)) + tolerated
+
+
+def test_the_forward_only_control_cost_what_on_policy_did():
+    def units(name):  # a backward costs two forwards
+        return REPORT["costs"][name]["forwards"] + 2 * REPORT["costs"][name]["backwards"]
+
+    assert units("forward_only") == pytest.approx(units("on_policy"), rel=0.03)
+
+
+def rows_of(tag):
+    """The rows of the table after a comment in the text: {first cell: the other cells}."""
+    table = TEXT.split(f"<!-- {tag} -->\n")[1].split("\n\n")[0]
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()[2:]]
+    return {first.split(",")[0]: rest for first, *rest in cells}
+
+
+def test_the_tables_say_what_the_report_says():
+    tables = rows_of("any_step")
+    assert set(tables) == {name.replace("_", "-") for name in REPORT["methods"] if "causal" not in name} | {DATA}
+    for name, cells in tables.items():
+        if (name := name.replace("-", "_")) in REPORT["methods"]:
+            said = [float(re.match(r"[\d.]+", cell)[0]) for cell in cells]
+            measured = [1000 * mean(at(name, nfe)) for nfe in REPORT["methods"][name]["nfe"]]
+            assert said == pytest.approx(measured, abs=0.051), name
+    costs = rows_of("costs")
+    assert set(costs) == {name.replace("_", "-") for name in REPORT["costs"]}
+    for name, cells in costs.items():
+        cost = REPORT["costs"][name.replace("-", "_")]
+        thousands = [float(cell.removesuffix(" k")) for cell in cells[1:3]]
+        assert thousands == pytest.approx([cost["forwards"] / 1000, cost["backwards"] / 1000], abs=0.51), name
+        assert [float(cells[0]), float(cells[3])] == pytest.approx([cost["steps"], cost["seconds"]], abs=0.51), name
+    for name, cells in rows_of("causal").items():
+        seeds = at(name.replace("-", "_"), 4, "by_chunk")
+        for cell, measure in zip(cells, ("prompt_obeyed", "light_kept", "obeyed_and_kept"), strict=False):
+            said = [float(share.strip(" %")) for share in cell.split("/")]
+            measured = [100 * mean([chunks[k][measure] for chunks in seeds]) for k in range(3)]
+            assert said == pytest.approx(measured, abs=0.51), name
+
+
+EXPOSURE = json.loads((DOCS / "video/exposure.json").read_text())["arms"]
+
+
+def exposed(arm, point, nfe, what="free_running"):
+    """Of every seed: the last radius error, or sliced W2 of clips, at a third, two thirds or all of the cost."""
+    values = EXPOSURE[arm][point]["nfe"][str(nfe)][what]
+    return values if what == "sliced_w2" else [seed[-1] for seed in values]
+
+
+def test_by_the_radius_on_policy_pays_early_and_is_level_at_the_end():
+    for nfe in (1, 4):
+        for point in (0, 1):
+            assert mean(exposed("on-policy", point, nfe)) < mean(exposed("teacher forcing", point, nfe))
+        ends = [exposed(arm, 2, nfe) for arm in ("on-policy", "teacher forcing")]
+        assert max(map(min, ends)) <= min(map(max, ends))  # the ranges over seeds meet
+
+
+def test_by_whole_clips_on_policy_never_pays():
+    for point in range(3):
+        ours, forced = (mean(exposed(arm, point, 4, "sliced_w2")) for arm in ("on-policy", "teacher forcing"))
+        assert 2 * forced < ours < 4.1 * forced
+
+
+def test_without_gradient_through_the_context_the_radius_is_worse():
+    for point in range(3):
+        for nfe in (1, 4):
+            assert mean(exposed("on-policy, detached", point, nfe)) > mean(exposed("on-policy", point, nfe))
+
+
+def test_an_exact_teacher_ends_ahead():
+    exact = {nfe: mean(exposed("teacher forcing, exact velocity", 2, nfe)) for nfe in (1, 4)}
+    for arm in EXPOSURE:
+        assert exact[1] <= mean(exposed(arm, 2, 1))
+        assert exact[4] <= mean(exposed(arm, 2, 4)) + 0.002
