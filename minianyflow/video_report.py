@@ -105,10 +105,10 @@ def measure_long(path, codec_path, nfe=4, quiet=False, position=0):
     """Clips about twice as long as those trained on, chunk by chunk: the look of each chunk, and how far it drifts."""
     torch.set_num_threads(1)
     network, codec = load_network(path), load_codec(codec_path)
-    (reference, other), balls = held_out(codec, LONG, SEEN)
-    z = sobol_noise(SEEN, reference.shape[1:])
+    (reference, other), _ = held_out(codec, LONG, SEEN)
+    z, (prompt, balls) = sobol_noise(SEEN, reference.shape[1:]), prompts_for(SEEN)
     partition = chunk_partition(z.shape[1], network.first, network.rest)
-    ends = sample("causal", network, z, prompts_for(SEEN)[0], nfe)
+    ends = sample("causal", network, z, prompt, nfe)
     drifts = {"drift": drift(ends, reference, partition), "drift_of_data": drift(other, reference, partition)}
     return look(ends, codec, balls, partition) | drifts
 

@@ -183,7 +183,7 @@ def test_the_report_and_the_comparison_are_whole(tmp_path, monkeypatch):
         video_report, "run_jobs", lambda jobs, workers: {k: f(*given) for k, (f, given) in jobs.items()}
     )
     monkeypatch.setattr(video_report, "SEEN", 32)
-    names = ("teacher", "causal_teacher")
+    names = ("teacher", "causal_gradient")
     report = video_report.run(output=tmp_path, names=names, nfes=(1,), quiet=True)
     assert json.loads((tmp_path / "any_step.json").read_text()) == report
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -192,8 +192,8 @@ def test_the_report_and_the_comparison_are_whole(tmp_path, monkeypatch):
         "from_ideal.png",
         "contact_sheet.png",
     }
-    assert report["padding"]["causal_teacher"]["root_mean_square_difference"] > 0.01
-    assert len(report["long"]["causal_teacher"]["by_chunk"]) == 5  # 9 latent frames: 1, 2, 2, 2, 2
+    assert report["padding"]["causal_gradient"]["root_mean_square_difference"] > 0.01
+    assert len(report["long"]["causal_gradient"]["by_chunk"]) == 5  # 9 latent frames: 1, 2, 2, 2, 2
     assert report["methods"]["teacher"]["nfe"] == [1]
     assert "teacher" in video_report.table(report)
 
