@@ -8,6 +8,7 @@ import copy
 import json
 import shutil
 import tempfile
+from itertools import count
 from pathlib import Path
 
 import diffusers
@@ -123,7 +124,9 @@ def _assemble(network, codec, text, scheduler):
 
 def _in_chunks(network):
     """The transformer with the network's own chunks in its configuration: a pipeline reads them there."""
-    transformer, partition = network.transformer, chunk_partition(FRAMES, network.first, network.rest)
+    transformer, first, rest = network.transformer, network.first, network.rest
+    frames = next(each for each in count(max(FRAMES, first)) if (each - first) % rest == 0)
+    partition = chunk_partition(frames, first, rest)
     if tuple(transformer.config.chunk_partition) == tuple(partition):
         return transformer
     transformer = copy.deepcopy(transformer)

@@ -101,7 +101,7 @@ def measure_network(path, codec_path, how, reference, nfes, quiet=False, positio
     return figures, ends
 
 
-def measure_long(path, codec_path, nfe=4, quiet=False, position=0):
+def measure_long(path, codec_path, position=0, nfe=4):
     """Clips about twice as long as those trained on, chunk by chunk: the look of each chunk, and how far it drifts."""
     torch.set_num_threads(1)
     network, codec = load_network(path), load_codec(codec_path)
@@ -113,7 +113,7 @@ def measure_long(path, codec_path, nfe=4, quiet=False, position=0):
     return look(ends, codec, balls, partition) | drifts
 
 
-def measure_padding(path, codec_path, reference, nfe=4, quiet=False, position=0):
+def measure_padding(path, codec_path, reference, position=0, nfe=4):
     """The same noise with our attention and with stock's keys of zeros: how far ends move, and what it does to them."""
     torch.set_num_threads(1)
     network, codec, z = load_network(path), load_codec(codec_path), sobol_noise(COUNT, reference.shape[1:])
@@ -166,8 +166,8 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
     causal = [name for name in names if how_sampled(name) == "causal" and extras]
     for name in causal:
         place = (path_of(weights, name), path_of(weights, "codec"))
-        jobs[name, "long"] = (measure_long, (*place, 4, quiet))
-        jobs[name, "padding"] = (measure_padding, (*place, reference, 4, quiet))
+        jobs[name, "long"] = (measure_long, place)
+        jobs[name, "padding"] = (measure_padding, (*place, reference))
     with staged(output) as folder:
         results = run_jobs(jobs, workers)
         target = results["teacher", 0][1][max(nfes)] if "teacher" in names else None

@@ -112,7 +112,10 @@ def load_into(module, state, path):
 def _rebuilt(build, state, path):
     """The module, without moving the random numbers of whoever loads it."""
     with torch.random.fork_rng(devices=[]):
-        module = build()
+        try:
+            module = build()
+        except (TypeError, ValueError) as problem:  # a configuration of another version
+            raise InputError(f"{path} does not say how to build what it holds ({problem}); make it again") from None
     load_into(module, state, path)
     return module.eval().requires_grad_(False)
 
@@ -151,7 +154,7 @@ def _read(path):
         size, whole = path.stat().st_size, _whole_size(path)
         expected = f"{whole} bytes, by its own header" if whole else "a safetensors file"
         raise InputError(f"{path} has {size} bytes; expected {expected}: fetch or make it again") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT or not {"kind", "config"} <= set(metadata):
         raise InputError(f"{path} has format {metadata.get('format', 'unknown')!r}; expected {FORMAT!r}: make it again")
     return metadata, {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 

@@ -266,3 +266,9 @@ def test_folders_that_are_no_pipeline_are_one_line(folder, tmp_path):
 def test_time_that_a_scheduler_cannot_count_is_refused(parts, tmp_path):
     with pytest.raises(InputError, match=r"time counted to 2\.5; expected a whole number"):
         save_pipeline(tmp_path / "odd", WanNetwork(tiny_transformer(), timesteps=2.5), *parts)
+
+
+def test_chunks_that_five_frames_do_not_make_are_saved_for_the_next_longer_clip(parts, tmp_path):
+    save_pipeline(tmp_path / "pairs", trained(CausalNetwork(tiny_causal(), first=2, rest=2)), *parts)
+    config = json.loads((tmp_path / "pairs/transformer/config.json").read_text())
+    assert config["chunk_partition"] == [2, 2, 2]

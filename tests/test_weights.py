@@ -218,3 +218,13 @@ def test_only_what_can_be_rebuilt_is_described():
     refused("a Linear; expected a WanNetwork", describe, torch.nn.Linear(1, 1))
     config = json.loads(json.dumps(describe(Codec())["config"]))
     assert AutoencoderKLWan(**config).config.z_dim == 4
+
+
+def test_a_configuration_of_another_version_is_one_line(tmp_path):
+    path = tmp_path / "odd.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"format": "minianyflow 1", "kind": "wan", "config": '{"colour": 1}'})
+    with pytest.raises(InputError, match="does not say how to build what it holds"):
+        load_network(path)
+    save_file({"a": torch.zeros(1)}, path, {"format": "minianyflow 1"})
+    with pytest.raises(InputError, match="expected 'minianyflow 1': make it again"):
+        load_network(path)
