@@ -213,7 +213,7 @@ def parse(argv):
 def main(argv=None):
     """Run one command; returns its exit status. Bad input is one line, an interruption too."""
     try:
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a polite kill is an interruption, too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interruption, too
         arguments = parse(argv)
         return arguments.command(arguments)
     except InputError as problem:

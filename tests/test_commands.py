@@ -66,6 +66,7 @@ def gone(group, seconds=15):
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
 def test_an_interrupted_demo_leaves_what_was_there(tmp_path, how):
     (tmp_path / "any_step.json").write_text("of an earlier run")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and its children, ignore it
     running = subprocess.Popen(
         command("demo", "--output", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
