@@ -43,8 +43,8 @@ CLIPS = 16384  # encoded once, for all stages
 class Stage:
     """kind: how it trains (`BUILDERS`). parent: the stage that it starts from. steps, rows, lr: of the loop.
 
-    options: of its loss. stream: the number of its stream of batches; a stage that goes on from another must not see
-    the other's again. One student a seed; seed 0 of the parent where that has fewer.
+    options: of its loss. stream: the number of its stream of batches; what goes on from a student has another than that
+    student. One student a seed; seed 0 of the parent where that has fewer.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Stage:
 
 
 THREE = (0, 1, 2)
-ALONE = ("codec", "teacher")
+ALONE = ("codec", "teacher")  # nothing else can be trained beside them: they get two cores
 CONSISTENCY_EMA, FAKE_RATE = 0.95, 5.0
 EULERIAN = {"shares": {"eulerian": 1.0}, "adaptive": 0.5}
 STAGES = {
@@ -270,10 +270,7 @@ def path_of(folder, name, seed=0):
 
 
 def train_stage(name, seed, folder, quiet=False, position=0):
-    """Train one stage with one seed and keep it in `folder` with its provenance; it needs its parents there.
-
-    A stage of whom there is one at a time has two cores to itself.
-    """
+    """Train one stage with one seed and keep it in `folder` with its provenance; it needs its parents there."""
     torch.set_num_threads(2 if name in ALONE else 1)
     stage, path = STAGES[name], path_of(folder, name, seed)
     bar = {"desc": f"{name} {seed}", "position": position, "disable": quiet or None}

@@ -106,6 +106,11 @@ def test_the_tables_say_what_the_report_says():
             said = [float(share.strip(" %")) for share in cell.split("/")]
             measured = [100 * mean([chunks[k][measure] for chunks in seeds]) for k in range(3)]
             assert said == pytest.approx(measured, abs=0.51), name
+    for name, cells in rows_of("padding").items():
+        said = REPORT["padding"]["causal"][name]
+        shares = [100 * said[measure] for measure in ("prompt_obeyed", "light_kept")]
+        assert float(cells[0]) == pytest.approx(1000 * said["sliced_w2"], abs=0.051)
+        assert [float(cell.strip("%")) for cell in cells[1:]] == pytest.approx(shares, abs=0.51)
 
 
 EXPOSURE = json.loads((DOCS / "video/exposure.json").read_text())["arms"]
@@ -142,3 +147,20 @@ def test_an_exact_teacher_ends_ahead():
     for arm in EXPOSURE:
         assert exact[1] <= mean(exposed(arm, 2, 1))
         assert exact[4] <= mean(exposed(arm, 2, 4)) + 0.002
+
+
+def test_the_table_of_exposure_bias_says_what_its_report_says():
+    named = {
+        "teacher forcing": "teacher forcing",
+        "teacher forcing, exact velocity": "teacher forcing, exact velocity",
+        "on-policy, gradient through the context": "on-policy",
+        "on-policy, context detached": "on-policy, detached",
+        "on-policy, gradient, forward loss x 4": "on-policy, forward x 4",
+    }
+    assert set(named.values()) == set(EXPOSURE)
+    for label, arm in named.items():
+        cells = re.search(rf"^\| {re.escape(label)} \| (.*) \|$", TEXT, re.M)[1].split(" | ")
+        columns = [(1, "free_running"), (4, "free_running"), (4, "sliced_w2")]
+        for cell, (nfe, what) in zip(cells, columns, strict=False):
+            measured = [mean(exposed(arm, point, nfe, what)) for point in range(3)]
+            assert [float(figure) for figure in cell.split(", ")] == pytest.approx(measured, abs=0.00101), label
