@@ -26,17 +26,21 @@ from minianyflow.errors import InputError, choose
 from minianyflow.flow_map import rollout
 from minianyflow.interpolant import check_same_shape
 from minianyflow.on_policy import backward_simulation_times
-from minianyflow.wan import TIMESTEPS, TINY, check_latents, copy_time_embedder, count_time
+from minianyflow.wan import TIMESTEPS, TINY, check_latents, copy_time_embedder, count_time, in_dtype
 
 TINY_CAUSAL = {**TINY, "full_chunk_limit": 2, "chunk_partition": (1, 2, 2)}
 
 
-def chunk_partition(frames, first=1, rest=2):
-    """The chunks of a clip: (first, rest, rest, ...). Raises InputError where they do not sum to `frames`."""
-    if min(first, rest) < 1 or frames < first or (frames - first) % rest:
+def chunk_partition(frames, first=1, rest=2, ragged=False):
+    """The chunks of a clip: (first, rest, rest, ...), the last one shorter if need be and `ragged`, as in AnyFlow.
+
+    Raises InputError where they do not sum to `frames`.
+    """
+    left = (frames - first) % max(rest, 1)
+    if min(first, rest) < 1 or frames < first or (left and not ragged):
         expected = f"{first}, or {rest}, {2 * rest}, ... more"
         raise InputError(f"{frames} frames do not make chunks of {first}, {rest}, {rest}, ...; expected {expected}")
-    return (first,) + (rest,) * ((frames - first) // rest)
+    return (first,) + (rest,) * ((frames - first) // rest) + ((left,) if left else ())
 
 
 def compressed_chunks(partition, full_chunk_limit, mode="train"):
@@ -126,10 +130,12 @@ class CausalAttention:
 class CausalNetwork(nn.Module):
     """The average velocity u(z, t, r, prompt) of an AnyFlowFARTransformer3DModel, chunk by chunk.
 
-    Chunks are (first, rest, rest, ...); with `first` as long as the clip it is the bidirectional model. The transformer
-    is given our attention (`padded`: see CausalAttention). What a chunk sees of earlier ones is a condition:
+    Chunks are (first, rest, rest, ...), the last one shorter where `ragged`; with `first` as long as the clip it is the
+    bidirectional model. The transformer is given our attention (`padded`: see CausalAttention). What a chunk sees of
+    earlier ones is a condition:
 
         nothing    their noisy states
+        whole      (B,), whatever is in it: the clip is one chunk, as in the bidirectional model
         clean      the clean clip of z: teacher forcing, all chunks at once
         past       with or without `clean`: the chunks older than the last full_chunk_limit (of the transformer's
                    configuration), compressed; z, clean and u are the frames after them
@@ -137,34 +143,42 @@ class CausalNetwork(nn.Module):
         cache      what u(context, None, None, prompt, remember=True) made of them once; () before the first chunk
     """
 
-    def __init__(self, transformer, first=1, rest=2, timesteps=TIMESTEPS, padded=False):
+    def __init__(self, transformer, first=1, rest=2, timesteps=TIMESTEPS, padded=False, ragged=False):
         super().__init__()
-        self.transformer, self.first, self.rest, self.timesteps = transformer, first, rest, timesteps
+        self.transformer, self.timesteps = transformer, timesteps
+        self.first, self.rest, self.ragged = first, rest, ragged
         for block in transformer.blocks:
             block.attn1.set_processor(CausalAttention(padded))
 
-    def forward(self, z, t, r, prompt, clean=None, past=None, context=None, cache=None, remember=False):
+    def partition(self, frames):
+        """The chunks of a clip of so many frames."""
+        return chunk_partition(frames, self.first, self.rest, self.ragged)
+
+    def forward(self, z, t, r, prompt, clean=None, past=None, context=None, cache=None, whole=None, remember=False):
         """z (B, F, C, H, W), t and r (B,) or (B, F), prompt (B, L, D); the shape of z, or with `remember` a cache.
 
         `remember` takes z as clean, whatever t and r. Raises InputError for frames that do not make chunks, a context
         that does not fit them, and what WanNetwork refuses.
         """
         check_latents(z, self.transformer.config)
-        ways = {"cache": cache, "context": context, "clean or past": clean if past is None else past}
+        ways = {"cache": cache, "context": context, "clean or past": clean if past is None else past, "whole": whole}
         given = [name for name, value in ways.items() if value is not None]
         if len(given) > (not remember):
             raise InputError(f"got {', '.join(given)}; expected one of them at most, and none with remember")
+        outside = z.dtype
+        z, prompt, clean, past, context = in_dtype(self.transformer, z, prompt, clean, past, context)
         if remember:
             return self._remember(z, prompt)
         t, r = (count_time(each, z, self.timesteps) for each in (t, r))
         if cache is not None:
-            return self._read(z, t, r, prompt, cache)
+            return self._read(z, t, r, prompt, cache).to(outside)
         if context is not None:
-            return self._recompute(z, t, r, prompt, context)
-        return self._all_at_once(z, t, r, prompt, clean, z[:, :0] if past is None else past)
+            return self._recompute(z, t, r, prompt, context).to(outside)
+        chunks = (z.shape[1],) if whole is not None else None
+        return self._all_at_once(z, t, r, prompt, clean, z[:, :0] if past is None else past, chunks).to(outside)
 
-    def _all_at_once(self, z, t, r, prompt, clean, past):
-        partition, old = self._chunks(past.shape[1] + z.shape[1], z)
+    def _all_at_once(self, z, t, r, prompt, clean, past, chunks=None):
+        partition, old = self._chunks(past.shape[1] + z.shape[1], z, chunks=chunks)
         if past.shape[1] != old:
             raise InputError(
                 f"past of {past.shape[1]} frames in a clip of chunks {partition}; expected past= of {old} frames: "
@@ -211,14 +225,14 @@ class CausalNetwork(nn.Module):
     def _next_chunk(self, seen, z):
         """The clip up to and with z, which must be the one chunk after `seen` frames; as `_chunks`."""
         size = self.rest if seen else self.first
-        if z.shape[1] != size:
+        if z.shape[1] != size and not (self.ragged and seen and z.shape[1] < size):
             raise InputError(f"{z.shape[1]} frames after {seen} known ones; expected the next chunk, {size} frames")
-        return self._chunks(seen + size, z)
+        return self._chunks(seen + z.shape[1], z)
 
-    def _chunks(self, frames, z, mode="train"):
+    def _chunks(self, frames, z, mode="train", chunks=None):
         """The partition of `frames` and how many of them are compressed, checked against the transformer."""
         config = self.transformer.config
-        partition = chunk_partition(frames, self.first, self.rest)
+        partition = chunks or self.partition(frames)
         if frames > config.rope_max_seq_len:
             raise InputError(f"{frames} frames; expected at most rope_max_seq_len, {config.rope_max_seq_len}")
         old = sum(partition[: compressed_chunks(partition, config.full_chunk_limit, mode)])
@@ -240,16 +254,18 @@ class CausalNetwork(nn.Module):
         return causal_mask(partition, *self._tokens(z), limit, clean, mode, z.device)
 
 
-def causal_rollout(u, z, times, prompt, first=1, rest=2, prefix=None, context_gradient=False, cached=True):
+def causal_rollout(
+    u, z, times, prompt, first=1, rest=2, prefix=None, context_gradient=False, cached=True, ragged=False
+):
     """Chunk by chunk, each a rollout along `times` that knows what came out before; clips of any length.
 
-    u: a CausalNetwork, or what wraps one, with the same `first` and `rest`. z (B, F, C, H, W), times (N + 1,) or
-    (N + 1, B), prompt (B, L, D). prefix (B, P, C, H, W): clean first frames, up to the end of a chunk (an image is one
-    frame); they stand in the trajectory as they are. Returns all of it, (N + 1, B, F, C, H, W).
+    u: a CausalNetwork, or what wraps one, with the same `first`, `rest` and `ragged`. z (B, F, C, H, W), times (N + 1,)
+    or (N + 1, B), prompt (B, L, D). prefix (B, P, C, H, W): clean first frames, up to the end of a chunk (an image is
+    one frame); they stand in the trajectory as they are. Returns all of it, (N + 1, B, F, C, H, W).
     context_gradient: whether gradient reaches earlier chunks, and the weights by way of the cache. cached=False works
     through the context at every evaluation: the same states and, with `context_gradient`, gradients, for more work.
     """
-    partition = chunk_partition(z.shape[1], first, rest)
+    partition = chunk_partition(z.shape[1], first, rest, ragged)
     context = z[:, :0] if prefix is None else prefix
     starts = (0, *accumulate(partition[:-1]))
     if context.shape != z[:, : context.shape[1]].shape or context.shape[1] not in starts:
@@ -270,12 +286,12 @@ def causal_rollout(u, z, times, prompt, first=1, rest=2, prefix=None, context_gr
     return torch.cat(trajectory, 2)
 
 
-def causal_backward_simulation(context_gradient=False, first=1, rest=2):
+def causal_backward_simulation(context_gradient=False, first=1, rest=2, ragged=False):
     """`backward_simulation` chunk by chunk, for OnPolicyLoss and FakeScoreLoss: at most three jumps a chunk."""
 
     def simulate(u, z, lengths, step, shift=1.0, *, prompt):
         times = backward_simulation_times(lengths, step, shift)
-        return causal_rollout(u, z, times, prompt, first, rest, context_gradient=context_gradient)
+        return causal_rollout(u, z, times, prompt, first, rest, context_gradient=context_gradient, ragged=ragged)
 
     return simulate
 
@@ -296,9 +312,16 @@ def causal_from(transformer, full_chunk_limit=2, partition=(1, 2, 2)):
     """
     config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
     causal = AnyFlowFARTransformer3DModel(**config, full_chunk_limit=full_chunk_limit, chunk_partition=partition)
-    patch, size = transformer.patch_embedding, causal.config.compressed_patch_size
-    coarse = functional.interpolate(patch.weight, size=size, mode="trilinear", align_corners=False)
-    far = {"far_patch_embedding.weight": coarse, "far_patch_embedding.bias": patch.bias}
+    far = coarse_patches(transformer.patch_embedding, causal.config.compressed_patch_size)
     weights = {name: value.clone() for name, value in {**transformer.state_dict(), **far}.items()}
     causal.load_state_dict(weights, assign=True)  # assigned: each keeps its dtype
     return causal.to(transformer.device)
+
+
+def coarse_patches(patch, size):
+    """The weights of far_patch_embedding, for patches of `size`, made of the full patches' embedding."""
+    coarse = functional.interpolate(patch.weight.float(), size=size, mode="trilinear", align_corners=False)
+    return {
+        "far_patch_embedding.weight": coarse.to(patch.weight.dtype),
+        "far_patch_embedding.bias": patch.bias.detach().clone(),
+    }

@@ -25,6 +25,11 @@ def velocity(u, z, t, **condition):
     return u(z, t, t, **condition)
 
 
+def tangent(u):
+    """`u` with its velocity in place of the average velocity: a rollout of it is Euler's method."""
+    return lambda z, t, r, **condition: u(z, t, t, **condition)
+
+
 def jump(u, z, t, r, **condition):
     """Phi(z; t -> r), one evaluation. Raises InputError for r > t or times outside [0, 1]."""
     check_times(t, r)

@@ -20,6 +20,26 @@ def guided_velocity(v, v_null, scale):
     return v_null + scale * (v - v_null)
 
 
+def guided(velocity, null, scale):
+    """A teacher's velocity(z, t, **condition) under guidance, asked with the condition and with `null`.
+
+    null: what stands in place of a condition, tensors (1, ...). Rows that have it already are asked once. For a
+    student's own null branch see `Guidance`.
+    """
+
+    def both(z, t, **condition):
+        v = velocity(z, t, **condition)
+        differs = [(condition[name] != value).flatten(1).any(1) for name, value in null.items()]
+        rows = torch.stack(differs).any(0).nonzero().squeeze(1)
+        if scale == 1 or len(rows) == 0:
+            return v
+        empty = {name: value.expand(len(rows), *value.shape[1:]) for name, value in null.items()}
+        v_null = velocity(z[rows], t[rows], **pick_rows(condition, rows) | empty)
+        return v.index_copy(0, rows, guided_velocity(v[rows], v_null, scale))
+
+    return both
+
+
 @dataclass
 class Guidance:
     """scale: g >= 1. null: what the unconditional branch has in place of a condition, tensors (1, ...).

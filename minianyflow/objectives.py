@@ -12,7 +12,7 @@ Shapes: z, v (B, *shape), t, r, s (B,); r < t. Every target of a row r < t costs
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +20,7 @@ from minianyflow.errors import InputError, choose
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times, data_velocity, interpolate
+from minianyflow.schedules import time_grid
 
 DELTA = 2e-3  # half the width of a central difference: flat between 1e-3 and 5e-3 on the plane, in float32
 
@@ -27,6 +28,13 @@ DELTA = 2e-3  # half the width of a central difference: flat between 1e-3 and 5e
 def sqrt_weight(t):
     """sqrt(1 - t): quiet where the state is almost all noise. AnyFlow's own is t sqrt(1 - t), poor on the plane."""
     return (1 - t).sqrt()
+
+
+def anyflow_weight(shift=1.0):
+    """AnyFlow's weight of a row, a function of t: t sqrt(1 - t), of mean 1 over the shifted grid of 1000 times."""
+    grid = time_grid(1000, shift)[:-1]
+    mean = float((grid * sqrt_weight(grid)).mean())
+    return lambda t: t * sqrt_weight(t) / mean
 
 
 @torch.no_grad()
@@ -88,6 +96,7 @@ class FlowMapLoss:
     derivative: str = "difference"
     delta: float = DELTA
     rebalance: bool = False
+    diagonal_loss: torch.Tensor | None = field(default=None, init=False)  # of the last part with rows r = t
 
     def __post_init__(self):
         for name in self.shares:
@@ -125,7 +134,7 @@ class FlowMapLoss:
         error = (out - target).square().flatten(1).mean(1)  # (B,)
         loss = self.weight(t) * scale * error * adaptive_weight(error, self.adaptive)
         if self.rebalance:
-            loss = rebalanced(loss, t == r)
+            loss, self.diagonal_loss = rebalanced(loss, t == r, self.diagonal_loss)
         return loss, {name: error[rows].detach().mean() for name, rows in kinds.items()}
 
     def kinds(self, batch):
@@ -180,16 +189,18 @@ def adaptive_weight(error, power, floor=5e-3):
     return (error.detach() + floor) ** -power if power else 1.0
 
 
-def rebalanced(loss, diagonal):
+def rebalanced(loss, diagonal, before=None):
     """AnyFlow's rebalancing: every row r < t is scaled so that its loss equals the mean loss of the rows r = t.
 
-    loss (B,), diagonal (B,) bool; the mean is taken over all processes (of one part, where a step accumulates).
+    loss (B,), diagonal (B,) bool; the mean is taken over all processes, of one part where a step accumulates. A part
+    without any row r = t takes the mean `before`; without that, too, its loss is left alone.
     It cancels the time weight of those rows, and the scaled loss no longer shows flow-map error: log the raw one.
-    Without any row r = t the loss is left alone.
+    Returns the losses (B,) and the mean.
     """
     total = torch.stack([loss[diagonal].sum(), diagonal.sum()]).detach()
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
-    if total[1] == 0:
-        return loss
-    return torch.where(diagonal, loss, loss * (total[0] / total[1]) / loss.detach().clamp(min=1e-12))
+    mean = total[0] / total[1] if total[1] else before
+    if mean is None:
+        return loss, None
+    return torch.where(diagonal, loss, loss * mean / loss.detach().clamp(min=1e-12)), mean

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minianyflow.errors import InputError
+from minianyflow.errors import InputError, choose
 from minianyflow.flow_map import rollout, velocity
 from minianyflow.interpolant import broadcast_time, clean_from_velocity, interpolate
 from minianyflow.objectives import FlowMapLoss
@@ -26,15 +26,19 @@ def draw_rollouts(count, generator=None, steps=STEPS):
     return lengths, (torch.rand(count, generator=generator) * lengths).long()
 
 
-def draw_on_policy(shape, count, generator=None, steps=STEPS, shift=1.0):
+def draw_on_policy(shape, count, generator=None, steps=STEPS, shift=1.0, fake_time="uniform"):
     """What on-policy training draws for `count` samples of `shape`, on top of the batch of the forward loss.
 
     Returns a dict: `noise`, `score_eps` (count, *shape), `lengths`, `step`, `score_t` (count,), uniform and shifted.
+    With fake_time="logit_normal" also `fake_t` (count,), the times that AnyFlow's fake score learns at, shifted too.
     """
+    uniform = choose("fake_time", fake_time, {"uniform": True, "logit_normal": False})
     noise, score_eps = torch.randn(2, count, *shape, generator=generator)
     lengths, step = draw_rollouts(count, generator, steps)
     score_t = time_shift(torch.rand(count, generator=generator), shift)
-    return {"noise": noise, "score_eps": score_eps, "lengths": lengths, "step": step, "score_t": score_t}
+    drawn = {"noise": noise, "score_eps": score_eps, "lengths": lengths, "step": step, "score_t": score_t}
+    normal = torch.randn(count, generator=generator)
+    return drawn if uniform else drawn | {"fake_t": time_shift(normal.sigmoid(), shift)}
 
 
 def backward_simulation_times(lengths, step, shift=1.0):
@@ -109,7 +113,10 @@ class OnPolicyLoss:
 
 @dataclass
 class FakeScoreLoss:
-    """The fake score's loss: flow matching on what the student makes now, without gradient to it. batch: as above."""
+    """The fake score's loss: flow matching on what the student makes now, without gradient to it.
+
+    batch: as above; at the times `fake_t` (B,) if it has them, else at `score_t`.
+    """
 
     student: Callable
     shift: float = 1.0
@@ -120,6 +127,6 @@ class FakeScoreLoss:
         condition = batch.get("condition", {})
         with torch.no_grad():
             x = self.simulate(self.student, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)
-        t = batch["score_t"]
+        t = batch.get("fake_t", batch["score_t"])
         fresh = {"x": x[-1], "eps": batch["score_eps"], "t": t, "r": t, "condition": condition}
         return FlowMapLoss({}, weight=torch.ones_like)(u, fresh)

@@ -52,7 +52,14 @@ class WanNetwork(nn.Module):
         """
         check_latents(z, self.transformer.config)
         t, r = (count_time(each, z, self.timesteps) for each in (t, r))
-        return self.transformer(z, t, r, prompt, return_dict=False)[0]
+        inside = in_dtype(self.transformer, z, prompt)
+        return self.transformer(inside[0], t, r, inside[1], return_dict=False)[0].to(z.dtype)
+
+
+def in_dtype(transformer, *tensors):
+    """States and prompts in what the transformer computes in; None stays None. Times stay in float32."""
+    dtype = transformer.patch_embedding.weight.dtype
+    return [each if each is None else each.to(dtype) for each in tensors]
 
 
 def count_time(t, z, timesteps=TIMESTEPS):

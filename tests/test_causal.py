@@ -400,3 +400,25 @@ def test_bad_input_is_one_clear_line(line):
     with pytest.raises(InputError, match=line) as caught, torch.no_grad():
         LINES[line](CausalNetwork(tiny_causal()))
     assert "\n" not in str(caught.value)
+
+
+def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():
+    assert chunk_partition(21, 1, 3, ragged=True) == (1, 3, 3, 3, 3, 3, 3, 2)  # AnyFlow's, of Wan's 21 latent frames
+    assert chunk_partition(7, 1, 3, ragged=True) == chunk_partition(7, 1, 3)
+    u, z, times = CausalNetwork(tiny_causal(), 1, 3, ragged=True), clip(6), time_grid(2)
+    cached, plain = (
+        causal_rollout(u, z, times, PROMPT, 1, 3, cached=how, ragged=True)[-1] for how in (True, False)
+    )
+    assert torch.allclose(cached, plain, atol=1e-5)
+    with pytest.raises(InputError, match="6 frames do not make chunks of 1, 3"):
+        CausalNetwork(tiny_causal(), 1, 3)(z, torch.rand(2), torch.zeros(2), PROMPT)
+
+
+def test_a_whole_clip_is_one_chunk_as_in_the_bidirectional_model():
+    transformer = tiny_causal()
+    z, t, r = clip(3), torch.tensor([0.8, 0.6]), torch.tensor([0.1, 0.6])
+    whole = CausalNetwork(transformer)(z, t, r, PROMPT, whole=torch.zeros(2))
+    assert torch.equal(whole, CausalNetwork(transformer, first=3)(z, t, r, PROMPT))
+    assert not torch.allclose(whole, CausalNetwork(transformer)(z, t, r, PROMPT), atol=1e-3)
+    with pytest.raises(InputError, match="got clean or past, whole"):
+        CausalNetwork(transformer)(z, t, r, PROMPT, clean=z, whole=torch.zeros(2))

@@ -9,6 +9,7 @@ from minianyflow.networks import MLP, EvaluationCounter
 from minianyflow.objectives import (
     FlowMapLoss,
     adaptive_weight,
+    anyflow_weight,
     eulerian_target,
     lagrangian_target,
     rebalanced,
@@ -192,9 +193,12 @@ def test_data_velocity_is_the_default_and_lagrangian_refuses_it():
 
 def test_rebalancing_levels_the_rows_and_keeps_the_raw_errors():
     loss = torch.tensor([1.0, 3.0, 10.0, 0.1])
-    level = rebalanced(loss, torch.tensor([True, True, False, False]))
+    level, mean = rebalanced(loss, torch.tensor([True, True, False, False]))
     assert level.tolist() == pytest.approx([1, 3, 2, 2])
-    assert torch.equal(rebalanced(loss, torch.zeros(4, dtype=torch.bool)), loss)
+    assert mean == loss[:2].mean()
+    none = torch.zeros(4, dtype=torch.bool)
+    assert torch.equal(rebalanced(loss, none)[0], loss)
+    assert torch.allclose(rebalanced(loss, none, mean)[0], mean.expand(4))  # a part without any row r = t
     batch = batch_of(32)
     u = MLP()
     plain, even = (FlowMapLoss({"eulerian": 1.0}, rebalance=on)(u, batch)[1] for on in (False, True))
@@ -319,3 +323,10 @@ def test_bad_input_is_one_clear_line(make, words):
     with pytest.raises(InputError, match=words) as problem:
         make()
     assert "\n" not in str(problem.value)
+
+
+def test_the_published_weight_has_mean_one_on_the_shifted_grid():
+    weight, grid = anyflow_weight(5.0), time_grid(1000, 5.0)[:-1]
+    assert float(weight(grid).mean()) == pytest.approx(1, abs=1e-5)
+    t = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.allclose(weight(t) / weight(t[1]), t * (1 - t).sqrt() / (0.5 * 0.5**0.5))

@@ -161,6 +161,18 @@ def test_the_fake_score_learns_the_students_ends(shift):
     assert torch.allclose(losses, (batch["score_eps"] - end).square().mean(1), atol=1e-6)
 
 
+def test_the_fake_score_may_learn_at_times_of_its_own():
+    drawn = draw_on_policy((2,), 4000, generator(0), shift=5.0, fake_time="logit_normal")
+    plain = drawn["fake_t"] / (5 - 4 * drawn["fake_t"])  # the shift undone
+    assert float(plain.logit().mean()) == pytest.approx(0, abs=0.05)
+    assert float(plain.logit().std()) == pytest.approx(1, abs=0.05)
+    student, batch, fake = MLP(), policy_batch(32, generator(1)), Recorder(lambda z, t: 0 * z)
+    FakeScoreLoss(student)(fake, batch | {"fake_t": torch.full((32,), 0.25)})
+    assert torch.equal(fake.asked[-1][1], torch.full((32,), 0.25))
+    with pytest.raises(InputError, match="did you mean 'logit_normal'"):
+        draw_on_policy((2,), 4, fake_time="logitnormal")
+
+
 def test_on_policy_draws_have_their_shapes_and_their_shift():
     drawn = draw_on_policy((3, 4), 4000, generator(0), shift=5.0)
     assert drawn["noise"].shape == drawn["score_eps"].shape == (4000, 3, 4)
