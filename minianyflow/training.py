@@ -25,8 +25,9 @@ from minianyflow.pairs import draw_pairs, generator
 class Role:
     """network: u(z, t, r). loss: `loss(network, batch) -> (losses (B,), raw errors by name)`; may be set later.
 
-    AdamW at `lr`, linear warm-up over `warmup` steps, then a cosine to zero (or constant). `average` is an
-    exponential moving average of the weights, begun after `ema_after` steps; it is what one samples from.
+    AdamW at `lr`, linear warm-up over `warmup` steps, then a cosine to zero (or constant); it holds its weights by
+    name. `average` is an exponential moving average of the weights, begun after `ema_after` steps; it is what one
+    samples from. With ema=None there is none, and `average` is None.
     """
 
     network: torch.nn.Module
@@ -37,13 +38,17 @@ class Role:
     warmup: int = 200
     cosine: bool = True
     clip: float | None = None
-    ema: float = 0.999
+    ema: float | None = 0.999
     ema_after: int = 0
-    average: AveragedModel = field(init=False)
+    average: AveragedModel | None = field(init=False, default=None)
 
     def __post_init__(self):
-        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
-        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        if self.ema is not None:
+            rule = get_ema_multi_avg_fn(self.ema)
+            self.average = AveragedModel(self.network, multi_avg_fn=rule).requires_grad_(False)
+        trained = [(name, weight) for name, weight in self.network.named_parameters() if weight.requires_grad]
+        if not trained:
+            raise InputError("a network none of whose weights is trained; expected a role with weights to train")
         self.optimizer = torch.optim.AdamW(
             trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
@@ -94,8 +99,8 @@ def train(roles, draw, steps, accumulate=1, accelerator=None, progress=True, on_
 
     draw(step): the global batch, a dict of tensors. accumulate: parts a process takes its rows in. progress: a bar,
     none, or a dict of tqdm's options. on_step(step) is called after each step. The history is gathered from all
-    processes every `log_every` steps and at the end.
-    Raises InputError if a loss stops being finite, or a weight that should learn gets no gradient.
+    processes every `log_every` steps and at the end, and passed to the accelerator's trackers, if it has any.
+    Raises InputError if a loss stops being finite, a weight that should learn gets no gradient, or one is frozen.
     """
     if steps < 1:
         raise InputError(f"{steps} training steps asked for; expected at least 1")
@@ -105,7 +110,8 @@ def train(roles, draw, steps, accumulate=1, accelerator=None, progress=True, on_
     for name, role in roles.items():
         if role.loss is None:
             raise InputError(f"role {name!r} has no loss; set its `loss` before training")
-        role.average.to(accelerator.device)
+        if role.average is not None:
+            role.average.to(accelerator.device)
         if hasattr(ready[name][0], "broadcast_buffers"):
             ready[name][0].broadcast_buffers = False  # or a process whose rows need fewer forwards hangs the others
     history = []
@@ -123,17 +129,17 @@ def train(roles, draw, steps, accumulate=1, accelerator=None, progress=True, on_
                     losses, raw = role.loss(network, part)
                     accelerator.backward(losses.mean() / accumulate)
                 every.append(raw | {"loss": losses.detach().mean()})
-            if step == 0:
-                _check_gradients(name, role.network)
+            _check_gradients(name, role, first=step == 0)
             if role.clip:
                 accelerator.clip_grad_norm_(network.parameters(), role.clip)
             optimizer.step()
             optimizer.zero_grad()
-            if step >= role.ema_after:
+            if role.average is not None and step >= role.ema_after:
                 role.average.update_parameters(role.network)
             logs |= {f"{name}/{kind}": error for kind, error in _mean(every).items()}
         if step % log_every == 0 or step == steps - 1:
             history.append(_gather(logs))
+            accelerator.log({kind: value for kind, value in history[-1].items() if kind != "step"}, step=step)
         if on_step:
             on_step(step)
     return history
@@ -162,8 +168,18 @@ def _gather(logs):
     return out
 
 
-def _check_gradients(name, network):
-    missing = [key for key, weight in network.named_parameters() if weight.requires_grad and weight.grad is None]
+def _check_gradients(name, role, first):
+    """The optimiser's weights must all still learn; a first gradient must reach these and all others not frozen."""
+    groups = role.optimizer.param_groups
+    held = dict(pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True))
+    frozen = [key for key, weight in held.items() if not weight.requires_grad]  # its gradient would just stay None
+    if frozen:
+        raise InputError(
+            f"{frozen[0]} of role {name!r} was frozen after its optimiser was made ({len(frozen)} weights in all); "
+            "expected it to learn: leave requires_grad alone between a forward and its backward"
+        )
+    learns = {key: weight for key, weight in role.network.named_parameters() if weight.requires_grad}
+    missing = [key for key, weight in {**held, **learns}.items() if first and weight.grad is None]
     if missing:
         raise InputError(
             f"no gradient reached {missing[0]} of role {name!r} ({len(missing)} weights in all); "

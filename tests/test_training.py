@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from minianyflow.errors import InputError
 from minianyflow.networks import MLP
@@ -128,6 +129,50 @@ def test_the_average_is_the_moving_average():
     assert torch.allclose(next(role.average.module.parameters()), expected, atol=1e-6)
 
 
+def test_no_average_is_made_where_none_is_asked_for():
+    role = student(ema=None)
+    assert role.average is None
+    with_average, without = (run(each, batches(RING.sample, 16), 4) for each in (student(ema=0.9), role))
+    assert with_average[0] == without[0]
+    assert same(with_average[1], without[1])  # and training is the same
+
+
+def test_the_optimiser_holds_its_weights_by_name():
+    network = MLP()
+    network.bias0.requires_grad_(False)
+    (group,) = Role(network).optimizer.param_groups
+    assert group["param_names"] == [name for name, _ in network.named_parameters() if name != "bias0"]
+    assert [id(weight) for weight in group["params"]] == [id(network.get_parameter(n)) for n in group["param_names"]]
+    assert group["fused"]
+
+
+class Notes(GeneralTracker):
+    """A tracker that keeps what it is given."""
+
+    name, requires_logging_directory, main_process_only = "notes", False, True
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    tracker = property(lambda self: self.kept)
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **_):
+        self.kept.append((step, values))
+
+
+def test_every_entry_of_the_history_goes_to_the_trackers():
+    notes, accelerator = Notes(), Accelerator(cpu=True)
+    accelerator.trackers = [notes]
+    draw = batches(RING.sample, 16)
+    history = train({"student": student()}, draw, 5, accelerator=accelerator, progress=False, log_every=2)
+    assert [step for step, _ in notes.kept] == [0, 2, 4]
+    assert [{"step": step} | values for step, values in notes.kept] == history
+
+
 def test_learning_rate_warms_up_and_falls_to_zero():
     role = student(lr=1.0, warmup=10)
     assert [role.schedule(step, 100) for step in (0, 4)] == pytest.approx([0.1, 0.5], rel=0.01)
@@ -163,12 +208,30 @@ def test_a_weight_without_gradient_is_an_error():
         run(role, batches(RING.sample, 8))
 
 
+def test_a_gradient_that_goes_missing_later_is_an_error():
+    """requires_grad switched off between a forward and its backward: torch leaves the gradient None, silently."""
+    role = student()
+    loss, steps = role.loss, []
+
+    def freezing(network, batch):
+        losses = loss(network, batch)
+        steps.append(len(steps))
+        role.network.weight1.requires_grad_(len(steps) < 3)
+        return losses
+
+    role.loss = freezing
+    with pytest.raises(InputError, match=r"weight1 of role 'student' was frozen after .*\(1 weights in all\)"):
+        run(role, batches(RING.sample, 8))
+    assert len(steps) == 3
+
+
 @pytest.mark.parametrize(
     ("start", "words"),
     [
         (lambda: batches(lambda n, source: torch.full((n, 2), float("nan")), 8), "the data holds NaN"),
         (lambda: run(student(lr=1e30, warmup=0), batches(RING.sample, 8), 300), "expected finite losses"),
         (lambda: run(student(), batches(RING.sample, 8), 0), "at least 1"),
+        (lambda: Role(MLP().requires_grad_(False)), "none of whose weights is trained"),
         (lambda: MLP(seeds=(0, 1))(torch.zeros(2, 2), torch.ones(2), torch.ones(2)), "copy="),
         (lambda: MLP()(torch.zeros(2, 3), torch.ones(2), torch.ones(2)), r"z \(B, 2\)"),
     ],
