@@ -1,0 +1,220 @@
+"""Captioned latents on disk: every row once an epoch, batches that depend on nothing but their step, broken folders."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minianyflow import shards
+from minianyflow.errors import InputError
+from minianyflow.objectives import FlowMapLoss
+from minianyflow.shards import LatentShards, write_shards
+
+ROWS, SHAPE = 11, (2, 3, 4, 4)
+PAIRS = {"diagonal": 0.5, "end": 0.25, "shift": 5.0, "drop": 0.5}
+
+
+def marked(rows=ROWS, shape=SHAPE):
+    """Latents and prompts of which every number says its row."""
+    row = torch.arange(rows, dtype=torch.float32)
+    return row.view(-1, 1, 1, 1, 1).expand(-1, *shape).clone(), 100 + row.view(-1, 1, 1).expand(-1, 5, 6).clone()
+
+
+def write(folder, **changes):
+    latents, prompts = marked()
+    given = {"latents": latents, "prompts": prompts, "null": -torch.ones(1, 5, 6)}
+    write_shards(folder, **given | {"captions": [f"clip {row}" for row in range(ROWS)], "size": 4} | changes)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "data")
+
+
+def rows_of(batch):
+    return batch["x"][:, 0, 0, 0, 0].long().tolist()
+
+
+def test_what_is_written_is_read(folder):
+    data = LatentShards(folder)
+    assert (len(data), data.shape, len(data.paths)) == (ROWS, SHAPE, 3)
+    order = [10, 0, 4, 3, 8, 4]  # over the edges of shards, in any order, one twice
+    latents, prompts = data.rows(order)
+    assert torch.equal(latents, marked()[0][order])
+    assert torch.equal(prompts, marked()[1][order])
+    assert data.captions(order) == [f"clip {row}" for row in order]
+    assert torch.equal(data.null, -torch.ones(1, 5, 6))
+
+
+def test_half_precision_stays_so_on_disk_and_is_float32_in_a_batch(tmp_path):
+    latents, prompts = (each.to(torch.bfloat16) for each in marked())
+    data = LatentShards(write(tmp_path, latents=latents, prompts=prompts, null=prompts[:1]))
+    kept = load_file(tmp_path / "00000.safetensors")
+    assert kept["latents"].dtype == kept["prompts"].dtype == torch.bfloat16
+    batch = data.draw(0, 4, **PAIRS)
+    assert {batch[name].dtype for name in ("x", "eps", "t", "r")} == {torch.float32}
+    assert batch["condition"]["prompt"].dtype == torch.float32
+    assert {each.dtype for each in data.rows([0])} == {torch.float32}
+
+
+def test_rows_are_read_one_by_one(folder, monkeypatch):
+    """Of a shard, only the rows asked for: whole tensors are never taken."""
+    data, taken = LatentShards(folder), []
+    opened = shards._open
+
+    class Watched:
+        def __init__(self, file):
+            self.file = file
+
+        def get_slice(self, name):
+            return _Slice(self.file.get_slice(name))
+
+    class _Slice:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getitem__(self, rows):
+            taken.append(rows)
+            return self.inner[rows]
+
+    monkeypatch.setattr(shards, "_open", lambda *given: Watched(opened(*given)))
+    data.rows([9, 1])
+    assert taken == [slice(1, 2)] * 4
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 11, 25])
+def test_every_row_once_an_epoch_whatever_the_batch(folder, rows):
+    data = LatentShards(folder)
+    drawn = [row for step in range(2 * ROWS // rows + 1) for row in rows_of(data.draw(step, rows, seed=7))]
+    first, second = drawn[:ROWS], drawn[ROWS : 2 * ROWS]
+    assert sorted(first) == sorted(second[:ROWS]) == list(range(ROWS))
+    assert first != second  # another order every epoch
+    assert first == rows_of(data.draw(0, ROWS, seed=7))  # the same whatever the batch
+    assert first != rows_of(data.draw(0, ROWS, seed=8))
+
+
+def test_a_batch_depends_on_its_step_alone(folder):
+    one, other = LatentShards(folder), LatentShards(folder)
+    for step in range(3):
+        one.draw(step, 4, seed=3, **PAIRS)
+    torch.manual_seed(99)
+    again, expected = one.draw(1, 4, seed=3, **PAIRS), other.draw(1, 4, seed=3, **PAIRS)
+    assert again.keys() == expected.keys() == {"x", "eps", "condition", "t", "r", "split", "lot", "dropped"}
+    assert torch.equal(again["condition"].pop("prompt"), expected["condition"].pop("prompt"))
+    assert all(torch.equal(again[name], expected[name]) for name in again if name != "condition")
+
+
+def test_noise_belongs_to_the_sample(folder):
+    """Two batches of 3 have the noise of one of 6, and no two samples share theirs, not even of one row."""
+    data = LatentShards(folder)
+    halves = torch.cat([data.draw(step, 3)["eps"] for step in (2, 3)])
+    assert torch.equal(halves, data.draw(1, 6)["eps"])
+    many = torch.cat([data.draw(step, ROWS)["eps"] for step in range(3)]).flatten(1)
+    assert len(many.unique(dim=0)) == 3 * ROWS
+    assert abs(float(many.mean())) < 0.1
+    assert abs(float(many.std()) - 1) < 0.1
+
+
+def test_noise_times_and_order_use_random_numbers_of_their_own(folder, monkeypatch):
+    """Sample 3 and step 3 would share their numbers if the key were (seed, 3)."""
+    keys = []
+    generator = shards.generator
+    monkeypatch.setattr(shards, "generator", lambda *key: keys.append(key) or generator(*key))
+    data = LatentShards(folder)
+    for step in range(4):
+        data.draw(step, 4, seed=5, **PAIRS)
+    assert len(set(keys)) == len(keys) == 2 + 16 + 4  # two epochs begun, sixteen samples, four steps
+
+
+def test_dropped_rows_get_the_null_prompt(folder):
+    data = LatentShards(folder)
+    batch = data.draw(0, ROWS, **PAIRS)
+    dropped = batch["dropped"]
+    assert 0 < int(dropped.sum()) < ROWS
+    prompt = batch["condition"]["prompt"]
+    assert torch.equal(prompt[dropped], data.null.expand(int(dropped.sum()), -1, -1))
+    assert torch.equal(prompt[~dropped], marked()[1][rows_of(batch)][~dropped])
+    assert "dropped" not in data.draw(0, ROWS)
+
+
+def test_the_loss_takes_a_batch_as_it_is(folder):
+    def u(z, t, r, prompt):
+        return z * (t - r).view(-1, 1, 1, 1, 1) + prompt.mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+    losses, raw = FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5})(u, LatentShards(folder).draw(0, 8, **PAIRS))
+    assert losses.shape == (8,)
+    assert set(raw) == {"tangent", "eulerian", "semigroup"}
+
+
+def cut(folder):
+    path = folder / "00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def other_size(folder):
+    latents, prompts = marked(2, (2, 3, 4, 8))
+    save_file({"latents": latents, "prompts": prompts}, folder / "00003.safetensors")
+
+
+def fewer_prompts(folder):
+    latents, prompts = marked(2)
+    save_file({"latents": latents, "prompts": prompts[:1]}, folder / "00003.safetensors")
+
+
+BROKEN = {
+    "empty": (lambda folder: [path.unlink() for path in folder.glob("0*")], "no shards in .*expected"),
+    "no null": (lambda folder: (folder / "null.safetensors").unlink(), r"no null\.safetensors in .*expected the null"),
+    "cut": (cut, r"00001\.safetensors is cut short or not a safetensors file; fetch or make it again"),
+    "other size": (other_size, r"00003\.safetensors holds rows of \(2, 3, 4, 8\).*expected \(2, 3, 4, 4\)"),
+    "fewer prompts": (fewer_prompts, r"latents \(2, .* prompts \(1, .*expected .* the same n > 0"),
+    "no prompts": (
+        lambda folder: save_file({"latents": marked()[0]}, folder / "00003.safetensors"),
+        r"00003\.safetensors lacks prompts; expected",
+    ),
+    "other null": (
+        lambda folder: save_file({"prompt": torch.zeros(1, 7, 6)}, folder / "null.safetensors"),
+        r"null prompt in .* has shape \(1, 7, 6\); expected \(1, 5, 6\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_folder_is_one_line(folder, how):
+    breaks, message = BROKEN[how]
+    breaks(folder)
+    with pytest.raises(InputError, match=message) as problem:
+        LatentShards(folder)
+    assert "\n" not in str(problem.value)
+
+
+def test_rows_that_are_not_there_or_not_finite(folder):
+    data = LatentShards(folder)
+    for index in (-1, ROWS):
+        with pytest.raises(InputError, match=rf"row {index} asked for; .* has rows 0 to 10"):
+            data.rows([index])
+    latents, prompts = marked(1)
+    save_file({"latents": latents * torch.nan, "prompts": prompts}, folder / "00003.safetensors")
+    with pytest.raises(InputError, match=r"row 0 of .*00003\.safetensors holds NaN"):
+        LatentShards(folder).rows([ROWS])
+
+
+def test_captions_must_fit_their_rows(folder):
+    beside = folder / "00000.jsonl"
+    beside.write_text(json.dumps({"caption": "alone"}) + "\n")
+    with pytest.raises(InputError, match=r"00000\.jsonl has 1 captions; expected 4"):
+        LatentShards(folder).captions([0])
+    beside.unlink()
+    with pytest.raises(InputError, match=r"no captions in .*00000\.jsonl"):
+        LatentShards(folder).captions([0])
+
+
+def test_writing_says_what_does_not_fit(folder, tmp_path):
+    with pytest.raises(InputError, match="holds shards already; expected a new folder"):
+        write(folder)
+    with pytest.raises(InputError, match="11 latents, 11 prompts, 1 captions; expected as many of each"):
+        write(tmp_path / "new", captions=["one"])
+    with pytest.raises(InputError, match="shards of 0 rows"):
+        write(tmp_path / "new", size=0)
+    assert not (tmp_path / "new").exists()
