@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m minianyflow
 
-.PHONY: demo video weights lab test check setup
+.PHONY: demo video weights wan-tiny lab test check setup
 
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET))
@@ -12,6 +12,9 @@ video: setup  ## measure the committed video students at 1 to 64 steps
 
 weights: setup  ## train the video codec, teacher and students anew (an hour)
 	@$(RUN) weights
+
+wan-tiny: setup  ## distil a tiny Wan2.1: every stage, both architectures (under five minutes)
+	@.venv/bin/python scripts/wan_tiny.py
 
 lab: setup    ## the course, in JupyterLab
 	@$(RUN) lab

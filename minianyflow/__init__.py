@@ -13,10 +13,14 @@ The rooms, from the ground up; each needs only those above it in this list:
     measures, pictures                            how far off, and what it looks like
     running, demo, ablation                       jobs side by side, the race, what moves it
     exposure                                      exposure bias, where it is exact
-    codec, wan, causal                            video: the codec, transformers of diffusers as u, chunk by chunk
+    codec, wan, causal, teacher_forcing           video: the codec, transformers of diffusers as u, chunk by chunk
+    shards                                        captioned latents on disk
     weights, pipelines                            how networks are kept; out to diffusers
+    roles                                         one frozen base, three roles: LoRA adapters
     video_measures, video_pictures                what a blob video should be, and what it looks like
     video_stages, video_report                    every stage of training, and what each reaches at any step count
+    config, wan_folders, movies                   Wan2.1: what a run is told, weights and parts, videos as files
+    runs, exports, sources                        what a run trains and leaves, out to diffusers, what can be sampled
     course, exercises, __main__                   what notebooks stand on, their exercises, the command line
 """
 

@@ -210,12 +210,11 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    """Run one command; returns its exit status. Bad input is one line, an interruption too."""
+def run(command):
+    """command(), whose exit status is returned: bad input, a missing package and an interruption are one line each."""
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interruption, too
-        arguments = parse(argv)
-        return arguments.command(arguments)
+        return command()
     except InputError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -229,6 +228,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted: nothing unfinished was kept; run the same command again", file=sys.stderr)
         return 130
+
+
+def main(argv=None):
+    """Run one command; returns its exit status."""
+
+    def command():
+        arguments = parse(argv)
+        return arguments.command(arguments)
+
+    return run(command)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ round, channels first: (B, C, F, H, W).
 
 import copy
 import json
-import shutil
-import tempfile
 from itertools import count
 from pathlib import Path
 
@@ -16,13 +14,15 @@ from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteS
 
 from minianyflow.causal import CausalAttention, CausalNetwork, chunk_partition
 from minianyflow.errors import InputError
+from minianyflow.running import whole_folder
 from minianyflow.schedules import time_grid
 from minianyflow.wan import PROMPT_LENGTH, WanNetwork
 
 FRAMES = 5  # latent frames of a clip of 17
+BLOBS = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}
 README = """# {name}
 
-A flow map u(z, t, r) for 16 x 16 videos of 17 frames, trained with minianyflow: any number of steps will do.
+{what}, trained with minianyflow: any number of steps will do.
 It is a complete `{pipeline}`: diffusers ({version} or newer) loads it as it is.
 
 ```python
@@ -30,10 +30,10 @@ from diffusers import {pipeline}
 {imports}
 pipeline = {pipeline}.from_pretrained("{name}")
 {attention}video = pipeline(
-    "two balls", height=16, width=16, num_frames=17, num_inference_steps=4, max_sequence_length={length}
+    {prompt}, {options}
 ).frames[0]
 ```
-{causal}{provenance}"""
+{causal}{notes}{provenance}"""
 IMPORTS = "from minianyflow.causal import CausalAttention\n"
 ATTENTION = """for block in pipeline.transformer.blocks:
     block.attn1.set_processor(CausalAttention())
@@ -53,26 +53,21 @@ def save_pipeline(folder, network, codec, text, shift=1.0, made=None):
     """
     time_grid(1, shift)  # says what is wrong with a shift
     pipeline = _assemble(network, codec, text, _scheduler(network, shift))
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder; expected a new one: name another")
-    unfinished = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-        inside = unfinished / folder.name
+    write_pipeline(folder, pipeline, "A flow map u(z, t, r) for 16 x 16 videos of 17 frames", "two balls", BLOBS, made)
+
+
+def write_pipeline(folder, pipeline, what, prompt, options, made=None, notes="", files=None):
+    """Write a pipeline of diffusers to `folder`, with a README that loads it; whole or not at all.
+
+    what: one line on what it makes. prompt, options: of the call in the README. notes: what else there is to say there.
+    files: {name: text} to be put beside. Raises InputError as `save_pipeline`.
+    """
+    with whole_folder(folder) as inside:
         pipeline.save_pretrained(inside)
-        for file in inside.rglob("*.safetensors"):  # written for their owner alone; make them as the rest is
-            file.chmod((inside / "model_index.json").stat().st_mode)
-        (inside / "README.md").write_text(_readme(folder.name, type(pipeline).__name__, made))
-        if folder.exists():
-            folder.rmdir()
-        inside.rename(folder)
-    except OSError as problem:
-        raise InputError(f"cannot write {folder} ({problem.strerror}); name a folder you may write to") from None
-    finally:
-        if unfinished:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        for name, text in (files or {}).items():
+            (inside / name).write_text(text)
+        name, kind = Path(folder).name, type(pipeline).__name__
+        (inside / "README.md").write_text(_readme(name, kind, what, prompt, options, made, notes))
 
 
 def load_pipeline(folder):
@@ -95,6 +90,13 @@ def load_pipeline(folder):
         for block in pipeline.transformer.blocks:
             block.attn1.set_processor(CausalAttention())
     return pipeline
+
+
+def network_of(transformer, config):
+    """The network u(z, t, r, prompt) around the transformer of a run."""
+    if config.architecture == "bidirectional":
+        return WanNetwork(transformer)
+    return CausalNetwork(transformer, config.causal.first, config.causal.rest, ragged=True)
 
 
 def _scheduler(network, shift):
@@ -134,15 +136,19 @@ def _in_chunks(network):
     return transformer
 
 
-def _readme(name, pipeline, made):
+def _readme(name, pipeline, what, prompt, options, made, notes):
     causal = pipeline == AnyFlowFARPipeline.__name__
+    options = {"height": None, "width": None, "num_frames": None, "num_inference_steps": 4} | options
     return README.format(
         name=name,
         pipeline=pipeline,
+        what=what,
         version=diffusers.__version__,
-        length=PROMPT_LENGTH,
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        options=", ".join(f"{option}={value}" for option, value in options.items()),
         imports=IMPORTS if causal else "",
         attention=ATTENTION if causal else "",
         causal=CAUSAL if causal else "",
+        notes=f"\n{notes}\n" if notes else "",
         provenance=f"\nHow it was made:\n\n```json\n{json.dumps(made, indent=1)}\n```\n" if made else "",
     )

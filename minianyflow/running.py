@@ -64,3 +64,29 @@ def staged(output):
         raise InputError(f"{why}; make room, or name another folder with --output") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """A folder to write into that becomes `folder`, new or empty until then, only when everything went well."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; expected a new one: name another")
+    unfinished = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+        inside = unfinished / folder.name
+        inside.mkdir()
+        mode = inside.stat().st_mode & 0o666
+        yield inside
+        for file in inside.rglob("*.safetensors"):  # written for their owner alone; make them as the rest is
+            file.chmod(mode)
+        if folder.exists():
+            folder.rmdir()
+        inside.rename(folder)
+    except OSError as problem:
+        raise InputError(f"cannot write {folder} ({problem.strerror}); name a folder you may write to") from None
+    finally:
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)

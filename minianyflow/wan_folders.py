@@ -8,8 +8,6 @@ and a causal model's coarse patches, starts from what it has, so that at r = t n
 
 import contextlib
 import inspect
-import shutil
-import tempfile
 from pathlib import Path
 
 import diffusers
@@ -32,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT
 from minianyflow.causal import coarse_patches
 from minianyflow.errors import InputError, choose
 from minianyflow.pairs import generator
+from minianyflow.running import whole_folder
 from minianyflow.shards import write_shards
 
 LENGTH = 512  # tokens of a prompt, in Wan's pipelines and its training
@@ -248,7 +247,7 @@ def make_tiny_wan(folder, seed=0, clips=16, null=""):
     Every caption works; TINY_LENGTH is the prompt length of the shards. null: the text of the null prompt, which for
     Wan itself is its long negative prompt. `folder` must not exist or be empty; whole or not at all.
     """
-    with _whole_folder(folder) as inside, torch.random.fork_rng(devices=[]):
+    with whole_folder(folder) as inside, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         captions, video = moving_shapes(clips, generator(seed))
         tokenizer = _tokenizer(captions)
@@ -297,27 +296,3 @@ def _tokenizer(captions):
     tokenizer.train_from_iterator(sorted(captions), trainer)
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-
-@contextlib.contextmanager
-def _whole_folder(folder):
-    """A folder to write into that becomes `folder` only when everything went well."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder; expected a new one: name another")
-    unfinished = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-        inside = unfinished / folder.name
-        yield inside
-        for file in inside.rglob("*.safetensors"):  # written for their owner alone; make them as the rest is
-            file.chmod((inside / "model_index.json").stat().st_mode)
-        if folder.exists():
-            folder.rmdir()
-        inside.rename(folder)
-    except OSError as problem:
-        raise InputError(f"cannot write {folder} ({problem.strerror}); name a folder you may write to") from None
-    finally:
-        if unfinished:
-            shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,29 +2,24 @@
 
 import sys
 
-from minianyflow.__main__ import Parser
-from minianyflow.errors import InputError
+from minianyflow.__main__ import Parser, run
 
 
 def main(argv=None):
     """Parse, make, say what was written; returns the exit status."""
+    from minianyflow.shards import LatentShards
+    from minianyflow.wan_folders import make_tiny_wan
+
     parser = Parser("make_tiny_wan.py", description=__doc__)
     parser.add_argument("output", metavar="OUT", help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other weights and clips (default: 0)")
-    try:
-        arguments = parser.parse_args(argv)
-        from minianyflow.shards import LatentShards
-        from minianyflow.wan_folders import make_tiny_wan
-
-        make_tiny_wan(arguments.output, arguments.seed)
-        data = LatentShards(f"{arguments.output}/latents")
-    except InputError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    arguments = parser.parse_args(argv)
+    make_tiny_wan(arguments.output, arguments.seed)
+    data = LatentShards(f"{arguments.output}/latents")
     print(f"written: {arguments.output}, a WanPipeline of random weights")
     print(f"written: {arguments.output}/latents, {len(data)} captioned clips of {data.shape} (frames, channels, h, w)")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

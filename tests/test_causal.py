@@ -406,9 +406,7 @@ def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():
     assert chunk_partition(21, 1, 3, ragged=True) == (1, 3, 3, 3, 3, 3, 3, 2)  # AnyFlow's, of Wan's 21 latent frames
     assert chunk_partition(7, 1, 3, ragged=True) == chunk_partition(7, 1, 3)
     u, z, times = CausalNetwork(tiny_causal(), 1, 3, ragged=True), clip(6), time_grid(2)
-    cached, plain = (
-        causal_rollout(u, z, times, PROMPT, 1, 3, cached=how, ragged=True)[-1] for how in (True, False)
-    )
+    cached, plain = (causal_rollout(u, z, times, PROMPT, 1, 3, cached=how, ragged=True)[-1] for how in (True, False))
     assert torch.allclose(cached, plain, atol=1e-5)
     with pytest.raises(InputError, match="6 frames do not make chunks of 1, 3"):
         CausalNetwork(tiny_causal(), 1, 3)(z, torch.rand(2), torch.zeros(2), PROMPT)

@@ -21,7 +21,7 @@ SOLUTIONS = sorted(exercises.SOLUTIONS.glob("[0-9]*.py"))
 
 
 def test_the_course_is_whole():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(8)]
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(9)]
     assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SOLUTIONS]
     index = (course.NOTEBOOKS / "README.md").read_text()
     for path in NOTEBOOKS:

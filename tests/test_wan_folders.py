@@ -11,6 +11,7 @@ from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, W
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minianyflow.__main__ import run
 from minianyflow.causal import CausalNetwork, causal_from
 from minianyflow.errors import InputError
 from minianyflow.pairs import generator
@@ -379,13 +380,13 @@ def test_parts_keep_their_dtype_rules_and_are_whole(copied):
 
 def test_the_script_makes_one_or_says_why_not(tmp_path, capsys, monkeypatch):
     out = tmp_path / "made"
-    assert script.main([str(out), "--seed", "2"]) == 0
+    assert run(lambda: script.main([str(out), "--seed", "2"])) == 0
     said = capsys.readouterr()
     assert f"written: {out}/latents, 16 captioned clips of (5, 16, 8, 8)" in said.out
     assert load_transformer(out, "causal").config.num_layers == 2
-    assert script.main([str(out)]) == 2
-    assert script.main([]) == 2
-    assert script.main([str(out / "model_index.json" / "deeper")]) == 2
+    assert run(lambda: script.main([str(out)])) == 2
+    assert run(lambda: script.main([])) == 2
+    assert run(lambda: script.main([str(out / "model_index.json" / "deeper")])) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert f"error: {out} exists and is not an empty folder" in lines[0]

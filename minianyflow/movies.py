@@ -1,0 +1,150 @@
+"""Videos as files: H.264 clips with a contact sheet beside them, and clips or pictures to begin a video with.
+
+Videos are (B, T, 3, H, W) in [0, 1], as the codec decodes them; what is outside is clipped.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from minianyflow.errors import InputError
+from minianyflow.running import staged
+from minianyflow.shards import LatentShards
+
+FPS = 16  # of Wan's videos
+WAN_CLIP = {"frames": 81, "height": 480, "width": 832, "length": 512}  # in pixels; tokens of a prompt
+COLUMNS = 5  # stills of a clip on a sheet
+STILL, GAP, FONT = 240, 6, 18  # the longer side of a still, between two of them, text; in pixels
+
+
+def write_clips(folder, clips, prompts, fps=FPS):
+    """Write clips {label: video (B, T, 3, H, W)}, one for each prompt, and a sheet of stills; whole or not at all.
+
+    Clip k of the label "4 steps" is `4_steps-k.mp4`; `sheet.png` has a block for every prompt, a row for every label.
+    Raises InputError for videos that do not fit the prompts, and for a folder that cannot be written.
+    """
+    videos = {label: _frames(label, video, len(prompts)) for label, video in clips.items()}
+    if not videos or not prompts:
+        raise InputError(f"{len(videos)} labels and {len(prompts)} prompts; expected at least one of each")
+    names = {label: re.sub(r"[^\w.-]+", "_", str(label)) for label in videos}
+    if len(set(names.values())) != len(names):
+        raise InputError(f"labels {', '.join(names)} make the same file names; expected other letters in each")
+    with staged(folder) as inside:
+        for label, video in videos.items():
+            for number, clip in enumerate(video):
+                _write(inside / f"{names[label]}-{number}.mp4", clip, fps)
+        _sheet(videos, prompts).save(inside / "sheet.png")
+
+
+def read_video(path, frames, height, width):
+    """The first `frames` frames of a video at 16 fps, or a picture as one frame: (1, T, 3, height, width) in [0, 1].
+
+    Cut in the centre, then resized. Raises InputError for a file that cannot be read or is too short.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {path}; expected a video or a picture")
+    pictures = _read_picture(path) or _read_frames(path, frames)
+    if len(pictures) < frames:
+        raise InputError(f"{path} has {len(pictures)} frames at {FPS} a second; expected at least {frames}")
+    fitted = [ImageOps.fit(each, (width, height), Image.Resampling.LANCZOS) for each in pictures[:frames]]
+    return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)[None].float() / 255
+
+
+def clip_of(folder):
+    """Frames, height, width and prompt length of the clips whose latents a folder of shards holds; else WAN_CLIP."""
+    try:
+        data = LatentShards(folder)
+    except InputError:  # a run may outlive its data
+        return WAN_CLIP
+    frames, _, high, wide = data.shape
+    return {"frames": 4 * frames - 3, "height": 8 * high, "width": 8 * wide, "length": data.null.shape[1]}
+
+
+def _frames(label, video, count):
+    """Bytes (B, T, H, W, 3) of a video."""
+    if video.ndim != 5 or video.shape[2] != 3 or len(video) != count:
+        raise InputError(f"{label!r} is {tuple(video.shape)}; expected (B, T, 3, H, W) with a clip for each of {count}")
+    if not torch.isfinite(video).all():
+        raise InputError(f"{label!r} holds numbers that are not finite; sample with precision fp32, or train longer")
+    return (video.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+
+
+def _write(path, clip, fps):
+    """An mp4 of bytes (T, H, W, 3). H.264 shares colours between 2 x 2 pixels: an odd side is made even by its edge."""
+    odd = [(0, side % 2) for side in clip.shape[1:3]]
+    options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
+    with imageio.get_writer(path, format="FFMPEG", **options) as writer:
+        for frame in np.pad(clip, [(0, 0), *odd, (0, 0)], mode="edge"):
+            writer.append_data(frame)
+
+
+def _read_picture(path):
+    """[the picture], or None where the file is none. An animation is a video."""
+    try:
+        with Image.open(path) as picture:
+            return None if getattr(picture, "is_animated", False) else [ImageOps.exif_transpose(picture).convert("RGB")]
+    except (OSError, ValueError, Image.DecompressionBombError) as problem:
+        if isinstance(problem, Image.UnidentifiedImageError):
+            return None
+        raise InputError(f"{path} cannot be read ({problem}); expected a whole picture or video") from None
+
+
+def _read_frames(path, frames):
+    """Pictures of a video: what is shown at 0, 1 / FPS, 2 / FPS, ... seconds, at most `frames` of them."""
+    pictures = []
+    try:
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            speed = reader.get_meta_data()["fps"] / FPS  # its own frames for one of ours
+            for number, frame in enumerate(reader):
+                while len(pictures) < frames and int(len(pictures) * speed + 1e-6) == number:
+                    pictures.append(Image.fromarray(frame))
+                if len(pictures) == frames:
+                    break
+    except (OSError, ValueError, RuntimeError, IndexError, KeyError) as problem:  # ffmpeg's own report has many lines
+        why = next((line.strip() for line in reversed(str(problem).splitlines()) if line.strip()), "no video in it")
+        raise InputError(f"{path} cannot be read ({why}); expected a picture, or a video as ffmpeg reads it") from None
+    return pictures
+
+
+def _sheet(videos, prompts):
+    """Stills (rows: labels, columns: times), a block under each prompt."""
+    font, pen = ImageFont.load_default(FONT), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    stills = {label: [_stills(clip) for clip in video] for label, video in videos.items()}
+    left = max(round(pen.textlength(str(label), font)) for label in stills) + 2 * GAP
+    tall = {label: rows[0][0].height for label, rows in stills.items()}
+    wide = max(sum(each.width + GAP for each in rows[0]) for rows in stills.values())
+    letters = int((left + wide) / pen.textlength("n", font))
+    titles = [textwrap.fill(" ".join(str(prompt).split()) or "(no prompt)", max(letters, 20)) for prompt in prompts]
+    heads = [round(pen.multiline_textbbox((0, 0), title, font)[3]) + 2 * GAP for title in titles]
+    block = sum(tall.values()) + len(tall) * GAP
+    right = max(round(pen.multiline_textbbox((0, 0), title, font)[2]) for title in titles)
+    size = (max(left + wide, right + 2 * GAP), sum(heads) + len(heads) * (block + 2 * GAP))
+    sheet, top = Image.new("RGB", size, "white"), 0
+    pen = ImageDraw.Draw(sheet)
+    for number, (title, head) in enumerate(zip(titles, heads, strict=True)):
+        pen.multiline_text((GAP, top + GAP), title, "black", font)
+        top += head
+        for label, rows in stills.items():
+            pen.text((left - GAP, top + tall[label] // 2), str(label), "black", font, anchor="rm")
+            for column, still in enumerate(rows[number]):
+                sheet.paste(still, (left + column * (still.width + GAP), top))
+            top += tall[label] + GAP
+        top += 2 * GAP
+    return sheet
+
+
+def _stills(clip):
+    """A handful of pictures of bytes (T, H, W, 3), evenly in time, both ends among them."""
+    height, width = clip.shape[1:3]
+    scale = STILL / max(height, width)
+    scale = max(1, int(scale)) if scale >= 1 else scale  # small ones grow by whole pixels
+    size, how = (round(width * scale), round(height * scale)), Image.Resampling.NEAREST
+    how = Image.Resampling.LANCZOS if scale < 1 else how
+    times = np.unique(np.linspace(0, len(clip) - 1, COLUMNS).round().astype(int))
+    return [Image.fromarray(clip[time]).resize(size, how) for time in times]

@@ -1,0 +1,351 @@
+"""Runs of scripts/distill.py: the networks that a configuration names, what they draw, and the folder they leave.
+
+With adapters all roles share one frozen base (roles.py); with full weights each has a copy. A run folder holds
+    config.yaml, run.json                           what was asked for; costs and losses, the versions it ran with
+    student.safetensors, student-last.safetensors   the average and the last weights (all weights: folders)
+    fake.safetensors                                on-policy, likewise
+    samples/                                        what it made along the way
+"""
+
+import json
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from minianyflow.causal import CausalNetwork, causal_backward_simulation, causal_rollout, chunk_partition
+from minianyflow.config import as_yaml, find_device, load_config
+from minianyflow.errors import InputError
+from minianyflow.flow_map import tangent, velocity
+from minianyflow.guidance import Guidance, guided
+from minianyflow.movies import clip_of, write_clips
+from minianyflow.networks import EvaluationCounter
+from minianyflow.objectives import FlowMapLoss, anyflow_weight, sqrt_weight
+from minianyflow.on_policy import backward_simulation, draw_on_policy
+from minianyflow.pairs import generator
+from minianyflow.roles import (
+    COARSE_PATCHES,
+    EMBEDDERS,
+    TARGETS,
+    RoleNetwork,
+    add_role,
+    checkpoint_blocks,
+    load_role,
+    merge_role,
+    remove_role,
+    save_role,
+)
+from minianyflow.running import staged
+from minianyflow.samplers import sample_flow_map
+from minianyflow.schedules import time_grid
+from minianyflow.shards import LatentShards
+from minianyflow.teacher_forcing import TeacherForced, as_whole, in_chunks
+from minianyflow.wan import WanNetwork
+from minianyflow.wan_folders import decode_latents, encode_prompts, load_parts, load_transformer
+
+SHARES = {
+    "eulerian": {"eulerian": 1.0},
+    "lagrangian": {"lagrangian": 1.0},
+    "semigroup": {"semigroup": 1.0},
+    "mixed": {"eulerian": 0.5, "semigroup": 0.5},
+}
+ROLLOUTS, CONTEXT, SAMPLES = 3, 4, 5  # keys (seed, which, step) of random numbers, beside those of shards.py
+
+
+class Networks:
+    """The networks of a run, each counted: u(z, t, r, prompt). frames: of a clip, in latents.
+
+    One base is loaded, and every role is an adapter on it; with full weights every role loads its own.
+    """
+
+    def __init__(self, config, frames, device="cpu"):
+        self.config, self.frames, self.device, self.counters = config, frames, device, {}
+        self.base = self._load(config.base) if config.trained == "lora" else None
+
+    def trained(self, role, start=None):
+        """The network of `role`, to train, from what `start` names or as the base is. A fake score sees whole clips."""
+        whole = role == "fake"
+        if self.base is None:
+            transformer = self._load(weights_in(start, whole=True) if start else self.config.base).requires_grad_(True)
+            network = self._wrap(transformer, whole)
+        else:
+            torch.manual_seed(self.config.seed)
+            options = {"rank": self.config.rank, "alpha": self.config.alpha, "targets": self._targets()}
+            if start:
+                load_role(weights_in(start), self.base, "start", widen=whole)
+            add_role(self.base, role, **options, start="start" if start else None)
+            if start:
+                remove_role(self.base, "start")
+            network = RoleNetwork(self._wrap(self.base, whole), role)
+        for name, weight in network.named_parameters():  # a clip that is one chunk has no coarse patches
+            weight.requires_grad_(not (whole and COARSE_PATCHES[0] in name))
+        return self._counted(role, network)
+
+    def teacher(self, whole=False):
+        """The frozen teacher, from its run or as the base is. whole: it sees a clip as one chunk."""
+        start = self.config.teacher
+        if self.base is None:
+            transformer = self._load(weights_in(start, whole=True) if start else self.config.base)
+            return self._counted("teacher", self._wrap(transformer.requires_grad_(False), whole))
+        if start and "teacher" not in getattr(self.base, "peft_config", {}):
+            load_role(weights_in(start), self.base, "teacher", widen=True)
+        network = RoleNetwork(self._wrap(self.base, whole), "teacher" if start else None)
+        return self._counted("teacher", network.requires_grad_(False))
+
+    def _load(self, source):
+        config = self.config
+        dtype = torch.bfloat16 if (config.precision, config.trained) == ("bf16", "lora") else torch.float32
+        causal = {"full_chunk_limit": config.causal.full_chunks} if config.architecture == "causal" else {}
+        transformer = load_transformer(source, config.architecture, dtype, **causal, device=self.device)
+        if config.checkpointing:
+            checkpoint_blocks(transformer)
+        return transformer.requires_grad_(False)
+
+    def _wrap(self, transformer, whole):
+        if self.config.architecture == "bidirectional":
+            return WanNetwork(transformer)
+        first = self.frames if whole else self.config.causal.first
+        return CausalNetwork(transformer, first, self.config.causal.rest, ragged=True)
+
+    def _targets(self):
+        embedders = () if self.config.stage == "teacher" else EMBEDDERS
+        return TARGETS + embedders + (COARSE_PATCHES if self.config.architecture == "causal" else ())
+
+    def _counted(self, role, network):
+        self.counters.setdefault(role, []).append(EvaluationCounter(network))
+        return self.counters[role][-1]
+
+    def counts(self):
+        """Evaluations so far, {role: (rows, rows with gradient)}; averages made of a network are not counted."""
+        return {
+            role: tuple(sum(getattr(each, kind) for each in counters) for kind in ("rows", "with_grad"))
+            for role, counters in self.counters.items()
+        }
+
+
+def weights_in(source, role="student", whole=False):
+    """Where the weights of a role are: the file of an adapter in a run folder or, if `whole`, a transformer's source.
+
+    source: a run folder or, if `whole`, also weights of Wan or AnyFlow as load_transformer takes them.
+    """
+    folder = Path(source)
+    adapter, transformer = folder / f"{role}.safetensors", folder / role
+    if whole and not adapter.exists():
+        return transformer if transformer.exists() else source
+    if not whole and adapter.exists():
+        return adapter
+    if whole:
+        raise InputError(f"{source} holds adapters; expected whole weights: set trained=lora, or export it first")
+    if transformer.exists() or (folder / "model_index.json").exists() or not folder.exists():
+        expected = "a run folder with an adapter: name whole weights as base=, or set trained=full"
+        raise InputError(f"{source} is no run with an adapter of role {role!r}; expected {expected}")
+    raise InputError(f"no {role}.safetensors in {source}; expected a finished run of distill.py")
+
+
+def optimiser(config, **changes):
+    """What `training.Role` takes of a configuration."""
+    options = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
+    options |= {"warmup": config.warmup, "cosine": False, "clip": config.clip}
+    return options | {"ema": config.ema, "ema_after": config.ema_after} | changes
+
+
+def forward_loss(config, networks, null):
+    """The loss of the forward stage, or of the teacher; chunk by chunk for a causal student."""
+    weight = {"sqrt": sqrt_weight, "anyflow": anyflow_weight(config.shift)}[config.weight]
+    teaching = config.stage == "teacher"
+    guidance = Guidance(config.guidance.scale, null, config.guidance.published) if config.guidance.scale > 1 else None
+    loss = FlowMapLoss(
+        {} if teaching else SHARES[config.objective],
+        velocity=partial(velocity, networks.teacher()) if config.velocity == "base" and not teaching else None,
+        guidance=guidance,
+        weight=weight,
+        adaptive=config.adaptive,
+        derivative=config.derivative,
+        delta=config.delta,
+        rebalance=config.rebalance,
+    )
+    return TeacherForced(loss) if config.architecture == "causal" else loss
+
+
+def guided_teacher(config, networks, null):
+    """The velocity that distribution matching takes for the real one."""
+    return guided(partial(velocity, networks.teacher(whole=True)), null, config.on_policy.real_guidance)
+
+
+def simulation(config):
+    """Backward simulation for the architecture."""
+    if config.architecture == "bidirectional":
+        return backward_simulation
+    chunks = config.causal
+    return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, ragged=True)
+
+
+def draws(config, data):
+    """`draw(step)` for `training.train`: the batch of that step, the same on every process."""
+    pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
+    rollouts = {"steps": tuple(config.on_policy.rollouts), "shift": config.shift}
+    rollouts["fake_time"] = config.on_policy.score_time
+
+    def draw(step):
+        batch = data.draw(step, config.batch, config.seed, **pairs)
+        if config.architecture == "causal":
+            batch = _cut(batch, config, step)
+        if config.stage == "on_policy":
+            batch |= draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
+        return batch
+
+    return draw
+
+
+def _cut(batch, config, step):
+    """The batch as a causal student trains on it: with a long context, a short one, or the clip as one chunk."""
+    whole, long = torch.rand(2, generator=generator(config.seed, CONTEXT, step)).tolist()
+    partition = chunk_partition(batch["x"].shape[1], config.causal.first, config.causal.rest, ragged=True)
+    if step and whole < config.causal.bidirectional:
+        return as_whole(batch)
+    if step and long >= config.causal.long_context:  # step 0 is long: it trains every weight
+        partition = partition[: config.causal.full_chunks]
+    return in_chunks(batch, partition, config.causal.full_chunks)
+
+
+@torch.no_grad()
+def sample(config, network, noise, prompt, steps, prefix=None):
+    """Latents (B, F, C, H, W) that `steps` evaluations (a chunk, if causal) make of noise, for prompts (B, L, D).
+
+    A teacher knows no target time: its velocity is followed by Euler's method. prefix (B, P, C, H, W): clean first
+    frames to go on from, as `causal_rollout` and diffusers' pipelines have it.
+    """
+    times = time_grid(steps, config.shift, noise.device)
+    u = tangent(network) if config.stage == "teacher" else network
+    if config.architecture == "causal":
+        chunks = config.causal.first, config.causal.rest
+        return causal_rollout(u, noise, times, prompt, *chunks, prefix, ragged=True)[-1]
+    if prefix is None:
+        return sample_flow_map(u, noise, times, prompt=prompt)[-1]
+    made = sample_flow_map(_after(u, prefix), noise, times, prompt=prompt)[-1]
+    return torch.cat([prefix, made[:, prefix.shape[1] :]], 1)
+
+
+def _after(u, prefix):
+    """`u` with the first frames known, whatever is in their place: clean, at time 0; r is the step's, as in stock."""
+    known = prefix.shape[1]
+
+    def seen(z, t, r, **condition):
+        t, r = (each[:, None].repeat(1, z.shape[1]) for each in (t, r))
+        t[:, :known] = 0
+        return u(torch.cat([prefix, z[:, known:]], 1), t, r, **condition)
+
+    return seen
+
+
+def prepare(config):
+    """The accelerator and the data of a run. Raises InputError for a finished run in its folder, or a missing GPU."""
+    if (Path(config.output) / "run.json").exists():
+        raise InputError(f"{config.output} holds a finished run; name another folder with output=FOLDER, or remove it")
+    device = find_device(config.device)
+    data = LatentShards(config.data)
+    autocast = "bf16" if (config.precision, config.trained) == ("bf16", "full") else "no"
+    tracker = None if config.log.tracker == "none" else config.log.tracker
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.architecture == "causal")  # coarse patches
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=autocast,
+        log_with=tracker,
+        project_dir=config.output,
+        kwargs_handlers=[unused],
+    )
+    accelerator.init_trackers("log")
+    return accelerator, data
+
+
+def sampler(config, data, student, accelerator):
+    """`on_step(step)` for `training.train`: every so often, clips of the averaged student in the run's samples/."""
+    if not config.samples.every or not accelerator.is_main_process:
+        return None
+    prompts = config.samples.prompts
+    dtype, device = torch.bfloat16 if config.precision == "bf16" else torch.float32, accelerator.device
+    tokenizer, text_encoder = load_parts(config.base, "tokenizer", "text_encoder", dtype=dtype)
+    prompt = encode_prompts(tokenizer, text_encoder.to(device), prompts, data.null.shape[1]).float()
+    del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
+    noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
+
+    def on_step(step):
+        if (step + 1) % config.samples.every:
+            return
+        averaged = student.average is not None and step >= student.ema_after
+        network = (student.average.module if averaged else student.network).network  # not counted
+        vae = load_parts(config.base, "vae")[0].to(device)
+        clips = {}
+        for steps in config.samples.steps:
+            latents = sample(config, network, noise, prompt, steps)
+            clips[f"{steps} step{'s' * (steps > 1)}"] = decode_latents(vae, latents).cpu()
+        write_clips(Path(config.output) / "samples" / f"{step + 1:06}", clips, prompts)
+
+    return on_step
+
+
+def save_run(config, networks, roles, history, seconds, accelerator):
+    """Write what a run leaves: the weights of every role that was trained, and how they were made; returns the latter.
+
+    On other processes than the main one: None.
+    """
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+    folder, counts, samples = Path(config.output), networks.counts(), config.steps * config.batch
+    samples //= accelerator.num_processes  # of this process, as the counts are
+    for name, role in roles.items():
+        _save(folder, name if role.average is None else f"{name}-last", networks, role.network.network)
+        if role.average is not None:
+            _save(folder, name, networks, role.average.module.network)
+    made = {
+        "stage": config.stage,
+        "architecture": config.architecture,
+        "steps": config.steps,
+        "batch": config.batch,
+        "processes": accelerator.num_processes,
+        "clip": clip_of(config.data),
+        "seconds": round(seconds, 1),
+        "evaluations_a_sample": {
+            name: {"forwards": rows / samples, "backwards": with_grad / samples}
+            for name, (rows, with_grad) in counts.items()
+        },
+        "history": history,
+        "versions": {package: version(package) for package in ("torch", "diffusers", "peft", "accelerate")},
+    }
+    with staged(folder) as unfinished:
+        (unfinished / "config.yaml").write_text(as_yaml(config))
+        (unfinished / "run.json").write_text(json.dumps(made, indent=1) + "\n")
+    return made
+
+
+def _save(folder, name, networks, network):
+    if networks.base is not None:
+        return save_role(folder / f"{name}.safetensors", networks.base, network.role)
+    with staged(folder) as unfinished:
+        network.transformer.save_pretrained(unfinished / name)
+
+
+def read_run(folder):
+    """(Config, run.json) of a run folder. Raises InputError where it is none."""
+    folder = Path(folder)
+    for name in ("config.yaml", "run.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"no {name} in {folder}; expected a run folder, which distill.py writes when it is done")
+    return load_config([folder / "config.yaml"]), json.loads((folder / "run.json").read_text())
+
+
+def load_run(folder, role="student", dtype=torch.float32, device="cpu"):
+    """The transformer of a finished run, its adapter merged: (transformer, Config)."""
+    config, _ = read_run(folder)
+    weights = weights_in(folder, role, config.trained == "full")
+    causal = {"full_chunk_limit": config.causal.full_chunks} if config.architecture == "causal" else {}
+    source = config.base if config.trained == "lora" else weights
+    transformer = load_transformer(source, config.architecture, dtype, **causal, device=device)
+    if config.trained == "lora":
+        load_role(weights, transformer, role)
+        merge_role(transformer, role)
+    return transformer, config

@@ -1,0 +1,105 @@
+"""Distil Wan2.1, one stage a run: teacher tuning, forward flow-map training, or on-policy with backward simulation.
+
+    accelerate launch scripts/distill.py --config wan-1.3b causal forward [key=value ...]
+
+The functions below make the same calls as notebooks 4 and 5 of the course; only the networks are larger.
+"""
+
+import sys
+import time
+
+from minianyflow.__main__ import Parser, run
+
+
+def teacher(config, networks, null):
+    """Flow matching: rows r = t alone."""
+    from minianyflow.runs import forward_loss, optimiser
+    from minianyflow.training import Role
+
+    student = networks.trained("student", config.student)
+    return {"student": Role(student, forward_loss(config, networks, null), **optimiser(config))}
+
+
+forward = teacher  # with rows r < t, and the objective of the configuration, it is the forward stage
+
+
+def on_policy(config, networks, null):
+    """Backward simulation, distribution matching against a fake score, and the forward loss beside."""
+    from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss
+    from minianyflow.runs import forward_loss, guided_teacher, optimiser, simulation
+    from minianyflow.training import Role
+
+    student = networks.trained("student", config.student)
+    fake = networks.trained("fake", config.teacher)
+    policy = OnPolicyLoss(
+        guided_teacher(config, networks, null),
+        fake,
+        forward_loss(config, networks, null),
+        config.on_policy.forward_weight,
+        config.shift,
+        simulation(config),
+    )
+    fake_loss = FakeScoreLoss(student, config.shift, simulation(config))
+    return {
+        "student": Role(student, policy, **optimiser(config)),
+        "fake": Role(fake, fake_loss, **optimiser(config, lr=config.on_policy.fake_lr)),
+    }
+
+
+STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
+
+
+def distil(config):
+    """Train the stage of `config` and leave a run folder; returns run.json."""
+    from minianyflow.runs import Networks, draws, prepare, sampler, save_run
+    from minianyflow.training import train
+
+    accelerator, data = prepare(config)
+    networks = Networks(config, data.shape[0], accelerator.device)
+    null = {"prompt": data.null.to(accelerator.device)}
+    roles = STAGES[config.stage](config, networks, null)
+    start = time.perf_counter()
+    history = train(
+        roles,
+        draws(config, data),
+        config.steps,
+        config.accumulate,
+        accelerator,
+        {"desc": f"{config.architecture} {config.stage}"},
+        sampler(config, data, roles["student"], accelerator),
+        config.log.every,
+    )
+    return save_run(config, networks, roles, history, time.perf_counter() - start, accelerator)
+
+
+def main(argv=None):
+    """Parse, print or train, say what was written; returns the exit status."""
+    from minianyflow.config import as_yaml, load_config
+
+    parser = Parser("distill.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="overlays of scripts/configs in order: model, architecture, stage; or paths of your own",
+    )
+    parser.add_argument("--print-config", action="store_true", help="show every option as it stands, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of scripts/configs/base.yaml")
+    arguments = parser.parse_args(argv)
+    files = [each for each in arguments.config if "=" not in each]
+    pairs = [each for each in arguments.config if "=" in each]  # those that follow --config
+    config = load_config(files, [*pairs, *arguments.overrides])
+    if arguments.print_config:
+        print(as_yaml(config), end="")
+        return 0
+    made = distil(config)
+    if made:  # on the main process
+        print(f"\nwritten: {config.output}, after {made['seconds']} seconds")
+        for role, each in made["evaluations_a_sample"].items():
+            print(f"{role:10} {each['forwards']:6.2f} forwards and {each['backwards']:.2f} backwards a sample")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,332 @@
+"""scripts/distill.py on a tiny Wan: what each stage evaluates, holds in memory, starts from, leaves, and refuses."""
+
+import importlib.util
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from minianyflow import flow_map, on_policy, runs, training
+from minianyflow.__main__ import run
+from minianyflow.config import load_config
+from minianyflow.errors import InputError
+from minianyflow.flow_map import displace
+from minianyflow.install import ROOT
+from minianyflow.on_policy import backward_simulation
+from minianyflow.pairs import generator
+from minianyflow.roles import Adapter, storages
+from minianyflow.runs import Networks, draws, load_run, read_run, sample, simulation
+from minianyflow.shards import LatentShards
+from minianyflow.wan_folders import load_transformer, make_tiny_wan
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+distill = script("distill")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Wan and, for both architectures, the runs of a teacher and of a forward stage."""
+    folder = tmp_path_factory.mktemp("wan")
+    make_tiny_wan(folder / "wan")
+    for architecture in ("bidirectional", "causal"):
+        for stage in ("teacher", "forward"):
+            distill.distil(settings(folder, architecture, stage))
+    return folder
+
+
+def settings(folder, architecture, stage, *changes):
+    where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents"]
+    quick = ["steps=2", "batch=8", "samples.every=0", "log.tracker=none"]
+    return load_config([architecture, stage, "tiny"], [*where, *quick, *changes])
+
+
+def built(config):
+    data = LatentShards(config.data)
+    networks = Networks(config, data.shape[0])
+    return networks, distill.STAGES[config.stage](config, networks, {"prompt": data.null}), draws(config, data)
+
+
+def losses_and_gradients(roles, batch):
+    out = []
+    for role in roles.values():
+        losses, _ = role.loss(role.network, batch)
+        losses.mean().backward()
+        named = role.network.named_parameters()
+        grads = {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+        role.network.zero_grad()
+        out.append((losses.detach(), grads))
+    return out
+
+
+# ---- the mathematics is that of the notebooks
+
+
+def test_the_stages_call_what_the_notebooks_call():
+    assert distill.forward is distill.teacher
+    config = load_config(["bidirectional", "on_policy", "tiny"])
+    assert simulation(config) is on_policy.backward_simulation is backward_simulation
+    assert runs.velocity is flow_map.velocity
+    assert runs.FlowMapLoss.__module__ == "minianyflow.objectives"
+    assert "train(" in Path(distill.__file__).read_text()
+    assert training.train.__module__ == "minianyflow.training"
+
+
+# ---- evaluations, counted
+
+
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+@pytest.mark.parametrize("objective", ["eulerian", "mixed", "semigroup"])
+def test_the_forward_stage_takes_three_evaluations_a_sample_at_most(folder, architecture, objective):
+    networks, roles, draw = built(settings(folder, architecture, "forward", f"objective={objective}", "drop=0.0001"))
+    roles["student"].loss(roles["student"].network, draw(0))
+    rows, with_grad = networks.counts()["student"]
+    null = {"eulerian": 8, "mixed": 6, "semigroup": 4}[objective]  # rows whose velocity is guided
+    differences = 2 * 4  # for half of the rows: nothing is computed for r = t
+    assert (rows, with_grad) == (8 + null + differences, 8)
+    assert rows <= 3 * 8
+    assert "teacher" not in networks.counts()
+
+
+def test_lagrangian_asks_the_frozen_base_beside(folder):
+    networks, roles, draw = built(settings(folder, "bidirectional", "forward", "objective=lagrangian", "drop=0.0001"))
+    roles["student"].loss(roles["student"].network, draw(0))
+    assert networks.counts() == {"student": (8 + 8 + 8, 8), "teacher": (8, 0)}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_on_policy_evaluations(folder, published):
+    stage = "on_policy-published" if published else "on_policy"
+    changes = ["drop=0.0001", "objective=eulerian", f"student={folder}/bidirectional-forward"]
+    networks, roles, draw = built(settings(folder, "bidirectional", stage, *changes))
+    batch = draw(0)
+    jumps = sum(1 + int(g > 0) + int(g < n - 1) for n, g in zip(batch["lengths"], batch["step"], strict=True))
+    assert jumps <= 3 * 8
+    for role in roles.values():
+        role.loss(role.network, batch)
+    counts = networks.counts()
+    assert counts["student"] == (jumps + 3 * 8 + jumps, jumps + 8)  # its rollout, the forward loss, the fake score's
+    assert counts["teacher"] == (2 * 8, 0)  # guided
+    assert counts["fake"] == (8 + 8, 8)
+
+
+def test_a_causal_rollout_takes_three_jumps_a_chunk_and_one_pass_to_fill_the_cache(folder):
+    networks, roles, draw = built(settings(folder, "causal", "on_policy", "drop=0.0001"))
+    batch, student = draw(0), roles["student"].network
+    simulation(networks.config)(student, batch["noise"], batch["lengths"], batch["step"], 5.0, **batch["condition"])
+    jumps = sum(1 + int(g > 0) + int(g < n - 1) for n, g in zip(batch["lengths"], batch["step"], strict=True))
+    chunks = 3
+    assert networks.counts()["student"][0] == chunks * jumps + (chunks - 1) * 8
+
+
+def test_a_step_draws_one_batch(folder):
+    config = settings(folder, "bidirectional", "on_policy")
+    _, roles, draw = built(config)
+    asked = []
+    training.train(roles, lambda step: asked.append(step) or draw(step), 2, progress=False)
+    assert asked == [0, 1]
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_one_base_is_in_memory_for_all_roles_and_with_full_weights_three(folder, architecture):
+    alone, _ = storages(load_transformer(folder / "wan", architecture))
+    networks, roles, _ = built(settings(folder, architecture, "on_policy"))
+    held, _ = storages(*held_by(networks), *(role.average for role in roles.values()))
+    weights = [each for name in networks.base.peft_config for each in Adapter(networks.base, name).parameters()]
+    counters = 8 * len(roles)  # of the averages
+    assert held == alone + 4 * sum(each.numel() for each in weights) + counters
+    whole = ["trained=full", f"student={folder}/wan", "teacher=null"]
+    networks, roles, _ = built(settings(folder, architecture, "on_policy", *whole))
+    assert storages(*held_by(networks))[0] == 3 * alone
+
+
+def held_by(networks):
+    return [each.network for counters in networks.counters.values() for each in counters]
+
+
+# ---- one process and accumulated parts, starts and ends
+
+
+def test_four_accumulated_parts_learn_what_one_batch_learns(folder):
+    weights = []
+    for parts in (1, 4):
+        config = settings(folder, "bidirectional", "forward", f"accumulate={parts}", "rebalance=false")
+        _, roles, draw = built(config)
+        training.train(roles, draw, 2, config.accumulate, progress=False)
+        weights.append(list(roles["student"].network.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights, strict=True))
+    assert any(float(each.abs().max()) > 1e-3 for each in weights[0])
+
+
+def test_the_on_policy_student_starts_as_the_forward_stage_ended_and_the_fake_score_as_the_teacher(folder):
+    config = settings(folder, "causal", "on_policy")
+    networks, roles, _ = built(config)
+    data = LatentShards(config.data)
+    x, prompt = data.rows([0, 1])
+    t = torch.tensor([0.7, 0.4])
+    first = x[:, :1]
+    transformer, _ = load_run(folder / "causal-forward")
+    merged = networks._wrap(transformer, False)(first, t, t / 2, prompt, cache=())
+    assert torch.allclose(roles["student"].network(first, t, t / 2, prompt=prompt, cache=()), merged, atol=1e-5)
+    teacher = networks.teacher(whole=True)
+    assert torch.equal(roles["fake"].network(x, t, t, prompt=prompt), teacher(x, t, t, prompt=prompt))
+    base = networks._wrap(load_transformer(config.base, "causal", full_chunk_limit=2), True)
+    assert not torch.allclose(teacher(x, t, t, prompt=prompt), base(x, t, t, prompt), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
+    config = settings(folder, architecture, "on_policy", f"output={tmp_path}/run", "samples.every=2")
+    made = distill.distil(config)
+    again, read = read_run(tmp_path / "run")
+    assert again == config
+    assert read == made
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("config.yaml", "run.json", "samples"),
+        *(f"{role}{which}.safetensors" for role in ("student", "fake") for which in ("", "-last")),
+    }
+    assert (tmp_path / "run/samples/000002/sheet.png").stat().st_size > 1000
+    student, last = (load_run(tmp_path / "run", role)[0].state_dict() for role in ("student", "student-last"))
+    assert any(not torch.equal(student[name], last[name]) for name in student)
+    with pytest.raises(InputError, match="holds a finished run"):
+        distill.distil(config)
+
+
+def test_full_weights_are_trained_and_kept_as_stock_has_them(folder, tmp_path):
+    changes = ["trained=full", f"output={tmp_path}/run", "checkpointing=false"]
+    distill.distil(settings(folder, "bidirectional", "forward", *changes))
+    transformer, config = load_run(tmp_path / "run")
+    before = load_transformer(config.base, "bidirectional").state_dict()
+    moved = [name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])]
+    assert len(moved) == len(before)
+    same = [f"student={tmp_path}/run", f"output={tmp_path}/on", "trained=full", "teacher=null"]
+    distill.distil(settings(folder, "bidirectional", "on_policy", *same))
+
+
+def test_bfloat16_trains_float32_adapters_at_float32_times(folder):
+    networks, roles, draw = built(settings(folder, "bidirectional", "forward", "precision=bf16"))
+    assert networks.base.dtype == torch.bfloat16
+    assert {weight.dtype for weight in roles["student"].network.parameters()} == {torch.float32}
+    seen = []
+    embedder = networks.base.condition_embedder
+    embedder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]))
+    batch = draw(0)
+    losses, _ = roles["student"].loss(roles["student"].network, batch)
+    assert losses.dtype == torch.float32
+    assert bool(losses.isfinite().all())
+    assert {each.dtype for pair in seen for each in pair} == {torch.float32}
+    assert torch.equal(seen[-1][0][:, 0], 1000 * batch["t"])
+
+
+def test_samples_come_from_the_average_by_the_samplers_of_the_course(folder):
+    config = settings(folder, "bidirectional", "forward")
+    networks, _, _ = built(config)
+    data = LatentShards(config.data)
+    noise, (_, prompt) = torch.randn(2, *data.shape, generator=generator(0)), data.rows([0, 1])
+    u = networks.trained("other")
+    one = sample(config, u, noise, prompt, 1)
+    assert torch.allclose(
+        one, displace(noise, u(noise, torch.ones(2), torch.zeros(2), prompt=prompt), torch.ones(2), torch.zeros(2))
+    )
+
+
+# ---- what a causal student trains on
+
+
+def test_a_causal_student_sees_long_and_short_contexts_and_whole_clips(folder):
+    config = settings(folder, "causal", "forward", "causal.bidirectional=0.25", "causal.long_context=0.5")
+    draw = draws(config, LatentShards(config.data))
+    kinds = []
+    for step in range(200):
+        batch = draw(step)
+        context = batch["context"]
+        kinds.append("whole" if "whole" in context else "long" if "past" in context else "short")
+        frames = batch["x"].shape[1]
+        assert frames == {"whole": 5, "long": 4, "short": 3}[kinds[-1]]
+    assert kinds[0] == "long"
+    for kind, share in (("whole", 0.25), ("long", 0.375), ("short", 0.375)):
+        assert kinds.count(kind) / 200 == pytest.approx(share, abs=0.12)
+
+
+# ---- bad input
+
+
+def lines(capsys, *arguments):
+    status = run(partial(distill.main, [*map(str, arguments)]))
+    captured = capsys.readouterr()
+    return status, captured.err
+
+
+BAD = {
+    "misspelt": (["bidirectional", "forward", "tiny"], ["objectiv=mixed"], "did you mean 'objective'"),
+    "no steps": (["bidirectional", "forward", "tiny"], ["steps=0"], "steps=0; expected at least 1"),
+    "no prompts": (["bidirectional", "forward", "tiny"], ["samples.prompts=[]"], "without prompts"),
+    "no student": (["bidirectional", "on_policy", "tiny"], ["student=null"], "name the run folder"),
+    "no base": (["bidirectional", "forward", "tiny"], ["base=./nowhere"], "no folder ./nowhere"),
+    "no data": (["bidirectional", "forward", "tiny"], ["data=nowhere"], "no shards in nowhere"),
+    "gpu": (["bidirectional", "forward", "tiny"], ["device=cuda"], "torch finds no GPU"),
+    "causal from bidirectional": (
+        ["causal", "on_policy", "tiny"],
+        ["student={folder}/bidirectional-forward"],
+        "is a role of an AnyFlowTransformer3DModel; expected one of an AnyFlowFARTransformer3DModel",
+    ),
+    "another rank": (["bidirectional", "on_policy", "tiny"], ["rank=2"], "rank 4"),
+    "whole weights": (["bidirectional", "on_policy", "tiny"], ["student={folder}/wan"], "set trained=full"),
+    "adapters": (["bidirectional", "on_policy", "tiny"], ["trained=full"], "holds adapters"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(folder, case, capsys, monkeypatch):
+    files, changes, words = BAD[case]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    where = [
+        f"runs={folder}",
+        f"base={folder}/wan",
+        f"data={folder}/wan/latents",
+        f"output={folder}/bad",
+        "log.tracker=none",
+    ]
+    status, said = lines(capsys, "--config", *files, *where, *(each.format(folder=folder) for each in changes))
+    assert status == 2
+    assert words in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not (folder / "bad" / "run.json").exists()
+
+
+def test_the_resolved_configuration_is_printed(capsys):
+    assert distill.main(["--config", "wan-14b", "causal", "on_policy-published", "--print-config"]) == 0
+    assert "steps: 1200" in capsys.readouterr().out
+
+
+def test_the_evaluations_in_run_json_are_those_that_were_counted(folder):
+    made = json.loads((folder / "bidirectional-forward/run.json").read_text())
+    each = made["evaluations_a_sample"]["student"]
+    assert 2 < each["forwards"] <= 3
+    assert each["backwards"] == 1
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_what_is_counted(tmp_path):
+    table = (ROOT / "docs/wan.md").read_text().split("<!-- evaluations -->\n")[1].split("\n\n")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    said = {first: dict(zip(("student", "fake", "teacher"), rest, strict=True)) for first, *rest in cells}
+    make_tiny_wan(tmp_path / "wan")
+    for architecture in ("bidirectional", "causal"):
+        for stage in distill.STAGES:
+            changes = ["steps=6", "batch=4", "samples.every=0"]  # as wan_tiny.py
+            made = distill.distil(settings(tmp_path, architecture, stage, *changes))["evaluations_a_sample"]
+            counted = {role: f"{n['forwards']:.2f}, {n['backwards']:.2f}" for role, n in made.items()}
+            assert {role: cell for role, cell in said[f"{architecture} {stage}"].items() if cell} == counted
