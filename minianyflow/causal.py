@@ -104,7 +104,7 @@ class CausalAttention:
         self.padded = padded
 
     def __call__(self, attn, hidden_states, attention_mask=None, rotary_emb=None, kv_cache=None, kv_cache_flag=None):
-        """Called as stock's AnyFlowCausalAttnProcessor; attention_mask None means that every key is seen."""
+        """Called as stock's AnyFlowCausalAttnProcessor; attention_mask None or True means that every key is seen."""
         value = attn.to_v(hidden_states)
         # the norms compute in float32: back to what attention computes in
         query = attn.norm_q(attn.to_q(hidden_states)).to(value.dtype)
@@ -123,7 +123,8 @@ class CausalAttention:
             query, key = apply_rotary_emb(query, rotary_emb["query"]), apply_rotary_emb(key, rotary_emb["key"])
         if self.padded and attention_mask is None:
             key, value = (functional.pad(each, (0, 0, 0, -query.shape[2] % 128)) for each in (key, value))
-        hidden_states = attend(query, key, value, attention_mask).transpose(1, 2).flatten(2)
+        mask = None if attention_mask is True else attention_mask
+        hidden_states = attend(query, key, value, mask).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
@@ -250,6 +251,8 @@ class CausalNetwork(nn.Module):
         return tuple((z.shape[3] // high) * (z.shape[4] // wide) for _, high, wide in sizes)
 
     def _mask(self, partition, z, clean, mode):
+        if len(partition) == 1 and not clean:
+            return True  # given None, stock would build one
         limit = self.transformer.config.full_chunk_limit
         return causal_mask(partition, *self._tokens(z), limit, clean, mode, z.device)
 

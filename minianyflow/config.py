@@ -92,7 +92,6 @@ class Config:
 
     objective: str
     velocity: str | None  # None until it is resolved
-    derivative: str
     delta: float
     diagonal: float
     end: float
@@ -132,7 +131,6 @@ CHOICES = {
     "architecture": ("bidirectional", "causal"),
     "objective": ("eulerian", "lagrangian", "semigroup", "mixed"),
     "velocity": ("data", "base"),
-    "derivative": ("difference", "jvp"),
     "weight": ("sqrt", "anyflow"),
     "trained": ("lora", "full"),
     "precision": ("bf16", "fp32"),
@@ -142,7 +140,8 @@ CHOICES = {
 }
 AT_LEAST = {
     **dict.fromkeys(("steps", "batch", "accumulate", "rank", "log.every"), 1),
-    **dict.fromkeys(("causal.first", "causal.rest", "causal.full_chunks"), 1),
+    **dict.fromkeys(("causal.first", "causal.rest"), 1),
+    "causal.full_chunks": 2,
     **dict.fromkeys(("guidance.scale", "on_policy.real_guidance"), 1),
     **dict.fromkeys(("adaptive", "weight_decay", "warmup", "ema_after", "on_policy.forward_weight"), 0),
     **dict.fromkeys(("samples.every", "diagonal", "end", "seed"), 0),
@@ -247,6 +246,11 @@ def _contradictions(config):
         forward and published and config.objective != "eulerian",
         f"guidance.published with objective={config.objective}; it is for eulerian alone: "
         "set objective=eulerian or guidance.published=false",
+    )
+    yield (
+        forward and config.rebalance and config.objective in ("semigroup", "mixed"),
+        f"rebalance with objective={config.objective}; a semigroup target has no noise, so that its rows scaled up to "
+        "the others' loss would drown them: set rebalance=false",
     )
     yield (
         config.objective == "lagrangian" and config.velocity == "data",

@@ -3,7 +3,7 @@
 With adapters all roles share one frozen base (roles.py); with full weights each has a copy. A run folder holds
     config.yaml, run.json                           what was asked for; costs and losses, the versions it ran with
     student.safetensors, student-last.safetensors   the average and the last weights (all weights: folders)
-    fake.safetensors                                on-policy, likewise
+    fake.safetensors                                on-policy: the last weights of the fake score
     samples/                                        what it made along the way
 """
 
@@ -36,6 +36,7 @@ from minianyflow.roles import (
     load_role,
     merge_role,
     remove_role,
+    roles_of,
     save_role,
 )
 from minianyflow.running import staged
@@ -43,7 +44,7 @@ from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
 from minianyflow.shards import LatentShards
 from minianyflow.teacher_forcing import TeacherForced, as_whole, in_chunks
-from minianyflow.wan import WanNetwork
+from minianyflow.wan import Autocast, WanNetwork
 from minianyflow.wan_folders import decode_latents, encode_prompts, load_parts, load_transformer
 
 SHARES = {
@@ -71,6 +72,7 @@ class Networks:
         if self.base is None:
             transformer = self._load(weights_in(start, whole=True) if start else self.config.base).requires_grad_(True)
             network = self._wrap(transformer, whole)
+            network = Autocast(network) if self.config.precision == "bf16" else network
         else:
             torch.manual_seed(self.config.seed)
             options = {"rank": self.config.rank, "alpha": self.config.alpha, "targets": self._targets()}
@@ -80,29 +82,38 @@ class Networks:
             if start:
                 remove_role(self.base, "start")
             network = RoleNetwork(self._wrap(self.base, whole), role)
-        for name, weight in network.named_parameters():  # a clip that is one chunk has no coarse patches
-            weight.requires_grad_(not (whole and COARSE_PATCHES[0] in name))
+        for name, weight in network.named_parameters():
+            weight.requires_grad_(COARSE_PATCHES[0] not in name or (self._compresses() and not whole))
         return self._counted(role, network)
 
     def teacher(self, whole=False):
         """The frozen teacher, from its run or as the base is. whole: it sees a clip as one chunk."""
         start = self.config.teacher
         if self.base is None:
-            transformer = self._load(weights_in(start, whole=True) if start else self.config.base)
-            return self._counted("teacher", self._wrap(transformer.requires_grad_(False), whole))
-        if start and "teacher" not in getattr(self.base, "peft_config", {}):
-            load_role(weights_in(start), self.base, "teacher", widen=True)
+            transformer = self._load(weights_in(start, whole=True) if start else self.config.base, frozen=True)
+            return self._counted("teacher", self._wrap(transformer, whole))
+        if start and "teacher" not in roles_of(self.base):
+            load_role(weights_in(start), self.base, "teacher", widen=whole)
         network = RoleNetwork(self._wrap(self.base, whole), "teacher" if start else None)
         return self._counted("teacher", network.requires_grad_(False))
 
-    def _load(self, source):
+    def _load(self, source, frozen=False):
         config = self.config
-        dtype = torch.bfloat16 if (config.precision, config.trained) == ("bf16", "lora") else torch.float32
+        half = config.precision == "bf16" and (frozen or config.trained == "lora")
         causal = {"full_chunk_limit": config.causal.full_chunks} if config.architecture == "causal" else {}
+        dtype = torch.bfloat16 if half else torch.float32
         transformer = load_transformer(source, config.architecture, dtype, **causal, device=self.device)
         if config.checkpointing:
             checkpoint_blocks(transformer)
         return transformer.requires_grad_(False)
+
+    def _compresses(self):
+        """Whether a causal student learns from old chunks: clips that long, and a loss whose gradient gets there."""
+        if self.config.architecture == "bidirectional":
+            return False
+        policy, chunks = self.config.on_policy, self.config.causal
+        learns = self.config.stage != "on_policy" or policy.forward_weight > 0 or policy.context_gradient
+        return learns and len(chunk_partition(self.frames, chunks.first, chunks.rest, True)) > chunks.full_chunks
 
     def _wrap(self, transformer, whole):
         if self.config.architecture == "bidirectional":
@@ -139,7 +150,9 @@ def weights_in(source, role="student", whole=False):
         return adapter
     if whole:
         raise InputError(f"{source} holds adapters; expected whole weights: set trained=lora, or export it first")
-    if transformer.exists() or (folder / "model_index.json").exists() or not folder.exists():
+    if not folder.is_dir() and (str(source).count("/") != 1 or str(source)[0] in "./~"):
+        raise InputError(f"no folder {source}; expected a finished run of distill.py")
+    if transformer.exists() or (folder / "model_index.json").exists() or not folder.is_dir():
         expected = "a run folder with an adapter: name whole weights as base=, or set trained=full"
         raise InputError(f"{source} is no run with an adapter of role {role!r}; expected {expected}")
     raise InputError(f"no {role}.safetensors in {source}; expected a finished run of distill.py")
@@ -163,7 +176,6 @@ def forward_loss(config, networks, null):
         guidance=guidance,
         weight=weight,
         adaptive=config.adaptive,
-        derivative=config.derivative,
         delta=config.delta,
         rebalance=config.rebalance,
     )
@@ -201,14 +213,17 @@ def draws(config, data):
 
 
 def _cut(batch, config, step):
-    """The batch as a causal student trains on it: with a long context, a short one, or the clip as one chunk."""
-    whole, long = torch.rand(2, generator=generator(config.seed, CONTEXT, step)).tolist()
+    """The batch as a causal student trains on it: with some long context, a short one, or the clip as one chunk."""
+    whole, long, where = torch.rand(3, generator=generator(config.seed, CONTEXT, step)).tolist()
     partition = chunk_partition(batch["x"].shape[1], config.causal.first, config.causal.rest, ragged=True)
     if step and whole < config.causal.bidirectional:
         return as_whole(batch)
-    if step and long >= config.causal.long_context:  # step 0 is long: it trains every weight
-        partition = partition[: config.causal.full_chunks]
-    return in_chunks(batch, partition, config.causal.full_chunks)
+    full = config.causal.full_chunks
+    if step and long >= config.causal.long_context:
+        partition = partition[:full]
+    elif step:  # step 0 has the longest: it trains every weight
+        partition = partition[: full + 1 + int(where * (len(partition) - full))]
+    return in_chunks(batch, partition, full)
 
 
 @torch.no_grad()
@@ -243,16 +258,21 @@ def _after(u, prefix):
 
 def prepare(config):
     """The accelerator and the data of a run. Raises InputError for a finished run in its folder, or a missing GPU."""
-    if (Path(config.output) / "run.json").exists():
+    output = Path(config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise InputError(f"cannot write to {output} ({problem.strerror}); name another folder with output=") from None
+    if (output / "run.json").exists():
         raise InputError(f"{config.output} holds a finished run; name another folder with output=FOLDER, or remove it")
     device = find_device(config.device)
     data = LatentShards(config.data)
-    autocast = "bf16" if (config.precision, config.trained) == ("bf16", "full") else "no"
+    torch.set_float32_matmul_precision("high")  # adapters are float32
     tracker = None if config.log.tracker == "none" else config.log.tracker
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.architecture == "causal")  # coarse patches
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=autocast,
+        mixed_precision="no",  # wan.Autocast, where weights are float32
         log_with=tracker,
         project_dir=config.output,
         kwargs_handlers=[unused],

@@ -95,6 +95,8 @@ def check_clip(source, clip, context):
     frames, known, chunks = (clip["frames"] - 1) // 4 + 1, (context + 3) // 4, ()
     if causal:
         chunks = chunk_partition(frames, source.config.causal.first, source.config.causal.rest, ragged=True)
+    if not causal and frames > size.rope_max_seq_len:
+        raise InputError(f"{clip['frames']} frames; expected at most {4 * size.rope_max_seq_len - 3}")
     old = causal and compressed_chunks(chunks, size.full_chunk_limit)
     _, *patch = size.compressed_patch_size if old else size.patch_size
     for what, each in zip(("height", "width"), patch, strict=True):
@@ -159,6 +161,10 @@ def sample_clips(arguments):
     size = clip["height"], clip["width"]
     start = read_video(arguments.image or arguments.video, context, *size) if context else None
 
+    try:
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise InputError(f"cannot write to {arguments.output} ({problem.strerror}); name another --output") from None
     tokenizer, text_encoder, vae = load_parts(config.base, "tokenizer", "text_encoder", "vae", dtype=dtype)
     embedded = encode_prompts(tokenizer, text_encoder.to(device), prompts, clip["length"])
     del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model

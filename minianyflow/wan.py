@@ -56,6 +56,24 @@ class WanNetwork(nn.Module):
         return self.transformer(inside[0], t, r, inside[1], return_dict=False)[0].to(z.dtype)
 
 
+class Autocast(nn.Module):
+    """A network with float32 weights that computes in bfloat16, whoever calls it: an average, a teacher, a sampler."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    @property
+    def transformer(self):
+        """The network's."""
+        return self.network.transformer
+
+    def forward(self, z, *arguments, **condition):
+        """What the network returns; states in the dtype of z."""
+        with torch.autocast(z.device.type, torch.bfloat16):
+            return self.network(z, *arguments, **condition)
+
+
 def in_dtype(transformer, *tensors):
     """States and prompts in what the transformer computes in; None stays None. Times stay in float32."""
     dtype = transformer.patch_embedding.weight.dtype

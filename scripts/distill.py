@@ -42,7 +42,7 @@ def on_policy(config, networks, null):
     fake_loss = FakeScoreLoss(student, config.shift, simulation(config))
     return {
         "student": Role(student, policy, **optimiser(config)),
-        "fake": Role(fake, fake_loss, **optimiser(config, lr=config.on_policy.fake_lr)),
+        "fake": Role(fake, fake_loss, **optimiser(config, lr=config.on_policy.fake_lr, ema=None)),
     }
 
 

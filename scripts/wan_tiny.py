@@ -45,6 +45,14 @@ def table(folder):
     return "\n".join(lines)
 
 
+def _call(command, environment, folder):
+    """The status of a command; Ctrl-C names what is left."""
+    try:
+        return subprocess.call(command, env=environment)
+    except KeyboardInterrupt:
+        raise InputError(f"interrupted; remove {folder}, then run the same command again") from None
+
+
 def main(argv=None):
     """Run every command, stop at the first that fails, print the table; returns the exit status."""
     parser = Parser("wan_tiny.py", description=__doc__.splitlines()[0])
@@ -55,7 +63,7 @@ def main(argv=None):
     start, one = time.perf_counter(), os.environ | {"OMP_NUM_THREADS": "1"}  # small networks run best on one thread
     for name, *rest in commands(arguments.output):
         print(f"\n$ python scripts/{name} {shlex.join(rest)}", flush=True)
-        status = subprocess.call([sys.executable, str(SCRIPTS / name), *rest], env=one)
+        status = _call([sys.executable, str(SCRIPTS / name), *rest], one, arguments.output)
         if status:
             return status
     print(f"\n{table(arguments.output)}\n\nall of it took {time.perf_counter() - start:.0f} seconds")

@@ -18,7 +18,7 @@ MODELS, ARCHITECTURES = LAYERS["model"], LAYERS["architecture"]
 OF_ALL = {"shift": 5.0, "clip": 1.0, "weight_decay": 0.0, "precision": "bf16", "trained": "lora", "rank": 256}
 OF_ALL |= {"alpha": 256.0, "drop": 0.1, "accumulate": 1, "adaptive": 0.0}
 FIRST_TWO = {"lr": 5e-5, "betas": [0.9, 0.95], "warmup": 1000, "ema": 0.999, "ema_after": 1000}
-FLOW_MAP = {"objective": "eulerian", "velocity": "data", "derivative": "difference", "delta": 5e-3, "diagonal": 0.5}
+FLOW_MAP = {"objective": "eulerian", "velocity": "data", "delta": 5e-3, "diagonal": 0.5}
 FLOW_MAP |= {"end": 0.25, "guidance": {"scale": 3.0, "published": True}, "weight": "anyflow", "rebalance": True}
 LAST = {"lr": 2e-6, "betas": [0.0, 0.999], "warmup": 0, "ema": 0.99, "ema_after": 200, "steps": 1200}
 SIMULATED = {"rollouts": [2, 4, 8, 16, 50], "real_guidance": 4.0, "fake_lr": 2e-6}
@@ -57,18 +57,15 @@ def test_three_overlays_are_the_published_recipe(model, architecture, stage):
 
 
 def test_ours_is_the_published_one_but_for_what_is_said():
-    """Objective, guidance, the fake score's times; and where runs lie."""
+    """Objective, guidance, rebalancing, the fake score's times; and where runs lie."""
 
     def differ(ours, published):
         one, other = (flat(asdict(load_config(["wan-1.3b", "causal", name]))) for name in (ours, published))
         return {name: one[name] for name in one if one[name] != other[name] and name not in ("output", "student")}
 
-    assert differ("forward", "forward-published") == {"objective": "mixed", "guidance.published": False}
-    assert differ("on_policy", "on_policy-published") == {
-        "objective": "mixed",
-        "guidance.published": False,
-        "on_policy.score_time": "uniform",
-    }
+    ours = {"objective": "mixed", "guidance.published": False, "rebalance": False}
+    assert differ("forward", "forward-published") == ours
+    assert differ("on_policy", "on_policy-published") == ours | {"on_policy.score_time": "uniform"}
 
 
 def flat(given, prefix=""):
@@ -220,6 +217,7 @@ CONTRADICTIONS = {
     ("stage=teacher", "diagonal=1", "end=0"): "stage=teacher with guidance.scale=3.0; .*: set guidance.scale=1",
     ("stage=on_policy",): "stage=on_policy without a student; .*: student=FOLDER",
     ("architecture=causal", "velocity=base"): "velocity=base for a causal student; .*run of a causal teacher",
+    ("rebalance=true",): "rebalance with objective=mixed; .*: set rebalance=false",
     ("drop=0",): "guidance.scale=3.0 with drop=0; nothing would train the null prompt",
     ("warmup=6000",): "warmup=6000 of steps=6000; lr would never be reached",
     ("warmup=0", "steps=1000"): "ema_after=1000 of steps=1000; the average would never begin",
