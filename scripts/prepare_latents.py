@@ -16,10 +16,10 @@ def prepare(arguments):
     """Say what it takes, encode, write the manifest; returns the exit status."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
-    from tqdm import tqdm
 
+    from minianyflow.clips import Options, read_captions
     from minianyflow.config import find_device
-    from minianyflow.prepare import Options, Preparation, read_captions
+    from minianyflow.prepare import Preparation
 
     options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
     clips = read_captions(arguments.captions, arguments.limit)
@@ -31,41 +31,50 @@ def prepare(arguments):
     if main:
         work.begin(write=not arguments.dry_run)
     accelerator.wait_for_everyone()
-    pending = [] if work.finished() else work.pending()
+    finished, pending = work.finished(), work.pending()
     accelerator.wait_for_everyone()  # all have seen the same, before it changes
+    if finished:
+        say(main, f"{arguments.output} is finished already; --verify checks it")
+        return 0
     if main and pending:
-        announce(work, pending, part[1])
+        announce(work, pending)
+    accelerator.wait_for_everyone()  # the others begin when there is room
     if arguments.dry_run:
         return 0
-    accelerator.wait_for_everyone()  # the others begin when there is room
     start = time.perf_counter()
-    with tqdm(total=len(work.clips_in(pending, part)), desc="videos", unit="clip", disable=not main) as bar:
-        work.encode(pending, bar.update)
+    work.encode(pending)
     accelerator.wait_for_everyone()
     if main:
-        report(work.finish(), arguments.output, part[1], time.perf_counter() - start)
+        report(work, work.finish(), time.perf_counter() - start)
     return 0
 
 
-def announce(work, pending, processes):
+def announce(work, pending):
     """Print the disk and the time that the shards `pending` take; raise InputError if there is no room."""
     size = work.bytes_of(pending)
     free = work.check_room(size)
-    count, shape = len(work.clips_in(pending)), work.options
-    done = work.shards - len(pending)
-    size_of = f"{shape.frames} frames of {shape.width} x {shape.height}"
-    print(f"{count} clips, {size_of}: {len(pending)} shards to make, {done} are there", flush=True)
+    count, shape, done = len(work.clips_in(pending)), work.options, work.shards - len(pending)
+    clips = f"{count} clips, {shape.frames} frames of {shape.width} x {shape.height}"
+    say(
+        True, f"{clips}: {len(pending)} shards to make, {done} are there; {work.parts} process{'es' * (work.parts > 1)}"
+    )
     seconds = work.time_of(pending)
-    took = f"{duration(seconds / processes)} on {processes} process{'es' * (processes > 1)} ({seconds / count:.2g} s a clip)"
-    print(f"disk: {gigabytes(size)} of {gigabytes(free)} that are free; time: about {took}", flush=True)
+    took = f"about {duration(seconds / work.parts)}, {seconds / count:.2g} s a clip on one process"
+    say(True, f"disk: {gigabytes(size)} of {gigabytes(free)} that are free; time: {took}")
 
 
-def report(manifest, output, processes, seconds):
+def report(work, manifest, seconds):
     """Print what was written."""
-    skipped = manifest["skipped"]["count"]
-    print(f"written: {output}, {manifest['rows']} clips in {len(manifest['shards'])} shards and the null prompt,")
-    print(f"by {processes} process{'es' * (processes > 1)} in {duration(seconds)}; {skipped} clips skipped", end="")
-    print(f": {output}/skipped.jsonl says which and why" if skipped else "")
+    skipped, clips = manifest["skipped"]["count"], f"{manifest['rows']} clips in {len(manifest['shards'])} shards"
+    say(True, f"written: {work.output}, {clips}, in {duration(seconds)}")
+    if skipped:
+        say(True, f"skipped: {skipped} of {len(work.clips)} clips; {work.output}/skipped.jsonl says which and why")
+
+
+def say(main, line):
+    """Print a line at once, on the main process."""
+    if main:
+        print(line, flush=True)
 
 
 def check(arguments):
@@ -110,7 +119,7 @@ def main(argv=None):
     parser.add_argument("--frames", type=int, default=81, help="4 n + 1 (default: 81)")
     parser.add_argument("--height", type=int, default=480, help="pixels (default: 480)")
     parser.add_argument("--width", type=int, default=832, help="pixels (default: 832)")
-    parser.add_argument("--fps", type=float, default=16, help="frames a second (default: 16, as Wan's)")
+    parser.add_argument("--fps", type=float, default=16.0, help="frames a second (default: 16, as Wan's)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt (default: 512)")
     parser.add_argument("--null", metavar="TEXT", help="the null prompt (default: Wan2.1's negative prompt)")
     parser.add_argument("--shard-size", type=int, default=64, help="clips of a shard (default: 64)")
@@ -125,7 +134,7 @@ def main(argv=None):
     for name in ("videos", "captions"):
         if getattr(arguments, name) is None:
             parser.error(f"--{name} is missing; expected --videos FOLDER --captions FILE, or --verify")
-    from minianyflow.prepare import WAN_NULL
+    from minianyflow.clips import WAN_NULL
 
     arguments.base = arguments.base or "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     arguments.null = WAN_NULL if arguments.null is None else arguments.null
