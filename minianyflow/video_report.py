@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from minianyflow.causal import CausalNetwork, causal_rollout, chunk_partition
-from minianyflow.flow_map import velocity
+from minianyflow.flow_map import tangent, velocity
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.pairs import generator
 from minianyflow.running import run_jobs, staged
-from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map
+from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
 from minianyflow.schedules import time_grid
 from minianyflow.video_measures import drift, frechet_distance, summary
 from minianyflow.video_stages import STAGES, WEIGHTS, path_of
@@ -35,6 +35,7 @@ CURVES = ("teacher", "eulerian", "lagrangian", "semigroup", "mixed", "consistenc
 SHOWN = (*(("teacher", nfe) for nfe in (1, 4, 32)), *(("eulerian", nfe) for nfe in (1, 4, 32)), ("consistency", 1))
 SHOWN += (("consistency", 32), ("on_policy", 1), ("causal", 4))
 CAUSAL_NFE = (1, 2, 4, 8, 16)  # a chunk
+PADDED = 4  # at which stock's padding is measured
 COST = ("steps", "forwards", "backwards", "seconds")
 
 
@@ -52,15 +53,18 @@ def sample(how, network, z, prompt, nfe):
     """Where `nfe` evaluations take the noise z (B, F, C, H, W); (B, F, C, H, W).
 
     how: "euler" (a teacher), "consistency" (re-noised), "flow_map", or, chunk by chunk with `nfe` a chunk, "causal" and
-    "causal euler".
+    "causal euler". "ode" follows a teacher's ODE by dopri5 to a tolerance of 1e-3, whatever `nfe`.
     """
     times, ends = time_grid(nfe), []
     for index, (noise, text) in enumerate(zip(z.split(PIECE), prompt.split(PIECE), strict=True)):
         if how.startswith("causal"):
-            u = network if how == "causal" else lambda z, t, r, **known: network(z, t, t, **known)
+            u = network if how == "causal" else tangent(network)
             path = causal_rollout(u, noise, times, text, network.first, network.rest)
         elif how == "euler":
             path = sample_euler(partial(velocity, network), noise, times, prompt=text)
+        elif how == "ode":
+            ends_only = torch.tensor([1.0, 0.0])
+            path = sample_ode(partial(velocity, network), noise, ends_only, rtol=1e-3, atol=1e-3, prompt=text)
         elif how == "consistency":
             path = sample_consistency(network, noise, times, generator(nfe, index), prompt=text)
         else:
@@ -87,17 +91,25 @@ def how_sampled(name):
     return known.get(name, "causal" if name.startswith("causal") else "flow_map")
 
 
-def measure_network(path, codec_path, how, reference, nfes, quiet=False, position=0):
-    """Sample one trained network at every step count and measure: ({nfe: figures}, {nfe: ends})."""
+def measure_network(path, codec_path, how, reference, nfes, quiet=False, position=0, padded=False, laws=False):
+    """Sample one trained network at every step count and measure: ({nfe: figures}, {nfe: ends}).
+
+    padded: a causal one with stock's keys of zeros. laws: only sliced W2, without looking at videos.
+    """
     torch.set_num_threads(1)
     network, codec, z = load_network(path), load_codec(codec_path), sobol_noise(COUNT, reference.shape[1:])
+    if padded:
+        network = CausalNetwork(network.transformer, network.first, network.rest, network.timesteps, padded)
     prompt, balls = prompts_for(COUNT)
     partition = chunk_partition(z.shape[1], network.first, network.rest) if how.startswith("causal") else None
     figures, ends = {}, {}
     bar = {"desc": f"measuring {Path(path).stem}", "position": position, "disable": quiet or None, "unit": "sampler"}
     for nfe in tqdm(nfes, **bar):
         ends[nfe] = sample(how, network, z, prompt, nfe)
-        figures[nfe] = measure(ends[nfe], reference, codec, balls, partition)
+        if laws:
+            figures[nfe] = {"sliced_w2": sliced_w2(ends[nfe], reference)}
+        else:
+            figures[nfe] = measure(ends[nfe], reference, codec, balls, partition)
     return figures, ends
 
 
@@ -113,27 +125,10 @@ def measure_long(path, codec_path, position=0, nfe=4):
     return look(ends, codec, balls, partition) | drifts
 
 
-def measure_padding(path, codec_path, reference, position=0, nfe=4):
-    """The same noise with our attention and with stock's keys of zeros: how far ends move, and what it does to them."""
-    torch.set_num_threads(1)
-    network, codec, z = load_network(path), load_codec(codec_path), sobol_noise(COUNT, reference.shape[1:])
-    prompt, balls = prompts_for(COUNT)
-    ends = [
-        sample(
-            "causal",
-            CausalNetwork(network.transformer, network.first, network.rest, network.timesteps, padded),
-            z,
-            prompt,
-            nfe,
-        )
-        for padded in (False, True)
-    ]
-    partition = chunk_partition(z.shape[1], network.first, network.rest)
-    figures = {
-        name: measure(each, reference, codec, balls, partition)
-        for name, each in zip(("ours", "stock"), ends, strict=True)
-    }
-    return figures | {"root_mean_square_difference": float((ends[0] - ends[1]).square().mean().sqrt())}
+def padding(ours, stock):
+    """What stock's keys of zeros do to the same noise; both as `measure_network` returns them."""
+    difference = (ours[1][PADDED] - stock[1][PADDED]).square().mean().sqrt()
+    return {"ours": ours[0][PADDED], "stock": stock[0][PADDED], "root_mean_square_difference": float(difference)}
 
 
 def held_out(codec, frames=FRAMES, count=None):
@@ -145,8 +140,9 @@ def held_out(codec, frames=FRAMES, count=None):
 def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2, quiet=False, extras=True):
     """Sample and measure every trained network in `weights`; returns the report, any_step.json.
 
-    names: stages, all by default; every seed that is there. extras: long clips and stock's padding for causal
-    students, and the pictures any_step.png, from_ideal.png and contact_sheet.png. Written whole or not at all.
+    names: stages, all by default; every seed that is there. extras: all measures but sliced W2, the teacher's exact
+    ODE, long clips and stock's padding for causal students, and the pictures any_step.png, from_ideal.png and
+    contact_sheet.png. Written whole or not at all.
     """
     names = [name for name, stage in STAGES.items() if stage.kind != "codec"] if names is None else list(names)
     codec = load_codec(path_of(weights, "codec"))
@@ -155,19 +151,20 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
     def steps(name):
         return [nfe for nfe in nfes if not name.startswith("causal") or nfe in CAUSAL_NFE]
 
-    jobs = {
-        (name, seed): (
-            measure_network,
-            (path_of(weights, name, seed), path_of(weights, "codec"), how_sampled(name), reference, steps(name), quiet),
-        )
-        for name in names
-        for seed in seeds_in(weights, name)
-    }
+    def job(name, seed, nfes, how=None, **options):
+        place = (path_of(weights, name, seed), path_of(weights, "codec"))
+        return partial(
+            measure_network, *place, how or how_sampled(name), reference, nfes, quiet, laws=not extras, **options
+        ), ()
+
+    jobs = {(name, seed): job(name, seed, steps(name)) for name in names for seed in seeds_in(weights, name)}
+    if "teacher" in names and extras:
+        jobs["teacher", "ode"] = job("teacher", 0, (1,), "ode")
     causal = [name for name in names if how_sampled(name) == "causal" and extras]
     for name in causal:
-        place = (path_of(weights, name), path_of(weights, "codec"))
-        jobs[name, "long"] = (measure_long, place)
-        jobs[name, "padding"] = (measure_padding, (*place, reference))
+        jobs[name, "long"] = (measure_long, (path_of(weights, name), path_of(weights, "codec")))
+        if PADDED in steps(name):
+            jobs[name, "padded"] = job(name, 0, (PADDED,), padded=True)
     with staged(output) as folder:
         results = run_jobs(jobs, workers)
         target = results["teacher", 0][1][max(nfes)] if "teacher" in names else None
@@ -177,7 +174,11 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
             "floors": floors(reference, other, codec, balls),
             "methods": {name: in_report(name, results, weights, steps(name), target) for name in names},
         }
-        report |= {way: {name: results[name, way] for name in causal} for way in ("long", "padding")}
+        report["long"] = {name: results[name, "long"] for name in causal}
+        pairs = {name: (results[name, 0], results[name, "padded"]) for name in causal if (name, "padded") in results}
+        report["padding"] = {name: padding(*pair) for name, pair in pairs.items()}
+        if ("teacher", "ode") in results:
+            report["teacher_ode"] = results["teacher", "ode"][0][1]
         report["costs"] = {name: costs(name, weights) for name in ("codec", *names)}
         report = rounded(report)
         (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -20,15 +20,17 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from minianyflow.causal import CausalNetwork, causal_backward_simulation, causal_from, chunk_partition
+from minianyflow.causal import CausalNetwork, causal_backward_simulation, causal_from
 from minianyflow.codec import codec_cost, train_codec
 from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
+from minianyflow.guidance import guided
 from minianyflow.networks import EvaluationCounter
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.pairs import draw_pairs, generator
 from minianyflow.running import run_jobs, staged
+from minianyflow.teacher_forcing import TeacherForced, in_turn
 from minianyflow.training import Role, train
 from minianyflow.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
@@ -43,8 +45,8 @@ CLIPS = 16384  # encoded once, for all stages
 class Stage:
     """kind: how it trains (`BUILDERS`). parent: the stage that it starts from. steps, rows, lr: of the loop.
 
-    options: of its loss. stream: the number of its stream of batches; what goes on from a student has another than that
-    student. One student a seed; seed 0 of the parent where that has fewer.
+    options: of its loss. guidance: scale of the teacher's velocity. stream: the number of its stream of batches; what
+    goes on from a student has another than that student. One student a seed; seed 0 of the parent where that has fewer.
     """
 
     kind: str
@@ -55,11 +57,13 @@ class Stage:
     seeds: tuple[int, ...] = (0,)
     options: dict = field(default_factory=dict)
     stream: int = 1
+    guidance: float = 1.0
 
 
 THREE = (0, 1, 2)
 ALONE = ("codec", "teacher")  # nothing else can be trained beside them: they get two cores
 CONSISTENCY_EMA, FAKE_RATE = 0.95, 5.0
+DROPPED, GUIDANCE = 0.1, 2.0  # of a teacher's rows, that it may be guided; how much, for causal students
 EULERIAN = {"shares": {"eulerian": 1.0}, "adaptive": 0.5}
 STAGES = {
     "codec": Stage("codec", steps=1000, lr=6e-3),
@@ -69,13 +73,15 @@ STAGES = {
     "semigroup": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"semigroup": 1.0}}),
     "mixed": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"eulerian": 0.5, "semigroup": 0.5}}),
     "consistency": Stage("consistency", "teacher", 700, seeds=THREE),
-    "on_policy": Stage("on_policy", "eulerian", 200, 64, 1e-4, THREE, stream=3),
+    "on_policy": Stage("on_policy", "eulerian", 200, 64, 1e-4, THREE, {"forward_weight": 16.0}, 3),
     "forward_only": Stage("flow_map", "eulerian", 410, seeds=THREE, options=EULERIAN, stream=5),
-    "causal_teacher": Stage("causal_teacher", "teacher", 2000, stream=2),
-    "causal": Stage("causal", "causal_teacher", 900, seeds=THREE, options=EULERIAN, stream=2),
-    "causal_on_policy": Stage("causal_on_policy", "causal", 150, 64, 1e-4, THREE, stream=3),
-    "causal_gradient": Stage("causal_on_policy", "causal", 150, 64, 1e-4, THREE, {"context_gradient": True}, 3),
-    "causal_forward_only": Stage("causal", "causal", 390, seeds=THREE, options=EULERIAN, stream=6),
+    "causal_teacher": Stage("causal_teacher", "teacher", 4000, stream=2),
+    "causal": Stage("causal", "causal_teacher", 700, seeds=THREE, options=EULERIAN, stream=7, guidance=GUIDANCE),
+    "causal_on_policy": Stage("causal_on_policy", "causal", 150, 64, 1e-4, THREE, stream=3, guidance=GUIDANCE),
+    "causal_gradient": Stage(
+        "causal_on_policy", "causal", 150, 64, 1e-4, (0,), {"context_gradient": True}, 3, GUIDANCE
+    ),
+    "causal_forward_only": Stage("causal", "causal", 340, options=EULERIAN, stream=6, guidance=GUIDANCE),
 }
 
 
@@ -116,31 +122,6 @@ class Latents:
         return {"x": x, "eps": eps, "condition": {"prompt": prompt}} | draw_pairs(rows, source, **pairs)
 
 
-def in_chunks(batch, step, network):
-    """The part of a batch of whole clips that teacher forcing trains on at `step`: cut after each chunk in turn.
-
-    The frames that the network sees at full resolution are x, and, as clean `context`, `clean`; older ones are `past`.
-    """
-    partition = chunk_partition(batch["x"].shape[1], network.first, network.rest)
-    full = min(network.transformer.config.full_chunk_limit, len(partition))
-    chunks = len(partition) - step % (len(partition) - full + 1)  # step 0 has all, and trains every weight
-    old, end = sum(partition[: chunks - full]), sum(partition[:chunks])
-    clean, past = batch["x"][:, old:end], batch["x"][:, :old]
-    context = {"clean": clean} | ({"past": past} if old else {})
-    return batch | {"x": clean, "eps": batch["eps"][:, old:end], "context": context}
-
-
-@dataclass
-class TeacherForced:
-    """A loss whose network sees clean earlier chunks: the batch's `context` joins its condition."""
-
-    loss: FlowMapLoss
-
-    def __call__(self, u, batch):
-        """As the loss."""
-        return self.loss(u, batch | {"condition": batch["condition"] | batch["context"]})
-
-
 # How each kind trains: build(stage, seed, earlier) gives roles, the first of which is kept, and draw(step)
 
 
@@ -161,14 +142,14 @@ class Earlier:
             return network
         return CausalNetwork(causal_from(network.transformer), timesteps=network.timesteps)
 
-    def velocity(self, name):
-        """The velocity(z, t, **condition) of a teacher."""
+    def velocity(self, name, guidance=1.0):
+        """The velocity(z, t, **condition) of a teacher, guided away from the null prompt if `guidance` is above 1."""
         self.asked.append(EvaluationCounter(load_network(path_of(self.folder, name))))
-        return partial(velocity, self.asked[-1])
+        return guided(partial(velocity, self.asked[-1]), {"prompt": TextEncoder()([""])}, guidance)
 
     def forward(self, stage, teacher="teacher"):
         """The forward stage's loss with a teacher's velocity: why not that of data, see docs/video.md."""
-        return FlowMapLoss(**{"delta": 5e-3} | stage.options, velocity=self.velocity(teacher))
+        return FlowMapLoss(**{"delta": 5e-3} | stage.options, velocity=self.velocity(teacher, stage.guidance))
 
 
 def build_teacher(stage, seed, earlier):
@@ -176,7 +157,9 @@ def build_teacher(stage, seed, earlier):
     data = Latents(earlier.folder)
     network = WanNetwork(tiny_transformer(seed), TINY_TIMESTEPS)
     teacher = _role(network, stage, FlowMapLoss({}, weight=torch.ones_like))
-    return {"teacher": teacher}, lambda step: data.batch(stage.rows, generator(seed, step), 0.1, diagonal=1.0, end=0.0)
+    return {"teacher": teacher}, lambda step: data.batch(
+        stage.rows, generator(seed, step), DROPPED, diagonal=1.0, end=0.0
+    )
 
 
 def build_flow_map(stage, seed, earlier):
@@ -200,12 +183,13 @@ def build_consistency(stage, seed, earlier):
 def build_on_policy(stage, seed, earlier):
     """Backward simulation and distribution matching, with the parent's forward loss beside it."""
     student = earlier.network(stage.parent, seed)
-    return _on_policy(stage, seed, earlier, student, earlier.forward(STAGES[stage.parent]))
+    return _on_policy(stage, seed, earlier, student, earlier.forward(STAGES[stage.parent]), stage.options)
 
 
 def build_causal_teacher(stage, seed, earlier):
     """Flow matching on data by teacher forcing, from the bidirectional teacher."""
-    return _teacher_forcing(stage, seed, earlier, FlowMapLoss({}, weight=torch.ones_like), diagonal=1.0, end=0.0)
+    loss = FlowMapLoss({}, weight=torch.ones_like)
+    return _teacher_forcing(stage, seed, earlier, loss, drop=DROPPED, diagonal=1.0, end=0.0)
 
 
 def build_causal(stage, seed, earlier):
@@ -217,7 +201,7 @@ def _teacher_forcing(stage, seed, earlier, loss, **pairs):
     data, network = Latents(earlier.folder), earlier.causal(stage.parent, seed)
 
     def draw(step):
-        return in_chunks(data.batch(stage.rows, generator(seed, stage.stream, step), **pairs), step, network)
+        return in_turn(data.batch(stage.rows, generator(seed, stage.stream, step), **pairs), step, network)
 
     return {"student": _role(network, stage, TeacherForced(loss))}, draw
 
@@ -226,16 +210,17 @@ def build_causal_on_policy(stage, seed, earlier):
     """Chunk by chunk from its own context; scores see the whole clip; teacher forcing beside it."""
     student = earlier.causal(stage.parent, seed)
     forward = TeacherForced(earlier.forward(STAGES[stage.parent], "causal_teacher"))
-    simulate = causal_backward_simulation(stage.options.get("context_gradient", False), student.first, student.rest)
-    cut = partial(in_chunks, network=student)
-    return _on_policy(stage, seed, earlier, student, forward, cut, simulate=simulate)
+    options = dict(stage.options)
+    simulate = causal_backward_simulation(options.pop("context_gradient", False), student.first, student.rest)
+    cut = partial(in_turn, network=student)
+    return _on_policy(stage, seed, earlier, student, forward, options, cut, simulate=simulate)
 
 
-def _on_policy(stage, seed, earlier, network, forward, cut=None, **how):
+def _on_policy(stage, seed, earlier, network, forward, options, cut=None, **how):
     data = Latents(earlier.folder)
     student = _role(network, stage, None, betas=(0.0, 0.999))
     fake = _role(earlier.network("teacher"), stage, None, lr=FAKE_RATE * stage.lr, betas=(0.0, 0.999))
-    student.loss = OnPolicyLoss(earlier.velocity("teacher"), fake.network, forward, **how)
+    student.loss = OnPolicyLoss(earlier.velocity("teacher", stage.guidance), fake.network, forward, **options, **how)
     fake.loss = FakeScoreLoss(student.network, **how)
 
     def draw(step):

@@ -25,7 +25,8 @@ from minianyflow import (
 from minianyflow.errors import InputError
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.pairs import generator
-from minianyflow.video_stages import STAGES, WEIGHTS, TeacherForced, in_chunks, path_of
+from minianyflow.teacher_forcing import TeacherForced, in_turn
+from minianyflow.video_stages import STAGES, WEIGHTS, path_of
 from minianyflow.weights import KINDS, load_codec, load_network, read_weights
 from toy_data import blobs
 
@@ -87,7 +88,7 @@ def test_teacher_forcing_trains_every_frame_and_sees_only_earlier_chunks():
     x = torch.arange(5.0)[None, :, None, None, None].expand(2, 5, 4, 4, 4)  # a frame holds its own number
     batch, seen = {"x": x, "eps": -x, "condition": {}}, set()
     for step in range(2):
-        part = in_chunks(batch, step, network)
+        part = in_turn(batch, step, network)
         numbers = [int(frame) for frame in part["x"][0, :, 0, 0, 0]]
         past = part["context"].get("past", x[:, :0])[0, :, 0, 0, 0].tolist()
         assert past == list(range(numbers[0]))
@@ -183,6 +184,10 @@ def test_the_report_and_the_comparison_are_whole(tmp_path, monkeypatch):
         video_report, "run_jobs", lambda jobs, workers: {k: f(*given) for k, (f, given) in jobs.items()}
     )
     monkeypatch.setattr(video_report, "SEEN", 32)
+    monkeypatch.setattr(video_report, "PADDED", 1)
+    monkeypatch.setattr(
+        video_report, "sample_ode", lambda u, z, times, **how: torch.stack([z, 0.9 * z])
+    )  # minutes else
     names = ("teacher", "causal_gradient")
     report = video_report.run(output=tmp_path, names=names, nfes=(1,), quiet=True)
     assert json.loads((tmp_path / "any_step.json").read_text()) == report
@@ -195,6 +200,7 @@ def test_the_report_and_the_comparison_are_whole(tmp_path, monkeypatch):
     assert report["padding"]["causal_gradient"]["root_mean_square_difference"] > 0.01
     assert len(report["long"]["causal_gradient"]["by_chunk"]) == 5  # 9 latent frames: 1, 2, 2, 2, 2
     assert report["methods"]["teacher"]["nfe"] == [1]
+    assert report["teacher_ode"]["sliced_w2"] > report["floors"]["codec"]["sliced_w2"]
     assert "teacher" in video_report.table(report)
 
 
