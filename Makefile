@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m minianyflow
 
-.PHONY: demo video weights wan-tiny lab test check setup
+.PHONY: demo video weights wan-tiny faults lab test check setup
 
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET))
@@ -15,6 +15,9 @@ weights: setup  ## train the video codec, teacher and students anew (an hour)
 
 wan-tiny: setup  ## distil a tiny Wan2.1: every stage, both architectures (under five minutes)
 	@.venv/bin/python scripts/wan_tiny.py
+
+faults: setup ## kill, fill, cut and poison tiny runs; every one must lose nothing (a minute or more)
+	@.venv/bin/python scripts/faults.py
 
 lab: setup    ## the course, in JupyterLab
 	@$(RUN) lab

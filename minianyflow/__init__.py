@@ -9,8 +9,9 @@ The rooms, from the ground up; each needs only those above it in this list:
     pairs, guidance, objectives                   the forward stage
     consistency                                   the baseline
     on_policy                                     backward simulation, distribution matching
-    networks, training                            a small network, the one loop
+    networks, faults, training                    a small network, what may go wrong in a long run, the one loop
     measures, pictures                            how far off, and what it looks like
+    checkpoints                                   what training goes on from
     running, demo, ablation                       jobs side by side, the race, what moves it
     exposure                                      exposure bias, where it is exact
     codec, wan, causal, teacher_forcing           video: the codec, transformers of diffusers as u, chunk by chunk

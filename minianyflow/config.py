@@ -77,6 +77,22 @@ class Samples:
 
 
 @dataclass
+class Checkpoints:
+    """What a run goes on from: checkpoints.Checkpoints."""
+
+    every: int
+    keep: int
+
+
+@dataclass
+class OnNan:
+    """What becomes of a bad batch: faults.Guard."""
+
+    skip: int
+    above: float | None
+
+
+@dataclass
 class Config:
     """Every option; base.yaml says what they mean."""
 
@@ -122,6 +138,9 @@ class Config:
 
     causal: Causal
     on_policy: OnPolicy
+    checkpoints: Checkpoints
+    resume: str
+    on_nan: OnNan
     log: Log
     samples: Samples
 
@@ -136,6 +155,7 @@ CHOICES = {
     "precision": ("bf16", "fp32"),
     "device": ("auto", "cpu", "cuda"),
     "on_policy.score_time": ("uniform", "logit_normal"),
+    "resume": ("auto", "never"),
     "log.tracker": ("tensorboard", "none"),
 }
 AT_LEAST = {
@@ -144,9 +164,14 @@ AT_LEAST = {
     "causal.full_chunks": 2,
     **dict.fromkeys(("guidance.scale", "on_policy.real_guidance"), 1),
     **dict.fromkeys(("adaptive", "weight_decay", "warmup", "ema_after", "on_policy.forward_weight"), 0),
-    **dict.fromkeys(("samples.every", "diagonal", "end", "seed"), 0),
+    **dict.fromkeys(("checkpoints.every", "checkpoints.keep"), 1),
+    **dict.fromkeys(("on_nan.skip", "samples.every", "diagonal", "end", "seed"), 0),
 }
-POSITIVE = ("lr", "on_policy.fake_lr", "delta", "shift", "alpha", "clip")
+POSITIVE = ("lr", "on_policy.fake_lr", "delta", "shift", "alpha", "clip", "on_nan.above")
+FREE = (  # what a run that goes on may be told anew: none of it changes what a step computes, but for rounding
+    *("runs", "output", "steps", "accumulate", "checkpointing", "device"),
+    *("checkpoints", "resume", "on_nan", "log", "samples"),
+)
 SHARES = ("causal.long_context", "causal.bidirectional", "drop", "ema")
 
 
@@ -174,6 +199,15 @@ def load_config(files=(), overrides=()):
 def as_yaml(config):
     """All of a `Config`, resolved, as text that `load_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def identity(config):
+    """What may not change while a run goes on, {option: value}: all but FREE."""
+    flat = {}
+    for name in _option_names(Config):
+        if name.split(".")[0] not in FREE:
+            flat[name] = _get(config, name)
+    return flat
 
 
 def check_config(config):
@@ -281,6 +315,10 @@ def _contradictions(config):
     yield (
         config.ema == 1,
         "ema=1; the average would never move: set ema lower, like 0.999",
+    )
+    yield (
+        config.on_nan.skip and config.clip is None,
+        f"on_nan.skip={config.on_nan.skip} with clip=null; a gradient that is not finite would pass: set clip=1",
     )
     yield (
         config.samples.every and not [prompt for prompt in config.samples.prompts if prompt.strip()],

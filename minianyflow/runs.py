@@ -5,20 +5,29 @@ With adapters all roles share one frozen base (roles.py); with full weights each
     student.safetensors, student-last.safetensors   the average and the last weights (all weights: folders)
     fake.safetensors                                on-policy: the last weights of the fake score
     samples/                                        what it made along the way
+    checkpoints/                                    until it is finished: what it goes on from
+    bad_batch.json                                  if there was one: samples whose loss was not finite
 """
 
 import json
+import math
+import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from minianyflow.causal import CausalNetwork, causal_backward_simulation, causal_rollout, chunk_partition
-from minianyflow.config import as_yaml, find_device, load_config
+from minianyflow.checkpoints import Checkpoints
+from minianyflow.config import as_yaml, find_device, identity, load_config
 from minianyflow.errors import InputError
+from minianyflow.faults import Guard, begin_trackers, end_trackers
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import Guidance, guided
 from minianyflow.movies import clip_of, write_clips
@@ -135,6 +144,38 @@ class Networks:
             role: tuple(sum(getattr(each, kind) for each in counters) for kind in ("rows", "with_grad"))
             for role, counters in self.counters.items()
         }
+
+    def state_dict(self):
+        """What a checkpoint keeps: the counts."""
+        return {"counts": self.counts(), "processes": PartialState().num_processes}
+
+    def load_state_dict(self, state):
+        """Go on from a checkpoint; rows that other processes counted are shared out among those there are now."""
+        share = state["processes"] / PartialState().num_processes
+        for role, counters in self.counters.items():
+            for index, each in enumerate(counters):
+                rows, with_grad = state["counts"][role] if index == 0 else (0, 0)
+                each.rows, each.with_grad = round(rows * share), round(with_grad * share)
+
+
+class Clock:
+    """Seconds of training, those before a checkpoint included."""
+
+    def __init__(self):
+        self.before, self.start = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self):
+        """So far."""
+        return self.before + time.perf_counter() - self.start
+
+    def state_dict(self):
+        """What a checkpoint keeps."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state):
+        """Go on from a checkpoint."""
+        self.before, self.start = state["seconds"], time.perf_counter()
 
 
 def weights_in(source, role="student", whole=False):
@@ -257,7 +298,11 @@ def _after(u, prefix):
 
 
 def prepare(config):
-    """The accelerator and the data of a run. Raises InputError for a finished run in its folder, or a missing GPU."""
+    """The accelerator, the data and the checkpoints of a run.
+
+    Raises InputError for a finished run in its folder, one that was begun with another configuration or is not to be
+    gone on with, a folder that cannot be written to, or a missing GPU.
+    """
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -265,6 +310,13 @@ def prepare(config):
         raise InputError(f"cannot write to {output} ({problem.strerror}); name another folder with output=") from None
     if (output / "run.json").exists():
         raise InputError(f"{config.output} holds a finished run; name another folder with output=FOLDER, or remove it")
+    checkpoints = Checkpoints(
+        Path(config.output) / "checkpoints", config.checkpoints.every, config.checkpoints.keep, identity(config)
+    )
+    if config.resume == "never" and checkpoints.found():
+        expected = "set resume=auto to go on, name another folder with output=FOLDER, or remove it"
+        raise InputError(f"{config.output} holds checkpoints of an unfinished run, and resume=never; {expected}")
+    checkpoints.check_told()
     device = find_device(config.device)
     data = LatentShards(config.data)
     torch.set_float32_matmul_precision("high")  # adapters are float32
@@ -277,32 +329,44 @@ def prepare(config):
         project_dir=config.output,
         kwargs_handlers=[unused],
     )
-    accelerator.init_trackers("log")
-    return accelerator, data
+    begin_trackers(accelerator)
+    return accelerator, data, checkpoints
+
+
+def guard(config):
+    """What watches over the batches of a run."""
+    above = math.inf if config.on_nan.above is None else config.on_nan.above
+    return Guard(config.on_nan.skip, above, config.output)
 
 
 def sampler(config, data, student, accelerator):
     """`on_step(step)` for `training.train`: every so often, clips of the averaged student in the run's samples/."""
-    if not config.samples.every or not accelerator.is_main_process:
+    if not config.samples.every:
         return None
-    prompts = config.samples.prompts
-    dtype, device = torch.bfloat16 if config.precision == "bf16" else torch.float32, accelerator.device
-    tokenizer, text_encoder = load_parts(config.base, "tokenizer", "text_encoder", dtype=dtype)
-    prompt = encode_prompts(tokenizer, text_encoder.to(device), prompts, data.null.shape[1]).float()
-    del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
-    noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
+    prompts, device = config.samples.prompts, accelerator.device
+    if accelerator.is_main_process:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        tokenizer, text_encoder = load_parts(config.base, "tokenizer", "text_encoder", dtype=dtype)
+        prompt = encode_prompts(tokenizer, text_encoder.to(device), prompts, data.null.shape[1]).float()
+        del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
+        noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
 
     def on_step(step):
         if (step + 1) % config.samples.every:
             return
         averaged = student.average is not None and step >= student.ema_after
-        network = (student.average.module if averaged else student.network).network  # not counted
-        vae = load_parts(config.base, "vae")[0].to(device)
-        clips = {}
-        for steps in config.samples.steps:
-            latents = sample(config, network, noise, prompt, steps)
-            clips[f"{steps} step{'s' * (steps > 1)}"] = decode_latents(vae, latents).cpu()
-        write_clips(Path(config.output) / "samples" / f"{step + 1:06}", clips, prompts)
+        network = student.average.module if averaged else student.network
+        if isinstance(network, FSDPModule):
+            network.unshard()  # all processes must ask, though one samples
+        if accelerator.is_main_process:
+            vae = load_parts(config.base, "vae")[0].to(device)
+            clips = {}
+            for steps in config.samples.steps:
+                latents = sample(config, network.network, noise, prompt, steps)  # not counted
+                clips[f"{steps} step{'s' * (steps > 1)}"] = decode_latents(vae, latents).cpu()
+            write_clips(Path(config.output) / "samples" / f"{step + 1:06}", clips, prompts)
+        if isinstance(network, FSDPModule):
+            network.reshard()
 
     return on_step
 
@@ -310,9 +374,12 @@ def sampler(config, data, student, accelerator):
 def save_run(config, networks, roles, history, seconds, accelerator):
     """Write what a run leaves: the weights of every role that was trained, and how they were made; returns the latter.
 
-    On other processes than the main one: None.
+    Then its checkpoints go. On other processes than the main one: None.
     """
-    accelerator.end_training()
+    for role in roles.values():
+        gather(role.network)
+        gather(role.average and role.average.module)
+    end_trackers(accelerator)
     if not accelerator.is_main_process:
         return None
     folder, counts, samples = Path(config.output), networks.counts(), config.steps * config.batch
@@ -339,7 +406,19 @@ def save_run(config, networks, roles, history, seconds, accelerator):
     with staged(folder) as unfinished:
         (unfinished / "config.yaml").write_text(as_yaml(config))
         (unfinished / "run.json").write_text(json.dumps(made, indent=1) + "\n")
+    Checkpoints(folder / "checkpoints").remove()
     return made
+
+
+def gather(network):
+    """Put whole weights in place of shards, to be saved: training is over. All processes must ask."""
+    if not isinstance(network, FSDPModule):
+        return
+    network.reshard()
+    for module in network.modules():
+        for name, weight in module._parameters.items():
+            if isinstance(weight, DTensor):
+                module._parameters[name] = nn.Parameter(weight.full_tensor(), requires_grad=False)
 
 
 def _save(folder, name, networks, network):

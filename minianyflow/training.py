@@ -8,15 +8,17 @@ number alone; every process takes its part, so that one process and many see the
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from minianyflow.errors import InputError
+from minianyflow.faults import Guard, Stopped, listening, on_any, track
 from minianyflow.interpolant import check_finite
 from minianyflow.pairs import draw_pairs, generator
 
@@ -94,55 +96,135 @@ def part_of(batch, index, parts, device=None):
     }
 
 
-def train(roles, draw, steps, accumulate=1, accelerator=None, progress=True, on_step=None, log_every=100):
+def train(
+    roles,
+    draw,
+    steps,
+    accumulate=1,
+    accelerator=None,
+    progress=True,
+    on_step=None,
+    log_every=100,
+    checkpoints=None,
+    guard=None,
+):
     """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/KIND": raw error}.
 
     draw(step): the global batch, a dict of tensors. accumulate: parts a process takes its rows in. progress: a bar,
     none, or a dict of tqdm's options. on_step(step) is called after each step. The history is gathered from all
     processes every `log_every` steps and at the end, and passed to the accelerator's trackers, if it has any.
+    checkpoints: where to go on from and what to save to, a `checkpoints.Checkpoints`; SIGTERM then ends the run after
+    its step, saved, with `faults.Stopped`. guard: a `faults.Guard` for bad batches; None stops at the first.
     Raises InputError if a loss stops being finite, a weight that should learn gets no gradient, or one is frozen.
     """
     if steps < 1:
         raise InputError(f"{steps} training steps asked for; expected at least 1")
-    accelerator = accelerator or Accelerator()
-    parts = accumulate * accelerator.num_processes
-    ready = {name: accelerator.prepare(role.network, role.optimizer) for name, role in roles.items()}
-    for name, role in roles.items():
-        if role.loss is None:
-            raise InputError(f"role {name!r} has no loss; set its `loss` before training")
-        if role.average is not None:
-            role.average.to(accelerator.device)
-        if hasattr(ready[name][0], "broadcast_buffers"):
-            ready[name][0].broadcast_buffers = False  # or a process whose rows need fewer forwards hangs the others
-    history = []
-    for step in tqdm(range(steps), **_bar(progress, accelerator)):
-        batch, logs = draw(step), {"step": step}
-        for name, role in roles.items():
-            network, optimizer = ready[name]
-            for group in optimizer.param_groups:
-                group["lr"] = role.schedule(step, steps)
-            every = []
-            for index in range(accumulate):
-                part = part_of(batch, accelerator.process_index * accumulate + index, parts, accelerator.device)
-                last = index == accumulate - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(network):
-                    losses, raw = role.loss(network, part)
-                    accelerator.backward(losses.mean() / accumulate)
-                every.append(raw | {"loss": losses.detach().mean()})
-            _check_gradients(name, role, first=step == 0)
-            if role.clip:
-                accelerator.clip_grad_norm_(network.parameters(), role.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            if role.average is not None and step >= role.ema_after:
-                role.average.update_parameters(role.network)
-            logs |= {f"{name}/{kind}": error for kind, error in _mean(every).items()}
-        if step % log_every == 0 or step == steps - 1:
-            history.append(_gather(logs))
-            accelerator.log({kind: value for kind, value in history[-1].items() if kind != "step"}, step=step)
-        if on_step:
-            on_step(step)
+    accelerator, guard = accelerator or Accelerator(), guard or Guard()
+    ready = {name: _prepare(name, role, accelerator) for name, role in roles.items()}
+    done, history = checkpoints.restore(roles, accelerator) if checkpoints else (0, [])
+    if done > steps:
+        raise InputError(f"a checkpoint of {done} steps; expected at most steps={steps}: set more")
+    with listening(checkpoints is not None) as terminated:
+        for step in tqdm(range(done, steps), initial=done, total=steps, **_bar(progress, accelerator)):
+            batch, logs = draw(step), {"step": step}
+            for name, role in roles.items():
+                figures = _step(name, role, *ready[name], batch, step, steps, accumulate, accelerator, guard)
+                if figures is None:  # a bad batch
+                    break
+                logs |= {f"{name}/{kind}": error for kind, error in figures.items()}
+            else:
+                if step % log_every == 0 or step == steps - 1:
+                    history.append(_gather(logs))
+                    track(history[-1], accelerator)
+            if checkpoints:
+                stop = on_any(bool(terminated), accelerator)
+                if stop or checkpoints.due(step + 1, steps):
+                    checkpoints.save(roles, step + 1, history, accelerator)
+                if stop:
+                    raise Stopped(f"SIGTERM: saved after {step + 1} of {steps} steps")
+            if on_step:
+                on_step(step)
     return history
+
+
+def _prepare(name, role, accelerator):
+    """The network and the optimiser of a role as accelerate has them."""
+    if role.loss is None:
+        raise InputError(f"role {name!r} has no loss; set its `loss` before training")
+    network, optimizer = accelerator.prepare(role.network, role.optimizer)
+    if role.average is not None:
+        role.average.to(accelerator.device)
+    if isinstance(network, FSDPModule):
+        _reduce_once(network)
+        if role.average is not None:
+            fully_shard(role.average.module, reshard_after_forward=False)
+    if hasattr(network, "broadcast_buffers"):
+        network.broadcast_buffers = False  # or a process whose rows need fewer forwards hangs the others
+    return network, optimizer
+
+
+def _reduce_once(network):
+    """Have a sharded network add gradients up over processes once a backward, not once a forward of it.
+
+    Processes differ in how often they evaluate a network, by the rows they have, and would wait for each other for
+    ever. FSDP2 looks for inputs with gradient, and casts them: they pass it hidden, times as they are.
+    """
+
+    def hide(_, arguments, condition):
+        return (lambda: (arguments, condition),), {}
+
+    def show(_, arguments, condition):
+        return arguments[0]()
+
+    network.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)
+    network.register_forward_pre_hook(show, with_kwargs=True)
+
+
+def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard):
+    """One step of one role: its figures by name, or None for a bad batch, which leaves everything as it was."""
+    parts, memory = accumulate * accelerator.num_processes, remembered(role.loss)
+    for group in optimizer.param_groups:
+        group["lr"] = role.schedule(step, steps)
+    every, each_loss = [], []
+    for index in range(accumulate):
+        part = part_of(batch, accelerator.process_index * accumulate + index, parts, accelerator.device)
+        last = index == accumulate - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(network):
+            losses, raw = role.loss(network, part)
+            accelerator.backward(losses.mean() / accumulate)
+        every.append(raw | {"loss": losses.detach().mean()})
+        each_loss.append(losses.detach())
+    _check_gradients(name, role, first=step == 0)
+    norm = accelerator.clip_grad_norm_(network.parameters(), role.clip) if role.clip else 0.0
+    if guard.bad(each_loss, norm, accelerator):
+        guard.note(step, name, each_loss, batch, accelerator)
+        optimizer.zero_grad()
+        remembered(role.loss, {(index, key): value for index, key, value in memory})
+        return None
+    optimizer.step()
+    optimizer.zero_grad()
+    if role.average is not None and step >= role.ema_after:
+        role.average.update_parameters(role.network)
+    return _mean(every)
+
+
+REMEMBERED = ("diagonal_loss", "calls")  # of FlowMapLoss, for rebalancing; of ConsistencyLoss, for its warm-up
+
+
+def remembered(loss, change=None):
+    """What a loss, or a loss inside it, keeps from one step to the next: a list of (which, name, value).
+
+    change: {(which, name): value}, to put there instead.
+    """
+    losses = [loss] if is_dataclass(loss) else []
+    for each in losses:  # it grows
+        losses += [inner for inner in vars(each).values() if is_dataclass(inner) and callable(inner)]
+    found = [(index, key) for index, each in enumerate(losses) for key in REMEMBERED if hasattr(each, key)]
+    for index, key in found if change else ():
+        if (index, key) in change:
+            before, value = getattr(losses[index], key), change[index, key]
+            setattr(losses[index], key, int(value) if isinstance(before, int) else value)
+    return [(index, key, getattr(losses[index], key)) for index, key in found]
 
 
 def _bar(progress, accelerator):

@@ -2,11 +2,11 @@
 
     accelerate launch scripts/distill.py --config wan-1.3b causal forward [key=value ...]
 
+SIGTERM saves after the step under way and exits with 143; the same command then goes on from there.
 The functions below make the same calls as notebooks 4 and 5 of the course; only the networks are larger.
 """
 
 import sys
-import time
 
 from minianyflow.__main__ import Parser, run
 
@@ -50,15 +50,16 @@ STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 
 def distil(config):
-    """Train the stage of `config` and leave a run folder; returns run.json."""
-    from minianyflow.runs import Networks, draws, prepare, sampler, save_run
+    """Train the stage of `config`, from where it was broken off, and leave a run folder; returns run.json."""
+    from minianyflow.runs import Clock, Networks, draws, guard, prepare, sampler, save_run
     from minianyflow.training import train
 
-    accelerator, data = prepare(config)
+    accelerator, data, checkpoints = prepare(config)
     networks = Networks(config, data.shape[0], accelerator.device)
     null = {"prompt": data.null.to(accelerator.device)}
     roles = STAGES[config.stage](config, networks, null)
-    start = time.perf_counter()
+    clock, watch = Clock(), guard(config)
+    checkpoints.carried = {"networks": networks, "clock": clock, "guard": watch}
     history = train(
         roles,
         draws(config, data),
@@ -68,13 +69,16 @@ def distil(config):
         {"desc": f"{config.architecture} {config.stage}"},
         sampler(config, data, roles["student"], accelerator),
         config.log.every,
+        checkpoints,
+        watch,
     )
-    return save_run(config, networks, roles, history, time.perf_counter() - start, accelerator)
+    return save_run(config, networks, roles, history, clock.seconds, accelerator)
 
 
 def main(argv=None):
     """Parse, print or train, say what was written; returns the exit status."""
     from minianyflow.config import as_yaml, load_config
+    from minianyflow.faults import TERMINATED, Stopped
 
     parser = Parser("distill.py", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -93,7 +97,11 @@ def main(argv=None):
     if arguments.print_config:
         print(as_yaml(config), end="")
         return 0
-    made = distil(config)
+    try:
+        made = distil(config)
+    except Stopped as stopped:
+        print(f"\n{stopped}; the same command goes on from there", file=sys.stderr)
+        return TERMINATED
     if made:  # on the main process
         print(f"\nwritten: {config.output}, after {made['seconds']} seconds")
         for role, each in made["evaluations_a_sample"].items():
@@ -102,4 +110,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    status = run(main)
+    if status == 143:  # then torch is there
+        from minianyflow.faults import leave
+
+        leave()
+    sys.exit(status)

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from minianyflow import config as module
-from minianyflow.config import CONFIGS, LAYERS, Config, as_yaml, check_config, find_device, load_config
+from minianyflow.config import CONFIGS, LAYERS, Config, as_yaml, check_config, find_device, identity, load_config
 from minianyflow.errors import InputError
 
 MODELS, ARCHITECTURES = LAYERS["model"], LAYERS["architecture"]
@@ -275,3 +275,36 @@ def test_a_missing_gpu_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert find_device("auto") == find_device("cuda") == torch.device("cuda")
     assert find_device("cpu") == torch.device("cpu")
+
+
+def test_what_may_change_while_a_run_goes_on():
+    """Whatever changes what a step computes may not; where it runs, how often it saves, and how long, may."""
+    before = identity(load_config())
+    free = ["steps=7000", "accumulate=2", "device=cpu", "checkpoints.keep=1", "resume=never", "on_nan.skip=3"]
+    assert identity(load_config((), [*free, "log.every=1", "samples.every=0", "output=there", "runs=here"])) == before
+    for change in ("lr=1", "batch=64", "seed=1", "data=there", "guidance.scale=2", "precision=fp32", "adaptive=0.5"):
+        name = change.partition("=")[0]
+        after = identity(load_config((), [change]))
+        assert name in [each for each in before if before[each] != after[each]]
+    assert set(before) == {name for name in module._option_names(Config) if name.split(".")[0] not in module.FREE}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("checkpoints.every=0", "checkpoints.every=0; expected at least 1"),
+        ("checkpoints.keep=0", "checkpoints.keep=0; expected at least 1"),
+        ("on_nan.skip=-1", "on_nan.skip=-1; expected at least 0"),
+        ("on_nan.above=0", "on_nan.above=0.0; expected more than 0"),
+        ("resume=always", "unknown resume 'always'; known: auto, never"),
+    ],
+)
+def test_bad_options_of_checkpoints_are_one_line(change, words):
+    with pytest.raises(InputError, match=re.escape(words)) as problem:
+        load_config((), [change])
+    assert "\n" not in str(problem.value)
+
+
+def test_skipping_needs_a_gradient_norm():
+    with pytest.raises(InputError, match=r"on_nan\.skip=2 with clip=null"):
+        load_config((), ["on_nan.skip=2", "clip=null"])

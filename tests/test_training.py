@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from minianyflow.errors import InputError
+from minianyflow.faults import Guard
 from minianyflow.networks import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
@@ -240,3 +241,71 @@ def test_bad_input_is_one_clear_line(start, words):
     with pytest.raises(InputError, match=words) as problem:
         start()
     assert "\n" not in str(problem.value)
+
+
+# ---- bad batches and trackers
+
+
+def poisoned(steps, field="eps"):
+    """Batches of 16 rows whose row 5 is not finite at these steps."""
+    draws = batches(RING.sample, 16)
+
+    def draw(step):
+        batch = draws(step)
+        if step in steps:
+            batch[field][5] = float("nan")
+        return batch
+
+    return draw
+
+
+def test_a_bad_batch_is_written_down_and_stops_the_run(tmp_path):
+    for _ in range(2):  # a line each
+        with pytest.raises(
+            InputError, match=r"student/loss is nan at step 3; expected finite .*bad_batch.json"
+        ) as problem:
+            run(student(), poisoned([3]), guard=Guard(folder=tmp_path))
+        assert "\n" not in str(problem.value)
+    told = [json.loads(line) for line in (tmp_path / "bad_batch.json").read_text().splitlines()]
+    assert told == 2 * [{"step": 3, "role": "student", "numbers": [3 * 16 + 5], "losses": ["nan"]}]
+
+
+def test_bad_batches_are_skipped_within_a_bound_and_change_nothing(tmp_path, capsys):
+    guard = Guard(2, folder=tmp_path)
+    history, weights = run(student(), poisoned([3, 7]), guard=guard, log_every=1)
+    assert guard.skipped == [3, 7]
+    assert "step 3; skipped (1 of 2)" in capsys.readouterr().err
+    assert [entry["step"] for entry in history] == [step for step in range(12) if step not in (3, 7)]
+    assert all(bool(weight.isfinite().all()) for weight in weights)
+    with pytest.raises(InputError, match="step 9; 2 were skipped before; expected finite losses"):
+        run(student(), poisoned([3, 7, 9]), guard=Guard(2))
+
+
+def test_what_a_loss_remembers_survives_a_skipped_batch():
+    role = student()
+    role.loss.rebalance = True
+    run(role, poisoned([11]), guard=Guard(1))
+    assert bool(role.loss.diagonal_loss.isfinite())
+
+
+def test_a_loss_above_the_bound_or_a_gradient_that_is_not_finite_is_bad():
+    with pytest.raises(InputError, match="at step 0"):
+        run(student(), batches(RING.sample, 16), guard=Guard(above=1e-3))
+    role = student(clip=1.0)
+    role.network.bias0.register_hook(lambda grad: grad * float("inf"))
+    guard = Guard(12)
+    _, weights = run(role, batches(RING.sample, 16), guard=guard)
+    assert guard.skipped == list(range(12))
+    assert same(weights, [weight.detach() for weight in MLP().parameters()])
+
+
+def test_a_tracker_that_fails_is_one_warning(capsys):
+    notes, accelerator = Notes(), Accelerator(cpu=True)
+    notes.log = lambda *_, **__: 1 / 0
+    accelerator.trackers = [notes]
+    draw = batches(RING.sample, 16)
+    history = train({"student": student()}, draw, 5, accelerator=accelerator, progress=False, log_every=1)
+    assert len(history) == 5
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "warning: the tracker failed (ZeroDivisionError: division by zero); going on without it" in said

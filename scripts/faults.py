@@ -1,0 +1,376 @@
+"""Break runs of scripts/distill.py on a tiny Wan in every way we know, and see that nothing saved is lost.
+
+Every run is a process of its own, really killed; the weights that come out in the end are compared byte for byte with
+those of a run that nothing disturbed. Prints a table; a few minutes on two cores.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from minianyflow.__main__ import Parser, run
+
+SCRIPT = Path(__file__).with_name("distill.py")
+STEPS = 8
+LINES = ("error:", "warning:", "going on", "SIGTERM")  # how what a run says to us begins
+
+
+class Bench:
+    """A tiny Wan, the options of the runs on it, and the weights of an undisturbed one."""
+
+    def __init__(self, folder):
+        from minianyflow.wan_folders import make_tiny_wan
+
+        self.folder, self.count = Path(folder), 0
+        make_tiny_wan(self.folder / "wan")
+        where = [f"base={folder}/wan", f"data={folder}/wan/latents", "log.tracker=none", "samples.every=0"]
+        some = [f"steps={STEPS}", "checkpoints.every=2", "checkpoints.keep=2", "causal.bidirectional=0.5"]
+        self.options = ["--config", "causal", "forward", "tiny", *where, *some]
+        for _ in range(2):  # the first finds a cold disk
+            start, whole = time.perf_counter(), self.new()
+            status, _ = self.run(whole)
+            if status:
+                raise RuntimeError("the undisturbed run failed")
+        self.seconds, self.weights = time.perf_counter() - start, weights(whole)
+
+    def new(self):
+        """A folder for another run."""
+        self.count += 1
+        return self.folder / f"run-{self.count}"
+
+    def start(self, output, *options, before=None):
+        """The process id of a run; before() is called in it first."""
+        log = self.folder / f"{output.name}.log"
+        number = os.fork()
+        if number:
+            return number, log
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        status = 70
+        try:
+            if before:
+                before()
+            status = run(lambda: script().main([*self.options, f"output={output}", *options]))
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+    def run(self, output, *options, before=None):
+        """Run to its end: (exit status, what it said to us)."""
+        return self.end(*self.start(output, *options, before=before))
+
+    def end(self, number, log):
+        """Wait for a run: (exit status, negative for a signal, and the lines it said to us)."""
+        _, status = os.waitpid(number, 0)
+        text = log.read_text().replace("\r", "\n").splitlines()
+        return os.waitstatus_to_exitcode(status), [line for line in text if line.startswith(LINES)]
+
+    def same(self, output):
+        """Whether a run left what the undisturbed one did: every weight file, byte for byte."""
+        return weights(output) == self.weights
+
+
+def script():
+    """scripts/distill.py as a module."""
+    spec = importlib.util.spec_from_file_location("distill", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def weights(output):
+    """{name: (header, bytes)} of the weight files in a run folder; safetensors shuffles its header's entries."""
+    found = {}
+    for path in sorted(Path(output).glob("*.safetensors")):
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        found[path.name] = (json.loads(data[8:end]), data[end:])
+    return found
+
+
+def checkpoints(output):
+    """The whole checkpoints of a run, newest first."""
+    from minianyflow.checkpoints import Checkpoints, problem_of
+
+    return [folder for folder in Checkpoints(output / "checkpoints").found() if problem_of(folder) is None]
+
+
+def wait_for(path, seconds=60):
+    """Until a path is there."""
+    end = time.perf_counter() + seconds
+    while not path.exists():
+        if time.perf_counter() > end:
+            raise RuntimeError(f"{path} did not come")
+        time.sleep(0.002)
+
+
+# Injections: each returns (what happened, whether that is right)
+
+
+def killed(bench, seed):
+    """SIGKILL at a random moment; every other one in the middle of a save."""
+    draw, output = random.Random(seed), bench.new()
+    number, log = bench.start(output)
+    if seed % 2:
+        wait_for(output / "checkpoints" / f".unfinished-{draw.choice(range(2, STEPS + 1, 2)):06}")
+        time.sleep(draw.uniform(0, 0.02))
+    else:
+        time.sleep(draw.uniform(0.05, 0.9) * bench.seconds)
+    saving = bool(list(output.glob("checkpoints/.unfinished-*")))
+    os.kill(number, signal.SIGKILL)
+    status, _ = bench.end(number, log)
+    saved = [int(folder.name) for folder in checkpoints(output)]
+    where = "while saving" if saving else "between saves"
+    if status == 0:  # it was done before the kill: try again
+        return killed(bench, seed + 100)
+    again, _ = bench.run(output)
+    what = f"killed {where}, went on after {max(saved, default=0)} steps"
+    return what, (status, again) == (-signal.SIGKILL, 0) and bench.same(output)
+
+
+def terminated(bench):
+    """SIGTERM in the middle of a step: saved, one line, exit status 143."""
+    output = bench.new()
+    number, log = bench.start(output)
+    wait_for(output / "checkpoints" / "000002")
+    os.kill(number, signal.SIGTERM)
+    status, said = bench.end(number, log)
+    again, _ = bench.run(output)
+    return f"exit {status}, {said[0]}", (status, again, len(said)) == (143, 0, 1) and bench.same(output)
+
+
+def broken(damage):
+    """The newest checkpoint is damaged: the one before is taken."""
+
+    def inject(bench):
+        output = stopped_at_six(bench)
+        damage(output / "checkpoints" / "000006")
+        status, said = bench.run(output)
+        right = status == 0 and "is not whole" in said[0] and "after 4 steps" in said[1]
+        return said[0], right and bench.same(output)
+
+    return inject
+
+
+def truncate(folder):
+    """A file cut short."""
+    path = next(folder.glob("*.distcp"))
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(folder):
+    """One bit another."""
+    path = next(folder.glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose(folder):
+    """A file gone."""
+    next(folder.glob("*.distcp")).unlink()
+
+
+def all_broken(bench):
+    """No checkpoint is whole: the run begins anew, and says so."""
+    output = stopped_at_six(bench)
+    for folder in checkpoints(output):
+        truncate(folder)
+    status, said = bench.run(output)
+    return said[-1], status == 0 and "beginning anew" in said[-1] and bench.same(output)
+
+
+def stopped_at_six(bench):
+    """A run that was killed once its checkpoint of step 6 stood."""
+    output = bench.new()
+    number, log = bench.start(output, before=lambda: hang_at(6))
+    wait_for(output / "checkpoints" / "000006" / "manifest.json")
+    os.kill(number, signal.SIGKILL)
+    bench.end(number, log)
+    return output
+
+
+def hang_at(step):
+    """Let a run get no further than `step`."""
+    change_batch(step, lambda batch: time.sleep(60))
+
+
+def change_batch(step, change):
+    """Let a run work on another batch at `step`."""
+    from minianyflow import runs
+
+    draws = runs.draws
+
+    def changed(config, data):
+        draw = draws(config, data)
+
+        def drawn(at):
+            batch = draw(at)
+            if at == step:
+                change(batch)
+            return batch
+
+        return drawn
+
+    runs.draws = changed
+
+
+def full_disk(bench):
+    """No room for the checkpoint of step 8: one line, those before intact, and it goes on once there is room."""
+    output = stopped_at_six(bench)
+    before = {path: path.read_bytes() for path in (output / "checkpoints").rglob("*") if path.is_file()}
+    limit = 100_000  # bytes a file may have: the system itself refuses more
+    status, said = bench.run(
+        output, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    )
+    after = {path: path.read_bytes() for path in (output / "checkpoints").rglob("*") if path.is_file()}
+    again, _ = bench.run(output)
+    right = (status, again, len(said)) == (2, 0, 2) and "cannot save a checkpoint after 8 steps" in said[1]
+    return said[-1], right and before == after and bench.same(output)
+
+
+def not_finite(skip):
+    """A batch whose loss is not a number: the run stops, or leaves it out; the batch's samples are written down."""
+
+    def inject(bench):
+        output = bench.new()
+        status, said = bench.run(
+            output,
+            f"on_nan.skip={skip}",
+            before=lambda: change_batch(3, lambda batch: batch["eps"][2].fill_(float("nan"))),
+        )
+        told = json.loads((output / "bad_batch.json").read_text())
+        right = (told["step"], 14 in told["numbers"], len(said)) == (3, True, 1)  # rebalancing spreads it
+        return said[0], right and (status == 0 if skip else status == 2 and saved_steps(output) == [2])
+
+    return inject
+
+
+def saved_steps(output):
+    """Of the whole checkpoints."""
+    return [int(folder.name) for folder in checkpoints(output)]
+
+
+def exploding(bench):
+    """A learning rate that is far too high."""
+    output = bench.new()
+    status, said = bench.run(output, "lr=1e18", "warmup=0")
+    return said[0], (status, len(said)) == (2, 1) and (output / "bad_batch.json").is_file()
+
+
+def no_tracker(bench):
+    """The tracker cannot write: one warning, the same weights."""
+    output = bench.new()
+    output.mkdir()
+    (output / "log").write_text("not a folder")
+    status, said = bench.run(output, "log.tracker=tensorboard")
+    return said[0], (status, len(said)) == (0, 1) and bench.same(output)
+
+
+def failing_tracker(bench):
+    """The tracker fails while training."""
+    output = bench.new()
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def before():
+        from accelerate.tracking import TensorBoardTracker
+
+        TensorBoardTracker.log = fail
+
+    status, said = bench.run(output, "log.tracker=tensorboard", before=before)
+    return said[0], (status, len(said)) == (0, 1) and bench.same(output)
+
+
+def refused(words, *options):
+    """An unfinished run that is told otherwise: one line, before anything starts, and it can still go on."""
+
+    def inject(bench):
+        output = stopped_at_six(bench)
+        status, said = bench.run(output, *options)
+        again, _ = bench.run(output)
+        right = (status, again, len(said)) == (2, 0, 1) and words in said[0]
+        return said[0], right and bench.same(output)
+
+    return inject
+
+
+def cut_shard(bench):
+    """A shard cut short while the run was away."""
+    output, path = stopped_at_six(bench), next((bench.folder / "wan/latents").glob("0*.safetensors"))
+    data = path.read_bytes()
+    path.write_bytes(data[:-100])
+    status, said = bench.run(output)
+    path.write_bytes(data)
+    again, _ = bench.run(output)
+    right = (status, again, len(said)) == (2, 0, 1) and path.name in said[0]
+    return said[0], right and bench.same(output)
+
+
+INJECTIONS = {
+    "SIGTERM": terminated,
+    "checkpoint cut short": broken(truncate),
+    "one bit flipped": broken(flip),
+    "file of it gone": broken(lose),
+    "all cut short": all_broken,
+    "disk full while saving": full_disk,
+    "NaN, stop": not_finite(0),
+    "NaN, skip one": not_finite(1),
+    "exploding": exploding,
+    "tracker cannot begin": no_tracker,
+    "tracker fails": failing_tracker,
+    "lr changed": refused("lr was 0.001, is 0.002", "lr=0.002"),
+    "resume=never": refused("resume=never", "resume=never"),
+    "shard cut short": cut_shard,
+}
+
+
+def inject(folder, kills, names):
+    """Rows (injection, what happened, whether that is right)."""
+    bench = Bench(folder)
+    cases = {f"SIGKILL {seed + 1}": (lambda seed=seed: killed(bench, seed)) for seed in range(kills)}
+    cases |= {name: (lambda name=name: INJECTIONS[name](bench)) for name in names}
+    for name, case in cases.items():
+        try:
+            what, right = case()
+        except Exception as problem:  # the table says what failed, and goes on
+            what, right = f"{type(problem).__name__}: {problem}", False
+        what = what.replace(str(folder), "FOLDER")
+        print(f"{name:24} {'ok  ' if right else 'FAIL'} {what}", flush=True)
+        yield name, what, right
+
+
+def main(argv=None):
+    """Make a tiny Wan, break runs on it, print the table; returns the exit status."""
+    parser = Parser("faults.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=25, help="runs killed at a random moment (default: 25)")
+    parser.add_argument("--only", nargs="*", default=list(INJECTIONS), choices=list(INJECTIONS), metavar="INJECTION")
+    arguments = parser.parse_args(argv)
+    import torch
+
+    from minianyflow import runs, training  # noqa: F401 (before any run is forked)
+
+    torch.set_num_threads(1)
+    folder, start = Path(tempfile.mkdtemp(prefix="faults-")), time.perf_counter()
+    try:
+        rows = list(inject(folder, arguments.kills, arguments.only))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    wrong = [name for name, _, right in rows if not right]
+    print(f"\n{len(rows) - len(wrong)} of {len(rows)} as they should be, in {time.perf_counter() - start:.0f} seconds")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
