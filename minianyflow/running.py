@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -15,28 +15,33 @@ from tqdm import tqdm
 from minianyflow.errors import InputError
 
 
-def run_jobs(jobs, workers=2):
+def run_jobs(jobs, workers=2, after=None):
     """The results of `jobs`, {name: (function, arguments)}, by name; at most `workers` of them run at a time.
 
-    They start in the order given: put the longest first. Each gets its `position` among the progress bars as a last
-    argument. An error or Ctrl-C stops them all.
+    They start in the order given: put the longest first. after: {name: a job that must be done before}. Each gets its
+    `position` among the progress bars as a last argument. An error or Ctrl-C stops them all.
     """
     if workers < 1:
         raise InputError(f"{workers} workers; expected at least 1")
-    context, others = get_context("spawn"), set(active_children())
+    context, others, after = get_context("spawn"), set(active_children()), after or {}
+    places = {name: position for position, name in enumerate(jobs)}
+    waiting, running, results = dict(jobs), {}, {}
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(context.RLock(),)) as pool:
         try:
-            started = {
-                name: pool.submit(function, *arguments, position)
-                for position, (name, (function, arguments)) in enumerate(jobs.items())
-            }
-            return {name: job.result() for name, job in started.items()}
+            while waiting or running:
+                ready = [name for name in waiting if name not in after or after[name] in results]
+                for name in ready[: workers - len(running)]:
+                    function, arguments = waiting.pop(name)
+                    running[pool.submit(function, *arguments, places[name])] = name
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    results[running.pop(job)] = job.result()
         except BrokenProcessPool:
             raise InputError("a process was killed, perhaps for want of memory; try again with --workers 1") from None
         except BaseException:
             for process in set(active_children()) - others:
                 process.terminate()
             raise
+    return {name: results[name] for name in jobs}
 
 
 def _start_worker(lock):

@@ -284,28 +284,26 @@ def train_stage(name, seed, folder, quiet=False, position=0):
 
 
 def train_all(folder="outputs/weights", workers=2, quiet=False):
-    """Train every stage that `folder` does not have yet, parents first, `workers` at a time, one core each.
+    """Train every stage that `folder` does not have yet, each once its parent is there, `workers` at a time.
 
     Each is kept as soon as it is done: an interrupted run goes on from there. One that is there with other settings, or
     from another parent, is trained again.
     """
     folder = Path(folder)
-    for names in _waves():
-        longest_first = sorted(names, key=lambda name: -STAGES[name].steps)
-        wanted = [(name, seed) for name in longest_first for seed in STAGES[name].seeds]
-        missing = [job for job in wanted if not _is_done(folder, *job)]
-        run_jobs({job: (train_stage, (*job, folder, quiet)) for job in missing}, workers)
-        if names == ["codec"] and (missing or not (folder / LATENTS).exists()):
-            make_latents(folder)
-
-
-def _waves():
-    """The names of the stages, those that need no other first, then those that need these, and so on."""
-    waves, left = [], dict(STAGES)
-    while left:
-        waves.append([name for name, stage in left.items() if stage.parent not in left])
-        left = {name: stage for name, stage in left.items() if name not in waves[-1]}
-    return waves
+    if not _is_done(folder, "codec", 0):
+        run_jobs({"codec": (train_stage, ("codec", 0, folder, quiet))}, workers)
+        make_latents(folder)
+    elif not (folder / LATENTS).exists():
+        make_latents(folder)
+    jobs, after = {}, {}
+    for name, stage in STAGES.items():  # parents stand before what starts from them
+        for seed in stage.seeds:
+            parent = stage.parent and (stage.parent, seed if seed in STAGES[stage.parent].seeds else 0)
+            if parent in jobs or not _is_done(folder, name, seed):
+                jobs[name, seed] = (train_stage, (name, seed, folder, quiet))
+                after |= {(name, seed): parent} if parent in jobs else {}
+    longest_first = sorted(jobs, key=lambda job: -STAGES[job[0]].steps)
+    run_jobs({job: jobs[job] for job in longest_first}, workers, after)
 
 
 def _is_done(folder, name, seed):

@@ -123,12 +123,15 @@ def test_what_distribution_matching_scores_is_at_time_zero():
     assert path[-2].abs().amax((1, 2, 3, 4))[step < lengths - 1].min() > 1e-3  # the one before is still noisy
 
 
-def test_stages_come_after_what_they_start_from():
-    seen = set()
-    for wave in video_stages._waves():
-        assert all(STAGES[name].parent in seen | {""} for name in wave)
-        seen |= set(wave)
-    assert seen == set(STAGES)
+def test_stages_come_after_what_they_start_from(small, monkeypatch):
+    names = list(STAGES)
+    assert all(stage.parent == "" or names.index(stage.parent) < names.index(name) for name, stage in STAGES.items())
+    asked = []
+    monkeypatch.setattr(video_stages, "run_jobs", lambda jobs, workers, after=None: asked.append((jobs, after)))
+    video_stages.train_all(small, quiet=True)
+    ((jobs, after),) = asked  # the codec is there
+    assert set(jobs) == {(name, 0) for name in STAGES if name != "codec"}
+    assert after == {(name, 0): (STAGES[name].parent, 0) for name, _ in jobs if STAGES[name].parent != "codec"}
 
 
 @pytest.fixture
@@ -137,7 +140,7 @@ def small(tmp_path, monkeypatch):
     tiny = {name: dataclasses.replace(stage, steps=2, rows=8, seeds=(0,)) for name, stage in STAGES.items()}
     monkeypatch.setattr(video_stages, "STAGES", tiny | {"codec": STAGES["codec"]})
     monkeypatch.setattr(video_stages, "CLIPS", 32)
-    monkeypatch.setattr(video_stages, "run_jobs", lambda jobs, workers: [f(*given) for f, given in jobs.values()])
+    monkeypatch.setattr(video_stages, "run_jobs", lambda jobs, *how: [f(*given) for f, given in jobs.values()])
     for end in ("safetensors", "json"):
         name = f"codec-0.{end}"
         (tmp_path / name).write_bytes((WEIGHTS / name).read_bytes())
