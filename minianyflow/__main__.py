@@ -226,7 +226,7 @@ def run(command):
         )
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing unfinished was kept; run the same command again", file=sys.stderr)
+        print("\ninterrupted: what is unfinished does not count; run the same command again", file=sys.stderr)
         return 130
 
 

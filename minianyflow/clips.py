@@ -2,15 +2,13 @@
 
 import csv
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio_ffmpeg
 import torch
 
 from minianyflow.errors import InputError
-from minianyflow.movies import FPS, WAN_CLIP
+from minianyflow.movies import FPS, WAN_CLIP, read_frames
 
 # The negative prompt in Wan2.1's configuration (sample_neg_prompt), which its guidance and AnyFlow's is against.
 WAN_NULL = (
@@ -18,7 +16,6 @@ WAN_NULL = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"  # noqa: RUF001
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
-logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -112,28 +109,7 @@ def _jsonl_rows(path, lines):
 
 
 def read_clip(path, options):
-    """The first frames of a video, bytes (T, H, W, 3): cut in the centre and resized by ffmpeg, at `fps` a second.
-
-    What is shown at 0, 1 / fps, 2 / fps, ... seconds. Raises InputError for a file that is not there, cannot be read
-    or is too short. (`movies.read_video` takes pictures, too, and shows the same; this is five times as fast.)
-    """
+    """The first frames of a video, bytes (T, H, W, 3), as `movies.read_frames`."""
     if not Path(path).is_file():
         raise InputError("no such file")
-    size = f"{options.width}:{options.height}"
-    filters = f"fps={options.fps}:round=up,scale={size}:force_original_aspect_ratio=increase:flags=lanczos,crop={size}"
-    video = torch.empty(options.frames, options.height, options.width, 3, dtype=torch.uint8)
-    count = 0
-    try:
-        frames = imageio_ffmpeg.read_frames(
-            str(path), output_params=["-vf", filters, "-frames:v", str(options.frames), "-an"]
-        )
-        next(frames)  # what ffmpeg says of the file
-        for frame in frames:
-            video[count] = torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(video[0].shape)
-            count += 1
-    except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration) as problem:
-        why = next((line.strip() for line in reversed(str(problem).splitlines()) if line.strip()), "no video in it")
-        raise InputError(f"cannot be read ({why})") from None
-    if count < options.frames:
-        raise InputError(f"{count} frames at {options.fps:g} a second; expected at least {options.frames}")
-    return video
+    return read_frames(path, options.frames, options.height, options.width, options.fps)

@@ -18,7 +18,7 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.errors import InputError, choose
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks import MLP, EvaluationCounter
-from minianyflow.objectives import FlowMapLoss
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.pairs import generator
 from minianyflow.running import run_jobs, staged
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
@@ -33,12 +33,6 @@ PIECE = 1024  # of the points, carried together: they stay in the processor's ca
 SHOWN = (1, 4, 16, 64)
 STUDENTS = Path(plane.__file__).parent / "students"  # of the committed run
 
-FLOW_MAPS = {
-    "eulerian": {"eulerian": 1.0},
-    "lagrangian": {"lagrangian": 1.0},
-    "semigroup": {"semigroup": 1.0},
-    "mixed": {"eulerian": 0.5, "semigroup": 0.5},
-}
 ADAPTIVE = {"lagrangian": 0.25}  # 0.5 for the others, who are worse with 1/4; 0 and 1 were tried for it
 METHODS = ("euler", *FLOW_MAPS, "consistency")
 

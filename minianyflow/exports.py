@@ -11,11 +11,11 @@ from diffusers.utils import logging
 from minianyflow.causal import chunk_partition
 from minianyflow.errors import InputError
 from minianyflow.pairs import generator
-from minianyflow.pipelines import network_of, write_pipeline
+from minianyflow.pipelines import write_pipeline
 from minianyflow.roles import Adapter, RoleNetwork, load_role, remove_role, roles_of
 from minianyflow.running import whole_folder
-from minianyflow.runs import load_run, read_run, sample
-from minianyflow.wan_folders import load_parts, load_transformer
+from minianyflow.runs import load_run, network_of, read_run, sample, transformer_of, weights_in
+from minianyflow.wan_folders import load_parts
 
 TEACHER = """It is a teacher: it learnt r = t alone, so `use_mean_velocity=False` keeps the pipeline to its velocity.
 Give it many steps, and guidance."""
@@ -26,7 +26,7 @@ That network starts as the base does, so minianyflow builds it; the pipeline is 
 
 ```python
 from diffusers import {pipeline}, FlowMapEulerDiscreteScheduler
-from minianyflow.wan_folders import load_parts, load_transformer
+from minianyflow.wan_folders import load_parts
 
 base = {base_name}
 tokenizer, text_encoder, vae = load_parts(base, "tokenizer", "text_encoder", "vae")
@@ -80,9 +80,9 @@ def export_lora(run, output, role="student"):
     if config.trained != "lora":
         raise InputError(f"{run} trained all weights, and has no adapter; leave out --lora to export a pipeline")
     causal = config.architecture == "causal"
-    kind, limit = AnyFlowFARPipeline if causal else AnyFlowPipeline, config.causal.full_chunks if causal else None
-    transformer = load_transformer(config.base, config.architecture, torch.float32, limit)
-    load_role(Path(run) / f"{role}.safetensors", transformer, role)
+    kind = AnyFlowFARPipeline if causal else AnyFlowPipeline
+    transformer = transformer_of(config, config.base)
+    load_role(weights_in(run, role), transformer, role)
     state = {name: value.contiguous() for name, value in Adapter(transformer, role).state_dict().items()}
     rank, alpha = roles_of(transformer)[role].r, roles_of(transformer)[role].lora_alpha
     layers = sorted({name.rsplit(".lora_", 1)[0] for name in state})
@@ -103,7 +103,7 @@ def export_lora(run, output, role="student"):
                 base_name=json.dumps(config.base),
                 architecture=config.architecture,
                 pipeline=kind.__name__,
-                chunks=f", full_chunk_limit={limit}" if causal else "",
+                chunks=f", full_chunk_limit={config.causal.full_chunks}" if causal else "",
                 shift=config.shift,
                 notes=f"{TEACHER}\n{licence(config)}\n" if config.stage == "teacher" else f"{licence(config)}\n",
                 made=json.dumps(provenance(config, made, role), indent=1),

@@ -18,7 +18,7 @@ from torch import nn
 from minianyflow.errors import InputError, choose
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks import MLP, EvaluationCounter
-from minianyflow.objectives import FlowMapLoss
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
 from minianyflow.pairs import generator, stratified_uniform
 from minianyflow.running import run_jobs, staged
@@ -127,7 +127,6 @@ class FrameLoss:
         return self.forward(u, batch | one | {"condition": condition})
 
 
-SHARES = {"eulerian": 0.5, "semigroup": 0.5}
 FORCING = {"teacher forcing": False, "teacher forcing, exact velocity": True}  # whether the velocity is the exact one
 ON_POLICY = {  # weight of the forward loss, whether the past is detached
     "on-policy": (1.0, False),
@@ -191,7 +190,7 @@ def teacher_forcing(network, process, seeds, budget, exact=False):
     """The roles, the draws and the evaluation counters of teacher forcing, on the data velocity or the exact one."""
     velocity, counter = counted(conditional_velocity(process)) if exact else (None, None)
     student = EvaluationCounter(network)
-    loss = FrameLoss(FlowMapLoss(SHARES, velocity, adaptive=0.5 if exact else 0.0))
+    loss = FrameLoss(FlowMapLoss(FLOW_MAPS["mixed"], velocity, adaptive=0.5 if exact else 0.0))
     role = Role(student, loss, lr=budget.lr)
     counters = {"student": student, "exact": counter} if exact else {"student": student}
     return {"student": role}, draw_clips(process, budget.rows, seeds), counters
@@ -202,7 +201,7 @@ def on_policy(network, process, seeds, budget, forward_weight=1.0, detach=False)
     real, counter = counted(lambda z, t, copy=None: process.clips.velocity(z, t))
     student, make = EvaluationCounter(network), simulate(detach)
     fake = EvaluationCounter(ClipScore(real, (process.frames, 2), seeds=seeds))
-    loss = OnPolicyLoss(real, fake, FrameLoss(FlowMapLoss(SHARES)), forward_weight, simulate=make)
+    loss = OnPolicyLoss(real, fake, FrameLoss(FlowMapLoss(FLOW_MAPS["mixed"])), forward_weight, simulate=make)
     options = {"betas": (0.0, 0.999), "warmup": 50}
     roles = {
         "student": Role(student, loss, lr=budget.lr_on_policy, ema=0.99, **options),

@@ -3,19 +3,21 @@
 Videos are (B, T, 3, H, W) in [0, 1], as the codec decodes them; what is outside is clipped.
 """
 
+import logging
 import re
 import textwrap
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from minianyflow.errors import InputError
 from minianyflow.running import staged
-from minianyflow.shards import LatentShards
 
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
 FPS = 16  # of Wan's videos
 WAN_CLIP = {"frames": 81, "height": 480, "width": 832, "length": 512}  # in pixels; tokens of a prompt
 COLUMNS = 5  # stills of a clip on a sheet
@@ -49,21 +51,38 @@ def read_video(path, frames, height, width):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {path}; expected a video or a picture")
-    pictures = _read_picture(path) or _read_frames(path, frames)
-    if len(pictures) < frames:
-        raise InputError(f"{path} has {len(pictures)} frames at {FPS} a second; expected at least {frames}")
-    fitted = [ImageOps.fit(each, (width, height), Image.Resampling.LANCZOS) for each in pictures[:frames]]
-    return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)[None].float() / 255
+    picture = _read_picture(path)
+    if picture is None:
+        video = read_frames(path, frames, height, width)
+    elif frames > 1:
+        raise InputError(f"{path} has 1 frame; expected at least {frames}")
+    else:
+        video = torch.from_numpy(np.array(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)))[None]
+    return video.permute(0, 3, 1, 2)[None].float() / 255
 
 
-def clip_of(folder):
-    """Frames, height, width and prompt length of the clips whose latents a folder of shards holds; else WAN_CLIP."""
+def read_frames(path, frames, height, width, fps=FPS):
+    """The first frames of a video, bytes (T, H, W, 3): cut in the centre and resized by ffmpeg.
+
+    What is shown at 0, 1 / fps, 2 / fps, ... seconds. Raises InputError for one that cannot be read or is too short.
+    """
+    size = f"{width}:{height}"
+    filters = f"fps={fps}:round=up,scale={size}:force_original_aspect_ratio=increase:flags=lanczos,crop={size}"
+    video, count = torch.empty(frames, height, width, 3, dtype=torch.uint8), 0
     try:
-        data = LatentShards(folder)
-    except InputError:  # a run may outlive its data
-        return WAN_CLIP
-    frames, _, high, wide = data.shape
-    return {"frames": 4 * frames - 3, "height": 8 * high, "width": 8 * wide, "length": data.null.shape[1]}
+        pictures = imageio_ffmpeg.read_frames(
+            str(path), output_params=["-vf", filters, "-frames:v", str(frames), "-an"]
+        )
+        next(pictures)  # what ffmpeg says of the file
+        for picture in pictures:
+            video[count] = torch.frombuffer(bytearray(picture), dtype=torch.uint8).view(video[0].shape)
+            count += 1
+    except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration) as problem:
+        why = next((line.strip() for line in reversed(str(problem).splitlines()) if line.strip()), "no video in it")
+        raise InputError(f"{path} cannot be read ({why}); expected a picture, or a video as ffmpeg reads it") from None
+    if count < frames:
+        raise InputError(f"{path} has {count} frames at {fps:g} a second; expected at least {frames}")
+    return video
 
 
 def _frames(label, video, count):
@@ -85,31 +104,14 @@ def _write(path, clip, fps):
 
 
 def _read_picture(path):
-    """[the picture], or None where the file is none. An animation is a video."""
+    """The picture, or None where the file is none. An animation is a video."""
     try:
         with Image.open(path) as picture:
-            return None if getattr(picture, "is_animated", False) else [ImageOps.exif_transpose(picture).convert("RGB")]
+            return None if getattr(picture, "is_animated", False) else ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as problem:
         if isinstance(problem, Image.UnidentifiedImageError):
             return None
         raise InputError(f"{path} cannot be read ({problem}); expected a whole picture or video") from None
-
-
-def _read_frames(path, frames):
-    """Pictures of a video: what is shown at 0, 1 / FPS, 2 / FPS, ... seconds, at most `frames` of them."""
-    pictures = []
-    try:
-        with imageio.get_reader(path, format="FFMPEG") as reader:
-            speed = reader.get_meta_data()["fps"] / FPS  # its own frames for one of ours
-            for number, frame in enumerate(reader):
-                while len(pictures) < frames and int(len(pictures) * speed + 1e-6) == number:
-                    pictures.append(Image.fromarray(frame))
-                if len(pictures) == frames:
-                    break
-    except (OSError, ValueError, RuntimeError, IndexError, KeyError) as problem:  # ffmpeg's own report has many lines
-        why = next((line.strip() for line in reversed(str(problem).splitlines()) if line.strip()), "no video in it")
-        raise InputError(f"{path} cannot be read ({why}); expected a picture, or a video as ffmpeg reads it") from None
-    return pictures
 
 
 def _sheet(videos, prompts):

@@ -76,6 +76,7 @@ def semigroup_target(u, z, t, r, s):
 
 
 TARGETS = {"eulerian": eulerian_target, "lagrangian": lagrangian_target, "semigroup": semigroup_target}
+FLOW_MAPS = {name: {name: 1.0} for name in TARGETS} | {"mixed": {"eulerian": 0.5, "semigroup": 0.5}}  # shares of rows
 
 
 @dataclass

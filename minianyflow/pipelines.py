@@ -92,13 +92,6 @@ def load_pipeline(folder):
     return pipeline
 
 
-def network_of(transformer, config):
-    """The network u(z, t, r, prompt) around the transformer of a run."""
-    if config.architecture == "bidirectional":
-        return WanNetwork(transformer)
-    return CausalNetwork(transformer, config.causal.first, config.causal.rest, ragged=True)
-
-
 def _scheduler(network, shift):
     """A scheduler that counts time as the network does."""
     timesteps = getattr(network, "timesteps", 1000)

@@ -30,9 +30,9 @@ from minianyflow.errors import InputError
 from minianyflow.faults import Guard, begin_trackers, end_trackers
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import Guidance, guided
-from minianyflow.movies import clip_of, write_clips
+from minianyflow.movies import write_clips
 from minianyflow.networks import EvaluationCounter
-from minianyflow.objectives import FlowMapLoss, anyflow_weight, sqrt_weight
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight, sqrt_weight
 from minianyflow.on_policy import backward_simulation, draw_on_policy
 from minianyflow.pairs import generator
 from minianyflow.roles import (
@@ -56,12 +56,6 @@ from minianyflow.teacher_forcing import TeacherForced, as_whole, in_chunks
 from minianyflow.wan import Autocast, WanNetwork
 from minianyflow.wan_folders import decode_latents, encode_prompts, load_parts, load_transformer
 
-SHARES = {
-    "eulerian": {"eulerian": 1.0},
-    "lagrangian": {"lagrangian": 1.0},
-    "semigroup": {"semigroup": 1.0},
-    "mixed": {"eulerian": 0.5, "semigroup": 0.5},
-}
 ROLLOUTS, CONTEXT, SAMPLES = 3, 4, 5  # keys (seed, which, step) of random numbers, beside those of shards.py
 
 
@@ -109,9 +103,7 @@ class Networks:
     def _load(self, source, frozen=False):
         config = self.config
         half = config.precision == "bf16" and (frozen or config.trained == "lora")
-        causal = {"full_chunk_limit": config.causal.full_chunks} if config.architecture == "causal" else {}
-        dtype = torch.bfloat16 if half else torch.float32
-        transformer = load_transformer(source, config.architecture, dtype, **causal, device=self.device)
+        transformer = transformer_of(config, source, torch.bfloat16 if half else torch.float32, self.device)
         if config.checkpointing:
             checkpoint_blocks(transformer)
         return transformer.requires_grad_(False)
@@ -125,10 +117,7 @@ class Networks:
         return learns and len(chunk_partition(self.frames, chunks.first, chunks.rest, True)) > chunks.full_chunks
 
     def _wrap(self, transformer, whole):
-        if self.config.architecture == "bidirectional":
-            return WanNetwork(transformer)
-        first = self.frames if whole else self.config.causal.first
-        return CausalNetwork(transformer, first, self.config.causal.rest, ragged=True)
+        return network_of(transformer, self.config, self.frames if whole else None)
 
     def _targets(self):
         embedders = () if self.config.stage == "teacher" else EMBEDDERS
@@ -158,6 +147,19 @@ class Networks:
                 each.rows, each.with_grad = round(rows * share), round(with_grad * share)
 
 
+def transformer_of(config, source, dtype=torch.float32, device="cpu"):
+    """The transformer that `source` holds (wan_folders.load_transformer), of the configuration's architecture."""
+    limit = config.causal.full_chunks if config.architecture == "causal" else None
+    return load_transformer(source, config.architecture, dtype, limit, device=device)
+
+
+def network_of(transformer, config, whole=None):
+    """The network u(z, t, r, prompt) around a transformer of a run. whole: of a clip that is one chunk, its frames."""
+    if config.architecture == "bidirectional":
+        return WanNetwork(transformer)
+    return CausalNetwork(transformer, whole or config.causal.first, config.causal.rest, ragged=True)
+
+
 class Clock:
     """Seconds of training, those before a checkpoint included."""
 
@@ -185,18 +187,16 @@ def weights_in(source, role="student", whole=False):
     """
     folder = Path(source)
     adapter, transformer = folder / f"{role}.safetensors", folder / role
-    if whole and not adapter.exists():
-        return transformer if transformer.exists() else source
-    if not whole and adapter.exists():
-        return adapter
     if whole:
-        raise InputError(f"{source} holds adapters; expected whole weights: set trained=lora, or export it first")
+        if adapter.exists():
+            raise InputError(f"{source} holds adapters; expected whole weights: set trained=lora, or export it first")
+        return transformer if transformer.exists() else source
+    if adapter.exists():
+        return adapter
     if not folder.is_dir() and (str(source).count("/") != 1 or str(source)[0] in "./~"):
         raise InputError(f"no folder {source}; expected a finished run of distill.py")
-    if transformer.exists() or (folder / "model_index.json").exists() or not folder.is_dir():
-        expected = "a run folder with an adapter: name whole weights as base=, or set trained=full"
-        raise InputError(f"{source} is no run with an adapter of role {role!r}; expected {expected}")
-    raise InputError(f"no {role}.safetensors in {source}; expected a finished run of distill.py")
+    expected = "one of distill.py, finished: name whole weights as base=, or set trained=full"
+    raise InputError(f"{source} is no run with an adapter of role {role!r}; expected {expected}")
 
 
 def optimiser(config, **changes):
@@ -212,7 +212,7 @@ def forward_loss(config, networks, null):
     teaching = config.stage == "teacher"
     guidance = Guidance(config.guidance.scale, null, config.guidance.published) if config.guidance.scale > 1 else None
     loss = FlowMapLoss(
-        {} if teaching else SHARES[config.objective],
+        {} if teaching else FLOW_MAPS[config.objective],
         velocity=partial(velocity, networks.teacher()) if config.velocity == "base" and not teaching else None,
         guidance=guidance,
         weight=weight,
@@ -304,14 +304,10 @@ def prepare(config):
     gone on with, a folder that cannot be written to, or a missing GPU.
     """
     output = Path(config.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise InputError(f"cannot write to {output} ({problem.strerror}); name another folder with output=") from None
     if (output / "run.json").exists():
         raise InputError(f"{config.output} holds a finished run; name another folder with output=FOLDER, or remove it")
     checkpoints = Checkpoints(
-        Path(config.output) / "checkpoints", config.checkpoints.every, config.checkpoints.keep, identity(config)
+        output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, identity(config)
     )
     if config.resume == "never" and checkpoints.found():
         expected = "set resume=auto to go on, name another folder with output=FOLDER, or remove it"
@@ -319,6 +315,10 @@ def prepare(config):
     checkpoints.check_told()
     device = find_device(config.device)
     data = LatentShards(config.data)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise InputError(f"cannot write to {output} ({problem.strerror}); name another folder with output=") from None
     torch.set_float32_matmul_precision("high")  # adapters are float32
     tracker = None if config.log.tracker == "none" else config.log.tracker
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.architecture == "causal")  # coarse patches
@@ -371,7 +371,7 @@ def sampler(config, data, student, accelerator):
     return on_step
 
 
-def save_run(config, networks, roles, history, seconds, accelerator):
+def save_run(config, data, networks, roles, history, seconds, accelerator):
     """Write what a run leaves: the weights of every role that was trained, and how they were made; returns the latter.
 
     Then its checkpoints go. On other processes than the main one: None.
@@ -384,6 +384,7 @@ def save_run(config, networks, roles, history, seconds, accelerator):
         return None
     folder, counts, samples = Path(config.output), networks.counts(), config.steps * config.batch
     samples //= accelerator.num_processes  # of this process, as the counts are
+    frames, _, high, wide = data.shape
     for name, role in roles.items():
         _save(folder, name if role.average is None else f"{name}-last", networks, role.network.network)
         if role.average is not None:
@@ -394,7 +395,7 @@ def save_run(config, networks, roles, history, seconds, accelerator):
         "steps": config.steps,
         "batch": config.batch,
         "processes": accelerator.num_processes,
-        "clip": clip_of(config.data),
+        "clip": {"frames": 4 * frames - 3, "height": 8 * high, "width": 8 * wide, "length": data.null.shape[1]},
         "seconds": round(seconds, 1),
         "evaluations_a_sample": {
             name: {"forwards": rows / samples, "backwards": with_grad / samples}
@@ -441,9 +442,7 @@ def load_run(folder, role="student", dtype=torch.float32, device="cpu"):
     """The transformer of a finished run, its adapter merged: (transformer, Config)."""
     config, _ = read_run(folder)
     weights = weights_in(folder, role, config.trained == "full")
-    causal = {"full_chunk_limit": config.causal.full_chunks} if config.architecture == "causal" else {}
-    source = config.base if config.trained == "lora" else weights
-    transformer = load_transformer(source, config.architecture, dtype, **causal, device=device)
+    transformer = transformer_of(config, config.base if config.trained == "lora" else weights, dtype, device)
     if config.trained == "lora":
         load_role(weights, transformer, role)
         merge_role(transformer, role)

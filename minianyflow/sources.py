@@ -16,8 +16,7 @@ from minianyflow.config import find_device, load_config
 from minianyflow.errors import InputError
 from minianyflow.movies import WAN_CLIP, read_video, write_clips
 from minianyflow.pairs import generator
-from minianyflow.pipelines import network_of
-from minianyflow.runs import load_run, read_run, sample
+from minianyflow.runs import load_run, network_of, read_run, sample
 from minianyflow.wan_folders import decode_latents, encode_prompts, encode_video, load_parts, load_transformer
 
 KINDS = {"AnyFlowPipeline": "bidirectional", "AnyFlowFARPipeline": "causal"}

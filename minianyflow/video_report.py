@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minianyflow.causal import CausalNetwork, causal_rollout, chunk_partition
+from minianyflow.causal import CausalNetwork, causal_rollout
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.pairs import generator
@@ -101,7 +101,7 @@ def measure_network(path, codec_path, how, reference, nfes, quiet=False, positio
     if padded:
         network = CausalNetwork(network.transformer, network.first, network.rest, network.timesteps, padded)
     prompt, balls = prompts_for(COUNT)
-    partition = chunk_partition(z.shape[1], network.first, network.rest) if how.startswith("causal") else None
+    partition = network.partition(z.shape[1]) if how.startswith("causal") else None
     figures, ends = {}, {}
     bar = {"desc": f"measuring {Path(path).stem}", "position": position, "disable": quiet or None, "unit": "sampler"}
     for nfe in tqdm(nfes, **bar):
@@ -119,7 +119,7 @@ def measure_long(path, codec_path, position=0, nfe=4):
     network, codec = load_network(path), load_codec(codec_path)
     (reference, other), _ = held_out(codec, LONG, SEEN)
     z, (prompt, balls) = sobol_noise(SEEN, reference.shape[1:]), prompts_for(SEEN)
-    partition = chunk_partition(z.shape[1], network.first, network.rest)
+    partition = network.partition(z.shape[1])
     ends = sample("causal", network, z, prompt, nfe)
     drifts = {"drift": drift(ends, reference, partition), "drift_of_data": drift(other, reference, partition)}
     return look(ends, codec, balls, partition) | drifts

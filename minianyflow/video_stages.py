@@ -26,7 +26,7 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
 from minianyflow.guidance import guided
 from minianyflow.networks import EvaluationCounter
-from minianyflow.objectives import FlowMapLoss
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.pairs import draw_pairs, generator
 from minianyflow.running import run_jobs, staged
@@ -64,14 +64,15 @@ THREE = (0, 1, 2)
 ALONE = ("codec", "teacher")  # nothing else can be trained beside them: they get two cores
 CONSISTENCY_EMA, FAKE_RATE = 0.95, 5.0
 DROPPED, GUIDANCE = 0.1, 2.0  # of a teacher's rows, that it may be guided; how much, for causal students
-EULERIAN = {"shares": {"eulerian": 1.0}, "adaptive": 0.5}
+FORWARD = {name: {"shares": shares, "adaptive": 0.5} for name, shares in FLOW_MAPS.items()}
+EULERIAN = FORWARD["eulerian"]
 STAGES = {
     "codec": Stage("codec", steps=1000, lr=6e-3),
     "teacher": Stage("teacher", "codec", 6000, lr=6e-3),
     "eulerian": Stage("flow_map", "teacher", 700, seeds=THREE, options=EULERIAN),
-    "lagrangian": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"lagrangian": 1.0}}),
-    "semigroup": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"semigroup": 1.0}}),
-    "mixed": Stage("flow_map", "teacher", 700, options=EULERIAN | {"shares": {"eulerian": 0.5, "semigroup": 0.5}}),
+    "lagrangian": Stage("flow_map", "teacher", 700, options=FORWARD["lagrangian"]),
+    "semigroup": Stage("flow_map", "teacher", 700, options=FORWARD["semigroup"]),
+    "mixed": Stage("flow_map", "teacher", 700, options=FORWARD["mixed"]),
     "consistency": Stage("consistency", "teacher", 700, seeds=THREE),
     "on_policy": Stage("on_policy", "eulerian", 200, 64, 1e-4, THREE, {"forward_weight": 16.0}, 3),
     "forward_only": Stage("flow_map", "eulerian", 410, seeds=THREE, options=EULERIAN, stream=5),

@@ -72,7 +72,7 @@ def distil(config):
         checkpoints,
         watch,
     )
-    return save_run(config, networks, roles, history, clock.seconds, accelerator)
+    return save_run(config, data, networks, roles, history, clock.seconds, accelerator)
 
 
 def main(argv=None):

@@ -36,9 +36,6 @@ class Sharding(Accelerator):
             group["params"] = [weights[name] for name in group["param_names"]]
         return network, optimizer
 
-    def no_sync(self, network):
-        raise NotImplementedError  # nothing here accumulates
-
 
 def main(kind, report, *arguments):
     torch.set_num_threads(1)

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -179,6 +182,7 @@ def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
     again, read = read_run(tmp_path / "run")
     assert again == config
     assert read == made
+    assert made["clip"] == {"frames": 17, "height": 64, "width": 64, "length": 32}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         *("config.yaml", "run.json", "samples"),
         *("student.safetensors", "student-last.safetensors", "fake.safetensors"),
@@ -368,3 +372,16 @@ def test_the_table_of_the_docs_is_what_is_counted(tmp_path):
             made = distill.distil(settings(tmp_path, architecture, stage, *changes))["evaluations_a_sample"]
             counted = {role: f"{n['forwards']:.2f}, {n['backwards']:.2f}" for role, n in made.items()}
             assert {role: cell for role, cell in said[f"{architecture} {stage}"].items() if cell} == counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "processes"), [("one_gpu", 1), ("eight_gpus_ddp", 8)])
+def test_the_launch_files_of_the_docs_start_that_many_processes(folder, launch, processes):
+    """On a CPU: gloo takes the place of nccl. accelerate ignores the FSDP2 file here, which is tried by other means."""
+    where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents", f"output={folder}/{launch}"]
+    quick = ["steps=2", "batch=8", "samples.every=0", "log.tracker=none"]
+    file = ROOT / f"scripts/accelerate/{launch}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, ROOT / "scripts/distill.py"]
+    given = ["--config", "causal", "forward", "tiny", *where, *quick]
+    subprocess.run([*command, *given], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert json.loads((folder / launch / "run.json").read_text())["processes"] == processes

@@ -21,8 +21,8 @@ from minianyflow.exports import licence
 from minianyflow.install import ROOT
 from minianyflow.movies import write_clips
 from minianyflow.pairs import generator
-from minianyflow.pipelines import network_of
-from minianyflow.runs import Networks, load_run, optimiser, read_run, sample, save_run
+from minianyflow.runs import Networks, load_run, network_of, optimiser, read_run, sample, save_run
+from minianyflow.shards import LatentShards
 from minianyflow.sources import find_source
 from minianyflow.training import Role
 from minianyflow.wan_folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
@@ -70,7 +70,7 @@ def make_run(folder, architecture, stage, output, *changes):
         role = Role(student, **optimiser(config))  # the average begins here
         for weight in student.parameters():
             weight.mul_(1.1)
-    save_run(config, networks, {"student": role}, [], 0.0, Accelerator(cpu=True))
+    save_run(config, LatentShards(config.data), networks, {"student": role}, [], 0.0, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,15 @@ def test_an_adapter_without_effect_is_refused(runs, tmp_path, capsys):
         [f"base={runs}/wan", f"data={runs}/wan/latents", f"output={tmp_path}/run", "log.tracker=none"],
     )
     networks = Networks(config, 5)
-    save_run(config, networks, {"student": Role(networks.trained("student"))}, [], 0.0, Accelerator(cpu=True))
+    save_run(
+        config,
+        LatentShards(config.data),
+        networks,
+        {"student": Role(networks.trained("student"))},
+        [],
+        0.0,
+        Accelerator(cpu=True),
+    )
     refused(capsys, export, [tmp_path / "run", tmp_path / "out", "--lora"], "run changes nothing; expected one that")
     assert not (tmp_path / "out").exists()
 
