@@ -26,7 +26,7 @@ That network starts as the base does, so minianyflow builds it; the pipeline is 
 
 ```python
 from diffusers import {pipeline}, FlowMapEulerDiscreteScheduler
-from minianyflow.wan_folders import load_parts
+from minianyflow.wan_folders import load_parts, load_transformer
 
 base = {base_name}
 tokenizer, text_encoder, vae = load_parts(base, "tokenizer", "text_encoder", "vae")

@@ -308,10 +308,11 @@ class Preparation:
             return None
         if not clip.caption:
             return "empty caption"
+        path = self.videos / clip.file
         try:
-            return read_clip(self.videos / clip.file, self.options)
+            return read_clip(path, self.options)
         except InputError as problem:
-            return str(problem)
+            return str(problem).removeprefix(f"{path} ").removeprefix("has ")
 
     def _latent(self, clip, job):
         if clip.file in self.known:

@@ -314,8 +314,8 @@ def test_what_cannot_be_exported_is_one_line(runs, exported, tmp_path, capsys):
     refused(capsys, export, [runs / "causal"], "required: OUT; see export.py --help")
     broken = shutil.copytree(runs / "causal", tmp_path / "broken")
     (broken / "student.safetensors").unlink()
-    refused(capsys, export, [broken, tmp_path / "x"], "no student.safetensors in .*broken")
-    refused(capsys, export, [broken, tmp_path / "x", "--lora"], "no weights student.safetensors in .*broken")
+    refused(capsys, export, [broken, tmp_path / "x"], "broken is no run with an adapter of role 'student'")
+    refused(capsys, export, [broken, tmp_path / "x", "--lora"], "broken is no run with an adapter of role 'student'")
     assert [each.name for each in tmp_path.iterdir()] == ["broken"]
 
 
