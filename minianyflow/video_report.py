@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from minianyflow.causal import CausalNetwork, causal_rollout
 from minianyflow.flow_map import tangent, velocity
+from minianyflow.guidance import guided
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.pairs import generator
 from minianyflow.running import run_jobs, staged
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
 from minianyflow.schedules import time_grid
 from minianyflow.video_measures import drift, frechet_distance, summary
-from minianyflow.video_stages import STAGES, WEIGHTS, path_of
+from minianyflow.video_stages import GUIDANCE, STAGES, WEIGHTS, path_of
 from minianyflow.wan import TextEncoder
 from minianyflow.weights import KINDS, load_codec, load_network, read_weights
 from toy_data import blobs
@@ -53,18 +54,21 @@ def sample(how, network, z, prompt, nfe):
     """Where `nfe` evaluations take the noise z (B, F, C, H, W); (B, F, C, H, W).
 
     how: "euler" (a teacher), "consistency" (re-noised), "flow_map", or, chunk by chunk with `nfe` a chunk, "causal" and
-    "causal euler". "ode" follows a teacher's ODE by dopri5 to a tolerance of 1e-3, whatever `nfe`.
+    "causal euler". "ode" follows a teacher's ODE by dopri5 to a tolerance of 1e-3, whatever `nfe`. "guided euler" and
+    "guided ode" are guided as what students learn: two forwards an evaluation.
     """
     times, ends = time_grid(nfe), []
+    v, null = partial(velocity, network), {"prompt": TextEncoder()([""])}
+    v = guided(v, null, GUIDANCE) if how.startswith("guided") else v
     for index, (noise, text) in enumerate(zip(z.split(PIECE), prompt.split(PIECE), strict=True)):
         if how.startswith("causal"):
             u = network if how == "causal" else tangent(network)
             path = causal_rollout(u, noise, times, text, network.first, network.rest)
-        elif how == "euler":
-            path = sample_euler(partial(velocity, network), noise, times, prompt=text)
-        elif how == "ode":
+        elif how.endswith("euler"):
+            path = sample_euler(v, noise, times, prompt=text)
+        elif how.endswith("ode"):
             ends_only = torch.tensor([1.0, 0.0])
-            path = sample_ode(partial(velocity, network), noise, ends_only, rtol=1e-3, atol=1e-3, prompt=text)
+            path = sample_ode(v, noise, ends_only, rtol=1e-3, atol=1e-3, prompt=text)
         elif how == "consistency":
             path = sample_consistency(network, noise, times, generator(nfe, index), prompt=text)
         else:
@@ -140,9 +144,9 @@ def held_out(codec, frames=FRAMES, count=None):
 def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2, quiet=False, extras=True):
     """Sample and measure every trained network in `weights`; returns the report, any_step.json.
 
-    names: stages, all by default; every seed that is there. extras: all measures but sliced W2, the teacher's exact
-    ODE, long clips and stock's padding for causal students, and the pictures any_step.png, from_ideal.png and
-    contact_sheet.png. Written whole or not at all.
+    names: stages, all by default; every seed that is there. extras: all measures but sliced W2, the teacher
+    guided, its exact ODE, long clips and stock's padding for causal students, and the pictures any_step.png,
+    from_ideal.png and contact_sheet.png. Written whole or not at all.
     """
     names = [name for name, stage in STAGES.items() if stage.kind != "codec"] if names is None else list(names)
     codec = load_codec(path_of(weights, "codec"))
@@ -159,7 +163,8 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
 
     jobs = {(name, seed): job(name, seed, steps(name)) for name in names for seed in seeds_in(weights, name)}
     if "teacher" in names and extras:
-        jobs["teacher", "ode"] = job("teacher", 0, (1,), "ode")
+        jobs["teacher", "guided euler"] = job("teacher", 0, nfes, "guided euler")
+        jobs |= {("teacher", how): job("teacher", 0, (1,), how) for how in ("ode", "guided ode")}
     causal = [name for name in names if how_sampled(name) == "causal" and extras]
     for name in causal:
         jobs[name, "long"] = (measure_long, (path_of(weights, name), path_of(weights, "codec")))
@@ -167,7 +172,7 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
             jobs[name, "padded"] = job(name, 0, (PADDED,), padded=True)
     with staged(output) as folder:
         results = run_jobs(jobs, workers)
-        target = results["teacher", 0][1][max(nfes)] if "teacher" in names else None
+        target = results["teacher", "guided euler"][1][max(nfes)] if ("teacher", "guided euler") in jobs else None
         report = {
             "dataset": "blobs",
             "measure": {"latents": COUNT, "videos": SEEN, "directions": 128, "noise": "scrambled Sobol"},
@@ -179,6 +184,9 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
         report["padding"] = {name: padding(*pair) for name, pair in pairs.items()}
         if ("teacher", "ode") in results:
             report["teacher_ode"] = results["teacher", "ode"][0][1]
+            report["guided_teacher_ode"] = results["teacher", "guided ode"][0][1]
+            by_nfe = results["teacher", "guided euler"][0]
+            report["guided_teacher"] = {str(nfe): figures for nfe, figures in by_nfe.items()}
         report["costs"] = {name: costs(name, weights) for name in ("codec", *names)}
         report = rounded(report)
         (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

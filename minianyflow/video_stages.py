@@ -45,8 +45,9 @@ CLIPS = 16384  # encoded once, for all stages
 class Stage:
     """kind: how it trains (`BUILDERS`). parent: the stage that it starts from. steps, rows, lr: of the loop.
 
-    options: of its loss. guidance: scale of the teacher's velocity. stream: the number of its stream of batches; what
-    goes on from a student has another than that student. One student a seed; seed 0 of the parent where that has fewer.
+    options: of its loss. guidance: scale of its teacher's velocity, 1 is none. stream: the number of its stream of
+    batches; what goes on from a student has another than that student. One student a seed; seed 0 of the parent where
+    that has fewer.
     """
 
     kind: str
@@ -63,19 +64,20 @@ class Stage:
 THREE = (0, 1, 2)
 ALONE = ("codec", "teacher")  # nothing else can be trained beside them: they get two cores
 CONSISTENCY_EMA, FAKE_RATE = 0.95, 5.0
-DROPPED, GUIDANCE = 0.1, 2.0  # of a teacher's rows, that it may be guided; how much, for causal students
+DROPPED = 0.1  # of a teacher's rows, that it may be guided
+GUIDANCE = 2.0  # for all students: what they learn is then a better law than the teacher's own, see docs/video.md
 FORWARD = {name: {"shares": shares, "adaptive": 0.5} for name, shares in FLOW_MAPS.items()}
 EULERIAN = FORWARD["eulerian"]
 STAGES = {
     "codec": Stage("codec", steps=1000, lr=6e-3),
     "teacher": Stage("teacher", "codec", 6000, lr=6e-3),
-    "eulerian": Stage("flow_map", "teacher", 700, seeds=THREE, options=EULERIAN),
-    "lagrangian": Stage("flow_map", "teacher", 700, options=FORWARD["lagrangian"]),
-    "semigroup": Stage("flow_map", "teacher", 700, options=FORWARD["semigroup"]),
-    "mixed": Stage("flow_map", "teacher", 700, options=FORWARD["mixed"]),
-    "consistency": Stage("consistency", "teacher", 700, seeds=THREE),
-    "on_policy": Stage("on_policy", "eulerian", 200, 64, 1e-4, THREE, {"forward_weight": 16.0}, 3),
-    "forward_only": Stage("flow_map", "eulerian", 410, seeds=THREE, options=EULERIAN, stream=5),
+    "eulerian": Stage("flow_map", "teacher", 600, seeds=THREE, options=EULERIAN, guidance=GUIDANCE),
+    "lagrangian": Stage("flow_map", "teacher", 600, options=FORWARD["lagrangian"], guidance=GUIDANCE),
+    "semigroup": Stage("flow_map", "teacher", 600, options=FORWARD["semigroup"], guidance=GUIDANCE),
+    "mixed": Stage("flow_map", "teacher", 600, options=FORWARD["mixed"], guidance=GUIDANCE),
+    "consistency": Stage("consistency", "teacher", 600, seeds=THREE, guidance=GUIDANCE),
+    "on_policy": Stage("on_policy", "eulerian", 150, 64, 1e-4, THREE, {"forward_weight": 24.0}, 3, GUIDANCE),
+    "forward_only": Stage("flow_map", "eulerian", 280, seeds=THREE, options=EULERIAN, stream=5, guidance=GUIDANCE),
     "causal_teacher": Stage("causal_teacher", "teacher", 4000, stream=2),
     "causal": Stage("causal", "causal_teacher", 700, seeds=THREE, options=EULERIAN, stream=7, guidance=GUIDANCE),
     "causal_on_policy": Stage("causal_on_policy", "causal", 150, 64, 1e-4, THREE, stream=3, guidance=GUIDANCE),
@@ -175,7 +177,7 @@ def build_consistency(stage, seed, earlier):
     data = Latents(earlier.folder)
     student = _role(earlier.network(stage.parent, seed), stage, None, ema=CONSISTENCY_EMA)
     options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5} | stage.options
-    student.loss = ConsistencyLoss(earlier.velocity("teacher"), student.average, **options)
+    student.loss = ConsistencyLoss(earlier.velocity("teacher", stage.guidance), student.average, **options)
     return {"student": student}, lambda step: data.batch(
         stage.rows, generator(seed, stage.stream, step), diagonal=1.0, end=0.0
     )

@@ -203,7 +203,9 @@ def test_the_report_and_the_comparison_are_whole(tmp_path, monkeypatch):
     assert report["padding"]["causal_gradient"]["root_mean_square_difference"] > 0.01
     assert len(report["long"]["causal_gradient"]["by_chunk"]) == 5  # 9 latent frames: 1, 2, 2, 2, 2
     assert report["methods"]["teacher"]["nfe"] == [1]
-    assert report["teacher_ode"]["sliced_w2"] > report["floors"]["codec"]["sliced_w2"]
+    for guided_or_not in ("teacher_ode", "guided_teacher_ode"):
+        assert report[guided_or_not]["sliced_w2"] > report["floors"]["codec"]["sliced_w2"]
+    assert report["guided_teacher"]["1"]["sliced_w2"] != report["methods"]["teacher"]["sliced_w2"][0][0]
     assert "teacher" in video_report.table(report)
 
 
