@@ -76,15 +76,15 @@ STAGES = {
     "semigroup": Stage("flow_map", "teacher", 600, options=FORWARD["semigroup"], guidance=GUIDANCE),
     "mixed": Stage("flow_map", "teacher", 600, options=FORWARD["mixed"], guidance=GUIDANCE),
     "consistency": Stage("consistency", "teacher", 600, seeds=THREE, guidance=GUIDANCE),
-    "on_policy": Stage("on_policy", "eulerian", 150, 64, 1e-4, THREE, {"forward_weight": 24.0}, 3, GUIDANCE),
-    "forward_only": Stage("flow_map", "eulerian", 280, seeds=THREE, options=EULERIAN, stream=5, guidance=GUIDANCE),
+    "on_policy": Stage("on_policy", "eulerian", 100, 64, 1e-4, THREE, {"forward_weight": 24.0}, 3, GUIDANCE),
+    "forward_only": Stage("flow_map", "eulerian", 187, seeds=THREE, options=EULERIAN, stream=5, guidance=GUIDANCE),
     "causal_teacher": Stage("causal_teacher", "teacher", 4000, stream=2),
     "causal": Stage("causal", "causal_teacher", 700, seeds=THREE, options=EULERIAN, stream=7, guidance=GUIDANCE),
-    "causal_on_policy": Stage("causal_on_policy", "causal", 150, 64, 1e-4, THREE, stream=3, guidance=GUIDANCE),
+    "causal_on_policy": Stage("causal_on_policy", "causal", 100, 64, 1e-4, THREE, stream=3, guidance=GUIDANCE),
     "causal_gradient": Stage(
-        "causal_on_policy", "causal", 150, 64, 1e-4, (0,), {"context_gradient": True}, 3, GUIDANCE
+        "causal_on_policy", "causal", 100, 64, 1e-4, (0,), {"context_gradient": True}, 3, GUIDANCE
     ),
-    "causal_forward_only": Stage("causal", "causal", 340, options=EULERIAN, stream=6, guidance=GUIDANCE),
+    "causal_forward_only": Stage("causal", "causal", 227, options=EULERIAN, stream=6, guidance=GUIDANCE),
 }
 
 
