@@ -1,0 +1,81 @@
+"""The scenes as one full-window app for a class: Voila serves them from this machine, ready before a page is opened.
+
+One kernel waits with the first scene drawn (a preheated one); the others are built when they are first asked for.
+"""
+
+import time
+import webbrowser
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from minianyflow.browser import free_port, serving, write_notebook
+from minianyflow.errors import choose
+
+TITLES = {
+    "race": "1  The race",
+    "triangle": "2  The triangle",
+    "backward_simulation": "3  Backward simulation",
+    "exposure": "4  Exposure bias",
+    "video": "5  Video",
+}
+FRONT_ENDS = [
+    "@voila-dashboards/widgets-manager8",
+    "@jupyter-widgets/jupyterlab-manager",
+    "anywidget",
+]  # whatever else is installed for JupyterLab stays out
+STATIC = Path(__file__).parent / "static"
+
+
+def app(first="race"):
+    """The widget that Voila shows: a menu of the scenes above the one that is on."""
+    import ipywidgets
+
+    from minianyflow import scenes
+
+    choose("scene", first, TITLES)
+    built, stage = {}, ipywidgets.VBox()
+    menu = ipywidgets.ToggleButtons(options=[(title, name) for name, title in TITLES.items()], value=first)
+    menu.style.button_width = "auto"
+
+    def show(name):
+        if name not in built:
+            try:
+                built[name] = getattr(scenes, name)().widget
+            except Exception as problem:  # noqa: BLE001 (a class must see why, and can choose another scene)
+                stage.children = [ipywidgets.Label(f"{name} cannot be shown: {type(problem).__name__}: {problem}")]
+                raise
+        stage.children = [built[name]]
+
+    show(first)
+    menu.observe(lambda change: show(change.new), "value")
+    return ipywidgets.VBox([menu, stage]).add_class("live")
+
+
+@contextmanager
+def serve(scene="race", port=0):
+    """Voila with that scene drawn and waiting; yields its address and the process."""
+    choose("scene", scene, TITLES)
+    port = free_port(port)
+    with TemporaryDirectory(prefix="minianyflow-live-") as folder:
+        folder = Path(folder)
+        cells = [f"from minianyflow import live\nlive.app({scene!r})", "open('ready', 'w').close()"]
+        write_notebook(folder / "live.ipynb", *cells)
+        options = ["--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", "--template=minianyflow"]
+        options += ["--preheat_kernel=True", "--pool_size=1", "--show_tracebacks=True"]
+        options += [f"--VoilaConfiguration.extension_allowlist={FRONT_ENDS}"]
+        command, address = ["-m", "voila", folder / "live.ipynb", *options], f"http://127.0.0.1:{port}/"
+        environment = {"JUPYTER_PATH": str(STATIC), "IPYTHONDIR": str(folder)}
+        with serving(command, address, folder / "log", environment, ready=folder / "ready") as process:
+            yield address, process
+
+
+def run(scene="race", port=8866, open_page=True):
+    """Serve until interrupted; opens the browser once the first scene is ready."""
+    start = time.perf_counter()
+    print(f"drawing {scene} ...", flush=True)
+    with serve(scene, port) as (address, process):
+        print(f"ready after {time.perf_counter() - start:.0f} s: {address} (Ctrl-C ends it)", flush=True)
+        if open_page:
+            webbrowser.open(address)
+        return process.wait()
