@@ -10,9 +10,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from minianyflow.errors import InputError, choose
@@ -25,8 +28,10 @@ from minianyflow.running import run_jobs, staged
 from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
 from minianyflow.training import Role, batches, train
+from toy_data import circle
 from toy_data.circle import CircleProcess
 
+STUDENTS = Path(circle.__file__).parent / "exposure" / "students.safetensors"  # of the committed run
 FRESH = 1_000_000  # where the batches of an arm begin: it must not see those of the start again
 WINDOW = 4  # frames: enough to tell the speed (4.5 sigma); exact conditionals on a window keep every window's law
 
@@ -301,7 +306,10 @@ def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0):
 
 
 def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", workers=2, quiet=False):
-    """The whole experiment; writes `exposure.json` and `exposure.png`, whole or not at all, and returns the report."""
+    """The whole experiment; writes `exposure.json` and `exposure.png`, whole or not at all, and returns the report.
+
+    With them go all trained networks, `students.safetensors`, in half precision, which `load_student` opens.
+    """
     if not seeds or len(set(seeds)) < len(seeds) or min(budget.start, budget.after, budget.points) < 1:
         raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, one at least, and positive numbers")
     for arm in arms:
@@ -324,11 +332,33 @@ def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", wo
             "start": start,
             "arms": {arm: results[arm][0] for arm in arms},
         }
+        made = {"budget": json.dumps(report["budget"]), "seeds": json.dumps(report["seeds"])}
+        trained = {"start": weights} | {arm: results[arm][1] for arm in arms}
+        halves = {f"{arm}/{name}": value.half() for arm, each in trained.items() for name, value in each.items()}
+        save_file(halves, folder / STUDENTS.name, made)
         from minianyflow.pictures import save_figure
 
         save_figure(exposure_figure(report), folder / "exposure.png")
         (folder / "exposure.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def load_student(arm, copy=0, path=STUDENTS):
+    """The trained CausalMLP of one arm, or "start", and one seed, from what `run` wrote; by default in toy_data/."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"no {path.name} in {path.parent}; make it: python -m minianyflow exposure --output FOLDER")
+    with safe_open(path, "pt") as file:
+        made, names = file.metadata(), list(file.keys())
+        arms = dict.fromkeys(name.split("/")[0] for name in names)
+        choose("arm", arm, arms)
+        weights = {n.split("/")[1]: file.get_tensor(n).float() for n in names if n.startswith(f"{arm}/")}
+    seeds, budget = json.loads(made["seeds"]), json.loads(made["budget"])
+    if not 0 <= copy < len(seeds):
+        raise InputError(f"copy {copy} of a student with {len(seeds)} copies; expected 0 to {len(seeds) - 1}")
+    network = CausalMLP(budget["width"], seeds=seeds[copy : copy + 1])
+    network.load_state_dict({name: value[copy : copy + 1] for name, value in weights.items()})
+    return network.eval().requires_grad_(False)
 
 
 def exposure_figure(report):

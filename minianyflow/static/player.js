@@ -1,0 +1,612 @@
+// The one player: trajectories arrive once, as bytes; time is scrubbed here, without asking anybody.
+//
+// mountPlayer(element, { scene, payload }, options)  draws; needs no widget. scene: JSON, payload: the bytes it names.
+// mountPage(element, page, payload)                  an offline page: choices above one player, every scene held.
+// default { render }                                 the widget (anywidget): traits `scene`, `payload`, `picked`.
+//
+// What a browser test may read, on the root element .lm-player: data-ready, data-frames (pictures drawn so far),
+// data-drawn (a hash of where everything was drawn), data-position (0 to 1), data-serial (of the scene), data-error.
+
+const PLAYING = 5000; // milliseconds from one end to the other
+const PROGRESS = 65000; // the whole way, in the units of when a pixel of a trail appears
+
+function rgb(colour) {
+  const value = parseInt(colour.slice(1), 16);
+  return [(value >> 16) & 255, (value >> 8) & 255, value & 255];
+}
+
+const packed = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
+const paler = (colour, keep) => rgb(colour).map((part) => Math.round(255 - keep * (255 - part)));
+const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+
+// The arrays of a scene: { values, shape, scale }; a value in data units is values[i] * scale.
+function unpack(scene, payload) {
+  const bytes = payload instanceof ArrayBuffer ? new Uint8Array(payload) : new Uint8Array(payload.buffer, payload.byteOffset, payload.byteLength);
+  const arrays = {};
+  for (const [name, { offset, shape, type, scale }] of Object.entries(scene.arrays)) {
+    const [Kind, width] = { int16: [Int16Array, 2], uint8: [Uint8Array, 1] }[type];
+    const count = shape.reduce((a, b) => a * b, 1);
+    if (offset + count * width > bytes.length) throw new Error(`array ${name} ends at byte ${offset + count * width}; the payload has ${bytes.length}`);
+    arrays[name] = { values: new Kind(bytes.slice(offset, offset + count * width).buffer), shape, scale };
+  }
+  return arrays;
+}
+
+function pick(arrays, name) {
+  if (!(name in arrays)) throw new Error(`no array ${name} in this scene; it has ${Object.keys(arrays).join(", ")}`);
+  return arrays[name];
+}
+
+// Where `at` lies among `times`, which all rise or all fall: the place before it, and the fraction of the way to the next.
+function locate(times, at) {
+  const sign = times[times.length - 1] >= times[0] ? 1 : -1;
+  let k = 0;
+  while (k < times.length - 2 && sign * times[k + 1] <= sign * at) k++;
+  const length = times.length > 1 ? times[k + 1] - times[k] : 0;
+  return [k, length === 0 ? (sign * at >= sign * times[k] ? 1 : 0) : clamp((at - times[k]) / length, 0, 1)];
+}
+
+function disc(radius) {
+  const reach = Math.ceil(radius + 1), spots = [];
+  for (let y = -reach; y <= reach; y++)
+    for (let x = -reach; x <= reach; x++) {
+      const cover = clamp(radius + 0.5 - Math.hypot(x, y), 0, 1);
+      if (cover > 0) spots.push([x, y, cover]);
+    }
+  return spots;
+}
+
+// ---- particles on the plane: pixels written by hand, since 3000 arcs a frame are too slow without a graphics card
+
+class Plane {
+  static aspect = 1;
+
+  constructor(spec, arrays, player) {
+    Object.assign(this, { spec, player });
+    this.paths = pick(arrays, spec.points);
+    this.ghosts = spec.ghosts ? pick(arrays, spec.ghosts) : null;
+    this.exact = spec.exact ? pick(arrays, spec.exact) : null;
+    if (this.paths.shape[0] !== spec.times.length) throw new Error(`${spec.title}: ${this.paths.shape[0]} states at ${spec.times.length} times`);
+    this.colour = rgb(spec.colour);
+  }
+
+  prepare(context, size, ratio) {
+    Object.assign(this, { context, size, ratio });
+    this.image = context.createImageData(size, size);
+    this.out = new Uint32Array(this.image.data.buffer);
+    this.back = new Uint32Array(size * size).fill(0xffffffff);
+    this.faint = new Uint16Array(size * size).fill(65535); // when the trail first crosses a pixel
+    this.strong = new Uint16Array(size * size).fill(65535);
+    this.scale = size / (2 * this.spec.limit);
+    this.small = disc(1.7 * ratio);
+    this.large = disc(4 * ratio);
+    this.rim = disc(5.4 * ratio);
+    const { paths, spec } = this, followed = new Set(spec.followed || []);
+    if (spec.ring) for (let k = 0; k < 2000; k++) this.onBack(spec.ring * Math.cos(k * 0.0031416), spec.ring * Math.sin(k * 0.0031416), disc(0.8 * ratio), [150, 150, 150]);
+    if (this.ghosts) {
+      const dot = disc(1.4 * ratio), { values, scale } = this.ghosts;
+      for (let i = 0; i < values.length; i += 2) this.onBack(values[i] * scale, values[i + 1] * scale, dot, [200, 200, 200]);
+    }
+    if (this.exact) for (const i of followed) this.line(this.exact, i, disc(2.2 * ratio), null);
+    for (let i = 0; i < Math.min(spec.trails ?? 100, paths.shape[1]); i++) this.line(paths, i, disc(0.4 * ratio), this.faint);
+    for (const i of followed) this.line(paths, i, disc(1.0 * ratio), this.strong, disc(2.6 * ratio));
+  }
+
+  place(x, y) {
+    return [Math.round(this.size / 2 + x * this.scale), Math.round(this.size / 2 - y * this.scale)];
+  }
+
+  onBack(x, y, spots, colour) {
+    const [px, py] = this.place(x, y);
+    this.stamp(this.back, px, py, spots, colour);
+  }
+
+  stamp(pixels, px, py, spots, [r, g, b]) {
+    const { size } = this, solid = packed([r, g, b]);
+    for (const [dx, dy, cover] of spots) {
+      const x = px + dx, y = py + dy;
+      if (x < 0 || y < 0 || x >= size || y >= size) continue;
+      const where = y * size + x;
+      if (cover === 1) pixels[where] = solid;
+      else {
+        const old = pixels[where], left = 1 - cover;
+        pixels[where] = packed([cover * r + left * (old & 255), cover * g + left * ((old >> 8) & 255), cover * b + left * ((old >> 16) & 255)]);
+      }
+    }
+  }
+
+  // The path of particle i into a buffer of first crossings, or (null) in grey onto the background; `knot` marks states.
+  line(paths, i, spots, buffer, knot) {
+    const { values, shape, scale } = paths, { size } = this, stride = shape[1] * 2;
+    const times = buffer ? this.spec.times : new Array(shape[0]).fill(0);
+    const mark = (px, py, when, shape) => {
+      if (!buffer) return this.stamp(this.back, px, py, shape, [165, 165, 165]);
+      for (const [dx, dy, cover] of shape) {
+        const x = px + dx, y = py + dy;
+        if (cover > 0.4 && x >= 0 && y >= 0 && x < size && y < size && buffer[y * size + x] > when) buffer[y * size + x] = when;
+      }
+    };
+    for (let k = 0; k < shape[0]; k++) {
+      const at = k * stride + 2 * i, when = Math.round(PROGRESS * this.player.progressOf(times[k]));
+      const [x1, y1] = this.place(values[at] * scale, values[at + 1] * scale);
+      if (knot && shape[0] <= 40) mark(x1, y1, when, knot);
+      if (k + 1 === shape[0]) break;
+      const [x2, y2] = this.place(values[at + stride] * scale, values[at + stride + 1] * scale);
+      const next = Math.round(PROGRESS * this.player.progressOf(times[k + 1])), count = Math.max(1, Math.abs(x2 - x1), Math.abs(y2 - y1));
+      if (count > 8 * size) continue; // far outside
+      for (let j = 0; j <= count; j++) {
+        const part = j / count;
+        mark(Math.round(x1 + part * (x2 - x1)), Math.round(y1 + part * (y2 - y1)), Math.round(when + part * (next - when)), spots);
+      }
+    }
+  }
+
+  draw(at, progress, hash) {
+    const { out, back, faint, strong, spec, size } = this, now = Math.round(PROGRESS * progress);
+    const trail = packed(paler(spec.colour, 0.42)), bold = packed(this.colour);
+    for (let p = 0; p < out.length; p++) out[p] = strong[p] <= now ? bold : faint[p] <= now ? trail : back[p];
+    const { values, shape, scale } = this.paths, stride = shape[1] * 2, [k, part] = locate(spec.times, at);
+    const here = k * stride, next = Math.min(k + 1, shape[0] - 1) * stride, factor = scale * this.scale, middle = size / 2;
+    const put = (i, spots, colour) => {
+      const x = values[here + 2 * i], y = values[here + 2 * i + 1];
+      const px = Math.round(middle + (x + part * (values[next + 2 * i] - x)) * factor);
+      const py = Math.round(middle - (y + part * (values[next + 2 * i + 1] - y)) * factor);
+      hash.add(px * 65536 + py);
+      this.stamp(out, px, py, spots, colour);
+    };
+    for (let i = 0; i < shape[1]; i++) put(i, this.small, this.colour);
+    for (const i of spec.followed || []) {
+      put(i, this.rim, [255, 255, 255]);
+      put(i, this.large, [0, 0, 0]);
+    }
+    this.context.putImageData(this.image, 0, 0);
+    this.context.strokeStyle = "#cccccc";
+    this.context.strokeRect(0.5, 0.5, size - 1, size - 1);
+  }
+}
+
+// ---- pictures drawn with the canvas' own means; width and height in CSS pixels, text no smaller than 16
+
+class Sketch {
+  constructor(spec, arrays, player) {
+    Object.assign(this, { spec, arrays, player });
+  }
+
+  prepare(context, width, ratio, height) {
+    Object.assign(this, { context, ratio, width: width / ratio, height: height / ratio });
+  }
+
+  begin() {
+    const { context, ratio } = this;
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.fillStyle = "#ffffff";
+    context.fillRect(0, 0, this.width, this.height);
+    context.font = "16px system-ui, sans-serif";
+    context.textBaseline = "middle";
+    context.lineWidth = 1;
+    context.setLineDash([]);
+  }
+
+  text(words, x, y, align = "center", colour = "#1a1a1a", turn = 0) {
+    const { context } = this;
+    context.save();
+    context.translate(x, y);
+    context.rotate(turn);
+    context.textAlign = align;
+    context.fillStyle = colour;
+    context.fillText(words, 0, 0);
+    context.restore();
+  }
+
+  path(points, colour, width, dash = []) {
+    const { context } = this;
+    context.beginPath();
+    points.forEach(([x, y], k) => (k ? context.lineTo(x, y) : context.moveTo(x, y)));
+    context.strokeStyle = colour;
+    context.lineWidth = width;
+    context.setLineDash(dash);
+    context.stroke();
+    context.setLineDash([]);
+  }
+
+  dot(x, y, radius, colour, rim = "#ffffff") {
+    const { context } = this;
+    context.beginPath();
+    context.arc(x, y, radius, 0, 7);
+    context.fillStyle = colour;
+    context.fill();
+    context.lineWidth = 1.5;
+    context.strokeStyle = rim;
+    context.stroke();
+  }
+}
+
+// The triangle of times: a jump from t to r is the point (t, r); a path of jumps is a staircase below the diagonal.
+class Triangle extends Sketch {
+  static aspect = 1;
+
+  prepare(...arguments_) {
+    super.prepare(...arguments_);
+    const left = 46, bottom = 46, top = 26, right = 14;
+    this.side = Math.min(this.width - left - right, this.height - top - bottom);
+    this.x = (t) => left + t * this.side;
+    this.y = (r) => top + (1 - r) * this.side;
+    this.toTime = (px, py) => [(px - left) / this.side, 1 - (py - top) / this.side];
+    this.chain ??= [...this.spec.chain];
+    this.chosen ??= 0;
+    const { canvas } = this.context;
+    if (this.spec.drag) this.listen(canvas);
+  }
+
+  listen(canvas) {
+    if (this.listening) return;
+    this.listening = true;
+    canvas.classList.add("lm-drag");
+    canvas.tabIndex = 0;
+    canvas.setAttribute("aria-label", "jumps in the triangle of times: drag a dot; arrow keys move it, digits choose one");
+    const where = (event) => {
+      const box = canvas.getBoundingClientRect();
+      return this.toTime(((event.clientX - box.left) * this.width) / box.width, ((event.clientY - box.top) * this.height) / box.height);
+    };
+    canvas.onpointerdown = (event) => {
+      const [t, r] = where(event), far = (i) => Math.hypot(this.chain[i] - t, this.chain[i + 1] - r);
+      this.chosen = [...this.chain.keys()].slice(0, -1).reduce((a, b) => (far(b) < far(a) ? b : a));
+      canvas.setPointerCapture(event.pointerId);
+      this.dragging = true;
+      this.move(this.chosen, t, r);
+    };
+    canvas.onpointermove = (event) => this.dragging && this.move(this.chosen, ...where(event));
+    canvas.onpointerup = canvas.onpointercancel = () => (this.dragging = false);
+    canvas.onkeydown = (event) => {
+      const step = 1 / this.spec.snap, [t, r] = [this.chain[this.chosen], this.chain[this.chosen + 1]];
+      const to = { ArrowLeft: [t - step, r], ArrowRight: [t + step, r], ArrowUp: [t, r + step], ArrowDown: [t, r - step] }[event.key];
+      const digit = parseInt(event.key, 10);
+      if (digit >= 1 && digit < this.chain.length) this.chosen = digit - 1;
+      else if (!to) return;
+      event.preventDefault();
+      event.stopPropagation();
+      if (to) this.move(this.chosen, ...to);
+      else this.player.dirty();
+    };
+  }
+
+  // Dot i is the jump from chain[i] to chain[i + 1]; both stay between their neighbours, on the grid.
+  move(i, t, r) {
+    const { chain } = this, { snap } = this.spec, grid = (value) => Math.round(value * snap) / snap, least = 1 / snap;
+    const before = [...chain];
+    chain[i + 1] = clamp(grid(r), i + 2 < chain.length ? chain[i + 2] + least : 0, (i ? chain[i - 1] : 1) - (i ? 2 : 1) * least);
+    chain[i] = clamp(grid(t), chain[i + 1] + least, i ? chain[i - 1] - least : 1);
+    if (chain.some((value, k) => value !== before[k])) this.player.picked([...chain]);
+    this.player.dirty();
+  }
+
+  draw(at, progress, hash) {
+    this.begin();
+    const { x, y, chain, spec } = this, colour = spec.colour;
+    this.path([[x(0), y(0)], [x(1), y(1)], [x(1), y(0)], [x(0), y(0)]], "#777777", 1.5);
+    for (const tick of [0, 0.5, 1]) {
+      this.text(String(tick), x(tick), y(0) + 14);
+      this.text(String(tick), x(0) - 10, y(tick), "right");
+    }
+    this.text("from t (1 is noise)", x(0.5), y(0) + 34);
+    this.text("to r", x(0) - 34, y(0.5), "center", "#1a1a1a", -Math.PI / 2);
+    this.text("diffusion", x(0.34), y(0.34) - 16, "center", "#555555", -Math.PI / 4);
+    this.text("consistency: r = 0", x(0.56), y(0) - 13, "center", "#555555");
+    for (const [t, r] of spec.dots || []) this.dot(x(t), y(r), 4, spec.dots_colour || "#999999");
+    const stairs = [];
+    for (let i = 0; i + 1 < chain.length; i++) stairs.push([x(chain[i]), y(chain[i])], [x(chain[i]), y(chain[i + 1])], [x(chain[i + 1]), y(chain[i + 1])]);
+    this.path(stairs, colour, 2.5);
+    if (at <= 1 && at >= 0) this.path([[x(at), y(0)], [x(at), y(at)]], "#000000", 1.5, [4, 4]);
+    for (let i = 0; i + 1 < chain.length; i++) {
+      this.dot(x(chain[i]), y(chain[i + 1]), spec.drag ? 10 : 7, colour, i === this.chosen && spec.drag ? "#000000" : "#ffffff");
+      hash.add(Math.round(4096 * chain[i]) * 65536 + Math.round(4096 * chain[i + 1]));
+    }
+    hash.add(Math.round(1000 * at));
+  }
+}
+
+// Lines or bars over time, with a cursor where we are.
+class Chart extends Sketch {
+  static aspect = 0.78;
+
+  prepare(...arguments_) {
+    super.prepare(...arguments_);
+    const { spec, width, height } = this, [low, high] = spec.limits, [from, to] = [this.player.axis.from, this.player.axis.to];
+    const left = 64, right = 12, top = 12 + 20 * (spec.lines || []).filter((line) => line.label).length, bottom = 46;
+    const squash = spec.log ? Math.log : (value) => value;
+    this.box = [left, top, width - right, height - bottom];
+    this.x = (time) => left + ((time - from) / (to - from)) * (width - left - right);
+    this.y = (value) => top + (1 - (squash(clamp(value, low, high)) - squash(low)) / (squash(high) - squash(low))) * (height - top - bottom);
+  }
+
+  draw(at, progress, hash) {
+    this.begin();
+    const { spec, x, y, arrays, context } = this, [left, top, right, bottom] = this.box;
+    for (const tick of spec.ticks) {
+      this.path([[left, y(tick)], [right, y(tick)]], "#dddddd", 1);
+      this.text(String(tick), left - 8, y(tick), "right");
+    }
+    for (const tick of spec.times) this.text(String(tick), x(tick), bottom + 14);
+    this.text(spec.xlabel, (left + right) / 2, bottom + 34);
+    this.path([[left, top], [left, bottom], [right, bottom]], "#777777", 1);
+    for (const { from, to, height, colour, label } of spec.bars || []) {
+      const [a, b] = [x(from), x(to)].sort((one, other) => one - other);
+      context.fillStyle = colour;
+      context.fillRect(a + 1, y(height), Math.max(2, b - a - 2), bottom - y(height));
+      if (label) this.text(label, (a + b) / 2, y(height) - 10);
+      hash.add(Math.round(y(height)));
+    }
+    let row = 0;
+    for (const { points, times, colour, dash, label } of spec.lines || []) {
+      const { values, scale } = pick(arrays, points);
+      this.path(times.map((time, k) => [x(time), y(values[k] * scale)]), colour, 2.5, dash || []);
+      values.forEach((value) => hash.add(value));
+      if (label) {
+        this.path([[left + 6, 14 + 20 * row], [left + 40, 14 + 20 * row]], colour, 3, dash || []);
+        this.text(label, left + 48, 14 + 20 * row++, "left");
+      }
+    }
+    this.path([[x(at), top], [x(at), bottom]], "#000000", 1.5, [4, 4]);
+    hash.add(Math.round(x(at)));
+  }
+}
+
+// Clips playing, below each other: an array (clips, frames, height, width) of greys.
+class Video extends Sketch {
+  static aspect(spec, arrays) {
+    const [clips, , height, width] = pick(arrays, spec.clips).shape;
+    return (clips * (height + 1)) / width;
+  }
+
+  draw(at, progress, hash) {
+    this.begin();
+    const { values, shape } = pick(this.arrays, this.spec.clips), [clips, frames, height, width] = shape;
+    const frame = clamp(Math.floor(at + 1e-6), 0, frames - 1), { context } = this;
+    const small = (this.small ??= new OffscreenCanvas(width, height)), pen = small.getContext("2d"), image = pen.createImageData(width, height);
+    context.imageSmoothingEnabled = false;
+    for (let clip = 0; clip < clips; clip++) {
+      const start = (clip * frames + frame) * height * width;
+      for (let p = 0; p < height * width; p++) {
+        const grey = values[start + p];
+        image.data.set([grey, grey, grey, 255], 4 * p);
+        hash.add(grey);
+      }
+      pen.putImageData(image, 0, 0);
+      const tall = this.height / clips;
+      context.drawImage(small, 0, clip * tall, this.width, tall - this.width / width);
+    }
+  }
+}
+
+const KINDS = { plane: Plane, triangle: Triangle, chart: Chart, video: Video };
+
+class Hash {
+  constructor() {
+    this.value = 2166136261;
+  }
+  add(number) {
+    this.value = Math.imul(this.value ^ number, 16777619);
+  }
+}
+
+function make(kind, parent, name, words) {
+  const element = parent.appendChild(document.createElement(kind));
+  if (name) element.className = name;
+  if (words) element.textContent = words;
+  return element;
+}
+
+/** Draw a scene into `element`. options: onPick(chain), what to do when a dot of the triangle has been moved.
+ *  Returns { update(content), seek(position), play(), pause(), destroy(), root }. */
+export function mountPlayer(element, content, options = {}) {
+  const root = make("div", element, "lm-player");
+  root.tabIndex = 0;
+  root.dataset.lmSuppressShortcuts = "true"; // or JupyterLab takes the arrow keys
+  root.dataset.frames = "0";
+  const problem = make("div", root, "lm-error");
+  problem.hidden = true;
+  const panels = make("div", root, "lm-panels"), bar = make("div", root, "lm-bar");
+  const button = make("button", bar, "", "Play"), range = make("input", bar), clock = make("output", bar), note = make("p", root, "lm-note");
+  button.type = "button";
+  Object.assign(range, { type: "range", min: 0, max: 1, step: "any", value: 1 });
+  range.setAttribute("aria-label", "time");
+  range.dataset.lmSuppressShortcuts = "true";
+
+  let parts = [], scene = null, position = 1, waiting = 0, playing = 0, frames = 0;
+
+  const player = {
+    axis: null,
+    progressOf: (at) => clamp((at - player.axis.from) / (player.axis.to - player.axis.from || 1), 0, 1),
+    dirty: () => (waiting ||= requestAnimationFrame(guarded(draw))),
+    picked: (chain) => options.onPick?.(chain),
+  };
+
+  function guarded(work) {
+    return (...arguments_) => {
+      try {
+        return work(...arguments_);
+      } catch (error) {
+        waiting = 0;
+        problem.hidden = false;
+        problem.textContent = `this picture could not be drawn: ${error.message}`;
+        root.dataset.error = error.message;
+        reportError(error);
+      }
+    };
+  }
+
+  function draw() {
+    waiting = 0;
+    if (!scene || !panels.clientWidth) return;
+    const began = performance.now(), ratio = window.devicePixelRatio || 1, hash = new Hash();
+    const at = player.axis.from + position * (player.axis.to - player.axis.from);
+    for (const part of parts) {
+      const wide = part.canvas.clientWidth, size = Math.max(1, Math.round(wide * ratio));
+      if (part.size !== size || part.ratio !== ratio) {
+        const tall = Math.max(1, Math.round(size * part.aspect));
+        Object.assign(part.canvas, { width: size, height: tall });
+        part.canvas.style.aspectRatio = `${size} / ${tall}`;
+        part.drawing.prepare(part.canvas.getContext("2d", { willReadFrequently: true }), size, ratio, tall);
+        Object.assign(part, { size, ratio });
+      }
+      part.drawing.draw(at, position, hash);
+      part.canvas.dataset.frames = String(frames + 1);
+    }
+    clock.textContent = `${player.axis.label} = ${at.toFixed(player.axis.digits)}`;
+    if (document.activeElement !== range || Math.abs(range.value - position) > 1e-3) range.value = position;
+    frames += 1;
+    const seen = { ready: "1", frames, drawn: (hash.value >>> 0).toString(16), position: position.toFixed(4), serial: scene.serial ?? 0 };
+    Object.assign(root.dataset, seen, { drawMs: (performance.now() - began).toFixed(1) });
+  }
+
+  function update({ scene: told, payload }) {
+    const arrays = unpack(told, payload);
+    problem.hidden = true;
+    delete root.dataset.error;
+    player.axis = told.axis;
+    const old = parts, same = old.length === told.panels.length && old.every((part, k) => part.kind === told.panels[k].kind);
+    if (!same) panels.replaceChildren();
+    panels.style.gridTemplateColumns = `repeat(${told.columns || told.panels.length}, minmax(0, 1fr))`;
+    if (told.widths) panels.style.gridTemplateColumns = told.widths.map((width) => `minmax(0, ${width}fr)`).join(" ");
+    parts = told.panels.map((spec, k) => {
+      const Kind = KINDS[spec.kind];
+      if (!Kind) throw new Error(`a panel of kind ${spec.kind}; known: ${Object.keys(KINDS).join(", ")}`);
+      const figure = same ? old[k].figure : make("figure", panels);
+      const [title, canvas, table] = same ? figure.children : [make("figcaption", figure), make("canvas", figure), make("div", figure, "lm-measures")];
+      title.textContent = spec.title;
+      title.style.color = spec.ink || "";
+      canvas.setAttribute("role", "img");
+      canvas.setAttribute("aria-label", [spec.title, ...(spec.measures || []).map((pair) => pair.join(" "))].join(", "));
+      table.replaceChildren();
+      for (const [name, value] of spec.measures || []) make("span", table, "", name), make("b", table, "", value);
+      const aspect = typeof Kind.aspect === "function" ? Kind.aspect(spec, arrays) : spec.aspect || Kind.aspect;
+      canvas.style.aspectRatio = `1 / ${aspect}`;
+      const drawing = new Kind(spec, arrays, player);
+      if (same && old[k].drawing.dragging) Object.assign(drawing, { chain: old[k].drawing.chain, chosen: old[k].drawing.chosen, dragging: true });
+      else if (same && old[k].drawing.chosen < (spec.chain?.length ?? 0) - 1) drawing.chosen = old[k].drawing.chosen;
+      return { kind: spec.kind, figure, canvas, drawing, aspect };
+    });
+    note.textContent = told.note || "";
+    note.hidden = !told.note;
+    if (scene === null) position = told.position ?? 1;
+    scene = told;
+    player.dirty();
+  }
+
+  function seek(to) {
+    position = clamp(to, 0, 1);
+    player.dirty();
+  }
+
+  function pause() {
+    cancelAnimationFrame(playing);
+    playing = 0;
+    button.textContent = "Play";
+  }
+
+  function play() {
+    if (position >= 1) position = 0;
+    let last = performance.now();
+    const length = scene?.duration || PLAYING;
+    button.textContent = "Pause";
+    const go = (now) => {
+      seek(position + Math.max(0, now - last) / length);
+      last = now;
+      if (position >= 1 && scene?.loop) position = 0;
+      if (position >= 1) pause();
+      else playing = requestAnimationFrame(go);
+    };
+    cancelAnimationFrame(playing);
+    playing = requestAnimationFrame(go);
+  }
+
+  // One stop on: the states of the picture with the most of them.
+  function step(way) {
+    const stops = scene.axis.stops.map(player.progressOf);
+    const next = way > 0 ? stops.find((stop) => stop > position + 1e-6) : stops.findLast((stop) => stop < position - 1e-6);
+    seek(next ?? (way > 0 ? 1 : 0));
+  }
+
+  button.onclick = () => (playing ? pause() : play());
+  range.oninput = () => (pause(), seek(Number(range.value)));
+  root.addEventListener("keydown", (event) => {
+    const does = { ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => seek(0), End: () => seek(1), " ": () => button.onclick() }[event.key];
+    if (!does || (event.key === " " && event.target === button) || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    if (event.key !== " ") pause();
+    does();
+  });
+
+  const watch = new ResizeObserver(() => player.dirty());
+  watch.observe(panels);
+  guarded(update)(content);
+  const destroy = () => {
+    pause();
+    watch.disconnect();
+    cancelAnimationFrame(waiting);
+    root.remove();
+  };
+  return { update: guarded(update), seek, play, pause, destroy, root };
+}
+
+/** Choices above a player, all scenes held. page: { controls: [{ name, label, values, labels, value }], scenes: { key: scene } },
+ *  key: the chosen values joined by "|". A dot moved in a triangle chooses the held scene whose chain is nearest. */
+export function mountPage(element, page, payload) {
+  const row = make("div", element, "lm-choices"), chosen = {};
+  const content = () => ({ scene: page.scenes[page.controls.map(({ name }) => chosen[name]).join("|")], payload });
+  for (const { name, label, values, labels, value } of page.controls) {
+    chosen[name] = value;
+    const select = make("select", make("label", row, "", label));
+    select.name = name;
+    values.forEach((each, k) => Object.assign(make("option", select, "", String(labels?.[k] ?? each)), { value: k, selected: each === value }));
+    select.onchange = () => {
+      chosen[name] = values[Number(select.value)];
+      player.update(content());
+    };
+  }
+  const player = mountPlayer(element, content(), { onPick: (chain) => nearest(chain) });
+  function nearest(chain) {
+    const far = (scene) => {
+      const held = scene.panels.find(({ kind }) => kind === "triangle").chain;
+      return held.length === chain.length ? Math.hypot(...held.map((value, k) => value - chain[k])) : Infinity;
+    };
+    const [key] = Object.entries(page.scenes).reduce((a, b) => (far(b[1]) < far(a[1]) ? b : a));
+    key.split("|").forEach((value, k) => {
+      const { name, values } = page.controls[k], index = values.findIndex((each) => String(each) === value);
+      chosen[name] = values[index];
+      row.querySelector(`select[name="${name}"]`).value = index;
+    });
+    player.update(content());
+  }
+  return player;
+}
+
+/** The widget. A moved dot goes to the kernel when it has answered the last one, so that none waits in a queue. */
+function render({ model, el }) {
+  let waiting = false, next = null, late = 0;
+  const content = () => ({ scene: model.get("scene"), payload: model.get("payload") });
+  const send = (chain) => {
+    if (waiting) return void (next = chain);
+    waiting = true;
+    late = setTimeout(answered, 2000); // a kernel that is restarting never answers
+    model.set("picked", chain);
+    model.save_changes();
+  };
+  const answered = () => {
+    clearTimeout(late);
+    waiting = false;
+    const chain = next;
+    next = null;
+    if (chain) send(chain);
+  };
+  const player = mountPlayer(el, content(), { onPick: send });
+  const show = () => (player.update(content()), answered());
+  model.on("change:scene", show);
+  return () => {
+    model.off("change:scene", show);
+    player.destroy();
+  };
+}
+
+export default { render };
