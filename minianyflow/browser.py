@@ -36,9 +36,9 @@ def chromium():
 
 
 @contextmanager
-def watched(browser, size=WINDOW):
-    """A page of its own; `page.complaints` has its errors, `page.blocked` the addresses it asked for beyond loopback."""
-    context = browser.new_context(viewport=size)
+def watched(browser, size=WINDOW, **options):
+    """A page of its own: `page.complaints` holds its errors, `page.blocked` what it asked for beyond loopback."""
+    context = browser.new_context(viewport=size, **options)
     page = context.new_page()
     page.complaints, page.blocked = [], []
 

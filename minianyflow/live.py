@@ -41,8 +41,8 @@ def app(first="race"):
     def show(name):
         if name not in built:
             try:
-                built[name] = getattr(scenes, name)().widget
-            except Exception as problem:  # noqa: BLE001 (a class must see why, and can choose another scene)
+                built[name] = scenes.open_scene(name).widget
+            except Exception as problem:  # a class must see why, and can go on with another scene
                 stage.children = [ipywidgets.Label(f"{name} cannot be shown: {type(problem).__name__}: {problem}")]
                 raise
         stage.children = [built[name]]
