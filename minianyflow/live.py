@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from minianyflow.browser import free_port, serving, write_notebook
-from minianyflow.errors import choose
+from minianyflow.errors import InputError, choose
 
 TITLES = {
     "race": "1  The race",
@@ -52,30 +52,49 @@ def app(first="race"):
     return ipywidgets.VBox([menu, stage]).add_class("live")
 
 
+def prepared(first):
+    """`app(first)`, as the served notebook calls it: the file `ready` beside it says that it is drawn, or why not."""
+    problem = ""
+    try:
+        return app(first)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        Path("unready").write_text(problem)
+        Path("unready").replace("ready")  # whole, whenever it is looked at
+
+
 @contextmanager
 def serve(scene="race", port=0):
     """Voila with that scene drawn and waiting; yields its address and the process."""
     choose("scene", scene, TITLES)
-    port = free_port(port)
+    port = free_port(port)  # taken: said before anything is started
     with TemporaryDirectory(prefix="minianyflow-live-") as folder:
         folder = Path(folder)
-        cells = [f"from minianyflow import live\nlive.app({scene!r})", "open('ready', 'w').close()"]
-        write_notebook(folder / "live.ipynb", *cells)
+        write_notebook(folder / "live.ipynb", f"from minianyflow import live\nlive.prepared({scene!r})")
         options = ["--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", "--template=minianyflow"]
         options += ["--preheat_kernel=True", "--pool_size=1", "--show_tracebacks=True"]
         options += [f"--VoilaConfiguration.extension_allowlist={FRONT_ENDS}"]
         command, address = ["-m", "voila", folder / "live.ipynb", *options], f"http://127.0.0.1:{port}/"
         environment = {"JUPYTER_PATH": str(STATIC), "IPYTHONDIR": str(folder)}
         with serving(command, address, folder / "log", environment, ready=folder / "ready") as process:
+            if problem := (folder / "ready").read_text():
+                raise InputError(f"{scene} cannot be drawn: {problem}")
             yield address, process
 
 
 def run(scene="race", port=8866, open_page=True):
     """Serve until interrupted; opens the browser once the first scene is ready."""
+    choose("scene", scene, TITLES)
     start = time.perf_counter()
-    print(f"drawing {scene} ...", flush=True)
+    print(f"drawing {scene} (some seconds)", flush=True)
     with serve(scene, port) as (address, process):
         print(f"ready after {time.perf_counter() - start:.0f} s: {address} (Ctrl-C ends it)", flush=True)
         if open_page:
             webbrowser.open(address)
-        return process.wait()
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            print("\nended")
+            return 0
