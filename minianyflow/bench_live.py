@@ -9,11 +9,10 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from minianyflow.browser import chromium, jupyter_lab, open_notebook, run_cells, watched, write_notebook
+from minianyflow.browser import READY, chromium, jupyter_lab, open_notebook, run_cells, watched, write_notebook
 from minianyflow.errors import InputError
 from minianyflow.live import serve
 
-READY = '.lm-player[data-ready="1"]'
 PARTICLES, STEPS, FRAMES_OF, MOVED_TO = 1000, 32, 3, 16  # of the bars: 32 steps when scrubbed, 16 when a control moves
 SECONDS = 2.0  # of scrubbing, for one figure
 BARS = {

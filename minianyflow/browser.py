@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 from minianyflow import install
 from minianyflow.errors import InputError
 
+READY = '.lm-player[data-ready="1"]'  # the first picture is drawn
 KERNEL = "globalThis.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
 WINDOW = {"width": 1600, "height": 1000}
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0  # whose Chromium and Jupyter start only if told that this is meant

@@ -73,13 +73,13 @@ def animate(page, path, frames=36, size=(1180, 700), colours=32, milliseconds=10
     """A looping GIF of an offline page, from noise to data: every frame a picture taken in the browser."""
     from PIL import Image
 
-    from minianyflow.browser import chromium, watched
+    from minianyflow.browser import READY, chromium, watched
 
     if Path(path).suffix != ".gif":
         raise InputError(f"an animation to {path}; expected a name that ends in .gif")
     with chromium() as browser, watched(browser, dict(zip(("width", "height"), size, strict=True))) as tab:
         tab.goto(Path(page).resolve().as_uri())
-        tab.wait_for_selector('.lm-player[data-ready="1"]')
+        tab.wait_for_selector(READY)
         tab.add_style_tag(content=".lm-player { font-size: 16px !important; }")
         pictures = []
         for frame in range(frames):
