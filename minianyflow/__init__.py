@@ -12,6 +12,7 @@ The rooms, from the ground up; each needs only those above it in this list:
     networks, faults, training                    a small network, what may go wrong in a long run, the one loop
     measures, pictures                            how far off, and what it looks like
     checkpoints                                   what training goes on from
+    students                                      trained networks of the plane, samplers by name
     running, demo, ablation                       jobs side by side, the race, what moves it
     exposure                                      exposure bias, where it is exact
     codec, wan, causal, teacher_forcing           video: the codec, transformers of diffusers as u, chunk by chunk
@@ -20,6 +21,8 @@ The rooms, from the ground up; each needs only those above it in this list:
     roles                                         one frozen base, three roles: LoRA adapters
     video_measures, video_pictures                what a blob video should be, and what it looks like
     video_stages, video_report                    every stage of training, and what each reaches at any step count
+    player, stills, scene                         the player of trajectories, its pictures, controls around it
+    plane_scenes, clip_scenes, scenes             the five scenes of the course, one line each
     config, wan_folders, movies                   Wan2.1: what a run is told, weights and parts, videos as files
     clips, prepare                                captioned videos to shards of latents
     runs, exports, sources                        what a run trains and leaves, out to diffusers, what can be sampled

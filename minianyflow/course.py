@@ -179,6 +179,8 @@ def _tidy(cell):
         cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
         for output in cell.outputs:
             output.pop("metadata", None) if output.output_type == "stream" else None
+            if "image/png" in output.get("data", {}):  # a scene's picture is shown where its widget has no kernel
+                output.data.pop("application/vnd.jupyter.widget-view+json", None)
 
 
 def _is_bar(output):

@@ -5,12 +5,10 @@ Every student has the same network, data, teacher (the exact velocity), evaluati
 
 import json
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -21,8 +19,9 @@ from minianyflow.networks import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.pairs import generator
 from minianyflow.running import run_jobs, staged
-from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
+from minianyflow.samplers import sample_ode
 from minianyflow.schedules import time_grid
+from minianyflow.students import METHODS, Budget, load_student, sample  # noqa: F401 (opens what `run` writes)
 from minianyflow.training import Role, batches, train
 from toy_data import plane
 
@@ -31,21 +30,8 @@ POINTS = 8192  # of the measure: fewer would measure the sampling noise
 DRAWS = 4  # of fresh noise for a sampler that re-noises, pooled for a second reading: one alone reads mostly that noise
 PIECE = 1024  # of the points, carried together: they stay in the processor's cache; a picture shows one piece
 SHOWN = (1, 4, 16, 64)
-STUDENTS = Path(plane.__file__).parent / "students"  # of the committed run
 
 ADAPTIVE = {"lagrangian": 0.25}  # 0.5 for the others, who are worse with 1/4; 0 and 1 were tried for it
-METHODS = ("euler", *FLOW_MAPS, "consistency")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every method gets: training steps, rows of a batch for each seed, learning rate, network."""
-
-    steps: int = 10000
-    rows: int = 128
-    lr: float = 1e-2
-    width: int = 64
-    depth: int = 4
 
 
 BUDGET = Budget()
@@ -75,15 +61,6 @@ def make_student(method, dataset, seeds, budget, **changes):
         options = {"shares": shares, "velocity": velocity, "adaptive": ADAPTIVE.get(method, 0.5)}
         student.loss = FlowMapLoss(**options | changes)
     return student, batches(mixture.sample, budget.rows, seeds, **pairs)
-
-
-def sample(method, network, dataset, z, nfe, draw=0, **condition):
-    """The trajectory (nfe + 1, B, 2) of one method from noise `z` (B, 2) in `nfe` evaluations."""
-    if choose("method", method, dict.fromkeys(METHODS, method)) == "euler":
-        return sample_euler(plane.load(dataset).velocity, z, time_grid(nfe))
-    if method == "consistency":
-        return sample_consistency(network, z, time_grid(nfe), generator(nfe, draw), **condition)
-    return sample_flow_map(network, z, time_grid(nfe), **condition)
 
 
 def sample_all(method, network, dataset, copies, bar):
@@ -145,21 +122,6 @@ def exact_flow(dataset, position=0):
     mixture, pieces = plane.load(dataset), sobol_noise(POINTS, (2,)).split(PIECE)
     ends = [mixture.flow(z, torch.ones(len(z)), torch.zeros(len(z))) for z in pieces]
     return torch.cat(ends), sample_ode(mixture.velocity, pieces[0], time_grid(64)).numpy()
-
-
-def load_student(method, copy=0, folder=STUDENTS):
-    """The trained network u(z, t, r) of one seed, from what `run` wrote; by default the one in toy_data/."""
-    path = Path(folder) / f"{choose('method', method, dict.fromkeys(METHODS[1:], method))}.safetensors"
-    if not path.exists():
-        raise InputError(f"no {path.name} in {folder}; make one with python -m minianyflow demo --output {folder}")
-    with safe_open(path, "pt") as file:
-        made, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    seeds, budget = json.loads(made["seeds"]), Budget(**json.loads(made["budget"]))
-    if not 0 <= copy < len(seeds):
-        raise InputError(f"copy {copy} of a student with {len(seeds)} copies; expected 0 to {len(seeds) - 1}")
-    network = MLP(width=budget.width, depth=budget.depth, seeds=seeds[copy : copy + 1])
-    network.load_state_dict({name: value[copy : copy + 1] for name, value in weights.items()})
-    return network.eval().requires_grad_(False)
 
 
 def references(dataset):

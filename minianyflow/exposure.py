@@ -138,6 +138,7 @@ ON_POLICY = {  # weight of the forward loss, whether the past is detached
     "on-policy, detached": (1.0, True),
     "on-policy, forward x 4": (4.0, False),
 }
+KEPT = ("teacher forcing", "on-policy", "on-policy, detached")  # what a scene shows
 ARMS = tuple(FORCING | ON_POLICY)  # each goes on from the same start, until it has cost the same
 COLOURS = ("#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
 NFE, CLIPS, TRUE = (1, 4, 16), 4096, 1024  # of the measure: step counts, clips made, clips that give a true context
@@ -308,7 +309,7 @@ def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0):
 def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", workers=2, quiet=False):
     """The whole experiment; writes `exposure.json` and `exposure.png`, whole or not at all, and returns the report.
 
-    With them go all trained networks, `students.safetensors`, in half precision, which `load_student` opens.
+    With them go the students of the arms KEPT, `students.safetensors`, in half precision, which `load_student` opens.
     """
     if not seeds or len(set(seeds)) < len(seeds) or min(budget.start, budget.after, budget.points) < 1:
         raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, one at least, and positive numbers")
@@ -333,7 +334,7 @@ def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", wo
             "arms": {arm: results[arm][0] for arm in arms},
         }
         made = {"budget": json.dumps(report["budget"]), "seeds": json.dumps(report["seeds"])}
-        trained = {"start": weights} | {arm: results[arm][1] for arm in arms}
+        trained = {arm: results[arm][1] for arm in KEPT if arm in arms}
         halves = {f"{arm}/{name}": value.half() for arm, each in trained.items() for name, value in each.items()}
         save_file(halves, folder / STUDENTS.name, made)
         from minianyflow.pictures import save_figure
@@ -344,7 +345,7 @@ def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", wo
 
 
 def load_student(arm, copy=0, path=STUDENTS):
-    """The trained CausalMLP of one arm, or "start", and one seed, from what `run` wrote; by default in toy_data/."""
+    """The trained CausalMLP of one of the arms KEPT and one seed, from what `run` wrote; by default in toy_data/."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"no {path.name} in {path.parent}; make it: python -m minianyflow exposure --output FOLDER")

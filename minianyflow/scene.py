@@ -5,11 +5,13 @@ such values into what the player shows and touches no widget: so it is tested, e
 """
 
 import base64
+import contextlib
 import itertools
 import sys
 import traceback
 
 import ipywidgets
+import torch
 
 from minianyflow.errors import InputError, choose
 from minianyflow.player import Pack, Player
@@ -25,7 +27,7 @@ class Scene:
     """
 
     title = ""
-    offline = {}  # {control: the values that an offline page offers}; others stay as they are
+    offline = ()  # (control, the values that an offline page offers), ...; others stay as they are
     offline_particles = 300
 
     def __init__(self, **start):
@@ -47,10 +49,6 @@ class Scene:
 
     def draw(self, pack, **state):
         """The scene, JSON, for these values of the controls; arrays go into `pack`."""
-        raise NotImplementedError
-
-    def picture(self, **state):
-        """A matplotlib Figure of the scene for these values: what a saved notebook keeps."""
         raise NotImplementedError
 
     def picked(self, chain):
@@ -76,7 +74,8 @@ class Scene:
     def redraw(self):
         """Draw what the controls say."""
         pack = Pack()
-        scene = self.draw(pack, particles=self.particles, **self.state())
+        with one_thread():
+            scene = self.draw(pack, particles=self.particles, **self.state())
         self.player.show(scene, pack.payload)
 
     def on_change(self, change):
@@ -86,6 +85,17 @@ class Scene:
     def on_pick(self, change):
         """A dot was moved in the picture."""
         self.guarded(lambda: self.picked(list(change["new"])))
+
+    @contextlib.contextmanager
+    def quiet(self, *names):
+        """Controls may be moved in here without a new drawing for each."""
+        for name in names:
+            self.controls[name].unobserve(self.on_change, "value")
+        try:
+            yield
+        finally:
+            for name in names:
+                self.controls[name].observe(self.on_change, "value")
 
     def guarded(self, work):
         """work(); an error is shown below the player, printed, kept in `errors` and raised again."""
@@ -101,23 +111,25 @@ class Scene:
     def payloads(self):
         """What an offline page holds: ({"title", "controls", "scenes"}, bytes); every scene under its choices."""
         pack, state = Pack(), self.state()
-        controls = [_choices(name, self.controls[name], values, state[name]) for name, values in self.offline.items()]
+        offline = dict(self.offline)
+        controls = [_choices(name, self.controls[name], values, state[name]) for name, values in offline.items()]
         scenes = {}
-        for chosen in itertools.product(*self.offline.values()):
+        for chosen in itertools.product(*offline.values()):
             key = "|".join(_plain(value) for value in chosen)
-            now = state | dict(zip(self.offline, chosen, strict=True))
+            now = state | dict(zip(offline, chosen, strict=True))
             scenes[key] = self.draw(pack, particles=self.offline_particles, **now)
         return {"title": self.title, "controls": controls, "scenes": scenes}, pack.payload
 
     def png(self):
-        """The picture of the scene as it stands; bytes, 64 colours."""
+        """The picture as it stands, with the time at the start of a scene: what a saved notebook keeps. PNG, bytes."""
         import matplotlib.pyplot as plt
 
         from minianyflow.pictures import small_png
+        from minianyflow.stills import still
 
-        figure = self.picture(**self.state())
+        figure = still(self.player.scene, self.player.payload)
         try:
-            return small_png(figure, dpi=80)
+            return small_png(figure, dpi=70)
         finally:
             plt.close(figure)
 
@@ -128,6 +140,17 @@ class Scene:
         still = base64.b64encode(self.png()).decode()
         text = f"{self.title} (run this cell to move it)"
         return {**data, "image/png": still, "text/plain": text}, metadata
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Small networks run fastest on one thread, whatever the notebook has set."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def dropdown(label, options, value=None):

@@ -166,7 +166,13 @@ def test_the_report_is_whole_and_its_arms_cost_the_same(tmp_path, monkeypatch):
     arms = ("teacher forcing", "on-policy")
     report = exposure.run((0, 1), TINY, arms, tmp_path, quiet=True)
     assert json.loads((tmp_path / "exposure.json").read_text())["arms"].keys() == set(arms)
-    assert {file.name for file in tmp_path.iterdir()} == {"exposure.json", "exposure.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"exposure.json", "exposure.png", "students.safetensors"}
+    kept = [exposure.load_student("on-policy", copy, tmp_path / "students.safetensors") for copy in (0, 1)]
+    assert not torch.equal(kept[0].mlp.weight0, kept[1].mlp.weight0)
+    with pytest.raises(InputError, match="unknown arm"):
+        exposure.load_student("start", path=tmp_path / "students.safetensors")
+    with pytest.raises(InputError, match="copy 2"):
+        exposure.load_student("on-policy", 2, tmp_path / "students.safetensors")
     for points in report["arms"].values():
         assert len(points) == 2
         assert points[-1]["cost"]["evaluations"] == pytest.approx(2 * TINY.after, rel=0.15)

@@ -227,7 +227,7 @@ class Triangle extends Sketch {
 
   prepare(...arguments_) {
     super.prepare(...arguments_);
-    const left = 46, bottom = 46, top = 26, right = 14;
+    const left = 62, bottom = 46, top = 26, right = 14;
     this.side = Math.min(this.width - left - right, this.height - top - bottom);
     this.x = (t) => left + t * this.side;
     this.y = (r) => top + (1 - r) * this.side;
@@ -289,7 +289,7 @@ class Triangle extends Sketch {
       this.text(String(tick), x(0) - 10, y(tick), "right");
     }
     this.text("from t (1 is noise)", x(0.5), y(0) + 34);
-    this.text("to r", x(0) - 34, y(0.5), "center", "#1a1a1a", -Math.PI / 2);
+    this.text("to r", x(0) - 48, y(0.5), "center", "#1a1a1a", -Math.PI / 2);
     this.text("diffusion", x(0.34), y(0.34) - 16, "center", "#555555", -Math.PI / 4);
     this.text("consistency: r = 0", x(0.56), y(0) - 13, "center", "#555555");
     for (const [t, r] of spec.dots || []) this.dot(x(t), y(r), 4, spec.dots_colour || "#999999");
@@ -351,11 +351,11 @@ class Chart extends Sketch {
   }
 }
 
-// Clips playing, below each other: an array (clips, frames, height, width) of greys.
+// Clips playing, side by side: an array (clips, frames, height, width) of greys.
 class Video extends Sketch {
   static aspect(spec, arrays) {
     const [clips, , height, width] = pick(arrays, spec.clips).shape;
-    return (clips * (height + 1)) / width;
+    return height / (clips * (width + 1) - 1);
   }
 
   draw(at, progress, hash) {
@@ -372,8 +372,8 @@ class Video extends Sketch {
         hash.add(grey);
       }
       pen.putImageData(image, 0, 0);
-      const tall = this.height / clips;
-      context.drawImage(small, 0, clip * tall, this.width, tall - this.width / width);
+      const pixel = this.width / (clips * (width + 1) - 1); // one of them between the clips
+      context.drawImage(small, clip * (width + 1) * pixel, 0, width * pixel, this.height);
     }
   }
 }
