@@ -83,7 +83,8 @@ def serving(command, address, log, environment=None, ready=None, seconds=60):
         while not (Path(ready).exists() if ready else _answers(address)):
             if process.poll() is not None or time.monotonic() > deadline:
                 last = (Path(log).read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-                raise InputError(f"{command[command[0] == "-m"]} did not come up within {seconds} s; it says: {last}")
+                name = command[command[0] == "-m"]
+                raise InputError(f"{name} did not come up within {seconds} s; it says: {last}")
             time.sleep(0.05)
         yield process
     finally:
