@@ -9,7 +9,16 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from minianyflow.browser import READY, chromium, jupyter_lab, open_notebook, run_cells, watched, write_notebook
+from minianyflow.browser import (
+    READY,
+    chromium,
+    jupyter_lab,
+    open_notebook,
+    run_cells,
+    shut_down,
+    watched,
+    write_notebook,
+)
 from minianyflow.errors import InputError
 from minianyflow.live import serve
 
@@ -71,7 +80,7 @@ def run(repeats=5, quiet=False):
                 if last:
                     figures["control"] = moves(page, repeats)
                     bar.update()
-                page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+                shut_down(page)
         for _ in range(repeats):  # a server each: the first page after a start is what a class sees
             with serve() as (address, _), watched(browser) as page:
                 start = time.perf_counter()

@@ -20,6 +20,7 @@ from minianyflow.errors import InputError
 
 READY = '.lm-player[data-ready="1"]'  # the first picture is drawn
 KERNEL = "globalThis.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+PATIENCE = 60000  # milliseconds until a page is given up: the cores may have other work
 WINDOW = {"width": 1600, "height": 1000}
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0  # whose Chromium and Jupyter start only if told that this is meant
 
@@ -40,6 +41,7 @@ def chromium():
 def watched(browser, size=WINDOW, **options):
     """A page of its own: `page.complaints` holds its errors, `page.blocked` what it asked for beyond loopback."""
     context = browser.new_context(viewport=size, **options)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     page.complaints, page.blocked = [], []
 
@@ -134,6 +136,11 @@ def open_notebook(page, address, name):
     """Open one notebook of that JupyterLab and wait until its kernel is ready."""
     page.goto(f"{address}/doc/tree/{name}")
     page.wait_for_function(f"{KERNEL}?.status == 'idle'")
+
+
+def shut_down(page):
+    """End the kernel of the notebook that is open: it would outlive the page."""
+    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
 
 
 def run_cells(page, restart=False):

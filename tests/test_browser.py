@@ -1,10 +1,20 @@
 """The scenes in a real browser: in JupyterLab, as pages opened from a file, as the app. Nothing leaves the machine."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 
-from minianyflow.browser import READY, chromium, jupyter_lab, open_notebook, run_cells, watched, write_notebook
+from minianyflow.browser import (
+    READY,
+    chromium,
+    jupyter_lab,
+    open_notebook,
+    run_cells,
+    shut_down,
+    watched,
+    write_notebook,
+)
 from minianyflow.live import TITLES, serve
 from minianyflow.offline import write_pages
 from minianyflow.scenes import SCENES
@@ -14,7 +24,6 @@ pytestmark = pytest.mark.slow
 PIXELS = "() => [...document.querySelectorAll('.lm-player canvas')].map((each) => each.toDataURL()).join()"
 PLAYER, RANGE, CHOICES = ".lm-player", ".lm-bar input[type=range]", ".lm-choices select"
 CONTROLS = ".widget-dropdown, .widget-hslider, .widget-checkbox, .widget-toggle-buttons"
-PATIENCE = 30000  # milliseconds: the other cores may be busy
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +56,15 @@ def pages(tmp_path_factory):
     return dict(zip(SCENES, write_pages(folder, quiet=True), strict=True))
 
 
-def run(page, address, name):
-    """Open that notebook and run it until its picture is there."""
-    open_notebook(page, address, f"{name}.ipynb")
-    run_cells(page)
-    page.wait_for_selector(READY, timeout=2 * PATIENCE)
-    page.wait_for_function("document.querySelector('.jp-Notebook').innerText.includes('[1]:')")
+@contextmanager
+def running(browser, address, name):
+    """A page with that notebook, run until its picture is there."""
+    with watched(browser) as page:
+        open_notebook(page, address, f"{name}.ipynb")
+        run_cells(page)
+        page.wait_for_selector(READY)
+        yield page
+        shut_down(page)
 
 
 @dataclass
@@ -87,7 +99,7 @@ def controls(page):
     return [Control(each.locator("label").first.inner_text().strip(), each) for each in found]
 
 
-def redrawn(page, before, timeout=PATIENCE):
+def redrawn(page, before, timeout=None):
     """Whether the canvases' pixels are others than `before`, now or soon."""
     from playwright.sync_api import TimeoutError as TookTooLong
 
@@ -111,8 +123,7 @@ def is_well(page):
 
 @pytest.mark.parametrize("name", SCENES)
 def test_every_control_changes_the_picture(browser, lab, name):
-    with watched(browser) as page:
-        run(page, lab, name)
+    with running(browser, lab, name) as page:
         page.wait_for_selector(".jp-OutputArea-output pre")
         expected = page.locator(".jp-OutputArea-output pre").last.inner_text().strip().split("|")
         assert [control.label for control in controls(page)] == expected
@@ -127,8 +138,7 @@ def test_every_control_changes_the_picture(browser, lab, name):
 
 
 def test_a_disconnected_control_is_noticed(browser, lab):
-    with watched(browser) as page:
-        run(page, lab, "disconnected")
+    with running(browser, lab, "disconnected") as page:
         page.wait_for_timeout(1000)  # until the panels have their size
         for control in controls(page):
             before = page.evaluate(PIXELS)
@@ -137,16 +147,14 @@ def test_a_disconnected_control_is_noticed(browser, lab):
 
 
 def test_an_error_in_a_callback_is_shown(browser, lab):
-    with watched(browser) as page:
-        run(page, lab, "wrong")
+    with running(browser, lab, "wrong") as page:
         controls(page)[0].move()
         page.wait_for_selector("pre.lm-error")
         assert "nothing to draw" in page.inner_text("pre.lm-error")
 
 
 def test_keys_move_time_and_not_the_notebook(browser, lab):
-    with watched(browser) as page:
-        run(page, lab, "race")
+    with running(browser, lab, "race") as page:
         cells = page.locator(".jp-Cell").count()
         for focused in (PLAYER, RANGE):
             page.focus(focused)
@@ -172,11 +180,10 @@ def test_keys_move_time_and_not_the_notebook(browser, lab):
 
 
 def test_a_kernel_restart_recovers(browser, lab):
-    with watched(browser) as page:
-        run(page, lab, "race")
+    with running(browser, lab, "race") as page:
         page.evaluate(f"document.querySelector('{PLAYER}').dataset.old = '1'")
         run_cells(page, restart=True)
-        page.wait_for_selector(f"{READY}:not([data-old])", timeout=2 * PATIENCE)
+        page.wait_for_selector(f"{READY}:not([data-old])")
         page.wait_for_selector(f"{PLAYER}[data-old]", state="detached")
         before = page.evaluate(PIXELS)
         controls(page)[0].move()
@@ -189,7 +196,7 @@ def test_a_page_from_a_file_scrubs_and_switches(browser, pages, name):
     assert pages[name].stat().st_size < 3e6
     with watched(browser, offline=True) as page:
         page.goto(pages[name].as_uri())
-        page.wait_for_selector(READY, timeout=PATIENCE)
+        page.wait_for_selector(READY)
         assert page.locator(CHOICES).count() > 0
         for choice in page.locator(CHOICES).all():
             before = page.evaluate(PIXELS)
@@ -206,7 +213,7 @@ def test_a_page_from_a_file_scrubs_and_switches(browser, pages, name):
 def test_the_app_shows_every_scene(browser):
     with serve("race") as (address, _), watched(browser) as page:
         page.goto(address)
-        page.wait_for_selector(READY, timeout=PATIENCE)
+        page.wait_for_selector(READY)
         before = page.evaluate(PIXELS)
         control = controls(page)[1]  # the first is the menu of scenes
         control.move()
