@@ -12,12 +12,13 @@ import traceback
 
 import ipywidgets
 import torch
+from traitlets import TraitError
 
 from minianyflow.errors import InputError, choose
 from minianyflow.player import Pack, Player
 
 WIDE = ipywidgets.Layout(width="auto", min_width="260px")
-STYLE = {"description_width": "initial", "font_size": "17px"}
+STYLE = {"description_width": "initial"}
 
 
 class Scene:
@@ -38,6 +39,7 @@ class Scene:
         self.message = ipywidgets.HTML()
         row = ipywidgets.HBox(list(self.controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
         self.widget = ipywidgets.VBox([row, self.player, self.message])
+        self.widget.add_class("lm-scene")
         self.redraw()  # once before anything is wired: an error here reaches whoever asked for the scene
         for control in self.controls.values():
             control.observe(self.on_change, "value")
@@ -68,7 +70,7 @@ class Scene:
         control = choose("control", name, self.controls)
         try:
             control.value = value
-        except Exception:
+        except TraitError:
             raise InputError(f"{name} {value!r}; expected {_expected(control)}") from None
 
     def redraw(self):
