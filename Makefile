@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m minianyflow
 
-.PHONY: demo video weights wan-tiny faults lab test check setup
+.PHONY: demo video weights wan-tiny faults lab live live-html bench-live test check setup
 
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET))
@@ -21,6 +21,15 @@ faults: setup ## kill, fill, cut and poison tiny runs; every one must lose nothi
 
 lab: setup    ## the course, in JupyterLab
 	@$(RUN) lab
+
+live: setup   ## the scenes as a full-window app for a class, offline (SCENE=race|triangle|backward_simulation|exposure|video)
+	@$(RUN) live $(if $(SCENE),--scene $(SCENE))
+
+live-html: setup  ## each scene as one page that needs no server
+	@$(RUN) live-html
+
+bench-live: setup  ## how quickly the scenes answer, in a headless browser
+	@$(RUN) bench-live
 
 test: setup   ## every test
 	@$(RUN) test

@@ -26,6 +26,7 @@ The rooms, from the ground up; each needs only those above it in this list:
     config, wan_folders, movies                   Wan2.1: what a run is told, weights and parts, videos as files
     clips, prepare                                captioned videos to shards of latents
     runs, exports, sources                        what a run trains and leaves, out to diffusers, what can be sampled
+    browser, live, offline, bench_live            around the scenes: a browser, the app, offline pages, how quick
     course, exercises, __main__                   what notebooks stand on, their exercises, the command line
 """
 

@@ -4,6 +4,7 @@ This module needs nothing but Python until a command that needs more is run: `se
 """
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minianyflow.errors import InputError
-from minianyflow.install import ROOT, setup
+from minianyflow.install import ROOT, browser, setup
 
 
 def demo(arguments):
@@ -91,7 +92,37 @@ def lab(arguments):
     """Open the course in JupyterLab."""
     page, settings = "/lab/tree/notebooks/README.md", ROOT / "notebooks/.lab"  # which show Markdown rendered
     options = [f"--LabApp.default_url={page}", f"--LabApp.app_settings_dir={settings}"]
+    options += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # or it refuses, in a container
     return subprocess.call([sys.executable, "-m", "jupyterlab", *options], cwd=ROOT)
+
+
+def live(arguments):
+    """Serve the scenes as a full-window app for a class, offline, with the first one drawn before it is opened."""
+    from minianyflow.live import run
+
+    return run(arguments.scene, arguments.port, not arguments.no_browser)
+
+
+def live_html(arguments):
+    """Write each scene as one page that needs no server and no network; with --animation a GIF of the first instead."""
+    from minianyflow.offline import animate, write_pages
+
+    if arguments.animation:
+        browser(install=True)
+    names = arguments.scene or (["race"] if arguments.animation else None)
+    pages = write_pages(arguments.output, names, arguments.quiet)
+    written = [animate(pages[0], arguments.animation)] if arguments.animation else pages
+    for path in written:
+        print(f"written: {path}, {Path(path).stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+def bench_live(arguments):
+    """Measure in a headless browser how quickly the scenes answer, a minute or two; fails if a bar is missed."""
+    from minianyflow.bench_live import report
+
+    browser(install=True)
+    return report(arguments.repeats, arguments.quiet)
 
 
 def course(arguments):
@@ -132,6 +163,11 @@ def exercises(arguments):
 def test(arguments):
     """Run every test and every notebook, or with --fast the quick tests."""
     chosen = ["-m", "not slow"] if arguments.fast else ["--nbmake", "--nbmake-timeout=600", "tests", "notebooks"]
+    if not arguments.fast:
+        try:
+            browser(install=True)
+        except InputError as problem:
+            print(f"{problem}; the tests that need it will fail", file=sys.stderr)
     return subprocess.call([sys.executable, "-m", "pytest", *chosen], cwd=ROOT)
 
 
@@ -168,7 +204,7 @@ def parse(argv):
 
     def add(function):
         each = commands.add_parser(
-            function.__name__,
+            function.__name__.replace("_", "-"),
             help=function.__doc__.splitlines()[0],
             description=function.__doc__,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -200,6 +236,18 @@ def parse(argv):
         if function is video:
             each.add_argument("--weights", default=str(ROOT / "toy_data/video"), help="folder of the trained networks")
     add(lab)
+    each = add(live)
+    each.add_argument("--scene", default="race", help="the one that is drawn first")
+    each.add_argument("--port", default=8866, type=int, help="of this machine; 0 for any that is free")
+    each.add_argument("--no-browser", action="store_true", help="only say the address")
+    each = add(live_html)
+    each.add_argument("--scene", action="append", help="only this one; may be said again (default: all)")
+    each.add_argument("--output", default="outputs/live", help="folder for what is written")
+    each.add_argument("--animation", metavar="GIF", help="a file to write, from noise to data, instead of all pages")
+    each.add_argument("--quiet", action="store_true", help="no progress bar")
+    each = add(bench_live)
+    each.add_argument("--repeats", default=5, type=int, help="of every measurement")
+    each.add_argument("--quiet", action="store_true", help="no progress bar")
     each = add(course)
     each.add_argument("--only", help="the number of one notebook, say 03")
     each.add_argument("--compare", action="store_true", help="write nothing; say where claims differ from those saved")

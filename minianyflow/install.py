@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -33,3 +34,28 @@ def setup(arguments=None):
             raise InputError(f"pip could not install {what[-1]}; see its message above, then run the command again")
     stamp.write_text(wanted)
     return 0
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+APPLICATIONS = (  # where other systems keep one
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "C:/Program Files/Google/Chrome/Application/chrome.exe",
+)
+
+
+def browser(install=False):
+    """The path of a Chromium, which tests and the benchmark drive; InputError where there is none.
+
+    install: with root on Debian, get it by apt-get first; nothing of this is ever downloaded from elsewhere.
+    """
+    found = [shutil.which(name) for name in BROWSERS] + [path for path in APPLICATIONS if Path(path).exists()]
+    if any(found):
+        return next(filter(None, found))
+    if install and shutil.which("apt-get") and os.geteuid() == 0:
+        print("installing Debian's chromium, which the browser tests drive (once; a minute or more)", flush=True)
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for step in (["update"], ["install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core"]):
+            subprocess.call(["apt-get", "--quiet", *step], env=environment, stdout=subprocess.DEVNULL)
+        return browser()
+    raise InputError("no browser found, and the browser tests drive one: apt install chromium (or install Chrome)")
