@@ -14,9 +14,9 @@ def still(scene, payload):
     columns = scene.get("columns", len(scene["panels"]))
     rows = -(-len(scene["panels"]) // columns)
     video = scene["panels"][0]["kind"] == "video"
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(3.7 * columns, rows * (3.1 if video else 5.1)), layout="constrained"
-    )
+    lines = max(len(panel.get("measures", [])) for panel in scene["panels"])
+    height = (1.9 if video else 4.6) + 0.27 * lines
+    figure, grid = plt.subplots(rows, columns, figsize=(3.7 * columns, 0.4 + rows * height), layout="constrained")
     for axes, panel in zip(np.ravel(grid), scene["panels"], strict=True):
         _PANELS[panel["kind"]](axes, panel, lambda name: unpacked(scene, payload, name))
         axes.set_title(panel["title"], fontsize=15)
