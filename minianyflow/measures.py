@@ -6,7 +6,6 @@ noises are scrambled Sobol points, the reference is stratified over components, 
 
 import numpy as np
 import torch
-from scipy.special import gammainccinv
 
 from minianyflow.errors import InputError
 from minianyflow.interpolant import check_finite
@@ -64,6 +63,8 @@ def off_share(samples, mixture, rare=3.35e-4):
     Off: farther away than all but the share `rare` of a component's own samples, which is 4 sigmas in the plane and
     more in more dimensions.
     """
+    from scipy.special import gammainccinv
+
     radius = (2 * gammainccinv(mixture.means.shape[1] / 2, rare)) ** 0.5  # chi-square, D degrees of freedom
     distance = torch.cdist(samples.flatten(1), mixture.means)
     return float((distance > radius * mixture.sigma).all(1).float().mean())

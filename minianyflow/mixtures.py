@@ -6,7 +6,6 @@ Where every row has weights of its own (a conditional law: given the frames so f
 """
 
 import torch
-from torchdiffeq import odeint
 
 from minianyflow.errors import InputError
 from minianyflow.interpolant import broadcast_time, check_finite, check_times
@@ -82,6 +81,8 @@ class GaussianMixture:
         exact, start, stop = self.to(torch.float64), t.double(), r.double()
         log_weights = None if log_weights is None else log_weights.double()
         length = broadcast_time(stop - start, z)
+
+        from torchdiffeq import odeint  # loads a good part of scipy
 
         def velocity(fraction, state):  # fraction of the way from t to r
             return length * exact.velocity(state, start + fraction * (stop - start), log_weights)

@@ -8,26 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-# Okabe and Ito's palette: told apart with any colour vision. One colour a method, throughout the course.
-COLOURS = {
-    "exact": "#000000",
-    "euler": "#CC79A7",
-    "eulerian": "#56B4E9",
-    "lagrangian": "#E69F00",
-    "semigroup": "#009E73",
-    "mixed": "#0072B2",
-    "consistency": "#D55E00",
-}
-MARKERS = dict(zip(COLOURS, ["", "v", "<", ">", "s", "o", "X"], strict=True))
-LABELS = {
-    "exact": "exact flow",
-    "euler": "Euler,\nexact velocity",
-    "eulerian": "flow map,\nEulerian",
-    "lagrangian": "flow map,\nLagrangian",
-    "semigroup": "flow map,\nsemigroup",
-    "mixed": "flow map,\nmixed",
-    "consistency": "consistency,\nre-noised",
-}
+from minianyflow.palette import COLOURS, LABELS, MARKERS
 
 
 def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):

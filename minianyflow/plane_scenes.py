@@ -17,7 +17,7 @@ from minianyflow.networks import EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS
 from minianyflow.on_policy import STEPS, backward_simulation, backward_simulation_times, distribution_matching_loss
 from minianyflow.pairs import generator
-from minianyflow.pictures import COLOURS, LABELS
+from minianyflow.palette import COLOURS, LABELS
 from minianyflow.player import time_axis
 from minianyflow.samplers import sample_ode
 from minianyflow.scene import STYLE, WIDE, Scene, dropdown, slider

@@ -7,7 +7,6 @@ One evaluation of the network a step, except the exact ODE. Sampling takes no gr
 from itertools import pairwise
 
 import torch
-from torchdiffeq import odeint
 
 from minianyflow.errors import InputError
 from minianyflow.flow_map import end_point, rollout
@@ -55,6 +54,8 @@ def sample_consistency_deterministic(u, z, times, **condition):
 @torch.no_grad()
 def sample_ode(velocity, z, times, method="dopri5", rtol=1e-5, atol=1e-5, **condition):
     """dz/dt = velocity(z, t) by any torchdiffeq solver; the state at each of `times`."""
+    from torchdiffeq import odeint  # loads a good part of scipy
+
     check_grid(times, columns=False)
     if bool((times[1:] == times[:-1]).any()):
         raise InputError("a time grid with two equal times; expected falling ones for an ODE solver")

@@ -16,6 +16,7 @@ from traitlets import TraitError
 
 from minianyflow.errors import InputError, choose
 from minianyflow.player import Pack, Player
+from minianyflow.stills import still_png
 
 WIDE = ipywidgets.Layout(width="auto", min_width="260px")
 STYLE = {"description_width": "initial"}
@@ -124,16 +125,7 @@ class Scene:
 
     def png(self):
         """The picture as it stands, with the time at the start of a scene: what a saved notebook keeps. PNG, bytes."""
-        import matplotlib.pyplot as plt
-
-        from minianyflow.pictures import small_png
-        from minianyflow.stills import still
-
-        figure = still(self.player.scene, self.player.payload)
-        try:
-            return small_png(figure, dpi=70)
-        finally:
-            plt.close(figure)
+        return still_png(self.player.scene, self.player.payload)
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         """The widget for a running kernel; the picture and its name for everybody else."""
