@@ -20,7 +20,7 @@ from minianyflow.errors import InputError
 
 READY = '.lm-player[data-ready="1"]'  # the first picture is drawn
 KERNEL = "globalThis.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
-PATIENCE = 60000  # milliseconds until a page is given up: the cores may have other work
+PATIENCE = 180000  # milliseconds until a page is given up: the cores may have other work
 WINDOW = {"width": 1600, "height": 1000}
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0  # whose Chromium and Jupyter start only if told that this is meant
 
@@ -71,7 +71,7 @@ def free_port(wanted=0):
 
 
 @contextmanager
-def serving(command, address, log, environment=None, ready=None, seconds=60):
+def serving(command, address, log, environment=None, ready=None, seconds=180):
     """A server as a process of its own, from its answer at `address` (or a file `ready`) to the end of the block.
 
     What it prints goes to the file `log`; if it does not come up, its last line is in the error.

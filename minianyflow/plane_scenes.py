@@ -175,7 +175,7 @@ class BackwardSimulation(Scene):
     """A rollout of N steps and the three jumps that stand for it: which step g is kept, and where the gradient goes."""
 
     title = "Backward simulation: a rollout of N steps as three jumps"
-    offline = (("steps", (2, 4, 8, 16)), ("kept", (0, 1, 3, 7)))
+    offline = (("steps", (4, 8, 16, 50)), ("kept", (0, 1, 3, 7)))  # with two steps g changes nothing
 
     def make_controls(self):
         """N and g, as on-policy training draws them."""
@@ -188,6 +188,10 @@ class BackwardSimulation(Scene):
         }
         controls["steps"].observe(lambda change: setattr(controls["kept"], "max", change["new"] - 1), "value")
         return controls
+
+    def possible(self, steps, kept, **others):
+        """A rollout of N steps has those from 0 to N - 1."""
+        return kept < steps
 
     def draw(self, pack, particles, steps, kept, method, dataset, seed):
         """The jumps in the triangle, both rollouts, the gradient through every jump."""

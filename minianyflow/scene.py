@@ -57,6 +57,10 @@ class Scene:
     def picked(self, chain):
         """What to do with a chain of times moved by hand; most scenes have none."""
 
+    def possible(self, **state):
+        """Whether these values of the controls go together: an offline page leaves out what does not."""
+        return True
+
     @property
     def particles(self):
         """How many are drawn."""
@@ -112,7 +116,7 @@ class Scene:
             raise
 
     def payloads(self):
-        """What an offline page holds: ({"title", "controls", "scenes"}, bytes); every scene under its choices."""
+        """What an offline page holds: ({"title", "controls", "scenes"}, bytes); all possible scenes, by choices."""
         pack, state = Pack(), self.state()
         offline = dict(self.offline)
         controls = [_choices(name, self.controls[name], values, state[name]) for name, values in offline.items()]
@@ -120,7 +124,8 @@ class Scene:
         for chosen in itertools.product(*offline.values()):
             key = "|".join(_plain(value) for value in chosen)
             now = state | dict(zip(offline, chosen, strict=True))
-            scenes[key] = self.draw(pack, particles=self.offline_particles, **now)
+            if self.possible(**now):
+                scenes[key] = self.draw(pack, particles=self.offline_particles, **now)
         return {"title": self.title, "controls": controls, "scenes": scenes}, pack.payload
 
     def png(self):

@@ -1,11 +1,14 @@
 """The scenes in a real browser: in JupyterLab, as pages opened from a file, as the app. Nothing leaves the machine."""
 
-from contextlib import contextmanager
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
+import nbformat
 import pytest
 
 from minianyflow.browser import (
+    KERNEL,
     READY,
     chromium,
     jupyter_lab,
@@ -21,9 +24,27 @@ from minianyflow.scenes import SCENES
 
 pytestmark = pytest.mark.slow
 
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 PIXELS = "() => [...document.querySelectorAll('.lm-player canvas')].map((each) => each.toDataURL()).join()"
 PLAYER, RANGE, CHOICES = ".lm-player", ".lm-bar input[type=range]", ".lm-choices select"
 CONTROLS = ".widget-dropdown, .widget-hslider, .widget-checkbox, .widget-toggle-buttons"
+LABELS = "print(*(control.description for control in _.controls.values()), sep='|')"  # _: what the cell before showed
+RACE = "from minianyflow import scenes\nscene = scenes.race()\n"
+
+# Nothing more is coming: the screen was drawn three times, ours not once, and the kernel, if there is one, is idle.
+SETTLED = f"""async () => {{
+  const drawn = () => [...document.querySelectorAll(".lm-player")].map((each) => each.dataset.frames).join();
+  const idle = () => ({KERNEL}?.status ?? "idle") === "idle";
+  for (let quiet = 0, before = drawn(); quiet < 3; quiet++) {{
+    await new Promise(requestAnimationFrame);
+    if (drawn() !== before || !idle()) [quiet, before] = [-1, drawn()];
+  }}
+}}"""
+REPLACE = """(sources) => {
+  const notebook = jupyterapp.shell.currentWidget.content.model.sharedModel;
+  notebook.deleteCellRange(0, notebook.cells.length);
+  notebook.insertCells(0, sources.map((source) => ({ cell_type: "code", source, metadata: {}, outputs: [] })));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +53,53 @@ def browser():
         yield opened
 
 
+def scene_cells():
+    """{scene: (the notebook it has its place in, the number of its cell)}."""
+    found = {}
+    for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
+        for number, cell in enumerate(nbformat.read(path, 4).cells):
+            for name in SCENES:
+                if cell.cell_type == "code" and f"scenes.{name}(" in cell.source:
+                    found[name] = (path, number)
+    return found
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A JupyterLab with a notebook a scene, and three more with something wrong; its address."""
+    """A JupyterLab with an empty notebook and the beginning of notebook 0, up to its scene; its address."""
     folder = tmp_path_factory.mktemp("notebooks")
-    labels = "print(*(control.description for control in scene.controls.values()), sep='|')"
-    for name in SCENES:
-        write_notebook(
-            folder / f"{name}.ipynb", f"from minianyflow import scenes\nscene = scenes.{name}()\nscene", labels
-        )
-    race = "from minianyflow import scenes\nscene = scenes.race()\n"
-    loose = "for control in scene.controls.values():\n    control.unobserve(scene.on_change, 'value')\n"
-    wrong = "def draw(*args, **state):\n    raise ValueError('nothing to draw')\nscene.draw = draw\n"
-    write_notebook(folder / "disconnected.ipynb", race + loose + "scene")
-    write_notebook(folder / "wrong.ipynb", race + wrong + "scene")
+    write_notebook(folder / "stage.ipynb", "")
+    path, number = scene_cells()["race"]
+    notebook = nbformat.read(path, 4)
+    notebook.cells = notebook.cells[: number + 1]
+    nbformat.write(notebook, folder / path.name)
     with jupyter_lab(folder) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def stage(browser, lab):
+    """One notebook with one kernel, open for every test: `run_in` gives it other cells."""
+    with watched(browser) as page:
+        open_notebook(page, lab, "stage.ipynb")
+        yield page
+        shut_down(page)
+
+
+def run_in(page, *cells):
+    """Replace all cells of the notebook, run them, and wait until the picture of the new ones is there."""
+    page.complaints.clear()
+    page.evaluate(REPLACE, list(cells))
+    page.wait_for_selector(PLAYER, state="detached")
+    run_cells(page)
+    page.wait_for_selector(READY)
+    return page
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     return dict(zip(SCENES, write_pages(folder, quiet=True), strict=True))
-
-
-@contextmanager
-def running(browser, address, name):
-    """A page with that notebook, run until its picture is there."""
-    with watched(browser) as page:
-        open_notebook(page, address, f"{name}.ipynb")
-        run_cells(page)
-        page.wait_for_selector(READY)
-        yield page
-        shut_down(page)
 
 
 @dataclass
@@ -99,12 +134,18 @@ def controls(page):
     return [Control(each.locator("label").first.inner_text().strip(), each) for each in found]
 
 
-def redrawn(page, before, timeout=None):
-    """Whether the canvases' pixels are others than `before`, now or soon."""
+def seen(page):
+    """The pixels of all canvases, once nothing moves."""
+    page.evaluate(SETTLED)
+    return page.evaluate(PIXELS)
+
+
+def redrawn(page, before):
+    """Wait until the canvases' pixels are others than `before`."""
     from playwright.sync_api import TimeoutError as TookTooLong
 
     try:
-        page.wait_for_function(f"(before) => ({PIXELS})() !== before", arg=before, timeout=timeout, polling=100)
+        page.wait_for_function(f"(before) => ({PIXELS})() !== before", arg=before, polling=100)
     except TookTooLong:
         return False
     return True
@@ -121,74 +162,95 @@ def is_well(page):
     assert not [each.inner_text() for each in page.locator(".lm-error").all() if each.is_visible()]
 
 
+def test_every_scene_has_its_place_in_the_course():
+    assert {name: path.name[:2] for name, (path, _) in scene_cells().items()} == {
+        "race": "00",
+        "triangle": "03",
+        "backward_simulation": "05",
+        "video": "06",
+        "exposure": "07",
+    }
+
+
 @pytest.mark.parametrize("name", SCENES)
-def test_every_control_changes_the_picture(browser, lab, name):
-    with running(browser, lab, name) as page:
-        page.wait_for_selector(".jp-OutputArea-output pre")
-        expected = page.locator(".jp-OutputArea-output pre").last.inner_text().strip().split("|")
-        assert [control.label for control in controls(page)] == expected
-        for control in controls(page):
-            before = page.evaluate(PIXELS)
-            control.move()
-            assert redrawn(page, before), control.label
-        before = page.evaluate(PIXELS)
-        page.locator(RANGE).evaluate("(each) => { each.value = 0.4; each.dispatchEvent(new Event('input')); }")
-        assert redrawn(page, before), "time"
-        is_well(page)
+def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name):
+    path, number = scene_cells()[name]
+    page = run_in(stage, nbformat.read(path, 4).cells[number].source, LABELS)
+    page.wait_for_selector(".jp-OutputArea-output pre")
+    expected = page.locator(".jp-OutputArea-output pre").last.inner_text().strip().split("|")
+    assert [control.label for control in controls(page)] == expected
+    for control in controls(page):
+        before = seen(page)
+        control.move()
+        assert redrawn(page, before), control.label
+    before = seen(page)
+    page.locator(RANGE).evaluate("(each) => { each.value = 0.4; each.dispatchEvent(new Event('input')); }")
+    assert redrawn(page, before), "time"
+    is_well(page)
 
 
-def test_a_disconnected_control_is_noticed(browser, lab):
-    with running(browser, lab, "disconnected") as page:
-        page.wait_for_timeout(1000)  # until the panels have their size
-        for control in controls(page):
-            before = page.evaluate(PIXELS)
-            control.move()
-            assert not redrawn(page, before, timeout=1500), control.label
+def test_a_disconnected_control_is_noticed(stage):
+    loose = "for control in scene.controls.values():\n    control.unobserve(scene.on_change, 'value')\n"
+    heard = "    control.observe(lambda it: setattr(scene.message, 'value', it.owner.description), 'value')\n"
+    page = run_in(stage, RACE + loose + heard + "scene")
+    for control in controls(page):
+        before = seen(page)
+        control.move()
+        page.wait_for_selector(f".widget-html-content:text-is({json.dumps(control.label)})")  # the kernel has heard
+        assert seen(page) == before, control.label
 
 
-def test_an_error_in_a_callback_is_shown(browser, lab):
-    with running(browser, lab, "wrong") as page:
+def test_an_error_in_a_callback_is_shown(stage):
+    wrong = "def draw(*args, **state):\n    raise ValueError('nothing to draw')\nscene.draw = draw\n"
+    page = run_in(stage, RACE + wrong + "scene")
+    controls(page)[0].move()
+    page.wait_for_selector("pre.lm-error")
+    assert "nothing to draw" in page.inner_text("pre.lm-error")
+
+
+def test_keys_move_time_and_not_the_notebook(stage):
+    page = run_in(stage, RACE + "scene", "scene.state()")
+    cells = page.locator(".jp-Cell").count()
+    for focused in (PLAYER, RANGE):
+        page.focus(focused)
+        page.keyboard.press("End")
+        page.wait_for_function("document.querySelector('.lm-player').dataset.position == '1.0000'")
+        for key, moved in (("ArrowLeft", -1), ("ArrowLeft", -1), ("ArrowRight", 1)):
+            at, before = position(page), seen(page)
+            page.keyboard.press(key)
+            assert redrawn(page, before)
+            assert (position(page) - at) * moved > 0
+        page.keyboard.type("ddx")  # in JupyterLab: delete the cell, cut the cell
+        assert page.locator(".jp-Cell").count() == cells
+    at = position(page)
+    page.focus(PLAYER)
+    page.keyboard.press(" ")
+    page.wait_for_function("(at) => Number(document.querySelector('.lm-player').dataset.position) != at", arg=at)
+    page.keyboard.press(" ")
+    assert page.inner_text(".lm-bar button") == "Play"
+    is_well(page)
+    page.locator(".jp-InputPrompt").last.click()
+    page.keyboard.type("dd")  # the same keys where JupyterLab has the focus
+    page.wait_for_function("(cells) => document.querySelectorAll('.jp-Cell').length < cells", arg=cells)
+
+
+def test_notebook_0_opens_with_its_scene_and_recovers_from_a_kernel_restart(browser, lab):
+    with watched(browser) as page:
+        open_notebook(page, lab, scene_cells()["race"][0].name)
+        run_cells(page)
+        page.wait_for_selector(READY)
+        before = seen(page)
         controls(page)[0].move()
-        page.wait_for_selector("pre.lm-error")
-        assert "nothing to draw" in page.inner_text("pre.lm-error")
-
-
-def test_keys_move_time_and_not_the_notebook(browser, lab):
-    with running(browser, lab, "race") as page:
-        cells = page.locator(".jp-Cell").count()
-        for focused in (PLAYER, RANGE):
-            page.focus(focused)
-            page.keyboard.press("End")
-            page.wait_for_function("document.querySelector('.lm-player').dataset.position == '1.0000'")
-            for key, moved in (("ArrowLeft", -1), ("ArrowLeft", -1), ("ArrowRight", 1)):
-                at, before = position(page), page.evaluate(PIXELS)
-                page.keyboard.press(key)
-                assert redrawn(page, before)
-                assert (position(page) - at) * moved > 0
-            page.keyboard.type("ddx")  # in JupyterLab: delete the cell, cut the cell
-            assert page.locator(".jp-Cell").count() == cells
-        at = position(page)
-        page.focus(PLAYER)
-        page.keyboard.press(" ")
-        page.wait_for_function("(at) => Number(document.querySelector('.lm-player').dataset.position) != at", arg=at)
-        page.keyboard.press(" ")
-        assert page.inner_text(".lm-bar button") == "Play"
-        page.locator(".jp-InputPrompt").last.click()
-        page.keyboard.type("dd")  # the same keys where JupyterLab has the focus
-        page.wait_for_function("(cells) => document.querySelectorAll('.jp-Cell').length < cells", arg=cells)
-        is_well(page)
-
-
-def test_a_kernel_restart_recovers(browser, lab):
-    with running(browser, lab, "race") as page:
+        assert redrawn(page, before)
         page.evaluate(f"document.querySelector('{PLAYER}').dataset.old = '1'")
         run_cells(page, restart=True)
         page.wait_for_selector(f"{READY}:not([data-old])")
         page.wait_for_selector(f"{PLAYER}[data-old]", state="detached")
-        before = page.evaluate(PIXELS)
+        before = seen(page)
         controls(page)[0].move()
         assert redrawn(page, before)
         is_well(page)
+        shut_down(page)
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -199,14 +261,14 @@ def test_a_page_from_a_file_scrubs_and_switches(browser, pages, name):
         page.wait_for_selector(READY)
         assert page.locator(CHOICES).count() > 0
         for choice in page.locator(CHOICES).all():
-            before = page.evaluate(PIXELS)
+            before = seen(page)
             chosen = choice.input_value()
             step(choice)
             assert redrawn(page, before), choice.get_attribute("name")
-            after = page.evaluate(PIXELS)
+            after = seen(page)
             choice.select_option(chosen)  # back: what one choice offers may depend on another
             assert redrawn(page, after)
-        before = page.evaluate(PIXELS)
+        before = seen(page)
         page.focus(PLAYER)
         page.keyboard.press("ArrowLeft")
         assert redrawn(page, before)
@@ -214,16 +276,33 @@ def test_a_page_from_a_file_scrubs_and_switches(browser, pages, name):
         is_well(page)
 
 
+def test_a_page_offers_what_changes_the_picture_and_no_more(browser, pages):
+    with watched(browser, offline=True) as page:
+        page.goto(pages["backward_simulation"].as_uri())
+        page.wait_for_selector(READY)
+        steps, kept = page.locator(CHOICES).all()
+        kept.select_option(label="7")
+        steps.select_option(label="4")
+        assert kept.locator("option:enabled").all_inner_texts() == ["0", "1", "3"]  # of a rollout of four steps
+        before = seen(page)
+        assert kept.locator("option:checked").inner_text() == "3"
+        kept.select_option(label="0")
+        assert redrawn(page, before)
+        steps.select_option(label="8")
+        assert kept.locator("option:enabled").all_inner_texts() == ["0", "1", "3", "7"]
+        is_well(page)
+
+
 def test_the_app_shows_every_scene(browser):
     with serve("race") as (address, _), watched(browser) as page:
         page.goto(address)
         page.wait_for_selector(READY)
-        before = page.evaluate(PIXELS)
+        before = seen(page)
         control = controls(page)[1]  # the first is the menu of scenes
         control.move()
         assert redrawn(page, before), control.label
         for title in list(TITLES.values())[1:]:
-            before = page.evaluate(PIXELS)
+            before = seen(page)
             page.click(f"button:has-text('{title[3:]}')")
             assert redrawn(page, before), title
             page.wait_for_selector(READY)

@@ -551,7 +551,8 @@ export function mountPlayer(element, content, options = {}) {
 }
 
 /** Choices above a player, all scenes held. page: { controls: [{ name, label, values, labels, value }], scenes: { key: scene } },
- *  key: the chosen values joined by "|". A dot moved in a triangle chooses the held scene whose chain is nearest. */
+ *  key: the chosen values joined by "|". What a choice offers may depend on those before it. A dot moved in a triangle
+ *  chooses the held scene whose chain is nearest. */
 export function mountPage(element, page, payload) {
   const row = make("div", element, "lm-choices"), chosen = {};
   const content = () => ({ scene: page.scenes[page.controls.map(({ name }) => chosen[name]).join("|")], payload });
@@ -562,9 +563,24 @@ export function mountPage(element, page, payload) {
     values.forEach((each, k) => Object.assign(make("option", select, "", String(labels?.[k] ?? each)), { value: k, selected: each === value }));
     select.onchange = () => {
       chosen[name] = values[Number(select.value)];
+      offer();
       player.update(content());
     };
   }
+  // After those chosen before it, each control offers what leads to a held scene, and takes the nearest before what it had.
+  function offer() {
+    let before = "";
+    for (const { name, values } of page.controls) {
+      const select = row.querySelector(`select[name="${name}"]`), held = Object.keys(page.scenes).map((key) => `${key}|`);
+      const open = values.map((value) => held.some((key) => key.startsWith(`${before}${value}|`)));
+      open.forEach((each, k) => Object.assign(select.options[k], { disabled: !each, hidden: !each }));
+      const had = Number(select.value), index = open[had] ? had : Math.max(open.lastIndexOf(true, had), open.indexOf(true));
+      select.value = index;
+      chosen[name] = values[index];
+      before += `${values[index]}|`;
+    }
+  }
+  offer();
   const player = mountPlayer(element, content(), { onPick: (chain) => nearest(chain) });
   function nearest(chain) {
     const far = (scene) => {
@@ -577,6 +593,7 @@ export function mountPage(element, page, payload) {
       chosen[name] = values[index];
       row.querySelector(`select[name="${name}"]`).value = index;
     });
+    offer();
     player.update(content());
   }
   return player;
