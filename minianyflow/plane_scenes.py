@@ -95,7 +95,7 @@ class Race(Scene):
         """Four panels."""
         z, exact, data = noise(particles, seed), exact_paths(dataset, particles, seed), reference(dataset, particles)
         fine, times = time_grid(FINE), time_grid(steps)
-        panels = [plane_panel(pack, "exact flow", COLOURS["exact"], exact, fine, exact[-1], "an ODE solver's", data)]
+        panels = [plane_panel(pack, "exact flow", COLOURS["exact"], exact, fine, exact[-1], "solver's", data)]
         for method in ("euler", flow_map, "consistency"):
             network = None if method == "euler" else EvaluationCounter(student(method, dataset))
             path = sample(method, network, dataset, z, steps, seed)
@@ -165,7 +165,7 @@ class Triangle(Scene):
         panels = [
             dots,
             plane_panel(pack, learned, colour, path, chain, exact[-1], count, exact=exact),
-            plane_panel(pack, "exact flow", COLOURS["exact"], exact, between, exact[-1], "an ODE solver's"),
+            plane_panel(pack, "exact flow", COLOURS["exact"], exact, between, exact[-1], "solver's"),
         ]
         stops = between[:: max(1, len(between) // 32)].tolist()
         return pack.scene(self.title, panels, time_axis([*stops, chain[-1]] if stops[-1] != chain[-1] else stops))
@@ -280,5 +280,5 @@ def gradient_panel(network, dataset, seed, rollouts):
         "ticks": ticks,
     }
     of_jumps = [bar["height"] for bar in bars if bar["colour"] == next(iter(rollouts))]
-    measures = [["largest, of all", f"{max(of_jumps) / sum(of_jumps):.0%} of the jumps'"]]
+    measures = [["largest jump's share", f"{max(of_jumps) / sum(of_jumps):.0%}"]]
     return panel | {"limits": [0, max(top, ticks[-1])], "bars": bars, "aspect": 1, "measures": measures}

@@ -252,10 +252,11 @@ def test_the_gradient_through_one_jump_is_the_whole_gradient():
 def test_exposure_shows_clips_after_their_own_frames_or_true_ones():
     process, z = CircleProcess(), sobol_noise(256, (16, 2), 0)
     scene, truth = scenes.exposure(steps=2), process.clips.sample(256, generator(0, 1))
-    for context, given in ((clip_scenes.OWN, None), (clip_scenes.TRUE, truth)):
+    for context, given, copy in ((clip_scenes.OWN, None, 1), (clip_scenes.TRUE, truth, 2)):
         scene.set("context", context)
+        scene.set("copy", copy)
         for panel, arm in enumerate(("teacher forcing", "on-policy")):
-            clips = exposure.sample_clips(exposure.load_student(arm), z, 2, given)
+            clips = exposure.sample_clips(exposure.load_student(arm, copy), z, 2, given)
             assert (array(scene, panel).transpose(0, 1) - clips).abs().max() < NEAR
             last = float(exposure.radius_error(clips)[:, -1].mean())
             assert float(measures(scene, panel)["radius error, last frame"]) == pytest.approx(last, abs=6e-4)
