@@ -58,11 +58,11 @@ def distil(config):
     networks = Networks(config, data.shape[0], accelerator.device)
     null = {"prompt": data.null.to(accelerator.device)}
     roles = STAGES[config.stage](config, networks, null)
-    clock, watch = Clock(), guard(config)
+    clock, watch = Clock(), guard(config, data)
     checkpoints.carried = {"networks": networks, "clock": clock, "guard": watch}
     history = train(
         roles,
-        draws(config, data),
+        draws(config, data, (accelerator.process_index, accelerator.num_processes)),
         config.steps,
         config.accumulate,
         accelerator,
@@ -71,6 +71,7 @@ def distil(config):
         config.log.every,
         checkpoints,
         watch,
+        own_rows=True,
     )
     return save_run(config, data, networks, roles, history, clock.seconds, accelerator)
 

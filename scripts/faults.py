@@ -211,8 +211,8 @@ def change_batch(step, change):
 
     draws = runs.draws
 
-    def changed(config, data):
-        draw = draws(config, data)
+    def changed(*given):
+        draw = draws(*given)
 
         def drawn(at):
             batch = draw(at)

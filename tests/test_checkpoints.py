@@ -237,83 +237,126 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def distil(tiny, output, processes, kind, stage, *options, **environment):
-    """Launch scripts/distill.py, and see that it ran as asked: its report, and run.json if it ended."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    report = Path(f"{output}.json")
-    where = [f"runs={tiny}", f"base={tiny}/wan", f"data={tiny}/wan/latents", f"output={output}"]
+def launch(report, processes, kind, *given):
+    """Run scripts/distill.py in so many processes, once for each list of arguments, and see that it ran as asked.
+
+    What every process saw of each run: a list of lists of dicts.
+    """
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = [each for run in given for each in ("--", *run)]
     done = subprocess.run(
         [
-            *(sys.executable, *(launch if processes > 1 else [])),
-            *(str(HERE / "distil_parallel.py"), kind, str(report), "--config", *stage, "tiny"),
-            *(*where, "samples.every=0", "log.tracker=none", *options),
+            *(sys.executable, *(several if processes > 1 else [])),
+            *(str(HERE / "distil_parallel.py"), kind, str(report), *arguments),
         ],
         capture_output=True,
         text=True,
-        env=one_thread(**environment),
-        timeout=240,
+        env=one_thread(),
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(report.read_text())
-    assert told["processes"] == processes
-    assert told["kinds"] == [kind if processes > 1 else "plain"]
-    assert told["sharded"] == [kind == "shard" and processes > 1]
-    made = Path(output) / "run.json"
-    return told["status"], done, json.loads(made.read_text()) if made.exists() else None
+    told = [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(processes)]
+    for each in (each for process in told for each in process):
+        assert each["status"] in (0, 143), done.stderr[-3000:]
+        assert each["processes"] == processes
+        assert each["kinds"] == [kind if processes > 1 else "plain"]
+        assert each["sharded"] == [kind == "shard" and processes > 1]
+    return [list(process) for process in zip(*told, strict=True)]
 
 
 def apart(one, other):
     """The largest difference of any weight of two runs."""
-    files = sorted(path.name for path in Path(one).glob("*.safetensors"))
-    assert files == sorted(path.name for path in Path(other).glob("*.safetensors"))
+    files = sorted(path.relative_to(one) for path in Path(one).rglob("*.safetensors"))
+    assert files
+    assert files == sorted(path.relative_to(other) for path in Path(other).rglob("*.safetensors"))
     pairs = [(load_file(Path(one) / name), load_file(Path(other) / name)) for name in files]
     return max(float((a[key] - b[key]).abs().max()) for a, b in pairs for key in a)
 
 
-STAGES = {
-    "teacher": (["bidirectional", "teacher"], []),
-    "forward": (["causal", "forward"], []),
-    "on_policy": (["bidirectional", "on_policy"], ["student={tiny}/forward", "teacher=null", "batch=2", "rank=4"]),
+RUNS = {  # on-policy with one row a process: then processes differ in how often they evaluate a network
+    f"{architecture} {stage}": [architecture, stage]
+    for architecture in ("bidirectional", "causal")
+    for stage in ("teacher", "forward", "on_policy")
 }
+WHOLE = ["trained=full", "student={tiny}/wan", "teacher=null"]
+RUNS |= {f"{architecture} whole weights": [architecture, "on_policy"] for architecture in ("bidirectional", "causal")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_and_shards_compute_what_one_process_computes(tiny, tmp_path, stage):
-    """20 steps; with one row a process, on-policy processes differ in how often they evaluate a network."""
-    layers, options = STAGES[stage]
-    options = [each.format(tiny=tiny) for each in options]
+def arguments(tiny, name, output, *options):
+    """What distill.py is told for one of RUNS."""
+    architecture, stage = RUNS[name]
+    where = [f"runs={tiny}", f"base={tiny}/wan", f"data={tiny}/wan/latents", f"output={output}"]
     if stage == "on_policy":
-        distil(tiny, tiny / "forward", 1, "ddp", ["bidirectional", "forward"], "steps=2")
-    losses = {}
+        where += ["batch=2", f"student={tiny}/{architecture} forward", "teacher=null"]
+    if "whole" in name:
+        where += [each.format(tiny=tiny) for each in WHOLE]
+    quiet = ["samples.every=0", "log.tracker=none"]
+    return ["--config", architecture, stage, "tiny", *where, *quiet, *options]
+
+
+@pytest.fixture(scope="module")
+def students(tiny):
+    """Runs of the forward stage, for on-policy ones to start from."""
+    names = ("bidirectional forward", "causal forward")
+    launch(tiny / "report", 1, "plain", *(arguments(tiny, name, tiny / name, "steps=2") for name in names))
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def twenty(students, tmp_path_factory):
+    """20 steps of every stage by one process, by two (DDP) and by two of FSDP2: the folder, and what they saw."""
+    folder, seen = tmp_path_factory.mktemp("twenty"), {}
     for kind, processes in (("plain", 1), ("ddp", 2), ("shard", 2)):
-        _, _, made = distil(tiny, tmp_path / kind, processes, kind, layers, "steps=20", *options)
-        losses[kind] = [
-            value for entry in made["history"] for name, value in sorted(entry.items()) if name.endswith("/loss")
-        ]
-    assert len(losses["plain"]) == (40 if stage == "on_policy" else 20)
-    for kind in ("ddp", "shard"):
-        assert losses[kind] == pytest.approx(losses["plain"], rel=1e-5), kind
-        assert apart(tmp_path / "plain", tmp_path / kind) < 1e-4, kind
+        given = [arguments(students, name, folder / kind / name, "steps=20") for name in RUNS]
+        seen[kind] = dict(zip(RUNS, launch(folder / kind, processes, kind, *given), strict=True))
+    return folder, seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "shard"])
-def test_two_processes_stop_together_and_go_on_as_one_and_back(tiny, tmp_path, kind):
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_and_shards_compute_what_one_process_computes(twenty, name, kind):
+    folder, losses = twenty[0], []
+    for each in ("plain", kind):
+        history = json.loads((folder / each / name / "run.json").read_text())["history"]
+        losses.append([value for entry in history for key, value in sorted(entry.items()) if key.endswith("/loss")])
+    assert len(losses[0]) == (40 if RUNS[name][1] == "on_policy" else 20)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert apart(folder / "plain" / name, folder / kind / name) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_process_reads_its_own_rows_alone(twenty, name):
+    """What one process reads in a step, two read half and half."""
+    _, seen = twenty
+    (plain,) = (each["reads"] for each in seen["plain"][name])
+    own = 1 if RUNS[name][1] == "on_policy" else 2
+    assert len(plain) == 20 * 2 * own
+    for kind in ("ddp", "shard"):
+        halves = [each["reads"] for each in seen[kind][name]]
+        assert [len(half) for half in halves] == [20 * own] * 2
+        steps = [half[own * step : own * (step + 1)] for step in range(20) for half in halves]
+        assert [row for rows in steps for row in rows] == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "shard"])
+def test_two_processes_stop_together_and_go_on_as_one_and_back(students, tmp_path, kind):
     """SIGTERM reaches one of them; two, then one, then two again end where two do that nothing disturbed."""
-    layers = ["causal", "forward"]
-    distil(tiny, tmp_path / "whole", 2, kind, layers, "steps=9")
-    again = tmp_path / "again"
-    stops = [(2, "7"), (1, "7"), (2, None)]  # on_any is asked twice a step
-    for processes, after in stops:
-        status, done, made = distil(
-            tiny, again, processes, kind, layers, "steps=9", **({"PREEMPT_AFTER": after} if after else {})
-        )
-        assert status == (143 if after else 0)
-    assert "going on after" in done.stdout
-    assert made["processes"] == 2
-    assert [entry["step"] for entry in made["history"]] == list(range(9))
-    assert apart(tmp_path / "whole", again) < 1e-5
+    whole = [arguments(students, name, tmp_path / "whole" / name, "steps=9") for name in RUNS]
+    again = [arguments(students, name, tmp_path / "again" / name, "steps=9") for name in RUNS]
+    stopped = [["preempt=7", *each] for each in again]  # on_any is asked once a step, and once for each role of it
+    seen = launch(tmp_path / "first", 2, kind, *whole, *stopped)
+    seen += launch(tmp_path / "second", 1, kind, *stopped) + launch(tmp_path / "third", 2, kind, *again)
+    statuses = [{process["status"] for process in each} for each in seen]
+    count = len(RUNS)
+    assert statuses == [{0}] * count + [{143}] * 2 * count + [{0}] * count
+    for name in RUNS:
+        made = json.loads((tmp_path / "again" / name / "run.json").read_text())
+        assert made["processes"] == 2
+        assert [entry["step"] for entry in made["history"]] == list(range(9))
+        assert apart(tmp_path / "whole" / name, tmp_path / "again" / name) < 1e-5, name
 
 
 @pytest.mark.slow
