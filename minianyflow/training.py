@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -198,7 +199,7 @@ def _step(name, role, network, optimizer, batch, step, steps, accumulate, accele
         every.append(raw | {"loss": losses.detach().mean()})
         each_loss.append(losses.detach())
     _check_gradients(name, role, first=step == 0)
-    norm = accelerator.clip_grad_norm_(network.parameters(), role.clip) if role.clip else 0.0
+    norm = _clip(network.parameters(), role.clip) if role.clip else 0.0
     if guard.bad(each_loss, norm, accelerator):
         guard.note(step, name, each_loss, batch, accelerator)
         optimizer.zero_grad()
@@ -209,6 +210,12 @@ def _step(name, role, network, optimizer, batch, step, steps, accumulate, accele
     if role.average is not None and step >= role.ema_after:
         role.average.update_parameters(role.network)
     return _mean(every)
+
+
+def _clip(weights, most):
+    """Scale gradients to a norm of `most`; returns that before. accelerate's own fails with two sharded networks."""
+    norm = torch.nn.utils.clip_grad_norm_(weights, most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 REMEMBERED = ("diagonal_loss", "calls")  # of FlowMapLoss, for rebalancing; of ConsistencyLoss, for its warm-up

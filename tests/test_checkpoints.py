@@ -200,6 +200,53 @@ def test_bad_input_is_one_clear_line(tmp_path, start, words):
     assert "\n" not in str(problem.value)
 
 
+def test_broken_checkpoints_that_are_newer_displace_none(tmp_path, capsys):
+    """All but the first are broken, and one is kept: what is saved next stays, whatever stood after it."""
+    run(tmp_path, stop=7)
+    for folder in Checkpoints(tmp_path).found()[:-1]:
+        (folder / "manifest.json").unlink()
+    run(tmp_path, stop=4, every=1, keep=1)
+    assert "going on after 2 steps" in capsys.readouterr().out
+    (kept,) = Checkpoints(tmp_path).found()
+    assert (kept.name, problem_of(kept)) == ("000004", None)
+    assert equal(run(tmp_path), run(None))
+
+
+def test_weights_that_are_not_finite_displace_none(tmp_path):
+    """One step may spoil them with a loss and a gradient that were fine."""
+    trained = roles()
+
+    def spoil(step):
+        if step == 3:
+            with torch.no_grad():
+                next(trained["student"].network.parameters())[0] = torch.nan
+
+    kept, draws = Checkpoints(tmp_path, every=2, keep=1), batches(RING.sample, 8)
+    options = {"accelerator": Accelerator(cpu=True), "progress": False, "checkpoints": kept, "guard": Lenient()}
+    with pytest.raises(InputError, match=r"weights are not finite after 4 steps; not saved.* \(000002\): lower lr"):
+        train(trained, lambda step: spoil(step) or draws(step), 8, **options)
+    assert [problem_of(folder) for folder in kept.found()] == [None]
+
+
+class Lenient(Guard):
+    """Finds nothing wrong."""
+
+    def bad(self, *_):
+        return False
+
+
+def test_a_folder_is_one_runs_alone(tmp_path):
+    accelerator, first = Accelerator(cpu=True), Checkpoints(tmp_path / "run")
+    first.hold(accelerator)
+    with pytest.raises(InputError, match=r"another run is at work in .*run; wait for it, or name another"):
+        Checkpoints(tmp_path / "run").hold(accelerator)
+    first.held.close()
+    Checkpoints(tmp_path / "run").hold(accelerator)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write to .*file/run \(Not a directory\)"):
+        Checkpoints(tmp_path / "file/run").hold(accelerator)
+
+
 def test_what_a_run_carries_goes_on(tmp_path):
     guard = Guard()
     guard.skipped = [3]
@@ -371,4 +418,4 @@ def test_runs_that_are_broken_in_every_way_lose_nothing_that_was_saved():
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "FAIL" not in done.stdout
-    assert done.stdout.count(" ok ") == 18, done.stdout
+    assert done.stdout.count(" ok ") == 24, done.stdout
