@@ -52,7 +52,7 @@ from minianyflow.roles import (
 from minianyflow.running import staged
 from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
-from minianyflow.shards import LatentShards
+from minianyflow.shards import LatentShards, data_identity
 from minianyflow.teacher_forcing import TeacherForced, as_whole, in_chunks
 from minianyflow.training import part_of
 from minianyflow.wan import Autocast, WanNetwork
@@ -309,17 +309,14 @@ def prepare(config):
     output = Path(config.output)
     if (output / "run.json").exists():
         raise InputError(f"{config.output} holds a finished run; name another folder with output=FOLDER, or remove it")
-    checkpoints = Checkpoints(
-        output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, identity(config)
-    )
+    told = identity(config) | {"what data holds": data_identity(config.data)}
+    checkpoints = Checkpoints(output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, told)
     if config.resume == "never" and checkpoints.found():
         expected = "set resume=auto to go on, name another folder with output=FOLDER, or remove it"
         raise InputError(f"{config.output} holds checkpoints of an unfinished run, and resume=never; {expected}")
     checkpoints.check_told()
     device = find_device(config.device)
     data = LatentShards(config.data, config.data_skip)
-    checkpoints.told |= {"what data holds": data.identity()}
-    checkpoints.check_told()
     torch.set_float32_matmul_precision("high")  # adapters are float32
     tracker = None if config.log.tracker == "none" else config.log.tracker
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.architecture == "causal")  # coarse patches

@@ -108,13 +108,6 @@ class LatentShards:
     def __len__(self):
         return self.starts[-1]
 
-    def identity(self):
-        """Which set this is, a text: by its manifest or, without one, the names of its shards; broken ones count."""
-        listed = self.folder / MANIFEST
-        names = " ".join(sorted(path.name for path in self.folder.glob("*.safetensors")))
-        digest = hashlib.sha256(listed.read_bytes() if listed.is_file() else names.encode()).hexdigest()
-        return f"{'manifest' if listed.is_file() else 'shards'} {digest[:12]}"
-
     def _place(self, index):
         """A row's shard, and its number there."""
         if not 0 <= index < len(self):
@@ -213,6 +206,15 @@ def write_shards(folder, latents, prompts, null, captions, size=64, null_text=""
 
 
 # Manifests
+
+
+def data_identity(folder):
+    """Which set a folder holds, a text: by its manifest or, without one, the names of its shards; broken ones count."""
+    listed = Path(folder) / MANIFEST
+    if listed.is_file():
+        return f"manifest {hashlib.sha256(listed.read_bytes()).hexdigest()[:12]}"
+    names = sorted(path.name for path in Path(folder).glob("*.safetensors"))
+    return f"{len(names)} files {hashlib.sha256(' '.join(names).encode()).hexdigest()[:12]}"
 
 
 def read_manifest(folder, unfinished=False):

@@ -382,7 +382,7 @@ def other_data(bench):
     status, said = bench.run(output)
     path.unlink()
     again, _ = bench.run(output)
-    right = (status, again, len(said)) == (2, 0, 1) and "what data holds was shards" in said[0]
+    right = (status, again, len(said)) == (2, 0, 1) and "what data holds was 3 files" in said[0]
     return said[0], right and bench.same(output)
 
 
