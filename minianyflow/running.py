@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -56,6 +56,22 @@ def _start_worker(lock):
     """One lock for all progress bars; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(lock)
+
+
+def ahead(draw, steps):
+    """`draw(step)` whose next batch, up to `steps`, is drawn in a thread while this one is worked on.
+
+    What is drawn must depend on the step alone; an error is raised when its batch is asked for.
+    """
+    pool, waiting = ThreadPoolExecutor(1, "draw"), {}
+
+    def drawn(step):
+        batch = waiting.pop(step, None) or pool.submit(draw, step)
+        if step + 1 < steps:
+            waiting[step + 1] = pool.submit(draw, step + 1)
+        return batch.result()
+
+    return drawn
 
 
 def hold(folder):

@@ -51,6 +51,7 @@ STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 def distil(config):
     """Train the stage of `config`, from where it was broken off, and leave a run folder; returns run.json."""
+    from minianyflow.running import ahead
     from minianyflow.runs import Clock, Networks, draws, guard, prepare, sampler, save_run
     from minianyflow.training import train
 
@@ -62,7 +63,7 @@ def distil(config):
     checkpoints.carried = {"networks": networks, "clock": clock, "guard": watch}
     history = train(
         roles,
-        draws(config, data, (accelerator.process_index, accelerator.num_processes)),
+        ahead(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps),
         config.steps,
         config.accumulate,
         accelerator,
