@@ -83,6 +83,25 @@ class Checkpoints:
                 raise InputError(f"{folder} was made by another configuration: {changes}; {expected}")
             return
 
+    def check_room(self, roles):
+        """Raise InputError where those still to come have no room: better at the start than after hours."""
+        size = 0
+        for role in roles.values():
+            averages = role.average.state_dict().values() if role.average is not None else ()
+            moments = [weight for _, weight in _optimised(role)] * 2
+            kept = (*role.network.state_dict().values(), *averages, *moments)
+            size += sum(each.numel() * each.element_size() for each in kept)
+        needed = size * max(1, self.keep + 1 - len(self.found()))  # an old one goes when a new one is whole
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            expected = "make room, set checkpoints.keep lower, or name another folder with output=FOLDER"
+            raise InputError(
+                f"checkpoints need {needed / 1e9:.3g} GB more in {place}, and {free / 1e9:.3g} GB are free; {expected}"
+            )
+
     def due(self, done, steps):
         """Whether to save after `done` of `steps` steps."""
         return done % self.every == 0 or done == steps
@@ -117,7 +136,7 @@ class Checkpoints:
         except (OSError, CheckpointException) as problem:
             kept = ", ".join(folder.name for folder in self.found()) or "none"
             why = f"cannot save a checkpoint after {done} steps in {self.folder} ({_why(problem)})"
-            raise InputError(f"{why}; those before are intact ({kept}): make room, then run the same again") from None
+            raise InputError(f"{why}; those before are intact ({kept}): mend that, then run the same again") from None
 
     def restore(self, roles, accelerator):
         """Put the newest whole checkpoint in place: (steps done, history); (0, []) if there is none.

@@ -126,6 +126,8 @@ def train(
     mine = (0, 1) if own_rows else (accelerator.process_index, accelerator.num_processes)
     ready = {name: _prepare(name, role, accelerator) for name, role in roles.items()}
     done, history = checkpoints.restore(roles, accelerator) if checkpoints else (0, [])
+    if checkpoints:
+        checkpoints.check_room(roles)
     if done > steps:
         raise InputError(f"a checkpoint of {done} steps; expected at most steps={steps}: set more")
     with listening(checkpoints is not None) as terminated:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,26 @@ def test_bad_input_is_one_clear_line(tmp_path, start, words):
     with pytest.raises(InputError, match=words) as problem:
         start(tmp_path)
     assert "\n" not in str(problem.value)
+
+
+def test_a_disk_that_is_too_small_is_said_at_the_start(tmp_path, monkeypatch):
+    run(tmp_path / "known", keep=2)
+    sizes = [sum(path.stat().st_size for path in each.glob("*.distcp")) for each in (tmp_path / "known").iterdir()]
+    bound = []
+    for count, folder in ((3, "new"), (1, "known")):  # keep=2: two stay while a third is written
+        for free in (count * 0.5 * min(sizes), count * 1.1 * max(sizes)):
+            usage = SimpleNamespace(free=free)
+            monkeypatch.setattr(module.shutil, "disk_usage", lambda _, usage=usage: usage)
+            try:
+                Checkpoints(tmp_path / folder, keep=2).check_room(roles())
+                bound.append("room")
+            except InputError as problem:
+                bound.append(str(problem))
+    assert bound[1::2] == ["room"] * 2
+    assert all("set checkpoints.keep lower" in each and "\n" not in each for each in bound[::2])
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(InputError, match=r"checkpoints need .* GB more in "):
+        run(tmp_path / "new")
 
 
 def test_broken_checkpoints_that_are_newer_displace_none(tmp_path, capsys):
