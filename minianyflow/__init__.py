@@ -11,9 +11,9 @@ The rooms, from the ground up; each needs only those above it in this list:
     on_policy                                     backward simulation, distribution matching
     networks, faults, training                    a small network, what may go wrong in a long run, the one loop
     measures, pictures                            how far off, and what it looks like
-    checkpoints                                   what training goes on from
     students                                      trained networks of the plane, samplers by name
     running, demo, ablation                       jobs side by side, the race, what moves it
+    checkpoints                                   what training goes on from
     exposure                                      exposure bias, where it is exact
     codec, wan, causal, teacher_forcing           video: the codec, transformers of diffusers as u, chunk by chunk
     shards                                        captioned latents on disk

@@ -104,6 +104,7 @@ class Config:
     student: str | None
     teacher: str | None
     data: str
+    data_skip: int
     seed: int
 
     objective: str
@@ -165,11 +166,11 @@ AT_LEAST = {
     **dict.fromkeys(("guidance.scale", "on_policy.real_guidance"), 1),
     **dict.fromkeys(("adaptive", "weight_decay", "warmup", "ema_after", "on_policy.forward_weight"), 0),
     **dict.fromkeys(("checkpoints.every", "checkpoints.keep"), 1),
-    **dict.fromkeys(("on_nan.skip", "samples.every", "diagonal", "end", "seed"), 0),
+    **dict.fromkeys(("on_nan.skip", "data_skip", "samples.every", "diagonal", "end", "seed"), 0),
 }
 POSITIVE = ("lr", "on_policy.fake_lr", "delta", "shift", "alpha", "clip", "on_nan.above")
-FREE = (  # what a run that goes on may be told anew: none of it changes what a step computes, but for rounding
-    *("runs", "output", "steps", "accumulate", "checkpointing", "device"),
+FREE = (  # what a run that goes on may be told anew: on sound data, what a step computes is the same but for rounding
+    *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "device"),
     *("checkpoints", "resume", "on_nan", "log", "samples"),
 )
 SHARES = ("causal.long_context", "causal.bidirectional", "drop", "ema")

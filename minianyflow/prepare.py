@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minianyflow.clips import DTYPES, read_clip
 from minianyflow.errors import InputError
+from minianyflow.running import hold
 from minianyflow.shards import AGAIN, MANIFEST, NULL, SKIPPED, read_manifest
 from minianyflow.wan_folders import encode_prompts, encode_video, load_parts
 
@@ -133,7 +134,9 @@ class Preparation:
             self._check_same(found, self.head)
         elif any(self.output.glob("*.safetensors")):
             raise InputError(f"{self.output} holds shards without a {MANIFEST}; expected a new folder: name another")
-        elif write:
+        if write and not self.finished():
+            self.held = hold(self.work)
+        if write and not found:
             self._write(self.output / MANIFEST, _json(self.head | {"finished": False, "shards": {}}))
         return self.finished()
 

@@ -32,7 +32,7 @@ from minianyflow.wan_folders import encode_prompts, encode_video, load_parts, ma
 COUNT, SIZE, LENGTH = 9, 2, 32
 TINY = {"frames": 9, "height": 32, "width": 48, "length": LENGTH, "shard_size": SIZE}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--device=cpu"]
-BAD = {"junk.mp4": "cannot be read (", "short.mp4": "7 frames at 16 a second; expected at least 9"}
+BAD = {"junk.mp4": "cannot be read (", "short.mp4": "has 7 frames at 16 a second; expected at least 9"}
 BAD |= {"gone.mp4": "no such file", "silent.mp4": "empty caption"}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
@@ -284,6 +284,7 @@ def test_a_full_disk_keeps_what_was_saved(here, tmp_path, monkeypatch):
     job = work(here, tmp_path / "out")
     job.begin()
     job.encode(job.pending()[:2])
+    job.held.close()
     saved = {name: data for name, data in made(tmp_path / "out").items() if name.endswith(".safetensors")}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     largest = max(map(len, saved.values())) - 1000
