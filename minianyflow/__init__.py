@@ -20,7 +20,7 @@ The rooms, from the ground up; each needs only those above it in this list:
     roles                                         one frozen base, three roles: LoRA adapters
     video_measures, video_pictures                what a blob video should be, and what it looks like
     video_stages, video_report                    every stage of training, and what each reaches at any step count
-    config, wan_folders, movies                   Wan2.1: what a run is told, weights and parts, videos as files
+    config, wan_folders, wan_shapes, movies       Wan2.1: what a run is told, weights and parts, sizes, videos as files
     clips, prepare                                captioned videos to shards of latents
     runs, exports, sources                        what a run trains and leaves, out to diffusers, what can be sampled
     course, exercises, __main__                   what notebooks stand on, their exercises, the command line
