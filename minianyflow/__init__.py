@@ -16,6 +16,7 @@ The rooms, from the ground up; each needs only those above it in this list:
     exposure                                      exposure bias, where it is exact
     codec, wan, causal, teacher_forcing           video: the codec, transformers of diffusers as u, chunk by chunk
     shards                                        captioned latents on disk
+    blocks                                        transformers' blocks, with less copied on the way
     weights, pipelines                            how networks are kept; out to diffusers
     roles                                         one frozen base, three roles: LoRA adapters
     video_measures, video_pictures                what a blob video should be, and what it looks like

@@ -92,6 +92,19 @@ def attend(query, key, value, mask=None):
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+def rotate(x, turns):
+    """Rotary embedding of x (B, heads, N, D): stock's, or in float32 for turns (1, 1, N, D / 2, 2), cosine and sine."""
+    if turns.is_complex():
+        return apply_rotary_emb(x, turns)
+    pairs = x.float().unflatten(3, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses these, and leaves complex numbers as they are
+        (a, b), (cosine, sine) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return turned.flatten(3).type_as(x)
+
+
 class CausalAttention:
     """Self-attention processor for the causal transformer: `block.attn1.set_processor(CausalAttention())`.
 
@@ -120,7 +133,7 @@ class CausalAttention:
                 known = [kv_cache[name] for name in ("compressed", "full") if name in kv_cache]
                 key, value = torch.cat([*known, both], 3).unbind(1)
         if rotary_emb is not None:  # after the cache: a key's position counts from the clip's first frame
-            query, key = apply_rotary_emb(query, rotary_emb["query"]), apply_rotary_emb(key, rotary_emb["key"])
+            query, key = rotate(query, rotary_emb["query"]), rotate(key, rotary_emb["key"])
         if self.padded and attention_mask is None:
             key, value = (functional.pad(each, (0, 0, 0, -query.shape[2] % 128)) for each in (key, value))
         mask = None if attention_mask is True else attention_mask

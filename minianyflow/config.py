@@ -134,6 +134,8 @@ class Config:
 
     precision: str
     checkpointing: bool
+    keep_attention: bool
+    compiled: bool
     device: str
 
     causal: Causal
@@ -169,7 +171,7 @@ AT_LEAST = {
 }
 POSITIVE = ("lr", "on_policy.fake_lr", "delta", "shift", "alpha", "clip", "on_nan.above")
 FREE = (  # what a run that goes on may be told anew: none of it changes what a step computes, but for rounding
-    *("runs", "output", "steps", "accumulate", "checkpointing", "device"),
+    *("runs", "output", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
     *("checkpoints", "resume", "on_nan", "log", "samples"),
 )
 SHARES = ("causal.long_context", "causal.bidirectional", "drop", "ema")
@@ -303,6 +305,10 @@ def _contradictions(config):
     yield (
         config.stage == "on_policy" and not config.student,
         "stage=on_policy without a student; name the run folder of a forward stage: student=FOLDER",
+    )
+    yield (
+        config.keep_attention and not config.checkpointing,
+        "keep_attention with checkpointing=false, which keeps everything; set one of them the other way",
     )
     yield (
         config.warmup >= config.steps,
