@@ -60,11 +60,12 @@ def causal_mask(
     """
     old = compressed_chunks(partition, full_chunk_limit, mode)
     per_frame = [compressed_tokens_per_frame] * old + [tokens_per_frame] * (len(partition) - old)
-    chunk = torch.arange(len(partition)).repeat_interleave(torch.tensor(partition) * torch.tensor(per_frame)).to(device)
+    chunk = torch.arange(len(partition)).repeat_interleave(torch.tensor(partition) * torch.tensor(per_frame))
     private = torch.zeros_like(chunk, dtype=torch.bool)  # noisy with a clean copy: no other chunk sees it
     if clean:
         private = torch.cat([chunk >= old, private[chunk >= old]])
         chunk = torch.cat([chunk, chunk[chunk >= old]])
+    chunk, private = chunk.to(device), private.to(device)
 
     def sees(batch, head, query, key):
         own = (chunk[key] == chunk[query]) & (private[key] == private[query])
@@ -72,7 +73,7 @@ def causal_mask(
 
     if chunk.is_cuda:
         return create_block_mask(sees, None, None, len(chunk), len(chunk), device=device)
-    every = torch.arange(len(chunk))
+    every = torch.arange(len(chunk), device=device)
     return sees(None, None, every[:, None], every)
 
 
