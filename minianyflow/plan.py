@@ -21,8 +21,8 @@ from minianyflow.costs import Cost, Live, kept_pairs, measure
 from minianyflow.errors import InputError
 from minianyflow.gpus import find_gpu
 from minianyflow.install import ROOT
-from minianyflow.roles import TARGETS, add_role, checkpoint_blocks
-from minianyflow.runs import Networks, draws
+from minianyflow.roles import TARGETS, add_role
+from minianyflow.runs import Networks, at_work, draws
 from minianyflow.shards import LatentShards
 from minianyflow.training import part_of
 from minianyflow.wan_shapes import CLIP, SHAPES, build_transformer, latent_shape
@@ -57,9 +57,8 @@ class ShapeNetworks(Networks):
         half = config.precision == "bf16" and (frozen or config.trained == "lora")
         dtype = torch.bfloat16 if half else torch.float32
         transformer = build_transformer(self.shape, config.architecture, self.device, dtype, **changes)
-        if config.checkpointing:
-            checkpoint_blocks(transformer)
-        return transformer.requires_grad_(False)
+        empty = transformer.device.type == "meta"  # nothing runs there that would be faster compiled
+        return at_work(replace(config, compiled=config.compiled and not empty), transformer)
 
 
 # Who is asked what

@@ -4,10 +4,8 @@ Nothing is downloaded. Prints step time, model TFLOP/s as a share of the matrix 
 beside the plan's; gpu_check.md and gpu_check.json are for docs/gpu.md. A case that would not fit is left out, and said.
 """
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 from minianyflow.__main__ import Parser, run
 
@@ -50,18 +48,10 @@ def main(argv=None):
         tuple(arguments.set),
         arguments.profile,
     )
-    report = check(request, stages(), arguments.output, lambda line: print(line, file=sys.stderr, flush=True))
+    report = check(request, arguments.output, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(report, indent=1) if arguments.json else f"\n{markdown(report)}")
     print(f"written: {arguments.output}/gpu_check.md, gpu_check.json", file=sys.stderr)
     return 0
-
-
-def stages():
-    """STAGES of distill.py, beside this script."""
-    spec = importlib.util.spec_from_file_location("distill", Path(__file__).with_name("distill.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.STAGES
 
 
 if __name__ == "__main__":
