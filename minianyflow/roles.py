@@ -165,7 +165,7 @@ def active_role(module):
 def checkpoint_blocks(transformer, keep_attention=False):
     """Keep only what goes into each block, and work through it again in its backward, under its forward's role.
 
-    keep_attention: what fused attention made is kept as well, (B, N, D) twice a block, in place of most of the work.
+    keep_attention: what self-attention made is kept as well, (B, N, D) a block, where it is fused: most of the work.
     The backward raises RuntimeError if the recomputation finds another role: its gradient would be wrong, silently.
     """
 
@@ -191,7 +191,9 @@ def checkpoint_blocks(transformer, keep_attention=False):
 
 
 def _keep_attention(context, operation, *arguments, **options):
-    return CheckpointPolicy.MUST_SAVE if operation in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+    # not where text is seen, a few tokens: as much to keep, and little to compute
+    keep = operation in ATTENTION and arguments[1].shape[2] >= arguments[0].shape[2]
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextlib.contextmanager

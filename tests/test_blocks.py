@@ -7,13 +7,17 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minianyflow import runs
 from minianyflow.blocks import compile_blocks, lean
 from minianyflow.causal import CausalNetwork, causal_rollout
 from minianyflow.config import load_config
 from minianyflow.errors import InputError
+from minianyflow.gpu_check import TINY, Request, settings
 from minianyflow.objectives import eulerian_target
 from minianyflow.pairs import generator
+from minianyflow.plan import ShapeNetworks, stages
 from minianyflow.roles import EMBEDDERS, TARGETS, Adapter, RoleNetwork, add_role, checkpoint_blocks
+from minianyflow.training import train
 from minianyflow.wan import WanNetwork
 from minianyflow.wan_shapes import SHARED, build_transformer
 
@@ -177,8 +181,8 @@ def test_attention_that_is_kept_is_not_computed_again(architecture):
         with Watch() as watch:
             found.append(asked(network(transformer)))
         attended.append(watch.attended)
-    once = 2 * SHAPE["num_layers"]  # self-attention and cross-attention of each block
-    assert attended == [once, 2 * once, once]
+    layers = SHAPE["num_layers"]
+    assert attended == [2 * layers, 4 * layers, 3 * layers]  # of the text, a few tokens, it is computed again
     for each in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(each, found[0], strict=True))
 
@@ -205,3 +209,25 @@ def test_compiled_blocks_are_the_same_under_every_role(architecture, keep):
         assert apart(ours, theirs) < 1e-5
     assert counters["stats"]["unique_graphs"] >= 2  # one a role, at least
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_compiled_on_policy_run_has_the_losses_of_one_that_is_not(tmp_path, monkeypatch):
+    """Three roles on one base, rollouts under gradient, an average: all through `training.train`."""
+    monkeypatch.setattr(runs, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    histories = []
+    for compiled in ("false", "true"):
+        torch.compiler.reset()
+        (tmp_path / compiled).mkdir()
+        options = (f"compiled={compiled}", f"keep_attention={compiled}")
+        request = Request(("tiny",), ("bidirectional",), ("on_policy",), steps=1, device="cpu", options=options)
+        torch.manual_seed(0)
+        config, _ = settings(request, request.cases()[0], tmp_path / compiled)
+        accelerator, data, _ = runs.prepare(config)
+        torch.manual_seed(0)
+        networks = ShapeNetworks(config, data.shape[0], TINY, "cpu")
+        roles = stages()[config.stage](config, networks, {"prompt": data.null})
+        histories.append(train(roles, runs.draws(config, data), 2, 2, accelerator, progress=False, log_every=1))
+    assert len(histories[0]) == 2
+    for one, other in zip(*histories, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
