@@ -79,7 +79,9 @@ def causal_mask(
 
 @lru_cache
 def _compiled_flex():
-    return torch.compile(flex_attention)  # as it stands it makes the (Q, K) matrix
+    # as it stands it makes the (Q, K) matrix, and torch goes back to that after 8 graphs of one function
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention)
 
 
 def attend(query, key, value, mask=None):
