@@ -67,7 +67,7 @@ class Request:
             raise InputError(f"{self.steps} steps of {self.batch} clips; expected at least one of each")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError(
-                "torch finds no GPU here; expected one: look at nvidia-smi, or try the code with --device cpu --sizes tiny"
+                "torch finds no GPU here; expected one: look at nvidia-smi, or try --device cpu --sizes tiny"
             )
         if self.device == "cpu" and set(self.sizes) != {"tiny"}:
             raise InputError(
