@@ -19,7 +19,7 @@ from torch import nn
 from minianyflow.causal import causal_mask, chunk_partition
 from minianyflow.costs import Cost, Live, kept_pairs, measure
 from minianyflow.errors import InputError
-from minianyflow.gpus import find_gpu
+from minianyflow.gpus import GPUS, find_gpu
 from minianyflow.install import ROOT
 from minianyflow.roles import TARGETS, add_role, checkpoint_blocks
 from minianyflow.runs import Networks, draws
@@ -185,9 +185,10 @@ def trace(config, shape, length, steps, processes=1):
                 given = list(_tensors(part))
                 live = Live([*given, data.null, *role.network.parameters()])
                 with live if step == steps[0] else contextlib.nullcontext():  # it is slow, and all steps are alike
-                    losses, _ = role.loss(role.network, part)
-                    losses.mean().backward()
-                beside[name] = max(beside[name], numbers * (live.peak + sum(each.nbytes for each in given)))
+                    losses, raw = role.loss(role.network, part)
+                there = live.now + sum(each.nbytes for each in given)  # when the backward begins
+                losses.mean().backward()
+                beside[name] = max(beside[name], numbers * there)
                 parts.append(Part(step, index // config.accumulate, name, tuple(networks.asked)))
     return parts, beside
 
@@ -204,7 +205,7 @@ class Prices:
     """Cost of a Question, of a row of it, for a configuration and a clip; each counted once."""
 
     def __init__(self, config, shape, clip_shape, length, text_dim):
-        self.config, self.clip, self.prompt = config, clip_shape, (1, length, text_dim)
+        self.config, self.clip, self.prompt = config, clip_shape, (length, text_dim)
         self.layers, self.known, self.caches = shape["num_layers"], {}, {}
         self.networks = [self._build(shape, count) for count in (2, 3)] if self.layers > 2 else []
         self.networks = self.networks or [self._build(shape, self.layers)]
@@ -218,6 +219,21 @@ class Prices:
         return {role: each.network for role, each in made.items()}
 
     def __call__(self, question):
+        """Of all its rows."""
+        one = self.one(question)
+        if question.rows == 1:
+            return one
+        return one * question.rows + self.fixed(question) * (1 - question.rows)
+
+    def fixed(self, question):
+        """What does not grow with the rows, like the sines and cosines of positions."""
+        key = question.costs
+        if (key, "fixed") not in self.known:
+            one, two = (self._measure(self.networks[0][key.role], replace(key, rows=rows)) for rows in (1, 2))
+            self.known[key, "fixed"] = one * 2 + two * -1
+        return self.known[key, "fixed"]
+
+    def one(self, question):
         """Of one row."""
         key = question.costs
         if key not in self.known:
@@ -231,27 +247,27 @@ class Prices:
 
     def _measure(self, network, question):
         one = torch.device("meta")
-        z = torch.empty(1, question.frames, *self.clip[1:], device=one, requires_grad=question.moved)
-        prompt, t = torch.empty(self.prompt, device=one), torch.empty(1, device=one)
+        z = torch.empty(question.rows, question.frames, *self.clip[1:], device=one, requires_grad=question.moved)
+        prompt, t = torch.empty(question.rows, *self.prompt, device=one), torch.empty(question.rows, device=one)
         inputs = {"remember": (z, None, None, prompt)}.get(question.kind, (z, t, t, prompt))
         return measure(network, inputs, self._condition(network, question, z), question.grad, self._pairs(question))
 
     def _condition(self, network, question, z):
+        known = torch.empty(len(z), question.before, *z.shape[2:], device="meta")
         if question.kind == "forced":
-            past = {"past": torch.empty(1, question.before, *z.shape[2:], device="meta")} if question.before else {}
-            return {"clean": torch.empty_like(z)} | past
+            return {"clean": torch.empty_like(z)} | ({"past": known} if question.before else {})
         if question.kind == "read":
-            if not question.before:
-                return {"cache": ()}
-            if (network, question.before) not in self.caches:
-                x = torch.empty(1, question.before, *z.shape[2:], device="meta")
+            key = (network, question.before, len(z))
+            if key not in self.caches:
+                prompt = torch.empty(len(z), *self.prompt, device="meta")
                 with torch.no_grad():
-                    made = network(x, None, None, torch.empty(self.prompt, device="meta"), remember=True)
-                self.caches[network, question.before] = made
-            return {"cache": self.caches[network, question.before]}
+                    self.caches[key] = network(known, None, None, prompt, remember=True) if question.before else ()
+            return {"cache": self.caches[key]}
         if question.kind == "remember":
             return {"remember": True}
-        return {"whole": torch.empty(1)} if question.kind == "whole" and self.config.architecture == "causal" else {}
+        return (
+            {"whole": torch.empty(len(z))} if question.kind == "whole" and self.config.architecture == "causal" else {}
+        )
 
     def _pairs(self, question):
         if question.kind not in ("forced", "remember"):
@@ -357,7 +373,14 @@ _PRICES = {}
 
 def prices_of(config, shape, clip_shape, length, text_dim):
     """The Prices of a configuration: kept, as what they cost does not depend on most of it."""
-    kept = (config.stage, config.architecture, config.trained, config.checkpointing, config.precision, bool(config.teacher))
+    kept = (
+        config.stage,
+        config.architecture,
+        config.trained,
+        config.checkpointing,
+        config.precision,
+        bool(config.teacher),
+    )
     policy = (config.on_policy.forward_weight > 0, config.on_policy.context_gradient, config.rank, repr(config.causal))
     key = (*kept, *policy, json.dumps(shape), clip_shape, length, text_dim)
     if key not in _PRICES:
@@ -381,13 +404,14 @@ def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, adv
             "change one of them"
         )
     prices = prices_of(config, shape, clip_shape, length, shape["text_dim"])
-    plan = _plan(config, prices, shape, gpu, gpus, range(STEPS) if steps is None else steps, sharded)
-    return replace(plan, short=advice(plan, prices, shape)) if advise and not plan.fits else plan
+    steps = list(range(STEPS) if steps is None else steps)
+    plan = _plan(config, prices, shape, gpu, gpus, steps, sharded)
+    return replace(plan, short=advice(plan, prices, shape, steps)) if advise and not plan.fits else plan
 
 
 def _plan(config, prices, shape, gpu, gpus, steps, sharded=False):
-    numbers = prices.prompt[1] * prices.prompt[2]
-    parts, beside = trace(config, prices.clip, numbers, list(steps), gpus)
+    numbers = prices.prompt[0] * prices.prompt[1]
+    parts, beside = trace(config, prices.clip, numbers, steps, gpus)
     kept, learns = resident(config, shape, prices.clip[0], gpus, sharded)
     every = (_memory(config, prices, part, learns[part.role]) | {"batch": beside[part.role]} for part in parts)
     memory = max(every, key=lambda each: sum(each.values()))
@@ -395,7 +419,7 @@ def _plan(config, prices, shape, gpu, gpus, steps, sharded=False):
     evaluations, roles = {}, Counter()
     for part in parts:
         for question in part.asked:
-            cost = prices(question) * question.rows
+            cost = prices(question)
             flop = cost.forward + question.grad * cost.backward
             work["model"] += flop
             work["done"] += flop + question.grad * cost.again
@@ -427,7 +451,7 @@ def _memory(config, prices, part, gradients):
     held, caches, moments = [], {}, []
     later = gradients if config.accumulate > 1 else 0
     for question in part.asked:
-        cost = prices(question) * question.rows
+        cost = prices(question)
         if question.kind == "remember":
             remembered = cost.cache
         mine = _cache(prices, question)
@@ -439,12 +463,14 @@ def _memory(config, prices, part, gradients):
                 caches[question.cache] = mine
     answered = [question for question in part.asked if question.grad]
     for index in reversed(range(len(answered))):
-        returning = prices(answered[index]).returning * answered[index].rows
+        returning = prices(answered[index]).returning
         moments.append((held[: index + 1], caches, returning, later))
         later = gradients
         moments.append((held[:index], caches, returning, gradients))  # its end: nearly all gradients, nothing kept
     kept, alive, passing, there = max(moments, key=lambda each: sum(each[0]) + sum(each[1].values()) + sum(each[2:]))
-    jumps = len(kept) - (part.role == "student" and config.on_policy.forward_weight > 0) if _simulates(config, part) else 0
+    jumps = (
+        len(kept) - (part.role == "student" and config.on_policy.forward_weight > 0) if _simulates(config, part) else 0
+    )
     again = "one block, computed again" if config.checkpointing else "in passing"
     return {
         "gradients": there,
@@ -464,7 +490,7 @@ def _cache(prices, question):
     if question.cache is None:
         return 0
     frames = question.frames if question.kind == "remember" else question.before
-    return question.rows * prices(Question("student", 1, False, False, "remember", frames)).cache
+    return prices(Question("student", question.rows, False, False, "remember", frames)).cache
 
 
 @lru_cache
@@ -529,14 +555,40 @@ def _clip(config, clip):
 # What to change
 
 
-def advice(plan, prices, shape):
-    """{change: bytes of the peak}, one after the other until it fits: the cheapest first."""
-    found, config, gpus, sharded = {}, plan.config, plan.gpus, plan.sharded
+def advice(plan, prices, shape, steps):
+    """{change: bytes of the peak} where a plan does not fit, in order of what they cost, until one does.
 
-    def peak(config, gpus=gpus, sharded=sharded, memory=plan.gpu.memory):
-        counted = prices_of(config, shape, prices.clip, *prices.prompt[1:]) if config.rank == plan.config.rank else prices
-        each = _plan(config, counted, shape, plan.gpu, gpus, range(STEPS), sharded)
-        return each.peak
+    Checkpointing and fewer clips at once add up; the others are tried one by one on top of both. That a lower rank
+    makes activations a little smaller is not counted.
+    """
+    found, config, gpus = {}, plan.config, plan.gpus
 
-    room = (1 - SPARE) * plan.gpu.memory
+    def fits(change, config, gpus=gpus, sharded=plan.sharded):
+        each = _plan(config, prices, shape, plan.gpu, gpus, steps, sharded)
+        found[change] = each.peak
+        return each.fits
+
+    if not config.checkpointing:
+        config = replace(config, checkpointing=True)
+        prices = prices_of(config, shape, prices.clip, *prices.prompt)
+        if fits("checkpointing=true", config):
+            return found
+    most = config.batch // gpus
+    if config.accumulate < most:
+        if fits(f"accumulate={most}", replace(config, accumulate=most)):
+            fewer = [n for n in range(config.accumulate + 1, most) if config.batch % (n * gpus) == 0]
+            any(fits(f"accumulate={n}", replace(config, accumulate=n)) for n in fewer)
+            return found
+        config = replace(config, accumulate=most)
+    for rank in (128, 64, 32) if config.trained == "lora" else ():
+        if rank < config.rank and fits(f"rank={rank}", replace(config, rank=rank, alpha=rank)):
+            return found
+    if gpus < 8 and config.batch % 8 == 0:
+        spread = replace(config, accumulate=config.batch // 8)
+        if fits("8 GPUs, eight_gpus_fsdp2.yaml", spread, 8, True):
+            return found
+    alone = _plan(config, prices, shape, plan.gpu, gpus, steps, plan.sharded).peak
+    larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > plan.gpu.memory), key=lambda gpu: gpu.memory)
+    enough = next((gpu.name for gpu in larger if alone <= (1 - SPARE) * gpu.memory), None)
+    found[f"--gpu {enough}" if enough else "no GPU in the table is large enough for one clip at a time"] = alone
     return found

@@ -72,10 +72,13 @@ class Step:
         self.config, self.networks = config, Networks(config, data.shape[0])
         self.null = {"prompt": data.null}
         self.roles = distill.STAGES[config.stage](config, self.networks, self.null)
-        self.batch = draws(config, data)(number)
+        self.batch = draws(config, data)(0)  # which trains every weight
         self.take()
+        self.batch = draws(config, data)(number)
 
     def take(self):
+        for role in self.roles.values():
+            role.optimizer.zero_grad()
         training.train(self.roles, lambda step: self.batch, 1, self.config.accumulate, progress=False)
 
     def kept(self):
@@ -88,7 +91,11 @@ class Step:
                 yield from state.values()
         for counters in self.networks.counters.values():
             for each in counters:
-                yield from each.network.network.transformer.parameters() if self.config.trained == "lora" else each.parameters()
+                yield from (
+                    each.network.network.transformer.parameters()
+                    if self.config.trained == "lora"
+                    else each.parameters()
+                )
 
     def given(self):
         for value in self.batch.values():
@@ -121,11 +128,19 @@ CASES = [
 def test_a_real_step_takes_what_was_planned(folder, architecture, stage, trained, checkpointing):
     changes = [f"trained={trained}", f"checkpointing={checkpointing}"]
     config = settings(folder, architecture, stage, *changes)
-    step, plan = Step(config, 1), plan_run(config, steps=[1], advise=False)
+    number = 0 if architecture == "causal" else 1  # a causal clip has its longest context at step 0
+    step, plan = Step(config, number), plan_run(config, steps=[number], advise=False)
     kept, passing = step.bytes()
-    said = sum(plan.memory.get(name, 0) for name in ("base weights", "adapters", "trained weights", "averages", "optimiser"))
-    print(f"{architecture} {stage} {trained} {checkpointing} kept {said / kept:.3f} passing {(plan.peak - said) / passing:.3f} "
-      f"flop {plan.flop_with_recompute / step.flop():.3f}", {k: round(v/1e3) for k, v in plan.memory.items()}, kept/1e3, passing/1e3)
+    said = sum(
+        plan.memory.get(name, 0) for name in ("base weights", "adapters", "trained weights", "averages", "optimiser")
+    )
+    print(
+        f"{architecture} {stage} {trained} {checkpointing} kept {said / kept:.3f} passing {(plan.peak - said) / passing:.3f} "
+        f"flop {plan.flop_with_recompute / step.flop():.3f}",
+        {k: round(v / 1e3) for k, v in plan.memory.items()},
+        kept / 1e3,
+        passing / 1e3,
+    )
     assert said == pytest.approx(kept, rel=0.1)
     assert plan.peak - said == pytest.approx(passing, rel=0.1)
     assert plan.flop_with_recompute == pytest.approx(step.flop(), rel=0.1)
