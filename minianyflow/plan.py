@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from minianyflow.causal import causal_mask, chunk_partition
-from minianyflow.costs import Cost, Live, kept_pairs, measure
+from minianyflow.costs import Live, kept_pairs, measure
 from minianyflow.errors import InputError
 from minianyflow.gpus import GPUS, find_gpu
 from minianyflow.install import ROOT
@@ -169,7 +169,10 @@ class Part:
 
 
 def trace(config, shape, length, steps, processes=1):
-    """Every Part of these steps, in order, and bytes beside networks, {role: at most}; shape: (F, C, H, W) of a clip, length: numbers of a prompt."""
+    """Every Part of these steps, in order, and bytes beside networks, {role: at most}.
+
+    shape: (F, C, H, W) of a clip; length: numbers of a prompt.
+    """
     numbers = shape[2] * shape[3] / SMALL**2  # in place of each one there is here
     data = NoShards((*shape[:2], SMALL, SMALL), max(1, round(length / numbers)))
     networks = StandIns()
@@ -185,7 +188,7 @@ def trace(config, shape, length, steps, processes=1):
                 given = list(_tensors(part))
                 live = Live([*given, data.null, *role.network.parameters()])
                 with live if step == steps[0] else contextlib.nullcontext():  # it is slow, and all steps are alike
-                    losses, raw = role.loss(role.network, part)
+                    losses, _ = role.loss(role.network, part)
                 there = live.now + sum(each.nbytes for each in given)  # when the backward begins
                 losses.mean().backward()
                 beside[name] = max(beside[name], numbers * there)
@@ -265,9 +268,8 @@ class Prices:
             return {"cache": self.caches[key]}
         if question.kind == "remember":
             return {"remember": True}
-        return (
-            {"whole": torch.empty(len(z))} if question.kind == "whole" and self.config.architecture == "causal" else {}
-        )
+        single = question.kind == "whole" and self.config.architecture == "causal"
+        return {"whole": torch.empty(len(z))} if single else {}
 
     def _pairs(self, question):
         if question.kind not in ("forced", "remember"):
@@ -373,15 +375,11 @@ _PRICES = {}
 
 def prices_of(config, shape, clip_shape, length, text_dim):
     """The Prices of a configuration: kept, as what they cost does not depend on most of it."""
-    kept = (
-        config.stage,
-        config.architecture,
-        config.trained,
-        config.checkpointing,
-        config.precision,
-        bool(config.teacher),
-    )
-    policy = (config.on_policy.forward_weight > 0, config.on_policy.context_gradient, config.rank, repr(config.causal))
+    kept = [
+        getattr(config, name) for name in ("stage", "architecture", "trained", "checkpointing", "precision", "rank")
+    ]
+    policy = (bool(config.teacher), config.on_policy.forward_weight > 0, config.on_policy.context_gradient)
+    policy += (repr(config.causal), config.velocity)
     key = (*kept, *policy, json.dumps(shape), clip_shape, length, text_dim)
     if key not in _PRICES:
         _PRICES[key] = Prices(config, shape, clip_shape, length, text_dim)
@@ -395,6 +393,11 @@ def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, adv
     advise: whether what would fit is worked out where this does not.
     Raises InputError for a base that is not known, a batch that does not divide.
     """
+    if config.trained == "full" and config.precision == "bf16":
+        raise InputError(
+            "trained=full with precision=bf16 cannot be planned: it casts weights as it goes, which is not counted "
+            "here; plan precision=fp32, which takes more, or trained=lora"
+        )
     shape = shape_of(config.base)
     clip_shape, length = _clip(config, clip)
     gpu = gpu if hasattr(gpu, "rate") else find_gpu(gpu or "h200")
@@ -428,7 +431,7 @@ def _plan(config, prices, shape, gpu, gpus, steps, sharded=False):
             rows = evaluations.setdefault(question.role, [0, 0])
             rows[0] += question.rows
             rows[1] += question.rows * question.grad
-    count = len(set(part.step for part in parts))
+    count = len(steps)
     last = sum(max(v for (step, _), v in slow.items() if step == one) for one in {step for step, _ in slow})
     samples = count * config.batch
     return Plan(
@@ -452,8 +455,6 @@ def _memory(config, prices, part, gradients):
     later = gradients if config.accumulate > 1 else 0
     for question in part.asked:
         cost = prices(question)
-        if question.kind == "remember":
-            remembered = cost.cache
         mine = _cache(prices, question)
         alive = {**caches, **({question.cache: mine} if mine else {})}
         moments.append((held[:], alive, cost.transient + (cost.saved if question.grad else 0), later))
@@ -468,9 +469,8 @@ def _memory(config, prices, part, gradients):
         later = gradients
         moments.append((held[:index], caches, returning, gradients))  # its end: nearly all gradients, nothing kept
     kept, alive, passing, there = max(moments, key=lambda each: sum(each[0]) + sum(each[1].values()) + sum(each[2:]))
-    jumps = (
-        len(kept) - (part.role == "student" and config.on_policy.forward_weight > 0) if _simulates(config, part) else 0
-    )
+    rollouts = config.stage == "on_policy" and part.role == "student"
+    jumps = len(kept) - (config.on_policy.forward_weight > 0) if rollouts else 0
     again = "one block, computed again" if config.checkpointing else "in passing"
     return {
         "gradients": there,
@@ -479,10 +479,6 @@ def _memory(config, prices, part, gradients):
         f"activations {again}": passing,
         "causal cache": sum(alive.values()),
     }
-
-
-def _simulates(config, part):
-    return config.stage == "on_policy" and part.role == "student"
 
 
 def _cache(prices, question):
@@ -496,8 +492,8 @@ def _cache(prices, question):
 @lru_cache
 def outside():
     """Bytes of what is not loaded in training: the text encoder in bfloat16 and the VAE in float32, Wan2.1's."""
-    from transformers import UMT5Config, UMT5EncoderModel
     from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.device("meta"):
         text = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
