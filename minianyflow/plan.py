@@ -462,12 +462,14 @@ def _memory(config, prices, part, gradients):
             held.append(cost.saved)
             if mine and config.checkpointing:  # what is computed again reads them again
                 caches[question.cache] = mine
+    # blocks that are computed again are let go one by one while their gradients come: a little more than there is
+    later = gradients if config.accumulate > 1 or config.checkpointing else 0
     answered = [question for question in part.asked if question.grad]
     for index in reversed(range(len(answered))):
         returning = prices(answered[index]).returning
         moments.append((held[: index + 1], caches, returning, later))
         later = gradients
-        moments.append((held[:index], caches, returning, gradients))  # its end: nearly all gradients, nothing kept
+        moments.append((held[:index], caches, returning, gradients))  # its end: all gradients, of it nothing kept
     kept, alive, passing, there = max(moments, key=lambda each: sum(each[0]) + sum(each[1].values()) + sum(each[2:]))
     rollouts = config.stage == "on_policy" and part.role == "student"
     jumps = len(kept) - (config.on_policy.forward_weight > 0) if rollouts else 0

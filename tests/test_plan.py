@@ -150,6 +150,7 @@ def test_a_real_step_takes_what_was_planned(folder, architecture, stage, trained
     assert plan.flop_with_recompute == pytest.approx(again, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [["accumulate=2"], ["accumulate=4", "checkpointing=false"]])
 def test_parts_of_a_batch_are_planned(folder, changes):
     config = settings(folder, "bidirectional", "forward", *changes)
@@ -159,6 +160,7 @@ def test_parts_of_a_batch_are_planned(folder, changes):
     assert plan.flop_with_recompute == pytest.approx(step.flop(), rel=0.1)
 
 
+@pytest.mark.slow
 def test_three_blocks_say_what_eight_cost(folder):
     """What is counted of two and three blocks, and taken further, is what the whole transformer has."""
     config = settings(folder, "bidirectional", "forward", "precision=bf16")
@@ -171,6 +173,7 @@ def test_three_blocks_say_what_eight_cost(folder):
     assert len(prices.networks) == 2
 
 
+@pytest.mark.slow
 def test_evaluations_are_those_that_a_real_step_counts(folder):
     config = settings(folder, "causal", "on_policy")
     step = Step(config, 0)
@@ -183,6 +186,7 @@ def test_evaluations_are_those_that_a_real_step_counts(folder):
     assert {role: tuple(n / config.batch for n in each) for role, each in rows.items()} == plan.evaluations
 
 
+@pytest.mark.slow
 def test_model_flop_do_not_depend_on_checkpointing(folder):
     one, other = (
         plan_run(settings(folder, "bidirectional", "forward", f"checkpointing={said}"), steps=[1], advise=False)
@@ -198,6 +202,7 @@ def test_the_pairs_that_are_counted_are_those_of_the_mask():
         assert kept_pairs((1, 2, 2, 2), 16, 4, 2, clean, mode) == int(mask.sum())
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_to_change(folder):
     config = settings(folder, "bidirectional", "forward", "checkpointing=false")
     plan = plan_run(config, steps=[1], gpu=Gpu("small", 1e12, 1e12, ""))
@@ -211,6 +216,7 @@ def test_what_does_not_fit_is_told_what_to_change(folder):
     assert list(none.short) == ["checkpointing=true", "accumulate=4", "--gpu rtx4090"]
 
 
+@pytest.mark.slow
 def test_several_gpus_share_the_work(folder):
     config = settings(folder, "bidirectional", "on_policy")
     one, two, sharded = (
