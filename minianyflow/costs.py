@@ -139,7 +139,9 @@ def kept_pairs(partition, full, coarse, limit, clean=False, mode="train"):
 
 def measure(network, inputs, condition, grad, pairs=None):
     """The Cost of `network(*inputs, **condition)` on the meta device, of a backward, too, if `grad`."""
-    weights = [*network.transformer.parameters(), *network.transformer.buffers()]
+    transformer = network.transformer
+    weights = [*transformer.parameters(), *transformer.buffers()]
+    weights.append(transformer.rope._build_freqs(torch.device("meta")))  # which it keeps for all calls, as no buffer
     live = Live([*weights, *(each for each in tree_leaves((inputs, condition)) if isinstance(each, torch.Tensor))])
     learns = [each for each in weights if each.requires_grad]
     hooks = [each.register_post_accumulate_grad_hook(lambda weight: live.forget(weight.grad)) for each in learns]

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from minianyflow.causal import causal_mask, chunk_partition
-from minianyflow.costs import Cost, Live, kept_pairs, measure
+from minianyflow.costs import Live, kept_pairs, measure
 from minianyflow.errors import InputError
-from minianyflow.gpus import find_gpu
+from minianyflow.gpus import GPUS, find_gpu
 from minianyflow.install import ROOT
 from minianyflow.roles import TARGETS, add_role
 from minianyflow.runs import Networks, at_work, draws
@@ -168,7 +168,10 @@ class Part:
 
 
 def trace(config, shape, length, steps, processes=1):
-    """Every Part of these steps, in order, and bytes beside networks, {role: at most}; shape: (F, C, H, W) of a clip, length: numbers of a prompt."""
+    """Every Part of these steps, in order, and bytes beside networks, {role: at most}.
+
+    shape: (F, C, H, W) of a clip; length: numbers of a prompt.
+    """
     numbers = shape[2] * shape[3] / SMALL**2  # in place of each one there is here
     data = NoShards((*shape[:2], SMALL, SMALL), max(1, round(length / numbers)))
     networks = StandIns()
@@ -185,8 +188,9 @@ def trace(config, shape, length, steps, processes=1):
                 live = Live([*given, data.null, *role.network.parameters()])
                 with live if step == steps[0] else contextlib.nullcontext():  # it is slow, and all steps are alike
                     losses, _ = role.loss(role.network, part)
-                    losses.mean().backward()
-                beside[name] = max(beside[name], numbers * (live.peak + sum(each.nbytes for each in given)))
+                there = live.now + sum(each.nbytes for each in given)  # when the backward begins
+                losses.mean().backward()
+                beside[name] = max(beside[name], numbers * there)
                 parts.append(Part(step, index // config.accumulate, name, tuple(networks.asked)))
     return parts, beside
 
@@ -203,7 +207,7 @@ class Prices:
     """Cost of a Question, of a row of it, for a configuration and a clip; each counted once."""
 
     def __init__(self, config, shape, clip_shape, length, text_dim):
-        self.config, self.clip, self.prompt = config, clip_shape, (1, length, text_dim)
+        self.config, self.clip, self.prompt = config, clip_shape, (length, text_dim)
         self.layers, self.known, self.caches = shape["num_layers"], {}, {}
         self.networks = [self._build(shape, count) for count in (2, 3)] if self.layers > 2 else []
         self.networks = self.networks or [self._build(shape, self.layers)]
@@ -217,6 +221,21 @@ class Prices:
         return {role: each.network for role, each in made.items()}
 
     def __call__(self, question):
+        """Of all its rows."""
+        one = self.one(question)
+        if question.rows == 1:
+            return one
+        return one * question.rows + self.fixed(question) * (1 - question.rows)
+
+    def fixed(self, question):
+        """What does not grow with the rows, like the sines and cosines of positions."""
+        key = question.costs
+        if (key, "fixed") not in self.known:
+            one, two = (self._measure(self.networks[0][key.role], replace(key, rows=rows)) for rows in (1, 2))
+            self.known[key, "fixed"] = one * 2 + two * -1
+        return self.known[key, "fixed"]
+
+    def one(self, question):
         """Of one row."""
         key = question.costs
         if key not in self.known:
@@ -230,27 +249,26 @@ class Prices:
 
     def _measure(self, network, question):
         one = torch.device("meta")
-        z = torch.empty(1, question.frames, *self.clip[1:], device=one, requires_grad=question.moved)
-        prompt, t = torch.empty(self.prompt, device=one), torch.empty(1, device=one)
+        z = torch.empty(question.rows, question.frames, *self.clip[1:], device=one, requires_grad=question.moved)
+        prompt, t = torch.empty(question.rows, *self.prompt, device=one), torch.empty(question.rows, device=one)
         inputs = {"remember": (z, None, None, prompt)}.get(question.kind, (z, t, t, prompt))
         return measure(network, inputs, self._condition(network, question, z), question.grad, self._pairs(question))
 
     def _condition(self, network, question, z):
+        known = torch.empty(len(z), question.before, *z.shape[2:], device="meta")
         if question.kind == "forced":
-            past = {"past": torch.empty(1, question.before, *z.shape[2:], device="meta")} if question.before else {}
-            return {"clean": torch.empty_like(z)} | past
+            return {"clean": torch.empty_like(z)} | ({"past": known} if question.before else {})
         if question.kind == "read":
-            if not question.before:
-                return {"cache": ()}
-            if (network, question.before) not in self.caches:
-                x = torch.empty(1, question.before, *z.shape[2:], device="meta")
+            key = (network, question.before, len(z))
+            if key not in self.caches:
+                prompt = torch.empty(len(z), *self.prompt, device="meta")
                 with torch.no_grad():
-                    made = network(x, None, None, torch.empty(self.prompt, device="meta"), remember=True)
-                self.caches[network, question.before] = made
-            return {"cache": self.caches[network, question.before]}
+                    self.caches[key] = network(known, None, None, prompt, remember=True) if question.before else ()
+            return {"cache": self.caches[key]}
         if question.kind == "remember":
             return {"remember": True}
-        return {"whole": torch.empty(1)} if question.kind == "whole" and self.config.architecture == "causal" else {}
+        single = question.kind == "whole" and self.config.architecture == "causal"
+        return {"whole": torch.empty(len(z))} if single else {}
 
     def _pairs(self, question):
         if question.kind not in ("forced", "remember"):
@@ -356,8 +374,11 @@ _PRICES = {}
 
 def prices_of(config, shape, clip_shape, length, text_dim):
     """The Prices of a configuration: kept, as what they cost does not depend on most of it."""
-    kept = (config.stage, config.architecture, config.trained, config.checkpointing, config.precision, bool(config.teacher))
-    policy = (config.on_policy.forward_weight > 0, config.on_policy.context_gradient, config.rank, repr(config.causal))
+    kept = [
+        getattr(config, name) for name in ("stage", "architecture", "trained", "checkpointing", "precision", "rank")
+    ]
+    policy = (bool(config.teacher), config.on_policy.forward_weight > 0, config.on_policy.context_gradient)
+    policy += (repr(config.causal), config.velocity)
     key = (*kept, *policy, json.dumps(shape), clip_shape, length, text_dim)
     if key not in _PRICES:
         _PRICES[key] = Prices(config, shape, clip_shape, length, text_dim)
@@ -371,6 +392,11 @@ def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, adv
     advise: whether what would fit is worked out where this does not.
     Raises InputError for a base that is not known, a batch that does not divide.
     """
+    if config.trained == "full" and config.precision == "bf16":
+        raise InputError(
+            "trained=full with precision=bf16 cannot be planned: it casts weights as it goes, which is not counted "
+            "here; plan precision=fp32, which takes more, or trained=lora"
+        )
     shape = shape_of(config.base)
     clip_shape, length = _clip(config, clip)
     gpu = gpu if hasattr(gpu, "rate") else find_gpu(gpu or "h200")
@@ -380,13 +406,14 @@ def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, adv
             "change one of them"
         )
     prices = prices_of(config, shape, clip_shape, length, shape["text_dim"])
-    plan = _plan(config, prices, shape, gpu, gpus, range(STEPS) if steps is None else steps, sharded)
-    return replace(plan, short=advice(plan, prices, shape)) if advise and not plan.fits else plan
+    steps = list(range(STEPS) if steps is None else steps)
+    plan = _plan(config, prices, shape, gpu, gpus, steps, sharded)
+    return replace(plan, short=advice(plan, prices, shape, steps)) if advise and not plan.fits else plan
 
 
 def _plan(config, prices, shape, gpu, gpus, steps, sharded=False):
-    numbers = prices.prompt[1] * prices.prompt[2]
-    parts, beside = trace(config, prices.clip, numbers, list(steps), gpus)
+    numbers = prices.prompt[0] * prices.prompt[1]
+    parts, beside = trace(config, prices.clip, numbers, steps, gpus)
     kept, learns = resident(config, shape, prices.clip[0], gpus, sharded)
     every = (_memory(config, prices, part, learns[part.role]) | {"batch": beside[part.role]} for part in parts)
     memory = max(every, key=lambda each: sum(each.values()))
@@ -394,7 +421,7 @@ def _plan(config, prices, shape, gpu, gpus, steps, sharded=False):
     evaluations, roles = {}, Counter()
     for part in parts:
         for question in part.asked:
-            cost = prices(question) * question.rows
+            cost = prices(question)
             flop = cost.forward + question.grad * cost.backward
             work["model"] += flop
             work["done"] += flop + question.grad * cost.again
@@ -403,7 +430,7 @@ def _plan(config, prices, shape, gpu, gpus, steps, sharded=False):
             rows = evaluations.setdefault(question.role, [0, 0])
             rows[0] += question.rows
             rows[1] += question.rows * question.grad
-    count = len(set(part.step for part in parts))
+    count = len(steps)
     last = sum(max(v for (step, _), v in slow.items() if step == one) for one in {step for step, _ in slow})
     samples = count * config.batch
     return Plan(
@@ -426,9 +453,7 @@ def _memory(config, prices, part, gradients):
     held, caches, moments = [], {}, []
     later = gradients if config.accumulate > 1 else 0
     for question in part.asked:
-        cost = prices(question) * question.rows
-        if question.kind == "remember":
-            remembered = cost.cache
+        cost = prices(question)
         mine = _cache(prices, question)
         alive = {**caches, **({question.cache: mine} if mine else {})}
         moments.append((held[:], alive, cost.transient + (cost.saved if question.grad else 0), later))
@@ -436,14 +461,17 @@ def _memory(config, prices, part, gradients):
             held.append(cost.saved)
             if mine and config.checkpointing:  # what is computed again reads them again
                 caches[question.cache] = mine
+    # blocks that are computed again are let go one by one while their gradients come: a little more than there is
+    later = gradients if config.accumulate > 1 or config.checkpointing else 0
     answered = [question for question in part.asked if question.grad]
     for index in reversed(range(len(answered))):
-        returning = prices(answered[index]).returning * answered[index].rows
+        returning = prices(answered[index]).returning
         moments.append((held[: index + 1], caches, returning, later))
         later = gradients
-        moments.append((held[:index], caches, returning, gradients))  # its end: nearly all gradients, nothing kept
+        moments.append((held[:index], caches, returning, gradients))  # its end: all gradients, of it nothing kept
     kept, alive, passing, there = max(moments, key=lambda each: sum(each[0]) + sum(each[1].values()) + sum(each[2:]))
-    jumps = len(kept) - (part.role == "student" and config.on_policy.forward_weight > 0) if _simulates(config, part) else 0
+    rollouts = config.stage == "on_policy" and part.role == "student"
+    jumps = len(kept) - (config.on_policy.forward_weight > 0) if rollouts else 0
     again = "one block, computed again" if config.checkpointing else "in passing"
     return {
         "gradients": there,
@@ -454,23 +482,19 @@ def _memory(config, prices, part, gradients):
     }
 
 
-def _simulates(config, part):
-    return config.stage == "on_policy" and part.role == "student"
-
-
 def _cache(prices, question):
     """Bytes of the cache that a question makes or reads."""
     if question.cache is None:
         return 0
     frames = question.frames if question.kind == "remember" else question.before
-    return question.rows * prices(Question("student", 1, False, False, "remember", frames)).cache
+    return prices(Question("student", question.rows, False, False, "remember", frames)).cache
 
 
 @lru_cache
 def outside():
     """Bytes of what is not loaded in training: the text encoder in bfloat16 and the VAE in float32, Wan2.1's."""
-    from transformers import UMT5Config, UMT5EncoderModel
     from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.device("meta"):
         text = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
@@ -528,14 +552,40 @@ def _clip(config, clip):
 # What to change
 
 
-def advice(plan, prices, shape):
-    """{change: bytes of the peak}, one after the other until it fits: the cheapest first."""
-    found, config, gpus, sharded = {}, plan.config, plan.gpus, plan.sharded
+def advice(plan, prices, shape, steps):
+    """{change: bytes of the peak} where a plan does not fit, in order of what they cost, until one does.
 
-    def peak(config, gpus=gpus, sharded=sharded, memory=plan.gpu.memory):
-        counted = prices_of(config, shape, prices.clip, *prices.prompt[1:]) if config.rank == plan.config.rank else prices
-        each = _plan(config, counted, shape, plan.gpu, gpus, range(STEPS), sharded)
-        return each.peak
+    Checkpointing and fewer clips at once add up; the others are tried one by one on top of both. That a lower rank
+    makes activations a little smaller is not counted.
+    """
+    found, config, gpus = {}, plan.config, plan.gpus
 
-    room = (1 - SPARE) * plan.gpu.memory
+    def fits(change, config, gpus=gpus, sharded=plan.sharded):
+        each = _plan(config, prices, shape, plan.gpu, gpus, steps, sharded)
+        found[change] = each.peak
+        return each.fits
+
+    if not config.checkpointing:
+        config = replace(config, checkpointing=True)
+        prices = prices_of(config, shape, prices.clip, *prices.prompt)
+        if fits("checkpointing=true", config):
+            return found
+    most = config.batch // gpus
+    if config.accumulate < most:
+        if fits(f"accumulate={most}", replace(config, accumulate=most)):
+            fewer = [n for n in range(config.accumulate + 1, most) if config.batch % (n * gpus) == 0]
+            any(fits(f"accumulate={n}", replace(config, accumulate=n)) for n in fewer)
+            return found
+        config = replace(config, accumulate=most)
+    for rank in (128, 64, 32) if config.trained == "lora" else ():
+        if rank < config.rank and fits(f"rank={rank}", replace(config, rank=rank, alpha=rank)):
+            return found
+    if gpus < 8 and config.batch % 8 == 0:
+        spread = replace(config, accumulate=config.batch // 8)
+        if fits("8 GPUs, eight_gpus_fsdp2.yaml", spread, 8, True):
+            return found
+    alone = _plan(config, prices, shape, plan.gpu, gpus, steps, plan.sharded).peak
+    larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > plan.gpu.memory), key=lambda gpu: gpu.memory)
+    enough = next((gpu.name for gpu in larger if alone <= (1 - SPARE) * gpu.memory), None)
+    found[f"--gpu {enough}" if enough else "no GPU in the table is large enough for one clip at a time"] = alone
     return found
