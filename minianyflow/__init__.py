@@ -17,15 +17,18 @@ The rooms, from the ground up; each needs only those above it in this list:
     exposure                                      exposure bias, where it is exact
     codec, wan, causal, teacher_forcing           video: the codec, transformers of diffusers as u, chunk by chunk
     shards                                        captioned latents on disk
+    blocks                                        transformers' blocks, with less copied on the way
     weights, pipelines                            how networks are kept; out to diffusers
     roles                                         one frozen base, three roles: LoRA adapters
     video_measures, video_pictures                what a blob video should be, and what it looks like
     video_stages, video_report                    every stage of training, and what each reaches at any step count
     player, stills, scene                         the player of trajectories, its pictures, controls around it
     plane_scenes, clip_scenes, scenes             the five scenes of the course, one line each
-    config, wan_folders, movies                   Wan2.1: what a run is told, weights and parts, videos as files
+    config, wan_folders, wan_shapes, movies       Wan2.1: what a run is told, weights and parts, sizes, videos as files
     clips, prepare                                captioned videos to shards of latents
     runs, exports, sources                        what a run trains and leaves, out to diffusers, what can be sampled
+    gpus, costs, plan, plan_report                what a run takes, before anything is rented
+    gpu_check                                     a GPU against the plan: step time, rate, memory
     browser, live, offline, bench_live            around the scenes: a browser, the app, offline pages, how quick
     course, exercises, __main__                   what notebooks stand on, their exercises, the command line
 """

@@ -135,6 +135,8 @@ class Config:
 
     precision: str
     checkpointing: bool
+    keep_attention: bool
+    compiled: bool
     device: str
 
     causal: Causal
@@ -170,7 +172,7 @@ AT_LEAST = {
 }
 POSITIVE = ("lr", "on_policy.fake_lr", "delta", "shift", "alpha", "clip", "on_nan.above")
 FREE = (  # what a run that goes on may be told anew: on sound data, what a step computes is the same but for rounding
-    *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "device"),
+    *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
     *("checkpoints", "resume", "on_nan", "log", "samples"),
 )
 SHARES = ("causal.long_context", "causal.bidirectional", "drop", "ema")
@@ -304,6 +306,10 @@ def _contradictions(config):
     yield (
         config.stage == "on_policy" and not config.student,
         "stage=on_policy without a student; name the run folder of a forward stage: student=FOLDER",
+    )
+    yield (
+        config.keep_attention and not config.checkpointing,
+        "keep_attention with checkpointing=false, which keeps everything; set one of them the other way",
     )
     yield (
         config.warmup >= config.steps,

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from minianyflow.blocks import compile_blocks, lean
 from minianyflow.causal import CausalNetwork, causal_backward_simulation, causal_rollout, chunk_partition
 from minianyflow.checkpoints import Checkpoints
 from minianyflow.config import as_yaml, find_device, identity, load_config
@@ -106,9 +107,7 @@ class Networks:
         config = self.config
         half = config.precision == "bf16" and (frozen or config.trained == "lora")
         transformer = transformer_of(config, source, torch.bfloat16 if half else torch.float32, self.device)
-        if config.checkpointing:
-            checkpoint_blocks(transformer)
-        return transformer.requires_grad_(False)
+        return at_work(config, transformer)
 
     def _compresses(self):
         """Whether a causal student learns from old chunks: clips that long, and a loss whose gradient gets there."""
@@ -153,6 +152,16 @@ def transformer_of(config, source, dtype=torch.float32, device="cpu"):
     """The transformer that `source` holds (wan_folders.load_transformer), of the configuration's architecture."""
     limit = config.causal.full_chunks if config.architecture == "causal" else None
     return load_transformer(source, config.architecture, dtype, limit, device=device)
+
+
+def at_work(config, transformer):
+    """A transformer, frozen, as a run works with it: blocks without needless copies, checkpointed, compiled."""
+    lean(transformer)
+    if config.checkpointing:
+        checkpoint_blocks(transformer, config.keep_attention)
+    if config.compiled:
+        compile_blocks(transformer)
+    return transformer.requires_grad_(False)
 
 
 def network_of(transformer, config, whole=None):
