@@ -23,6 +23,8 @@ The rooms, from the ground up; each needs only those above it in this list:
     config, wan_folders, movies                   Wan2.1: what a run is told, weights and parts, videos as files
     clips, prepare                                captioned videos to shards of latents
     runs, exports, sources                        what a run trains and leaves, out to diffusers, what can be sampled
+    vbench_worker, vbench_scores                  VBench, in the Python that has it
+    sampled, evaluation                           what sources have sampled, and what more steps buy
     course, exercises, __main__                   what notebooks stand on, their exercises, the command line
 """
 

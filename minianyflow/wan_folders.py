@@ -130,6 +130,12 @@ def _load_part(source, name, dtype):
     return part.eval().requires_grad_(False)
 
 
+def codec_factor(source):
+    """Pixels to a side of a latent, as the configuration of a source's codec says; its weights are not loaded."""
+    place = _place(source, "vae", bare=False)
+    return _reading(source, "vae", lambda: AutoencoderKLWan.load_config(**place)).get("scale_factor_spatial", 8)
+
+
 def _check_whole(source, found, kind, new=()):
     """Raise InputError for weights that lack or add something, but for those whose names start with `new`."""
     lacking = [name for name in found["missing_keys"] if not name.startswith(tuple(new))]
