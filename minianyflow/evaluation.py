@@ -68,8 +68,8 @@ def evaluate(arguments):
         report["methods"][label] = {"source": name} | report["methods"][label]
     if scorer and scorer.dimensions:
         report["vbench"] = {"prompts": "its own" if scorer.own else "custom input", "videos": arguments.videos}
-        for label, each in samples.items():
-            report["methods"][label] |= vbench(scorer, each, steps)
+        for label, scores in vbench(scorer, samples, steps).items():
+            report["methods"][label] |= scores
     if scorer and scorer.missing:
         report["vbench_missing"] = scorer.missing
     report = rounded(report)
@@ -103,7 +103,7 @@ def _tell(scorer, videos):
     if not PartialState().is_main_process:
         return
     if scorer.missing:
-        print(f"note: VBench's {scorer.told()}", file=sys.stderr)
+        print(f"note: {scorer.told()}", file=sys.stderr)
     if scorer.dimensions and scorer.own and videos < VIDEOS:
         print(f"note: {videos} clips of a prompt; VBench's standard asks for {VIDEOS}", file=sys.stderr)
 
@@ -200,18 +200,22 @@ def _decoded(vae, latents):
 
 
 def vbench(scorer, samples, steps):
-    """{"vbench_DIMENSION": [[a score for each step count]]}, scored once and kept beside the samples."""
-    scores = []
-    for each in steps:
-        beside = samples.folder / "vbench" / f"{each}_steps.json"
-        known = json.loads(beside.read_text()) if beside.exists() else {}
-        if not {*scorer.dimensions} <= {*known}:
-            folder = samples.video(each, 0).parent
-            known |= scorer.score(folder, beside.parent / f"{each}_steps", "vbench", samples.titles())
-            with staged(beside.parent) as inside:
-                (inside / beside.name).write_text(json.dumps(known, indent=1) + "\n")
-        scores.append(known)
-    return {f"vbench_{name}": [[each[name] for each in scores]] for name in scorer.dimensions}
+    """{label: {"vbench_DIMENSION": [[a score for each step count]]}}, scored once and kept beside the samples."""
+    places = {
+        (label, nfe): each.folder / "vbench" / f"{nfe}_steps.json" for label, each in samples.items() for nfe in steps
+    }
+    known = {key: json.loads(path.read_text()) if path.exists() else {} for key, path in places.items()}
+    todo = {key: path for key, path in places.items() if not {*scorer.dimensions} <= {*known[key]}}
+    titles = next(iter(samples.values())).titles()
+    folders = {samples[label].video(nfe, 0).parent: path.with_suffix("") for (label, nfe), path in todo.items()}
+    for (key, path), scores in zip(todo.items(), scorer.score(folders, titles), strict=True):
+        known[key] |= scores
+        with staged(path.parent) as inside:
+            (inside / path.name).write_text(json.dumps(known[key], indent=1) + "\n")
+    return {
+        label: {f"vbench_{name}": [[known[label, nfe][name] for nfe in steps]] for name in scorer.dimensions}
+        for label in samples
+    }
 
 
 # What is shown

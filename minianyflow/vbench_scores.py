@@ -7,11 +7,15 @@ and are never fetched here.
 
 import json
 import subprocess
+import tempfile
 from pathlib import Path
+from subprocess import PIPE
+
+from tqdm import tqdm
 
 from minianyflow.errors import InputError, choose
 
-WORKER = Path(__file__).with_name("vbench_worker.py")
+WORKER, ANSWER = Path(__file__).with_name("vbench_worker.py"), "answer: "
 VIDEOS = 5  # of each of VBench's own prompts
 CLIP_B, CLIP_L, OBJECTS = "clip_model/ViT-B-32.pt", "clip_model/ViT-L-14.pt", "grit_model/grit_b_densecap_objectdet.pth"
 MODELS = {  # dimension: the files it needs
@@ -48,7 +52,7 @@ class VBenchScores:
         for dimension in asked or ():
             choose("VBench dimension", dimension, MODELS)
         self.python = python
-        state = self._call({"dimensions": list(asked or MODELS)})
+        (state,) = self._call({"dimensions": list(asked or MODELS)})
         self.package = state["package"]
         self.own = bool(self.package) and set(prompts) <= _own_prompts(self.package)
         if not self.own and self.package and (wrong := [each for each in asked or () if each in OWN_ONLY]):
@@ -70,22 +74,41 @@ class VBenchScores:
         others = f" (and {len(self.missing) - 1} more dimensions)" if len(self.missing) > 1 else ""
         return f"VBench's {first}{others} cannot be scored: {why}; docs/evaluation.md says how"
 
-    def score(self, videos, output, name, prompts):
-        """{dimension: score} of the clips in the folder `videos`. prompts: {file name: prompt}, for custom input."""
-        job = {"videos": str(Path(videos).resolve()), "output": str(Path(output).resolve()), "name": name}
-        return self._call(job | {"dimensions": self.dimensions, "prompts": {} if self.own else prompts})
+    def score(self, folders, titles):
+        """{dimension: score} of the clips in each folder, as they are ready.
 
-    def _call(self, job):
-        """The worker's last line."""
+        folders: {of videos: where VBench's own files go}. titles: {name of a video: its prompt}, for custom input.
+        """
+        jobs = [{"videos": str(Path(v).resolve()), "output": str(Path(o).resolve())} for v, o in folders.items()]
+        asked = {"jobs": jobs, "dimensions": self.dimensions, "prompts": {} if self.own else titles}
+        yield from tqdm(
+            self._call(asked), total=len(jobs), desc="VBench", unit="folder", disable=None if jobs else True
+        )
+
+    def _call(self, asked):
+        """What the worker answers, one after another."""
+        if asked.get("jobs") == []:
+            return
         command = [str(self.python), "-I", str(WORKER)]  # isolated: it must not find our modules for its own
-        try:
-            done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
-        except OSError as problem:
-            raise InputError(f"{self.python} does not run ({problem.strerror}); expected one with vbench") from None
-        if done.returncode:
-            why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no word why").strip()
-            raise InputError(f"VBench stopped ({why[:200]}); the samples are kept: mend it, or go on with --no-vbench")
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        with tempfile.TemporaryFile("w+") as errors:
+            try:
+                worker = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=errors, text=True)
+            except OSError as problem:
+                raise InputError(f"{self.python} does not run ({problem.strerror}); expected one with vbench") from None
+            with worker:
+                try:
+                    worker.stdin.write(json.dumps(asked))
+                    worker.stdin.close()
+                    yield from (json.loads(line.removeprefix(ANSWER)) for line in worker.stdout if ANSWER in line[:8])
+                except BrokenPipeError:
+                    pass  # it says below why it stopped
+                except BaseException:
+                    worker.kill()
+                    raise
+            if worker.returncode:
+                errors.seek(0)
+                why = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "without a word")
+                raise InputError(f"VBench stopped ({why[:200]}); samples are kept: mend it, or go on with --no-vbench")
 
 
 def _own_prompts(package):

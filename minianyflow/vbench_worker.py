@@ -1,7 +1,8 @@
 """What runs inside the Python that has the `vbench` package: it needs that and torch, and nothing of ours.
 
 VBench 0.1.5 pins numpy < 2 and transformers 4.33, which nothing else here runs with; so it has an environment of its
-own, and vbench_scores.py starts this file there. Says what it found, or the scores, as one line of JSON, the last.
+own, and vbench_scores.py starts this file there. It says what it found, or the scores of each folder,
+as a line of JSON after `answer: `.
 """
 
 import importlib
@@ -25,20 +26,22 @@ def found(dimensions):
     return {"package": str(Path(spec.origin).parent) if spec else None, "cache": str(cache), "broken": broken}
 
 
-def scores(job):
-    """{dimension: score} of the folder `videos`; VBench's own files go to `output`."""
+def scores(asked):
+    """{dimension: score} of the folder `videos` of each job; VBench's own files go to its `output`."""
     import torch
     from vbench import VBench
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     listed = Path(sys.modules["vbench"].__file__).parent / "VBench_full_info.json"
-    bench, name = VBench(device, str(listed), job["output"]), job["name"]
-    options = {"prompt_list": job["prompts"], "mode": "custom_input"} if job["prompts"] else {}
-    bench.evaluate(job["videos"], name, dimension_list=job["dimensions"], local=True, **options)
-    results = json.loads((Path(job["output"]) / f"{name}_eval_results.json").read_text())
-    return {dimension: float(result[0]) for dimension, result in results.items()}
+    options = {"prompt_list": asked["prompts"], "mode": "custom_input"} if asked["prompts"] else {}
+    for job in asked["jobs"]:
+        bench = VBench(device, str(listed), job["output"])
+        bench.evaluate(job["videos"], "vbench", dimension_list=asked["dimensions"], local=True, **options)
+        results = json.loads((Path(job["output"]) / "vbench_eval_results.json").read_text())
+        yield {dimension: float(result[0]) for dimension, result in results.items()}
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.stdin.read())
-    print(f"\n{json.dumps(scores(asked) if 'videos' in asked else found(asked['dimensions']))}")
+    question = json.loads(sys.stdin.read())
+    for each in scores(question) if "jobs" in question else [found(question["dimensions"])]:
+        print(f"\nanswer: {json.dumps(each)}", flush=True)
