@@ -113,20 +113,22 @@ class Samples:
                 bar.update(each * len(numbers))
         PartialState().wait_for_everyone()
 
-    def decode(self, vae, steps):
+    def decode(self, vae, steps, batch=1):
         """Decode and write what is not there yet, and note how its frames move."""
         todo = [(each, n) for each in dict.fromkeys(steps) for n in range(self.count) if not self.decoded(each, n)]
-        with _bar("decoding", self.folder.name, len(_mine(todo)), "clip") as bar:
-            for each, number in _mine(todo):
-                path = self.latents(each, number)
-                latents, cost = self._read(path), _metadata(path)
-                video = decode_latents(vae, latents[None].to(vae.device))[0].cpu()
-                known = {name: float(value) for name, value in cost.items()} | motion(video)
-                self._put(self.video(each, number), partial(write_clip, clip=video))
-                self._put(path.with_suffix(".json"), partial(_write_json, known))
-                if number >= self.kept(latents.shape):
-                    path.unlink()
-                bar.update()
+        pieces = [todo[k : k + batch] for k in range(0, len(todo), batch)]
+        with _bar("decoding", self.folder.name, sum(map(len, _mine(pieces))), "clip") as bar:
+            for piece in _mine(pieces):
+                latents = torch.stack([self._read(self.latents(*place)) for place in piece])
+                videos = decode_latents(vae, latents.to(vae.device), batch).cpu()
+                for (each, number), video in zip(piece, videos, strict=True):
+                    path = self.latents(each, number)
+                    known = {name: float(value) for name, value in _metadata(path).items()} | motion(video)
+                    self._put(self.video(each, number), partial(write_clip, clip=video))
+                    self._put(path.with_suffix(".json"), partial(_write_json, known))
+                    if number >= self.kept(latents.shape[1:]):
+                        path.unlink()
+                    bar.update()
         PartialState().wait_for_everyone()
 
     def _sampled(self, steps, number):
@@ -164,7 +166,7 @@ def sample_all(samples, source, shape, steps, dtype, device, batch=1, guidance=1
     gc.collect()
     if not all(samples.decoded(*each) for each in wanted):
         (vae,) = load_parts(source.config.base, "vae")
-        samples.decode(vae.to(device), steps)
+        samples.decode(vae.to(device), steps, batch)
 
 
 def guided_network(u, config, null, scale):

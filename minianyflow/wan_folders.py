@@ -215,10 +215,10 @@ def encode_video(vae, video):
 
 
 @torch.no_grad()
-def decode_latents(vae, latents):
-    """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W), clipped to [0, 1], clip by clip."""
+def decode_latents(vae, latents, batch=1):
+    """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W), clipped to [0, 1], `batch` clips at a time."""
     mean, std = _scale(vae)
-    clips = [vae.decode(clip.transpose(1, 2).to(mean) * std + mean).sample for clip in latents.split(1)]
+    clips = [vae.decode(clip.transpose(1, 2).to(mean) * std + mean).sample for clip in latents.split(batch)]
     return ((torch.cat(clips) + 1) / 2).clamp(0, 1).transpose(1, 2)
 
 

@@ -196,7 +196,7 @@ def test_one_step_of_a_flow_map_is_nearer_to_data_than_one_of_its_teacher(made):
     methods, floor = report_of(made)["methods"], report_of(made)["floors"]["data"]
     for measure in ("sliced_w2", "temporal_roughness"):  # eight clips are too few for a Frechet distance to tell
         (teacher,), (student,) = (methods[name][measure] for name in ("teacher", "eulerian"))
-        assert student[0] < 0.9 * teacher[0], measure
+        assert student[0] < 0.95 * teacher[0], measure
         assert teacher[2] < teacher[0], measure
     assert floor["motion"] == pytest.approx(methods["eulerian"]["motion"][0][2], rel=0.2)
 
