@@ -26,7 +26,7 @@ from minianyflow.video_report import rounded
 from minianyflow.wan_folders import decode_latents, load_parts
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
-DECODED = 16  # held-out clips whose frames are looked at
+DECODED = 64  # held-out clips whose frames are looked at, at most
 SHOWN = (1, 4)  # step counts of the sheet, beside the most
 MEASURES = {  # in the order of the picture and of the table: what the axis says
     "frechet": "Frechet distance of latents",
@@ -62,7 +62,7 @@ def evaluate(arguments):
         return None
     shape, base = next(iter(made.values()))[1:]
     samples = {label: each for label, (each, *_) in made.items()}
-    report = measured(samples, steps, shape, data, lambda: load_parts(base, "vae")[0].to(device))
+    report = measured(samples, steps, shape, data, lambda: load_parts(base, "vae")[0].to(device), arguments.batch)
     report = {"dataset": arguments.data, "prompts": arguments.prompts, "seeds": [arguments.seed]} | report
     for label, name in names.items():
         report["methods"][label] = {"source": name} | report["methods"][label]
@@ -146,7 +146,7 @@ def null_text(data):
 
 
 @torch.no_grad()
-def measured(samples, steps, shape, data=None, codec=None):
+def measured(samples, steps, shape, data=None, codec=None, batch=1):
     """The report: {"measure", "floors", "methods"}. samples: {label: Samples}, all finished. codec(): loads it.
 
     Latents of so many held-out clips are compared as there are samples of both; as many others against them are the
@@ -157,7 +157,8 @@ def measured(samples, steps, shape, data=None, codec=None):
         count = min(kept, len(data) // 2)
         rows = torch.linspace(0, len(data) - 1, 2 * count).round().long().tolist()  # from all of them
         reference, other = (data.rows(rows[start::2])[0] for start in range(2))
-        looked = [motion(clip[0]) for clip in _decoded(codec(), reference[:DECODED])]
+        few, vae = reference[:: -(-count // DECODED)], codec()
+        looked = [motion(clip) for part in few.split(batch) for clip in _decoded(vae, part)]
         known = {name: [each[name] for each in looked] for name in looked[0]}
         floors["data"] = _distances(other, reference) | _moving(known)
     measure = {
@@ -166,7 +167,7 @@ def measured(samples, steps, shape, data=None, codec=None):
         "path_error": kept,
         "path_error_to": steps[-1],
         "directions": 128,
-        "decoded_data": DECODED if data else 0,
+        "decoded_data": len(looked) if data else 0,
     }
     methods = {label: _method(each, steps, kept, reference) for label, each in samples.items()}
     return {"measure": measure, "floors": floors, "methods": methods}
@@ -195,8 +196,7 @@ def _moving(known):
 
 
 def _decoded(vae, latents):
-    """Videos (1, T, 3, H, W), one after another."""
-    return (decode_latents(vae, clip[None].to(vae.device)).cpu() for clip in latents)
+    return decode_latents(vae, latents.to(vae.device), len(latents)).cpu()
 
 
 def vbench(scorer, samples, steps):
