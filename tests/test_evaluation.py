@@ -135,6 +135,7 @@ def test_videos_lie_as_vbench_wants_them(made):
     assert float((video.mean(-1) - others).abs().mean((1, 2, 3)).min()) > 0.04
 
 
+@pytest.mark.slow
 def test_causal_sources_are_sampled_chunk_by_chunk(folder, networks, evaluate):
     assert evaluate("causal", "--output", "out_causal", steps=(1, 4), videos=2) == 0
     prompt, z = TextEncoder()(blobs.PROMPTS).repeat(2, 1, 1), noise(range(4))
@@ -144,6 +145,7 @@ def test_causal_sources_are_sampled_chunk_by_chunk(folder, networks, evaluate):
     assert method["evaluations"] == [[3 * steps + 2 for steps in (1, 4)]]  # three chunks, and two to remember
 
 
+@pytest.mark.slow
 def test_a_teacher_may_be_guided_and_a_student_is_not(folder, networks, evaluate, made):
     asked = ["teacher", "eulerian", "--guidance", 3, "--negative", "two balls", "--output", "out_guided"]
     assert evaluate(*asked, steps=(2, 4)) == 0
@@ -276,6 +278,7 @@ def spied(monkeypatch, stop=None):
     return calls
 
 
+@pytest.mark.slow
 def test_nothing_is_sampled_twice(folder, made, evaluate, monkeypatch):
     out = shutil.copytree(made, folder / "out_again")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
@@ -324,6 +327,7 @@ def test_an_interruption_leaves_whole_files_and_the_same_end(folder, made, evalu
     assert {name: mine[name] for name in mine if name != "seconds"} == {n: whole[n] for n in whole if n != "seconds"}
 
 
+@pytest.mark.slow
 def test_few_latents_are_kept_where_clips_are_large(folder, made, evaluate, monkeypatch):
     monkeypatch.setattr(sampled, "MOST", 4 * 320)  # numbers of four clips
     assert evaluate("eulerian", "--output", "out_few", steps=(1, 2)) == 0
@@ -468,6 +472,7 @@ def out(folder, made, tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_vbench_scores_its_own_prompts_as_its_standard_asks(made, out, python, capsys):
     assert scored(made, out, python, "--vbench", "temporal_flickering", "motion_smoothness") == 0
     captured = capsys.readouterr()
@@ -481,6 +486,7 @@ def test_vbench_scores_its_own_prompts_as_its_standard_asks(made, out, python, c
     assert scored(made, out, python) == 2
 
 
+@pytest.mark.slow
 def test_vbench_scores_what_there_is_and_one_line_says_what_there_is_not(made, out, python, capsys):
     listed = python.parent / "packages/vbench/VBench_full_info.json"
     listed.write_text('[{"prompt_en": "a cat"}]')
@@ -516,6 +522,7 @@ def test_missing_vbench_parts_are_one_line_before_anything_is_sampled(folder, py
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_where_vbench_stops_the_samples_stay(made, out, python, capsys):
     assert scored(made, out, python, "--vbench", "human_action") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
