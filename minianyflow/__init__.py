@@ -13,7 +13,9 @@ The rooms, from the ground up; each needs only those above it in this list:
     measures, pictures                            how far off, and what it looks like
     checkpoints                                   what training goes on from
     running, demo, ablation                       jobs side by side, the race, what moves it
+    peers                                         flow maps beside velocity models of other libraries
     exposure                                      exposure bias, where it is exact
+    backbones                                     any transformer of diffusers as u(z, t, r)
     codec, wan, causal, teacher_forcing           video: the codec, transformers of diffusers as u, chunk by chunk
     shards                                        captioned latents on disk
     weights, pipelines                            how networks are kept; out to diffusers
