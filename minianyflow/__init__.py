@@ -14,7 +14,9 @@ The rooms, from the ground up; each needs only those above it in this list:
     students                                      trained networks of the plane, samplers by name
     running, demo, ablation                       jobs side by side, the race, what moves it
     checkpoints                                   what training goes on from
+    peers                                         flow maps beside velocity models of other libraries
     exposure                                      exposure bias, where it is exact
+    backbones                                     any transformer of diffusers as u(z, t, r)
     codec, wan, causal, teacher_forcing           video: the codec, transformers of diffusers as u, chunk by chunk
     shards                                        captioned latents on disk
     blocks                                        transformers' blocks, with less copied on the way
