@@ -165,3 +165,12 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"flow_matching is not installed here; pip install .*\[peers\]") as problem:
         peers.run(output=tmp_path / "out")
     assert "\n" not in str(problem.value)
+
+
+def test_the_page_quotes_the_committed_run():
+    target = json.loads((ROOT / "docs/peers/peers.json").read_text())["targets"]["spiral"]
+    page = (ROOT / "docs/peers.md").read_text()
+    assert peers.table(target) in page
+    assert peers.ratio_table(target) in page
+    assert peers.ratios(target, "exact velocity")["flow_matching, euler"] > 10  # and midpoint is not, as the page says
+    assert peers.ratios(target, "exact velocity")["flow_matching, midpoint"] < 10
