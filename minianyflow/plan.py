@@ -21,8 +21,10 @@ from minianyflow.costs import Live, kept_pairs, measure
 from minianyflow.errors import InputError
 from minianyflow.gpus import GPUS, find_gpu
 from minianyflow.install import ROOT
+from minianyflow.on_policy import draw_on_policy
+from minianyflow.pairs import generator
 from minianyflow.roles import TARGETS, add_role
-from minianyflow.runs import Networks, at_work, draws
+from minianyflow.runs import ROLLOUTS, Networks, at_work, draws
 from minianyflow.shards import LatentShards
 from minianyflow.training import part_of
 from minianyflow.wan_shapes import CLIP, SHAPES, build_transformer, latent_shape
@@ -167,10 +169,11 @@ class Part:
     asked: tuple
 
 
-def trace(config, shape, length, steps, processes=1):
+def trace(config, shape, length, steps, processes=1, exact=False):
     """Every Part of these steps, in order, and bytes beside networks, {role: at most}.
 
-    shape: (F, C, H, W) of a clip; length: numbers of a prompt.
+    shape: (F, C, H, W) of a clip; length: numbers of a prompt. exact: rollouts are those of these very steps, not
+    others like them, which takes as long as drawing their noise.
     """
     numbers = shape[2] * shape[3] / SMALL**2  # in place of each one there is here
     data = NoShards((*shape[:2], SMALL, SMALL), max(1, round(length / numbers)))
@@ -180,6 +183,10 @@ def trace(config, shape, length, steps, processes=1):
     draw, parts, beside = draws(config, data), [], Counter()
     for step in steps:
         batch = draw(step)
+        if exact and config.stage == "on_policy":
+            source = generator(config.seed, ROLLOUTS, step)  # the noise of a clip's size comes first
+            drawn = draw_on_policy(shape, config.batch, source, tuple(config.on_policy.rollouts))
+            batch |= {name: drawn[name] for name in ("lengths", "step")}
         for name, role in roles.items():
             for index in range(processes * config.accumulate):
                 networks.asked.clear()
@@ -388,8 +395,8 @@ def prices_of(config, shape, clip_shape, length, text_dim):
 def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, advise=True):
     """The Plan of a configuration. clip: as wan_shapes.CLIP; None: that of its data, if there are any, or CLIP.
 
-    gpu: a Gpu, or a name. steps: those whose draws are counted. sharded: FSDP2 where there are several GPUs, else DDP.
-    advise: whether what would fit is worked out where this does not.
+    gpu: a Gpu, or a name. steps: those whose draws are counted, these very ones; None: STEPS steps like them. sharded:
+    FSDP2 where there are several GPUs, else DDP. advise: whether what would fit is worked out where this does not.
     Raises InputError for a base that is not known, a batch that does not divide.
     """
     if config.trained == "full" and config.precision == "bf16":
@@ -406,14 +413,14 @@ def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, adv
             "change one of them"
         )
     prices = prices_of(config, shape, clip_shape, length, shape["text_dim"])
-    steps = list(range(STEPS) if steps is None else steps)
-    plan = _plan(config, prices, shape, gpu, gpus, steps, sharded)
+    exact, steps = steps is not None, list(range(STEPS) if steps is None else steps)
+    plan = _plan(config, prices, shape, gpu, gpus, steps, sharded, exact)
     return replace(plan, short=advice(plan, prices, shape, steps)) if advise and not plan.fits else plan
 
 
-def _plan(config, prices, shape, gpu, gpus, steps, sharded=False):
+def _plan(config, prices, shape, gpu, gpus, steps, sharded=False, exact=False):
     numbers = prices.prompt[0] * prices.prompt[1]
-    parts, beside = trace(config, prices.clip, numbers, steps, gpus)
+    parts, beside = trace(config, prices.clip, numbers, steps, gpus, exact)
     kept, learns = resident(config, shape, prices.clip[0], gpus, sharded)
     every = (_memory(config, prices, part, learns[part.role]) | {"batch": beside[part.role]} for part in parts)
     memory = max(every, key=lambda each: sum(each.values()))
