@@ -15,6 +15,7 @@ def main(argv=None):
         "--target", nargs="+", default=["spiral"], metavar="NAME", help="spiral, ring8, checkerboard (default: spiral)"
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of training for each (default: 60)")
+    parser.add_argument("--width", type=int, default=64, help="of every network (default: 64)")
     parser.add_argument("--seeds", default="0,1,2", help="trained together, as one network (default: 0,1,2)")
     parser.add_argument(
         "--peers",
@@ -26,11 +27,15 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=2, help="processes; each trains one on one core (default: 2)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
+    from dataclasses import replace
+
     from minianyflow import peers
+    from minianyflow.demo import BUDGET
 
     chosen = tuple(peers.PEERS) if arguments.peers is None else tuple(arguments.peers)
     seeds, targets = whole_numbers(arguments.seeds), tuple(arguments.target)
     options = (arguments.seconds, chosen, arguments.output, arguments.workers, arguments.quiet)
+    options += (replace(BUDGET, width=arguments.width),)
     report = peers.run(targets, seeds, *options)
     for name, target in report["targets"].items():
         print(f"\n{name}\n\n{peers.table(target)}\n\n{peers.ratio_table(target)}")
