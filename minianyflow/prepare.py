@@ -114,7 +114,7 @@ class Preparation:
         self.clips, self.videos, self.output, self.options = clips, Path(videos), Path(output), options
         self.device, (self.index, self.parts) = device, part
         self.work, self.shards = self.output / WORK, -(-len(clips) // options.shard_size)
-        self.vae = self.text_parts = self.known_null = None  # loaded, and encoded, when needed
+        self.vae = self.text_parts = self.known_null = self.held = None  # loaded, encoded, held when needed
         self.known, self.known_prompts = {}, {}  # encoded to see how long it takes
         self.encoded = {"texts": 0, "videos": 0}
 

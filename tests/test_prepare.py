@@ -100,9 +100,13 @@ def shown(here, name):
 def finish(here, output, part=(0, 1)):
     """What the script does, on one process that may stand for one of several."""
     job = work(here, output, part)
-    if not job.begin():
-        job.encode(job.pending())
-        job.finish()
+    try:
+        if not job.begin():
+            job.encode(job.pending())
+            job.finish()
+    finally:
+        if job.held:
+            job.held.close()  # as the end of a process does
     return job
 
 
