@@ -23,7 +23,8 @@ The rooms, from the ground up; each needs only those above it in this list:
     config, wan_folders, wan_shapes, movies       Wan2.1: what a run is told, weights and parts, sizes, videos as files
     clips, prepare                                captioned videos to shards of latents
     runs, exports, sources                        what a run trains and leaves, out to diffusers, what can be sampled
-    gpus, costs, plan, plan_report                what a run takes, before anything is rented
+    gpus, costs, questions, prices                what an evaluation costs, and who is asked for one
+    plan, plan_report                             what a run takes, before anything is rented
     course, exercises, __main__                   what notebooks stand on, their exercises, the command line
 """
 

@@ -57,7 +57,7 @@ def test_importing_is_light():
     """All of the plane but its pictures: no diffusers, no matplotlib, and two seconds beyond torch at most."""
     video = ("codec", "wan", "causal", "weights", "pipelines", "video_pictures", "video_stages", "video_report")
     video += ("roles", "wan_folders", "movies", "runs", "exports", "sources", "clips", "prepare", "wan_shapes")
-    video += ("costs", "plan", "plan_report")
+    video += ("costs", "questions", "prices", "plan", "plan_report")
     rooms = [name for name in LIBRARY if name not in ("pictures", "install", *video)]
     imports = "; ".join(f"import minianyflow.{name}" for name in rooms)
     code = (
