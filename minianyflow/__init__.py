@@ -31,7 +31,8 @@ The rooms, from the ground up; each needs only those above it in this list:
     runs, exports, sources                        what a run trains and leaves, out to diffusers, what can be sampled
     vbench_worker, vbench_scores                  VBench, in the Python that has it
     sampled, evaluation                           what sources have sampled, and what more steps buy
-    gpus, costs, plan, plan_report                what a run takes, before anything is rented
+    gpus, costs, questions, prices                what an evaluation costs, and who is asked for one
+    plan, plan_report                             what a run takes, before anything is rented
     gpu_check                                     a GPU against the plan: step time, rate, memory
     browser, live, offline, bench_live            around the scenes: a browser, the app, offline pages, how quick
     course, exercises, __main__                   what notebooks stand on, their exercises, the command line

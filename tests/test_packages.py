@@ -80,7 +80,7 @@ def test_importing_is_light():
         "video_report",
     )
     video += ("roles", "wan_folders", "movies", "runs", "exports", "sources", "clips", "prepare", "wan_shapes")
-    video += ("costs", "plan", "plan_report", "blocks", "gpu_check", "sampled", "evaluation")
+    video += ("costs", "questions", "prices", "plan", "plan_report", "blocks", "gpu_check", "sampled", "evaluation")
     shown = ("pictures", "player", "stills", "scene", "plane_scenes", "clip_scenes")
     rooms = [name for name in LIBRARY if name not in ("install", *shown, *video)]
     imports = "; ".join(f"import minianyflow.{name}" for name in rooms)

@@ -17,8 +17,10 @@ from minianyflow.costs import Live, kept_pairs
 from minianyflow.errors import InputError
 from minianyflow.gpus import Gpu
 from minianyflow.install import ROOT
-from minianyflow.plan import SPARE, Prices, Question, plan_run, shape_of
+from minianyflow.plan import SPARE, plan_run, shape_of
 from minianyflow.plan_report import table
+from minianyflow.prices import Prices
+from minianyflow.questions import Question
 from minianyflow.runs import Networks, draws
 from minianyflow.shards import LatentShards
 from minianyflow.wan_folders import make_tiny_wan
@@ -99,11 +101,8 @@ class Step:
                 yield from state.values()
         for counters in self.networks.counters.values():
             for each in counters:
-                yield from (
-                    each.network.network.transformer.parameters()
-                    if self.config.trained == "lora"
-                    else each.parameters()
-                )
+                transformer = each.network.transformer
+                yield from [*transformer.parameters(), transformer.rope._build_freqs(torch.device("cpu"))]
 
     def given(self):
         for value in self.batch.values():
