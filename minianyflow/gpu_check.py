@@ -21,7 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minianyflow.config import CHOICES, load_config
 from minianyflow.errors import InputError, choose
-from minianyflow.plan import ShapeNetworks, plan_run, stages
+from minianyflow.plan import plan_run
+from minianyflow.prices import ShapeNetworks
+from minianyflow.questions import stages
 from minianyflow.running import staged
 from minianyflow.runs import draws, guard, prepare
 from minianyflow.shards import write_shards
