@@ -15,7 +15,8 @@ from minianyflow.errors import InputError
 from minianyflow.gpu_check import TINY, Request, settings
 from minianyflow.objectives import eulerian_target
 from minianyflow.pairs import generator
-from minianyflow.plan import ShapeNetworks, stages
+from minianyflow.prices import ShapeNetworks
+from minianyflow.questions import stages
 from minianyflow.roles import EMBEDDERS, TARGETS, Adapter, RoleNetwork, add_role, checkpoint_blocks
 from minianyflow.training import train
 from minianyflow.wan import WanNetwork
