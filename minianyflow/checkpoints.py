@@ -73,9 +73,13 @@ class Checkpoints:
         """Raise InputError, one line, if the run was told something else when its newest checkpoint was made."""
         for folder in self.found():
             try:
+                digest = json.loads((folder / MANIFEST).read_text())["files"][STATE]
                 before = json.loads((folder / STATE).read_text())["told"]
-            except (OSError, ValueError, KeyError):
+                whole = digest == [*_digest(folder / STATE)]
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # not whole; restore will say so
+            if not whole:
+                continue
             names = [name for name in {**before, **self.told} if before.get(name) != self.told.get(name)]
             if names:
                 changes = "; ".join(f"{name} was {before.get(name)}, is {self.told.get(name)}" for name in names[:5])
@@ -200,7 +204,7 @@ def problem_of(folder, index=0, parts=1):
                 return f"{name} has {path.stat().st_size} bytes, expected {size}"
             if _digest(path)[1] != digest:
                 return f"{name} has another SHA-256 than when it was written"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no {MANIFEST} that can be read"
     return None
 

@@ -104,7 +104,9 @@ def staged(output):
         raise InputError(f"{why}; name a folder you may write to with --output") from None
     try:
         yield folder
-        for file in folder.iterdir():
+        for file in list(folder.iterdir()):
+            if file.is_dir() and (output / file.name).is_dir():  # of a killed run; a folder replaces none that is full
+                os.replace(output / file.name, Path(tempfile.mkdtemp(dir=folder, prefix="old-")))
             os.replace(file, output / file.name)
     except OSError as problem:
         why = f"cannot write {problem.filename2 or problem.filename or output} ({problem.strerror})"

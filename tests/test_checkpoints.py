@@ -185,6 +185,20 @@ def test_another_configuration_is_named(tmp_path):
     Checkpoints(tmp_path / "none", told={"lr": 2.0}).check_told()
 
 
+def test_a_damaged_checkpoint_is_not_asked_what_the_run_was_told(tmp_path, capsys):
+    run(tmp_path, told={"lr": 1.0})
+    newest, before, _ = Checkpoints(tmp_path).found()
+    path = newest / "state.json"
+    path.write_text(path.read_text().replace('"lr": 1.0', '"lr": 3.0'))
+    Checkpoints(tmp_path, told={"lr": 1.0}).check_told()
+    with pytest.raises(InputError, match=rf"{before} was made by another configuration: lr was 1.0, is 3.0"):
+        Checkpoints(tmp_path, told={"lr": 3.0}).check_told()
+    for manifest in ("[]", '{"files": []}', '{"files": {"state.json": 1}}'):
+        (newest / "manifest.json").write_text(manifest)
+        assert problem_of(newest) == "no manifest.json that can be read"
+        Checkpoints(tmp_path, told={"lr": 1.0}).check_told()
+
+
 @pytest.mark.parametrize(
     ("start", "words"),
     [

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib.util
 import json
@@ -492,6 +493,30 @@ def test_nothing_readable_is_an_error(here, tmp_path, script):
     with pytest.raises(InputError, match=r"none of 2 clips could be read; .*skipped\.jsonl says why"):
         script.main(flags(here, tmp_path / "out", f"--captions={path}"))
     assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) == 2
+
+
+def test_videos_that_go_away_are_not_skipped(here, tmp_path, monkeypatch):
+    """Finished shards stay, and the rest are made once the folder is back."""
+    output, make = tmp_path / "out", prepare.Preparation._make_shard
+    videos = here / "videos"
+    away = videos.with_name("away")
+
+    def gone(self, number, bar):
+        if number == 2:
+            videos.rename(away)
+        make(self, number, bar)
+
+    monkeypatch.setattr(prepare.Preparation, "_make_shard", gone)
+    try:
+        with pytest.raises(InputError, match=r"the folder of videos .* is gone; put it back and run the same"):
+            run(here, output)
+    finally:
+        away.rename(videos)
+    monkeypatch.undo()
+    gc.collect()  # what failed lets go of the folder
+    assert not (output / "skipped.jsonl").exists()
+    assert run(here, output) == 0
+    assert made(output) == made(here / "whole")
 
 
 def test_what_is_missing_on_the_command_line_is_said(tmp_path, script):

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from minianyflow.errors import InputError
-from minianyflow.running import ahead, run_jobs
+from minianyflow.running import ahead, run_jobs, staged
 
 
 def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
@@ -43,3 +43,16 @@ def test_the_next_batch_is_drawn_while_this_one_is_worked_on():
         drawn(7)
     assert drawn(8) == 80
     assert asked == [4, 5, 6, 7, 8]  # each once, and none beyond the end
+
+
+def test_what_is_staged_takes_the_place_of_what_a_killed_run_left(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/old").write_text("old")
+    (tmp_path / "file").write_text("old")
+    with staged(tmp_path) as folder:
+        (folder / "student").mkdir()
+        (folder / "student/new").write_text("new")
+        (folder / "file").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "file"}
+    assert [path.name for path in (tmp_path / "student").iterdir()] == ["new"]
+    assert (tmp_path / "file").read_text() == "new"
