@@ -318,7 +318,7 @@ class Preparation:
             if not self.videos.is_dir():  # a disk that went away is no reason to skip what was on it
                 expected = "put it back and run the same command again"
                 raise InputError(f"the folder of videos {self.videos} is gone; {expected}") from None
-            return str(problem).removeprefix(f"{path} ").removeprefix("has ")
+            return str(problem).removeprefix(f"{path} ")
 
     def _latent(self, clip, job):
         if clip.file in self.known:
