@@ -56,7 +56,7 @@ def weights(arguments):
 
 
 def video(arguments):
-    """Sample the trained video students at 1 to 64 steps and measure them; writes any_step.json and pictures."""
+    """Sample the trained video students at 1 to 128 steps and measure them; writes any_step.json and pictures."""
     from minianyflow.video_report import run, table
 
     report = run(arguments.weights, arguments.output, workers=arguments.workers, quiet=arguments.quiet)

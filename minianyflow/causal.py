@@ -60,11 +60,12 @@ def causal_mask(
     """
     old = compressed_chunks(partition, full_chunk_limit, mode)
     per_frame = [compressed_tokens_per_frame] * old + [tokens_per_frame] * (len(partition) - old)
-    chunk = torch.arange(len(partition)).repeat_interleave(torch.tensor(partition) * torch.tensor(per_frame)).to(device)
+    chunk = torch.arange(len(partition)).repeat_interleave(torch.tensor(partition) * torch.tensor(per_frame))
     private = torch.zeros_like(chunk, dtype=torch.bool)  # noisy with a clean copy: no other chunk sees it
     if clean:
         private = torch.cat([chunk >= old, private[chunk >= old]])
         chunk = torch.cat([chunk, chunk[chunk >= old]])
+    chunk, private = chunk.to(device), private.to(device)
 
     def sees(batch, head, query, key):
         own = (chunk[key] == chunk[query]) & (private[key] == private[query])
@@ -72,13 +73,15 @@ def causal_mask(
 
     if chunk.is_cuda:
         return create_block_mask(sees, None, None, len(chunk), len(chunk), device=device)
-    every = torch.arange(len(chunk))
+    every = torch.arange(len(chunk), device=device)
     return sees(None, None, every[:, None], every)
 
 
 @lru_cache
 def _compiled_flex():
-    return torch.compile(flex_attention)  # as it stands it makes the (Q, K) matrix
+    # as it stands it makes the (Q, K) matrix, and torch goes back to that after 8 graphs of one function
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention)
 
 
 def attend(query, key, value, mask=None):
@@ -90,6 +93,19 @@ def attend(query, key, value, mask=None):
         flex = _compiled_flex() if query.is_cuda else flex_attention
         return flex(query, key, value, block_mask=mask)[:, :, :count]
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def rotate(x, turns):
+    """Rotary embedding of x (B, heads, N, D): stock's, or in float32 for turns (1, 1, N, D / 2, 2), cosine and sine."""
+    if turns.is_complex():
+        return apply_rotary_emb(x, turns)
+    pairs = x.float().unflatten(3, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses these, and leaves complex numbers as they are
+        (a, b), (cosine, sine) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return turned.flatten(3).type_as(x)
 
 
 class CausalAttention:
@@ -120,7 +136,7 @@ class CausalAttention:
                 known = [kv_cache[name] for name in ("compressed", "full") if name in kv_cache]
                 key, value = torch.cat([*known, both], 3).unbind(1)
         if rotary_emb is not None:  # after the cache: a key's position counts from the clip's first frame
-            query, key = apply_rotary_emb(query, rotary_emb["query"]), apply_rotary_emb(key, rotary_emb["key"])
+            query, key = rotate(query, rotary_emb["query"]), rotate(key, rotary_emb["key"])
         if self.padded and attention_mask is None:
             key, value = (functional.pad(each, (0, 0, 0, -query.shape[2] % 128)) for each in (key, value))
         mask = None if attention_mask is True else attention_mask

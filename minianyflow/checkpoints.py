@@ -24,8 +24,11 @@ import torch
 import torch.distributed.checkpoint as distributed
 from accelerate.utils import gather_object
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from minianyflow.errors import InputError
+from minianyflow.faults import on_any
+from minianyflow.running import hold
 from minianyflow.training import remembered
 
 MANIFEST, STATE, UNFINISHED = "manifest.json", "state.json", ".unfinished-"
@@ -55,19 +58,53 @@ class Checkpoints:
         named = [path for path in self.folder.glob("*") if path.name.isdecimal() and path.is_dir()]
         return sorted(named, key=lambda path: int(path.name), reverse=True)
 
+    def hold(self, accelerator):
+        """Keep other runs away as long as this one lives. Raises InputError if there is one, or writing is refused."""
+        self.held, problem = None, None
+        try:
+            self.held = hold(self.folder) if accelerator.is_main_process else None
+        except InputError as error:
+            problem = str(error)
+        problem = next(filter(None, gather_object([problem])), None)
+        if problem:
+            raise InputError(problem)
+
     def check_told(self):
         """Raise InputError, one line, if the run was told something else when its newest checkpoint was made."""
         for folder in self.found():
             try:
+                digest = json.loads((folder / MANIFEST).read_text())["files"][STATE]
                 before = json.loads((folder / STATE).read_text())["told"]
-            except (OSError, ValueError, KeyError):
+                whole = digest == [*_digest(folder / STATE)]
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # not whole; restore will say so
+            if not whole:
+                continue
             names = [name for name in {**before, **self.told} if before.get(name) != self.told.get(name)]
             if names:
                 changes = "; ".join(f"{name} was {before.get(name)}, is {self.told.get(name)}" for name in names[:5])
                 expected = "put back what changed, or name another folder with output=FOLDER"
                 raise InputError(f"{folder} was made by another configuration: {changes}; {expected}")
             return
+
+    def check_room(self, roles):
+        """Raise InputError where those still to come have no room: better at the start than after hours."""
+        size = 0
+        for role in roles.values():
+            averages = role.average.state_dict().values() if role.average is not None else ()
+            moments = [weight for _, weight in _optimised(role)] * 2
+            kept = (*role.network.state_dict().values(), *averages, *moments)
+            size += sum(each.numel() * each.element_size() for each in kept)
+        needed = size * max(1, self.keep + 1 - len(self.found()))  # an old one goes when a new one is whole
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            expected = "make room, set checkpoints.keep lower, or name another folder with output=FOLDER"
+            raise InputError(
+                f"checkpoints need {needed / 1e9:.3g} GB more in {place}, and {free / 1e9:.3g} GB are free; {expected}"
+            )
 
     def due(self, done, steps):
         """Whether to save after `done` of `steps` steps."""
@@ -76,6 +113,13 @@ class Checkpoints:
     def save(self, roles, done, history, accelerator):
         """Save what stands after `done` steps. Raises InputError where it cannot; older ones stay as they are."""
         part, main = self.folder / f"{UNFINISHED}{done:06}", accelerator.is_main_process
+        tensors = _tensors(roles, accelerator)
+        if on_any(not all(_finite(each) for each in tensors.values()), accelerator):
+            kept = ", ".join(folder.name for folder in self.found()) or "none"
+            raise InputError(
+                f"weights are not finite after {done} steps; not saved, and those before are as they were ({kept}): "
+                "lower lr, name another folder with output=FOLDER"
+            )
         state = {"step": done, "processes": accelerator.num_processes, "history": history, "told": self.told}
         state |= {"hash": hashlib.sha256(json.dumps(self.told, sort_keys=True).encode()).hexdigest()}
         state |= {"carried": {name: each.state_dict() for name, each in self.carried.items()}}
@@ -84,7 +128,7 @@ class Checkpoints:
             _together(_renew, part, on=main)
             try:
                 with _alone(accelerator) as alone:
-                    distributed.save(_tensors(roles, accelerator), checkpoint_id=part, no_dist=alone)
+                    distributed.save(tensors, checkpoint_id=part, no_dist=alone)
                 _together(_write, part / STATE, state, on=main)
                 mine = slice(accelerator.process_index, None, accelerator.num_processes)
                 digests = _together(lambda: {path.name: _digest(path) for path in sorted(part.iterdir())[mine]})
@@ -96,7 +140,7 @@ class Checkpoints:
         except (OSError, CheckpointException) as problem:
             kept = ", ".join(folder.name for folder in self.found()) or "none"
             why = f"cannot save a checkpoint after {done} steps in {self.folder} ({_why(problem)})"
-            raise InputError(f"{why}; those before are intact ({kept}): make room, then run the same again") from None
+            raise InputError(f"{why}; those before are intact ({kept}): mend that, then run the same again") from None
 
     def restore(self, roles, accelerator):
         """Put the newest whole checkpoint in place: (steps done, history); (0, []) if there is none.
@@ -134,12 +178,15 @@ class Checkpoints:
     def _finish(self, part, manifest):
         """Give a whole checkpoint its name, then let old ones and what was never finished go."""
         _write(part / MANIFEST, manifest)
+        _sync(part)
         whole = self.folder / part.name.removeprefix(UNFINISHED)
         if whole.exists():  # it was found not to be whole
             _put_aside(whole)
         os.replace(part, whole)
         _sync(self.folder)
-        for old in self.found()[self.keep :]:
+        before = [old for old in self.found() if int(old.name) <= int(whole.name)]
+        later = [old for old in self.found() if old not in before]  # found not to be whole: they must not count
+        for old in (*later, *before[self.keep :]):
             _put_aside(old)
         for rest in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(rest, ignore_errors=True)
@@ -157,7 +204,7 @@ def problem_of(folder, index=0, parts=1):
                 return f"{name} has {path.stat().st_size} bytes, expected {size}"
             if _digest(path)[1] != digest:
                 return f"{name} has another SHA-256 than when it was written"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no {MANIFEST} that can be read"
     return None
 
@@ -229,6 +276,10 @@ def _alone(accelerator):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield accelerator.num_processes == 1
+
+
+def _finite(tensor):
+    return bool((tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all())
 
 
 def _optimised(role):

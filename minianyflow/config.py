@@ -104,6 +104,7 @@ class Config:
     student: str | None
     teacher: str | None
     data: str
+    data_skip: int
     seed: int
 
     objective: str
@@ -134,6 +135,8 @@ class Config:
 
     precision: str
     checkpointing: bool
+    keep_attention: bool
+    compiled: bool
     device: str
 
     causal: Causal
@@ -165,11 +168,11 @@ AT_LEAST = {
     **dict.fromkeys(("guidance.scale", "on_policy.real_guidance"), 1),
     **dict.fromkeys(("adaptive", "weight_decay", "warmup", "ema_after", "on_policy.forward_weight"), 0),
     **dict.fromkeys(("checkpoints.every", "checkpoints.keep"), 1),
-    **dict.fromkeys(("on_nan.skip", "samples.every", "diagonal", "end", "seed"), 0),
+    **dict.fromkeys(("on_nan.skip", "data_skip", "samples.every", "diagonal", "end", "seed"), 0),
 }
 POSITIVE = ("lr", "on_policy.fake_lr", "delta", "shift", "alpha", "clip", "on_nan.above")
-FREE = (  # what a run that goes on may be told anew: none of it changes what a step computes, but for rounding
-    *("runs", "output", "steps", "accumulate", "checkpointing", "device"),
+FREE = (  # what a run that goes on may be told anew: on sound data, what a step computes is the same but for rounding
+    *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
     *("checkpoints", "resume", "on_nan", "log", "samples"),
 )
 SHARES = ("causal.long_context", "causal.bidirectional", "drop", "ema")
@@ -303,6 +306,10 @@ def _contradictions(config):
     yield (
         config.stage == "on_policy" and not config.student,
         "stage=on_policy without a student; name the run folder of a forward stage: student=FOLDER",
+    )
+    yield (
+        config.keep_attention and not config.checkpointing,
+        "keep_attention with checkpointing=false, which keeps everything; set one of them the other way",
     )
     yield (
         config.warmup >= config.steps,

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,12 +28,14 @@ class Guard:
     """What becomes of a batch whose loss or gradient norm is not finite, or whose loss is `above` a bound.
 
     Up to `skip` of them are left out, on all processes, without a step; the next one stops the run. Each is written to
-    bad_batch.json in `folder`, if there is one, a line each: which step, which role, which samples of the run.
+    bad_batch.json in `folder`, if there is one, a line each: which step, which role, which samples of the run and,
+    where batches have `row`, rows of the data and their files, which files(rows) names.
     """
 
     skip: int = 0
     above: float = math.inf
     folder: str | Path | None = None
+    files: Callable | None = None
     skipped: list[int] = field(default_factory=list)  # steps
 
     def bad(self, losses, norm, accelerator):
@@ -41,18 +44,25 @@ class Guard:
         return on_any(not (fine and math.isfinite(float(norm))), accelerator)
 
     def note(self, step, role, losses, batch, accelerator):
-        """Write the batch down, and skip it or raise InputError."""
-        losses = [loss for part in gather_object([torch.cat(losses).tolist()]) for loss in part]
+        """Write the batch of all processes down, and skip it or raise InputError. batch: of this process."""
+        own = {"losses": torch.cat(losses).tolist(), "rows": batch["row"].tolist() if "row" in batch else []}
+        gathered = gather_object([own])
+        losses, numbers = ([each for part in gathered for each in part[name]] for name in own)
         rows = [row for row, loss in enumerate(losses) if not (math.isfinite(loss) and loss <= self.above)]
         rows = rows or list(range(len(losses)))  # the gradient was bad; any row may have been
         told = {"step": step, "role": role, "numbers": [step * len(losses) + row for row in rows]}
-        told |= {"rows": batch["row"][rows].tolist()} if "row" in batch else {}
+        if numbers:
+            told["rows"] = [numbers[row] for row in rows]
+            told |= {"files": self.files(told["rows"])} if self.files else {}
         told |= {"losses": [str(losses[row]) for row in rows]}
         where = f"{role}/loss is {losses[rows[0]]} at step {step}"
         if self.folder is not None and accelerator.is_main_process:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            with (Path(self.folder) / "bad_batch.json").open("a") as file:
-                file.write(json.dumps(told) + "\n")
+            try:
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
+                with (Path(self.folder) / "bad_batch.json").open("a") as file:
+                    file.write(json.dumps(told) + "\n")
+            except OSError as problem:
+                tqdm.write(f"warning: {json.dumps(told)} cannot be written down ({problem.strerror})", file=sys.stderr)
         if len(self.skipped) >= self.skip:
             left = f"; {self.skip} were skipped before" if self.skip else ""
             written = "" if self.folder is None else f" named in {self.folder}/bad_batch.json"

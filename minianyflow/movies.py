@@ -43,6 +43,16 @@ def write_clips(folder, clips, prompts, fps=FPS):
         _sheet(videos, prompts).save(inside / "sheet.png")
 
 
+def write_clip(path, clip, fps=FPS):
+    """Write one clip (T, 3, H, W) as an mp4."""
+    _write(Path(path), _frames(Path(path).name, clip[None], 1)[0], fps)
+
+
+def stills(clips, prompts):
+    """A picture of stills of {label: video (B, T, 3, H, W)}: a block for every prompt, a row for every label."""
+    return _sheet({label: _frames(label, video, len(prompts)) for label, video in clips.items()}, prompts)
+
+
 def read_video(path, frames, height, width):
     """The first `frames` frames of a video at 16 fps, or a picture as one frame: (1, T, 3, height, width) in [0, 1].
 

@@ -77,6 +77,34 @@ def any_step_figure(report, trajectories, exact_paths, shown=(1, 4, 16, 64), lin
     return figure
 
 
+PEERS = {"flow_matching": "#CC79A7", "torchcfm": "#D55E00", "torchcfm, OT": "#E69F00"}
+DASHES = {"exact velocity": "-", "learnt velocity": "--", "data velocity": ":", "euler": "-", "midpoint": "--"}
+
+
+def peers_figure(report):
+    """Sliced W2 against evaluations, ours and the peers', a panel for each target of the report of `peers.run`."""
+    targets = report["targets"]
+    figure, panels = plt.subplots(1, len(targets), figsize=(6.5 * len(targets), 5), layout="constrained", squeeze=False)
+    for axes, (dataset, target) in zip(panels[0], targets.items(), strict=True):
+        for label, method in target["methods"].items():
+            name, kind = label.rsplit(", ", 1)
+            values = np.array(method["sliced_w2"])
+            style = {"color": PEERS.get(name, COLOURS["mixed"]), "linestyle": DASHES[kind]}
+            axes.plot(method["nfe"], values.mean(0), label=label, linewidth=1.8, marker="o", markersize=4, **style)
+            axes.fill_between(
+                method["nfe"], values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0
+            )
+        axes.axhline(target["exact_flow"]["sliced_w2"], color="black", linestyle=":", linewidth=1.2)
+        axes.set(
+            xscale="log", yscale="log", title=dataset, xlabel="network evaluations", ylabel="sliced W2 to the data"
+        )
+        axes.set_xticks((1, 2, 4, 8, 16, 32, 64), map(str, (1, 2, 4, 8, 16, 32, 64)))
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+    panels[0][-1].legend(fontsize=9)
+    return figure
+
+
 def small_png(figure, dpi=110, colours=64):
     """A PNG of at most `colours` colours, small enough to commit; bytes."""
     figure.set_dpi(dpi)

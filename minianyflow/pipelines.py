@@ -44,16 +44,20 @@ chunk with zeros and lets the chunk see them, which the network was not trained 
 """
 
 
-def save_pipeline(folder, network, codec, text, shift=1.0, made=None):
+def save_pipeline(folder, network, codec, text, shift=1.0, made=None, stage="forward"):
     """Write a complete pipeline to `folder`, which must not exist or be empty; whole or not at all.
 
     network: WanNetwork or CausalNetwork. codec: Codec. text: TextEncoder. shift: the time shift it samples with.
-    made: its provenance, as `weights.read_weights` returns it, for the README.
+    made: its provenance, as `weights.read_weights` returns it, for the README. stage: "teacher" for a velocity alone,
+    which our scripts then follow by Euler's method.
     Raises InputError for a folder with something in it, or parts that do not fit together.
     """
     time_grid(1, shift)  # says what is wrong with a shift
     pipeline = _assemble(network, codec, text, _scheduler(network, shift))
-    write_pipeline(folder, pipeline, "A flow map u(z, t, r) for 16 x 16 videos of 17 frames", "two balls", BLOBS, made)
+    known = {"stage": stage, "clip": {"frames": 17, "height": 16, "width": 16, "length": PROMPT_LENGTH}}
+    files = {"minianyflow.json": json.dumps(known, indent=1) + "\n"}
+    what = "A flow map u(z, t, r) for 16 x 16 videos of 17 frames"
+    write_pipeline(folder, pipeline, what, "two balls", BLOBS, made, files=files)
 
 
 def write_pipeline(folder, pipeline, what, prompt, options, made=None, notes="", files=None):

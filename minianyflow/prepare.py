@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minianyflow.clips import DTYPES, read_clip
 from minianyflow.errors import InputError
+from minianyflow.running import hold
 from minianyflow.shards import AGAIN, MANIFEST, NULL, SKIPPED, read_manifest
 from minianyflow.wan_folders import encode_prompts, encode_video, load_parts
 
@@ -113,7 +114,7 @@ class Preparation:
         self.clips, self.videos, self.output, self.options = clips, Path(videos), Path(output), options
         self.device, (self.index, self.parts) = device, part
         self.work, self.shards = self.output / WORK, -(-len(clips) // options.shard_size)
-        self.vae = self.text_parts = self.known_null = None  # loaded, and encoded, when needed
+        self.vae = self.text_parts = self.known_null = self.held = None  # loaded, encoded, held when needed
         self.known, self.known_prompts = {}, {}  # encoded to see how long it takes
         self.encoded = {"texts": 0, "videos": 0}
 
@@ -133,7 +134,9 @@ class Preparation:
             self._check_same(found, self.head)
         elif any(self.output.glob("*.safetensors")):
             raise InputError(f"{self.output} holds shards without a {MANIFEST}; expected a new folder: name another")
-        elif write:
+        if write and not self.finished():
+            self.held = hold(self.work)
+        if write and not found:
             self._write(self.output / MANIFEST, _json(self.head | {"finished": False, "shards": {}}))
         return self.finished()
 
@@ -312,7 +315,10 @@ class Preparation:
         try:
             return read_clip(path, self.options)
         except InputError as problem:
-            return str(problem).removeprefix(f"{path} ").removeprefix("has ")
+            if not self.videos.is_dir():  # a disk that went away is no reason to skip what was on it
+                expected = "put it back and run the same command again"
+                raise InputError(f"the folder of videos {self.videos} is gone; {expected}") from None
+            return str(problem).removeprefix(f"{path} ")
 
     def _latent(self, clip, job):
         if clip.file in self.known:

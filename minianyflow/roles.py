@@ -6,6 +6,8 @@ forward again when its backward recomputes it. Binding never touches requires_gr
 backward after it leaves the gradient None. Outside a bound forward no adapter is active: the transformer is the base.
 
     u = W x + (alpha / rank) B A x      W frozen, of any dtype; A (rank, in), B (out, rank) float32, B = 0 at first
+
+Adapters keep their weights in float32 and compute in the dtype of what comes in, but for those of the times' embedders.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minianyflow.errors import InputError, choose
 from minianyflow.running import staged
@@ -30,6 +33,10 @@ from minianyflow.weights import FORMAT, load_into, read_weights
 TARGETS = (r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)", r"blocks\.\d+\.ffn\.net\.(0\.proj|2)")
 EMBEDDERS = (r"condition_embedder\.(time|delta)_embedder\.linear_[12]",)  # from the forward stage on
 COARSE_PATCHES = ("far_patch_embedding",)  # causal: its input has 256 numbers in Wan, so rank 256 is all of it
+ATTENTION = tuple(  # kernels of scaled_dot_product_attention
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+)
 
 
 def add_role(transformer, name, rank, alpha=None, targets=TARGETS, start=None):
@@ -47,6 +54,7 @@ def add_role(transformer, name, rank, alpha=None, targets=TARGETS, start=None):
     with _undisturbed(transformer), torch.random.fork_rng(devices=[], enabled=start is not None):
         transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern), name)
     weights = Adapter(transformer, name).float().requires_grad_(True)
+    _compute_low(transformer, name)
     if origin is not None:
         weights.load_state_dict(origin, strict=False)
 
@@ -61,6 +69,14 @@ def remove_role(transformer, name):
 def roles_of(transformer):
     """The adapters of a transformer, {name: peft's configuration}."""
     return getattr(transformer, "peft_config", {})
+
+
+class Low(nn.Linear):
+    """A linear layer without bias that computes in the dtype of what comes in, whatever it keeps its weight in."""
+
+    def forward(self, x):
+        """As nn.Linear."""
+        return functional.linear(x, self.weight.to(x.dtype))
 
 
 class Adapter(nn.Module):
@@ -146,9 +162,10 @@ def active_role(module):
     return next((role for each in active for role in each), None)
 
 
-def checkpoint_blocks(transformer):
+def checkpoint_blocks(transformer, keep_attention=False):
     """Keep only what goes into each block, and work through it again in its backward, under its forward's role.
 
+    keep_attention: what self-attention made is kept as well, (B, N, D) a block, where it is fused: most of the work.
     The backward raises RuntimeError if the recomputation finds another role: its gradient would be wrong, silently.
     """
 
@@ -162,12 +179,27 @@ def checkpoint_blocks(transformer):
                 _check_role(block, role)
 
         def contexts():
-            return contextlib.nullcontext(), bound(block, role)
+            if not keep_attention:
+                return contextlib.nullcontext(), bound(block, role)
+            keeping, reading = create_selective_checkpoint_contexts(_keep_attention)
+            return keeping, _both(bound(block, role), reading)
 
         # nothing in a block draws random numbers
         return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     transformer.enable_gradient_checkpointing(again)
+
+
+def _keep_attention(context, operation, *arguments, **options):
+    # not where text is seen, a few tokens: as much to keep, and little to compute
+    keep = operation in ATTENTION and arguments[1].shape[2] >= arguments[0].shape[2]
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def _both(outer, inner):
+    with outer, inner:
+        yield
 
 
 def save_role(path, transformer, role):
@@ -234,6 +266,17 @@ def storages(*modules):
                 storage = tensor.untyped_storage()
                 found[storage.device, storage.data_ptr()] = storage.nbytes()
     return sum(found.values()), len(found)
+
+
+def _compute_low(transformer, role):
+    """Spare the copies in float32 that peft makes of what goes into every layer."""
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, LoraLayer) and role in layer.lora_A and not name.startswith("condition_embedder."):
+            halves = layer.lora_A[role], layer.lora_B[role]
+            if {type(half) for half in halves} == {nn.Linear}:  # coarse patches, a convolution, stay as they are
+                layer.cast_input_dtype_enabled = False
+                for half in halves:
+                    half.__class__ = Low
 
 
 def _lora_layers(module):

@@ -1,11 +1,12 @@
 """Running long jobs: side by side in processes of their own, and results that appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
 import tempfile
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -13,6 +14,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minianyflow.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
 
 
 def run_jobs(jobs, workers=2, after=None):
@@ -50,6 +58,40 @@ def _start_worker(lock):
     tqdm.set_lock(lock)
 
 
+def ahead(draw, steps):
+    """`draw(step)` whose next batch, up to `steps`, is drawn in a thread while this one is worked on.
+
+    What is drawn must depend on the step alone; an error is raised when its batch is asked for.
+    """
+    pool, waiting = ThreadPoolExecutor(1, "draw"), {}
+
+    def drawn(step):
+        batch = waiting.pop(step, None) or pool.submit(draw, step)
+        if step + 1 < steps:
+            waiting[step + 1] = pool.submit(draw, step + 1)
+        return batch.result()
+
+    return drawn
+
+
+def hold(folder):
+    """Make `folder`, and let nobody else hold it as long as what this returns is kept; a killed process lets go.
+
+    Raises InputError if it is held, or cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno == errno.EWOULDBLOCK:
+            raise InputError(f"another run is at work in {folder}; wait for it, or name another folder") from None
+        raise InputError(f"cannot write to {folder} ({problem.strerror}); name one that you may write to") from None
+    return file
+
+
 @contextlib.contextmanager
 def staged(output):
     """A folder to write into; its files take their place in `output` only when everything went well."""
@@ -62,7 +104,9 @@ def staged(output):
         raise InputError(f"{why}; name a folder you may write to with --output") from None
     try:
         yield folder
-        for file in folder.iterdir():
+        for file in list(folder.iterdir()):
+            if file.is_dir() and (output / file.name).is_dir():  # of a killed run; a folder replaces none that is full
+                os.replace(output / file.name, Path(tempfile.mkdtemp(dir=folder, prefix="old-")))
             os.replace(file, output / file.name)
     except OSError as problem:
         why = f"cannot write {problem.filename2 or problem.filename or output} ({problem.strerror})"

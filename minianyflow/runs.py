@@ -11,6 +11,7 @@ With adapters all roles share one frozen base (roles.py); with full weights each
 
 import json
 import math
+import os
 import time
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from minianyflow.blocks import compile_blocks, lean
 from minianyflow.causal import CausalNetwork, causal_backward_simulation, causal_rollout, chunk_partition
 from minianyflow.checkpoints import Checkpoints
 from minianyflow.config import as_yaml, find_device, identity, load_config
@@ -51,8 +53,9 @@ from minianyflow.roles import (
 from minianyflow.running import staged
 from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
-from minianyflow.shards import LatentShards
+from minianyflow.shards import LatentShards, data_identity
 from minianyflow.teacher_forcing import TeacherForced, as_whole, in_chunks
+from minianyflow.training import part_of
 from minianyflow.wan import Autocast, WanNetwork
 from minianyflow.wan_folders import decode_latents, encode_prompts, load_parts, load_transformer
 
@@ -104,9 +107,7 @@ class Networks:
         config = self.config
         half = config.precision == "bf16" and (frozen or config.trained == "lora")
         transformer = transformer_of(config, source, torch.bfloat16 if half else torch.float32, self.device)
-        if config.checkpointing:
-            checkpoint_blocks(transformer)
-        return transformer.requires_grad_(False)
+        return at_work(config, transformer)
 
     def _compresses(self):
         """Whether a causal student learns from old chunks: clips that long, and a loss whose gradient gets there."""
@@ -151,6 +152,16 @@ def transformer_of(config, source, dtype=torch.float32, device="cpu"):
     """The transformer that `source` holds (wan_folders.load_transformer), of the configuration's architecture."""
     limit = config.causal.full_chunks if config.architecture == "causal" else None
     return load_transformer(source, config.architecture, dtype, limit, device=device)
+
+
+def at_work(config, transformer):
+    """A transformer, frozen, as a run works with it: blocks without needless copies, checkpointed, compiled."""
+    lean(transformer)
+    if config.checkpointing:
+        checkpoint_blocks(transformer, config.keep_attention)
+    if config.compiled:
+        compile_blocks(transformer)
+    return transformer.requires_grad_(False)
 
 
 def network_of(transformer, config, whole=None):
@@ -236,18 +247,19 @@ def simulation(config):
     return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, ragged=True)
 
 
-def draws(config, data):
-    """`draw(step)` for `training.train`: the batch of that step, the same on every process."""
+def draws(config, data, part=(0, 1)):
+    """`draw(step)` for `training.train`: of the batch of that step one process's part, (index, parts)."""
     pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
     rollouts = {"steps": tuple(config.on_policy.rollouts), "shift": config.shift}
     rollouts["fake_time"] = config.on_policy.score_time
 
     def draw(step):
-        batch = data.draw(step, config.batch, config.seed, **pairs)
+        batch = data.draw(step, config.batch, config.seed, part, **pairs)
         if config.architecture == "causal":
             batch = _cut(batch, config, step)
         if config.stage == "on_policy":
-            batch |= draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
+            drawn = draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
+            batch |= part_of(drawn, *part)
         return batch
 
     return draw
@@ -306,19 +318,14 @@ def prepare(config):
     output = Path(config.output)
     if (output / "run.json").exists():
         raise InputError(f"{config.output} holds a finished run; name another folder with output=FOLDER, or remove it")
-    checkpoints = Checkpoints(
-        output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, identity(config)
-    )
+    told = identity(config) | {"what data holds": data_identity(config.data)}
+    checkpoints = Checkpoints(output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, told)
     if config.resume == "never" and checkpoints.found():
         expected = "set resume=auto to go on, name another folder with output=FOLDER, or remove it"
         raise InputError(f"{config.output} holds checkpoints of an unfinished run, and resume=never; {expected}")
     checkpoints.check_told()
     device = find_device(config.device)
-    data = LatentShards(config.data)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise InputError(f"cannot write to {output} ({problem.strerror}); name another folder with output=") from None
+    data = LatentShards(config.data, config.data_skip)
     torch.set_float32_matmul_precision("high")  # adapters are float32
     tracker = None if config.log.tracker == "none" else config.log.tracker
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.architecture == "causal")  # coarse patches
@@ -329,14 +336,15 @@ def prepare(config):
         project_dir=config.output,
         kwargs_handlers=[unused],
     )
+    checkpoints.hold(accelerator)
     begin_trackers(accelerator)
     return accelerator, data, checkpoints
 
 
-def guard(config):
+def guard(config, data):
     """What watches over the batches of a run."""
     above = math.inf if config.on_nan.above is None else config.on_nan.above
-    return Guard(config.on_nan.skip, above, config.output)
+    return Guard(config.on_nan.skip, above, config.output, data.files)
 
 
 def sampler(config, data, student, accelerator):
@@ -407,6 +415,8 @@ def save_run(config, data, networks, roles, history, seconds, accelerator):
     with staged(folder) as unfinished:
         (unfinished / "config.yaml").write_text(as_yaml(config))
         (unfinished / "run.json").write_text(json.dumps(made, indent=1) + "\n")
+    if hasattr(os, "sync"):
+        os.sync()  # on the disk itself, before what it came from goes
     Checkpoints(folder / "checkpoints").remove()
     return made
 

@@ -144,6 +144,10 @@ class LatentShards:
         following = (shard + 1) % len(self.paths)
         return self._row(following, row % (self.starts[following + 1] - self.starts[following]), careful)
 
+    def files(self, indices):
+        """The names of the shards that these rows are in, a list."""
+        return [self.paths[shard].name for shard, _ in (self._place(int(index)) for index in indices)]
+
     def captions(self, indices):
         """The captions of these rows, a list."""
         return [_captions(self.paths[shard])[row] for shard, row in map(self._place, map(int, indices))]
@@ -154,7 +158,8 @@ class LatentShards:
         Samples are numbered through the whole run: the batch has `rows` of them from step * rows on. Every row of the
         set comes once an epoch, each epoch in an order of its own, whatever the size of a batch; the noise of a sample
         depends on its number, the times on the step. `pairs` goes to `pairs.draw_pairs`; rows that it lets drop their
-        prompt get the null prompt. part: (index, parts), one of so many equal parts of the batch; nothing else is read.
+        prompt get the null prompt. `row` says which rows of the set they are. part: (index, parts), one of so many
+        equal parts of the batch; nothing else is read.
         """
         index, parts = part
         if rows % parts or not 0 <= index < parts:
@@ -163,13 +168,14 @@ class LatentShards:
         mine = slice(index * rows // parts, (index + 1) * rows // parts)
         numbers = range(step * rows, (step + 1) * rows)[mine]
         orders = {epoch: self._order(seed, epoch) for epoch in {number // len(self) for number in numbers}}
-        x, prompt = self.rows(orders[number // len(self)][number % len(self)] for number in numbers)
+        row = torch.stack([orders[number // len(self)][number % len(self)] for number in numbers])
+        x, prompt = self.rows(row)
         eps = torch.stack([torch.randn(self.shape, generator=generator(seed, NOISE, number)) for number in numbers])
         times = draw_pairs(rows, generator(seed, TIMES, step), **pairs)
         times = {name: value[mine] for name, value in times.items()}
         if "dropped" in times:
             prompt = torch.where(times["dropped"][:, None, None], self.null, prompt)
-        return {"x": x, "eps": eps, "condition": {"prompt": prompt}} | times
+        return {"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": row} | times
 
     @lru_cache(maxsize=4)  # noqa: B019 (a handful of sets a process, kept as long as it lives)
     def _order(self, seed, epoch):
@@ -200,6 +206,15 @@ def write_shards(folder, latents, prompts, null, captions, size=64, null_text=""
 
 
 # Manifests
+
+
+def data_identity(folder):
+    """Which set a folder holds, a text: by its manifest or, without one, the names of its shards; broken ones count."""
+    listed = Path(folder) / MANIFEST
+    if listed.is_file():
+        return f"manifest {hashlib.sha256(listed.read_bytes()).hexdigest()[:12]}"
+    names = sorted(path.name for path in Path(folder).glob("*.safetensors"))
+    return f"{len(names)} files {hashlib.sha256(' '.join(names).encode()).hexdigest()[:12]}"
 
 
 def read_manifest(folder, unfinished=False):

@@ -17,7 +17,14 @@ from minianyflow.errors import InputError
 from minianyflow.movies import WAN_CLIP, read_video, write_clips
 from minianyflow.pairs import generator
 from minianyflow.runs import load_run, network_of, read_run, sample
-from minianyflow.wan_folders import decode_latents, encode_prompts, encode_video, load_parts, load_transformer
+from minianyflow.wan_folders import (
+    codec_factor,
+    decode_latents,
+    encode_prompts,
+    encode_video,
+    load_parts,
+    load_transformer,
+)
 
 KINDS = {"AnyFlowPipeline": "bidirectional", "AnyFlowFARPipeline": "causal"}
 SOURCES = "expected a run folder of distill.py, a folder of export.py, or released weights like nvidia/AnyFlow-..."
@@ -26,28 +33,46 @@ RELEASED = "NVIDIA's released AnyFlow weights carry a non-commercial licence"
 
 @dataclass
 class Source:
-    """What is sampled: u(z, t, r, prompt), its configuration, the pipeline that has its codec, the clips it knows."""
+    """What is sampled: u(z, t, r, prompt), its configuration, the clips it knows, pixels to a side of a latent.
+
+    `config.base` is the pipeline that has its codec.
+    """
 
     network: object
     config: object
     clip: dict
+    factor: int = 8
+
+    def shape(self, clip):
+        """(F, C, h, w) of a clip's latents."""
+        frames, channels = (clip["frames"] - 1) // 4 + 1, self.network.transformer.config.in_channels
+        return frames, channels, clip["height"] // self.factor, clip["width"] // self.factor
+
+
+def check_source(name):
+    """Raise InputError where `find_source` would, as far as can be said before weights are loaded."""
+    if not Path(name).is_dir() and (Path(name).exists() or name.count("/") != 1 or name[0] in "./~"):
+        raise InputError(f"no folder {name}; {SOURCES}")
+    return read_run(name) if _is_run(name) else _architecture(name)
 
 
 def find_source(name, dtype, device):
     """The `Source` called `name`. Raises InputError where there is none."""
-    if not Path(name).is_dir() and (Path(name).exists() or name.count("/") != 1 or name[0] in "./~"):
-        raise InputError(f"no folder {name}; {SOURCES}")
-    if any((Path(name) / file).is_file() for file in ("config.yaml", "run.json")):
-        config, made = read_run(name)
+    known = check_source(name)
+    if _is_run(name):
+        config, made = known
         tell(config.base, config.student, config.teacher)
         transformer, config = load_run(name, "student", dtype, device)
         return Source(network_of(transformer, config), config, made["clip"])
-    return _pipeline(name, dtype, device)
+    return _pipeline(name, known, dtype, device)
 
 
-def _pipeline(name, dtype, device):
+def _is_run(name):
+    return any((Path(name) / file).is_file() for file in ("config.yaml", "run.json"))
 
-    architecture, beside = _architecture(name), Path(name) / "minianyflow.json"
+
+def _pipeline(name, architecture, dtype, device):
+    beside = Path(name) / "minianyflow.json"
     tell(name)
     try:
         known = json.loads(beside.read_text()) if beside.is_file() else {}
@@ -61,7 +86,9 @@ def _pipeline(name, dtype, device):
     if architecture == "causal":
         first, *others = transformer.config.chunk_partition
         config = replace(config, causal=replace(config.causal, first=first, rest=max(others, default=first)))
-    return Source(network_of(transformer, config), config, clip)
+    network = network_of(transformer, config)
+    network.timesteps = float(scheduler.config.num_train_timesteps)  # tiny ones count to 5: wan.TINY_TIMESTEPS
+    return Source(network, config, clip, codec_factor(name))
 
 
 def _architecture(name):
@@ -99,10 +126,9 @@ def check_clip(source, clip, context):
     old = causal and compressed_chunks(chunks, size.full_chunk_limit)
     _, *patch = size.compressed_patch_size if old else size.patch_size
     for what, each in zip(("height", "width"), patch, strict=True):
-        if clip[what] < 1 or clip[what] % (8 * each):
-            raise InputError(
-                f"{what} {clip[what]}; expected a multiple of {8 * each}: the codec's 8, patches of {each}"
-            )
+        if clip[what] < 1 or clip[what] % (source.factor * each):
+            expected = f"a multiple of {source.factor * each}: the codec's {source.factor}, patches of {each}"
+            raise InputError(f"{what} {clip[what]}; expected {expected}")
     if clip["length"] < 1:
         raise InputError(f"length {clip['length']}; expected at least 1 token, 512 for Wan2.1")
     if context >= clip["frames"]:
@@ -169,7 +195,7 @@ def sample_clips(arguments):
     del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
     vae.to(device)
     prefix = None if start is None else encode_video(vae, start.to(device))
-    shape = (clip["frames"] - 1) // 4 + 1, source.network.transformer.config.in_channels, size[0] // 8, size[1] // 8
+    shape = source.shape(clip)
     steps = list(dict.fromkeys(arguments.steps))
     clips = {f"{each} step{'s' * (each > 1)}": [] for each in steps}
     with tqdm(total=len(prompts) * sum(steps), unit="step", desc="sampling") as bar:

@@ -2,7 +2,7 @@
 
 A `Role` is a network with its loss, its optimiser and its average. One student alone is one role; on-policy training
 has two, student and fake score, which take turns on the same batch. A batch is drawn for all processes from its step
-number alone; every process takes its part, so that one process and many see the same rows.
+number alone; every process has its part of it, so that one process and many see the same rows.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -84,7 +85,7 @@ def batches(sample, rows, seeds=(0,), **pairs):
 
 def part_of(batch, index, parts, device=None):
     """Rows [index n / parts, (index + 1) n / parts) of every tensor of a batch, conditions included."""
-    size = len(batch["x"])
+    size = len(next(iter(batch.values())))
     if size % parts:
         raise InputError(f"a batch of {size} rows does not divide into {parts} equal parts (processes x accumulation)")
     rows = slice(index * size // parts, (index + 1) * size // parts)
@@ -107,12 +108,14 @@ def train(
     log_every=100,
     checkpoints=None,
     guard=None,
+    own_rows=False,
 ):
     """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/KIND": raw error}.
 
-    draw(step): the global batch, a dict of tensors. accumulate: parts a process takes its rows in. progress: a bar,
-    none, or a dict of tqdm's options. on_step(step) is called after each step. The history is gathered from all
-    processes every `log_every` steps and at the end, and passed to the accelerator's trackers, if it has any.
+    draw(step): the global batch, a dict of tensors; with own_rows the rows of this process alone, as `part_of` has
+    them. accumulate: parts a process takes its rows in. progress: a bar, none, or a dict of tqdm's options.
+    on_step(step) is called after each step. The history is gathered from all processes every `log_every` steps and at
+    the end, and passed to the accelerator's trackers, if it has any.
     checkpoints: where to go on from and what to save to, a `checkpoints.Checkpoints`; SIGTERM then ends the run after
     its step, saved, with `faults.Stopped`. guard: a `faults.Guard` for bad batches; None stops at the first.
     Raises InputError if a loss stops being finite, a weight that should learn gets no gradient, or one is frozen.
@@ -120,13 +123,16 @@ def train(
     if steps < 1:
         raise InputError(f"{steps} training steps asked for; expected at least 1")
     accelerator, guard = accelerator or Accelerator(), guard or Guard()
+    mine = (0, 1) if own_rows else (accelerator.process_index, accelerator.num_processes)
     ready = {name: _prepare(name, role, accelerator) for name, role in roles.items()}
     done, history = checkpoints.restore(roles, accelerator) if checkpoints else (0, [])
+    if checkpoints:
+        checkpoints.check_room(roles)
     if done > steps:
         raise InputError(f"a checkpoint of {done} steps; expected at most steps={steps}: set more")
     with listening(checkpoints is not None) as terminated:
         for step in tqdm(range(done, steps), initial=done, total=steps, **_bar(progress, accelerator)):
-            batch, logs = draw(step), {"step": step}
+            batch, logs = part_of(draw(step), *mine), {"step": step}
             for name, role in roles.items():
                 figures = _step(name, role, *ready[name], batch, step, steps, accumulate, accelerator, guard)
                 if figures is None:  # a bad batch
@@ -182,12 +188,12 @@ def _reduce_once(network):
 
 def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard):
     """One step of one role: its figures by name, or None for a bad batch, which leaves everything as it was."""
-    parts, memory = accumulate * accelerator.num_processes, remembered(role.loss)
+    memory = remembered(role.loss)
     for group in optimizer.param_groups:
         group["lr"] = role.schedule(step, steps)
     every, each_loss = [], []
     for index in range(accumulate):
-        part = part_of(batch, accelerator.process_index * accumulate + index, parts, accelerator.device)
+        part = part_of(batch, index, accumulate, accelerator.device)
         last = index == accumulate - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(network):
             losses, raw = role.loss(network, part)
@@ -195,7 +201,7 @@ def _step(name, role, network, optimizer, batch, step, steps, accumulate, accele
         every.append(raw | {"loss": losses.detach().mean()})
         each_loss.append(losses.detach())
     _check_gradients(name, role, first=step == 0)
-    norm = accelerator.clip_grad_norm_(network.parameters(), role.clip) if role.clip else 0.0
+    norm = _clip(network.parameters(), role.clip) if role.clip else 0.0
     if guard.bad(each_loss, norm, accelerator):
         guard.note(step, name, each_loss, batch, accelerator)
         optimizer.zero_grad()
@@ -206,6 +212,12 @@ def _step(name, role, network, optimizer, batch, step, steps, accumulate, accele
     if role.average is not None and step >= role.ema_after:
         role.average.update_parameters(role.network)
     return _mean(every)
+
+
+def _clip(weights, most):
+    """Scale gradients to a norm of `most`; returns that before. accelerate's own fails with two sharded networks."""
+    norm = torch.nn.utils.clip_grad_norm_(weights, most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 REMEMBERED = ("diagonal_loss", "calls")  # of FlowMapLoss, for rebalancing; of ConsistencyLoss, for its warm-up

@@ -164,17 +164,22 @@ def _summary(seen, balls, frames):
     }
 
 
-def frechet_distance(a, b):
-    """Frechet distance of the Gaussians fitted to samples a, b (n, *shape), n at least 2048; in squared data units.
+def frechet_distance(a, b, least=ENOUGH):
+    """Frechet distance of the Gaussians fitted to samples a, b (n, *shape), n at least `least`; in squared data units.
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, equation 6).
     Small samples read too much, even between equal laws (blob latents, 320 numbers: data against data 2.0 at 2048, .6
-    at 8192), and a floor that high hides differences: compare at one count, beside data against data.
+    at 8192), and a floor that high hides differences: compare at one count, beside data against data. With fewer
+    samples than numbers in each it is worked out from their products, whatever the size of a clip.
     """
-    a, b = _samples(a), _samples(b)
+    a, b = _samples(a, least), _samples(b, least)
     if a.shape[1] != b.shape[1]:
         raise InputError(f"samples of {a.shape[1]} and {b.shape[1]} numbers each; expected the same: reshape one")
     mean_a, mean_b = a.mean(0), b.mean(0)
+    if a.shape[1] > min(len(a), len(b)):  # with S = X'X the trace of (S_a S_b)^(1/2) is the sum of the singular values
+        a, b = ((each - mean) / (len(each) - 1) ** 0.5 for each, mean in ((a, mean_a), (b, mean_b)))  # of X_a X_b'
+        shared = torch.linalg.svdvals(a @ b.T).sum()
+        return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * shared)
     cov_a, cov_b = (torch.cov(each.T).reshape(each.shape[1], -1) for each in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -198,10 +203,10 @@ def _chunks(partition, frames):
     return [slice(end - length, end) for end, length in zip(ends, partition, strict=True)]
 
 
-def _samples(samples):
-    if samples.ndim < 2 or len(samples) < ENOUGH:
+def _samples(samples, least):
+    if samples.ndim < 2 or len(samples) < max(least, 2):
         raise InputError(
-            f"samples of shape {tuple(samples.shape)}; expected (n, *shape) with n at least {ENOUGH}: "
+            f"samples of shape {tuple(samples.shape)}; expected (n, *shape) with n at least {max(least, 2)}: "
             "small samples flatter it against its floor, draw more"
         )
     check_finite("a set of samples", samples)

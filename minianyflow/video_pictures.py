@@ -111,7 +111,15 @@ def _stage(labels, titles, shape, scale):
 
 
 def any_step_curves(report, measure, ylabel=None):
-    """A Figure: steps (log2) against `measure` for every method of a `report`; mean over seeds, bars their range.
+    """A Figure of `draw_any_step`, the legend beside it."""
+    figure, axes = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
+    draw_any_step(axes, report, measure, ylabel)
+    axes.legend(fontsize=12, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def draw_any_step(axes, report, measure, ylabel=None):
+    """Steps (log2) against `measure` for every method of a `report`; mean over seeds, bars their range.
 
     report: {"methods": {name: {"nfe": [...], measure: [a list for each seed]}}, "floors": {name: {measure: value}}}.
     Methods and floors without the measure are left out; InputError if no method has it. The axis of the measure is
@@ -121,7 +129,6 @@ def any_step_curves(report, measure, ylabel=None):
     if not methods:
         known = {key: None for each in report["methods"].values() for key, value in each.items() if _curves(value)}
         choose("measure", measure, known)
-    figure, axes = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
     used = {_STYLES.get(name) for name in methods}
     spare = cycle([style for style in _SPARE if style not in used] or _SPARE)
     seen, steps = [], set()
@@ -146,8 +153,6 @@ def any_step_curves(report, measure, ylabel=None):
     axes.set_xlabel("steps (network evaluations)", fontsize=15)
     axes.set_ylabel(ylabel or measure.replace("_", " "), fontsize=15)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=12, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return figure
 
 
 def _curves(value):

@@ -1,4 +1,4 @@
-"""Any-step reports of the video students, in the form of the plane's: what each reaches at 1 to 64 steps.
+"""Any-step reports of the video students, in the form of the plane's: what each reaches at 1 to 128 steps.
 
 The same noises for all (scrambled Sobol), half of each prompt; latents are measured against held-out ones, decoded
 videos against what a blob video is. Excess is a measure minus the codec's own, that of data through the codec.
@@ -26,7 +26,7 @@ from minianyflow.wan import TextEncoder
 from minianyflow.weights import KINDS, load_codec, load_network, read_weights
 from toy_data import blobs
 
-NFE = (1, 2, 4, 8, 16, 32, 64)
+NFE = (1, 2, 4, 8, 16, 32, 64, 128)
 COUNT = 2048  # clips measured as latents
 SEEN = 512  # of them decoded and measured as videos
 PIECE = 256

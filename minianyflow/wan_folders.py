@@ -130,6 +130,12 @@ def _load_part(source, name, dtype):
     return part.eval().requires_grad_(False)
 
 
+def codec_factor(source):
+    """Pixels to a side of a latent, as the configuration of a source's codec says; its weights are not loaded."""
+    place = _place(source, "vae", bare=False)
+    return _reading(source, "vae", lambda: AutoencoderKLWan.load_config(**place)).get("scale_factor_spatial", 8)
+
+
 def _check_whole(source, found, kind, new=()):
     """Raise InputError for weights that lack or add something, but for those whose names start with `new`."""
     lacking = [name for name in found["missing_keys"] if not name.startswith(tuple(new))]
@@ -209,10 +215,10 @@ def encode_video(vae, video):
 
 
 @torch.no_grad()
-def decode_latents(vae, latents):
-    """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W), clipped to [0, 1], clip by clip."""
+def decode_latents(vae, latents, batch=1):
+    """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W), clipped to [0, 1], `batch` clips at a time."""
     mean, std = _scale(vae)
-    clips = [vae.decode(clip.transpose(1, 2).to(mean) * std + mean).sample for clip in latents.split(1)]
+    clips = [vae.decode(clip.transpose(1, 2).to(mean) * std + mean).sample for clip in latents.split(batch)]
     return ((torch.cat(clips) + 1) / 2).clamp(0, 1).transpose(1, 2)
 
 

@@ -51,6 +51,7 @@ STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 def distil(config):
     """Train the stage of `config`, from where it was broken off, and leave a run folder; returns run.json."""
+    from minianyflow.running import ahead
     from minianyflow.runs import Clock, Networks, draws, guard, prepare, sampler, save_run
     from minianyflow.training import train
 
@@ -58,11 +59,11 @@ def distil(config):
     networks = Networks(config, data.shape[0], accelerator.device)
     null = {"prompt": data.null.to(accelerator.device)}
     roles = STAGES[config.stage](config, networks, null)
-    clock, watch = Clock(), guard(config)
+    clock, watch = Clock(), guard(config, data)
     checkpoints.carried = {"networks": networks, "clock": clock, "guard": watch}
     history = train(
         roles,
-        draws(config, data),
+        ahead(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps),
         config.steps,
         config.accumulate,
         accelerator,
@@ -71,6 +72,7 @@ def distil(config):
         config.log.every,
         checkpoints,
         watch,
+        own_rows=True,
     )
     return save_run(config, data, networks, roles, history, clock.seconds, accelerator)
 

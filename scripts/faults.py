@@ -149,6 +149,45 @@ def terminated(bench):
     return f"exit {status}, {said[0]}", (status, again, len(said)) == (143, 0, 1) and bench.same(output)
 
 
+def interrupted(bench):
+    """Ctrl-C in the middle of a save."""
+    output = bench.new()
+    number, log = bench.start(output, before=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    wait_for(output / "checkpoints" / ".unfinished-000004")
+    os.kill(number, signal.SIGINT)
+    status, said = bench.end(number, log)
+    saved = saved_steps(output)
+    again, _ = bench.run(output)
+    what = f"exit {status}, {saved[0]} steps were saved"
+    return what, (status, again, said) == (130, 0, []) and saved[0] in (2, 4) and bench.same(output)
+
+
+def killed_at_the_end(bench):
+    """SIGKILL when all is trained, and half of what a run leaves is written."""
+    output = bench.new()
+
+    def before():
+        from minianyflow import runs
+
+        runs.as_yaml = lambda config: os.kill(os.getpid(), signal.SIGKILL)
+
+    status, _ = bench.run(output, before=before)
+    half = (output / "student.safetensors").is_file() and not (output / "run.json").exists()
+    again, said = bench.run(output)
+    return said[0], half and (status, again) == (-signal.SIGKILL, 0) and bench.same(output)
+
+
+def two_at_once(bench):
+    """A second run into the same folder: one line, and the first is not disturbed."""
+    output = bench.new()
+    number, log = bench.start(output, before=lambda: pause_at(6, output / "go"))
+    wait_for(output / "checkpoints" / "000006" / "manifest.json")
+    second, said = bench.run(output)
+    (output / "go").touch()
+    first, _ = bench.end(number, log)
+    return said[0], (first, second, len(said)) == (0, 2, 1) and "is at work" in said[0] and bench.same(output)
+
+
 def broken(damage):
     """The newest checkpoint is damaged: the one before is taken."""
 
@@ -205,14 +244,19 @@ def hang_at(step):
     change_batch(step, lambda batch: time.sleep(60))
 
 
+def pause_at(step, path):
+    """Let a run wait at `step` until a path is there."""
+    change_batch(step, lambda batch: wait_for(path))
+
+
 def change_batch(step, change):
     """Let a run work on another batch at `step`."""
     from minianyflow import runs
 
     draws = runs.draws
 
-    def changed(config, data):
-        draw = draws(config, data)
+    def changed(*given):
+        draw = draws(*given)
 
         def drawn(at):
             batch = draw(at)
@@ -251,6 +295,8 @@ def not_finite(skip):
         )
         told = json.loads((output / "bad_batch.json").read_text())
         right = (told["step"], 14 in told["numbers"], len(said)) == (3, True, 1)  # rebalancing spreads it
+        shards = [f"{row // 8:05}.safetensors" for row in told["rows"]]
+        right = right and len(told["rows"]) == len(told["numbers"]) and told["files"] == shards
         return said[0], right and (status == 0 if skip else status == 2 and saved_steps(output) == [2])
 
     return inject
@@ -318,8 +364,57 @@ def cut_shard(bench):
     return said[0], right and bench.same(output)
 
 
+def skipped_shard(bench):
+    """A shard cut short, and the run may leave one out: it is named, the others are trained on."""
+    data, output = bench.folder / "cut", bench.new()
+    shutil.copytree(bench.folder / "wan/latents", data)
+    path = data / "00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    status, said = bench.run(output, f"data={data}", "data_skip=1")
+    right = status == 0 and len(said) == 1 and str(path) in said[0] and "1 of at most 1" in said[0]
+    return said[0], right and (output / "run.json").is_file()
+
+
+def other_data(bench):
+    """A shard more while the run was away: samples would come twice, or never."""
+    output, path = stopped_at_six(bench), bench.folder / "wan/latents/00002.safetensors"
+    shutil.copy(path.with_name("00001.safetensors"), path)
+    status, said = bench.run(output)
+    path.unlink()
+    again, _ = bench.run(output)
+    right = (status, again, len(said)) == (2, 0, 1) and "what data holds was 3 files" in said[0]
+    return said[0], right and bench.same(output)
+
+
+def full_at_the_end(bench):
+    """No room for what a run leaves: one line; its last checkpoint is there, and it ends once there is room."""
+    output = bench.new()
+
+    def before():
+        from minianyflow import runs
+
+        save = runs.save_role
+
+        def refuse(path, *given):
+            if path.name == "student.safetensors":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            save(path, *given)
+
+        runs.save_role = refuse
+
+    status, said = bench.run(output, before=before)
+    saved = saved_steps(output)
+    again, _ = bench.run(output)
+    right = (status, again, len(said)) == (2, 0, 1) and saved[0] == STEPS
+    return said[0], right and bench.same(output)
+
+
 INJECTIONS = {
     "SIGTERM": terminated,
+    "Ctrl-C while saving": interrupted,
+    "SIGKILL at the very end": killed_at_the_end,
+    "disk full at the end": full_at_the_end,
+    "two runs, one folder": two_at_once,
     "checkpoint cut short": broken(truncate),
     "one bit flipped": broken(flip),
     "file of it gone": broken(lose),
@@ -333,6 +428,8 @@ INJECTIONS = {
     "lr changed": refused("lr was 0.001, is 0.002", "lr=0.002"),
     "resume=never": refused("resume=never", "resume=never"),
     "shard cut short": cut_shard,
+    "the same, skip one": skipped_shard,
+    "another shard": other_data,
 }
 
 

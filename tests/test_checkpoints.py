@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,20 @@ def test_another_configuration_is_named(tmp_path):
     Checkpoints(tmp_path / "none", told={"lr": 2.0}).check_told()
 
 
+def test_a_damaged_checkpoint_is_not_asked_what_the_run_was_told(tmp_path, capsys):
+    run(tmp_path, told={"lr": 1.0})
+    newest, before, _ = Checkpoints(tmp_path).found()
+    path = newest / "state.json"
+    path.write_text(path.read_text().replace('"lr": 1.0', '"lr": 3.0'))
+    Checkpoints(tmp_path, told={"lr": 1.0}).check_told()
+    with pytest.raises(InputError, match=rf"{before} was made by another configuration: lr was 1.0, is 3.0"):
+        Checkpoints(tmp_path, told={"lr": 3.0}).check_told()
+    for manifest in ("[]", '{"files": []}', '{"files": {"state.json": 1}}'):
+        (newest / "manifest.json").write_text(manifest)
+        assert problem_of(newest) == "no manifest.json that can be read"
+        Checkpoints(tmp_path, told={"lr": 1.0}).check_told()
+
+
 @pytest.mark.parametrize(
     ("start", "words"),
     [
@@ -198,6 +213,73 @@ def test_bad_input_is_one_clear_line(tmp_path, start, words):
     with pytest.raises(InputError, match=words) as problem:
         start(tmp_path)
     assert "\n" not in str(problem.value)
+
+
+def test_a_disk_that_is_too_small_is_said_at_the_start(tmp_path, monkeypatch):
+    run(tmp_path / "known", keep=2)
+    sizes = [sum(path.stat().st_size for path in each.glob("*.distcp")) for each in (tmp_path / "known").iterdir()]
+    bound = []
+    for count, folder in ((3, "new"), (1, "known")):  # keep=2: two stay while a third is written
+        for free in (count * 0.5 * min(sizes), count * 1.1 * max(sizes)):
+            usage = SimpleNamespace(free=free)
+            monkeypatch.setattr(module.shutil, "disk_usage", lambda _, usage=usage: usage)
+            try:
+                Checkpoints(tmp_path / folder, keep=2).check_room(roles())
+                bound.append("room")
+            except InputError as problem:
+                bound.append(str(problem))
+    assert bound[1::2] == ["room"] * 2
+    assert all("set checkpoints.keep lower" in each and "\n" not in each for each in bound[::2])
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(InputError, match=r"checkpoints need .* GB more in "):
+        run(tmp_path / "new")
+
+
+def test_broken_checkpoints_that_are_newer_displace_none(tmp_path, capsys):
+    """All but the first are broken, and one is kept: what is saved next stays, whatever stood after it."""
+    run(tmp_path, stop=7)
+    for folder in Checkpoints(tmp_path).found()[:-1]:
+        (folder / "manifest.json").unlink()
+    run(tmp_path, stop=4, every=1, keep=1)
+    assert "going on after 2 steps" in capsys.readouterr().out
+    (kept,) = Checkpoints(tmp_path).found()
+    assert (kept.name, problem_of(kept)) == ("000004", None)
+    assert equal(run(tmp_path), run(None))
+
+
+def test_weights_that_are_not_finite_displace_none(tmp_path):
+    """One step may spoil them with a loss and a gradient that were fine."""
+    trained = roles()
+
+    def spoil(step):
+        if step == 3:
+            with torch.no_grad():
+                next(trained["student"].network.parameters())[0] = torch.nan
+
+    kept, draws = Checkpoints(tmp_path, every=2, keep=1), batches(RING.sample, 8)
+    options = {"accelerator": Accelerator(cpu=True), "progress": False, "checkpoints": kept, "guard": Lenient()}
+    with pytest.raises(InputError, match=r"weights are not finite after 4 steps; not saved.* \(000002\): lower lr"):
+        train(trained, lambda step: spoil(step) or draws(step), 8, **options)
+    assert [problem_of(folder) for folder in kept.found()] == [None]
+
+
+class Lenient(Guard):
+    """Finds nothing wrong."""
+
+    def bad(self, *_):
+        return False
+
+
+def test_a_folder_is_one_runs_alone(tmp_path):
+    accelerator, first = Accelerator(cpu=True), Checkpoints(tmp_path / "run")
+    first.hold(accelerator)
+    with pytest.raises(InputError, match=r"another run is at work in .*run; wait for it, or name another"):
+        Checkpoints(tmp_path / "run").hold(accelerator)
+    first.held.close()
+    Checkpoints(tmp_path / "run").hold(accelerator)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write to .*file/run \(Not a directory\)"):
+        Checkpoints(tmp_path / "file/run").hold(accelerator)
 
 
 def test_what_a_run_carries_goes_on(tmp_path):
@@ -237,83 +319,127 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def distil(tiny, output, processes, kind, stage, *options, **environment):
-    """Launch scripts/distill.py, and see that it ran as asked: its report, and run.json if it ended."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    report = Path(f"{output}.json")
-    where = [f"runs={tiny}", f"base={tiny}/wan", f"data={tiny}/wan/latents", f"output={output}"]
+def launch(report, processes, kind, *given):
+    """Run scripts/distill.py in so many processes, once for each list of arguments, and see that it ran as asked.
+
+    What every process saw of each run: a list of lists of dicts.
+    """
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = [each for run in given for each in ("--", *run)]
     done = subprocess.run(
         [
-            *(sys.executable, *(launch if processes > 1 else [])),
-            *(str(HERE / "distil_parallel.py"), kind, str(report), "--config", *stage, "tiny"),
-            *(*where, "samples.every=0", "log.tracker=none", *options),
+            *(sys.executable, *(several if processes > 1 else [])),
+            *(str(HERE / "distil_parallel.py"), kind, str(report), *arguments),
         ],
         capture_output=True,
         text=True,
-        env=one_thread(**environment),
-        timeout=240,
+        env=one_thread(),
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(report.read_text())
-    assert told["processes"] == processes
-    assert told["kinds"] == [kind if processes > 1 else "plain"]
-    assert told["sharded"] == [kind == "shard" and processes > 1]
-    made = Path(output) / "run.json"
-    return told["status"], done, json.loads(made.read_text()) if made.exists() else None
+    told = [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(processes)]
+    for each in (each for process in told for each in process):
+        assert each["status"] in (0, 143), done.stderr[-3000:]
+        assert each["processes"] == processes
+        assert each["kinds"] == [kind if processes > 1 else "plain"]
+        assert each["sharded"] == [kind == "shard" and processes > 1]
+    return [list(process) for process in zip(*told, strict=True)]
 
 
 def apart(one, other):
     """The largest difference of any weight of two runs."""
-    files = sorted(path.name for path in Path(one).glob("*.safetensors"))
-    assert files == sorted(path.name for path in Path(other).glob("*.safetensors"))
+    files = sorted(path.relative_to(one) for path in Path(one).rglob("*.safetensors"))
+    assert files
+    assert files == sorted(path.relative_to(other) for path in Path(other).rglob("*.safetensors"))
     pairs = [(load_file(Path(one) / name), load_file(Path(other) / name)) for name in files]
     return max(float((a[key] - b[key]).abs().max()) for a, b in pairs for key in a)
 
 
-STAGES = {
-    "teacher": (["bidirectional", "teacher"], []),
-    "forward": (["causal", "forward"], []),
-    "on_policy": (["bidirectional", "on_policy"], ["student={tiny}/forward", "teacher=null", "batch=2", "rank=4"]),
+RUNS = {  # on-policy with one row a process: then processes differ in how often they evaluate a network
+    f"{architecture} {stage}": [architecture, stage]
+    for architecture in ("bidirectional", "causal")
+    for stage in ("teacher", "forward", "on_policy")
 }
+WHOLE = ["trained=full", "student={tiny}/wan", "teacher=null"]
+RUNS |= {f"{architecture} whole weights": [architecture, "on_policy"] for architecture in ("bidirectional", "causal")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_and_shards_compute_what_one_process_computes(tiny, tmp_path, stage):
-    """20 steps; with one row a process, on-policy processes differ in how often they evaluate a network."""
-    layers, options = STAGES[stage]
-    options = [each.format(tiny=tiny) for each in options]
+def arguments(tiny, name, output, *options):
+    """What distill.py is told for one of RUNS."""
+    architecture, stage = RUNS[name]
+    where = [f"runs={tiny}", f"base={tiny}/wan", f"data={tiny}/wan/latents", f"output={output}"]
     if stage == "on_policy":
-        distil(tiny, tiny / "forward", 1, "ddp", ["bidirectional", "forward"], "steps=2")
-    losses = {}
+        where += ["batch=2", f"student={tiny}/{architecture} forward", "teacher=null"]
+    if "whole" in name:
+        where += [each.format(tiny=tiny) for each in WHOLE]
+    quiet = ["samples.every=0", "log.tracker=none"]
+    return ["--config", architecture, stage, "tiny", *where, *quiet, *options]
+
+
+@pytest.fixture(scope="module")
+def students(tiny):
+    """Runs of the forward stage, for on-policy ones to start from."""
+    names = ("bidirectional forward", "causal forward")
+    launch(tiny / "report", 1, "plain", *(arguments(tiny, name, tiny / name, "steps=2") for name in names))
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def twenty(students, tmp_path_factory):
+    """20 steps of every stage by one process, by two (DDP) and by two of FSDP2: the folder, and what they saw."""
+    folder, seen = tmp_path_factory.mktemp("twenty"), {}
     for kind, processes in (("plain", 1), ("ddp", 2), ("shard", 2)):
-        _, _, made = distil(tiny, tmp_path / kind, processes, kind, layers, "steps=20", *options)
-        losses[kind] = [
-            value for entry in made["history"] for name, value in sorted(entry.items()) if name.endswith("/loss")
-        ]
-    assert len(losses["plain"]) == (40 if stage == "on_policy" else 20)
-    for kind in ("ddp", "shard"):
-        assert losses[kind] == pytest.approx(losses["plain"], rel=1e-5), kind
-        assert apart(tmp_path / "plain", tmp_path / kind) < 1e-4, kind
+        given = [arguments(students, name, folder / kind / name, "steps=20") for name in RUNS]
+        seen[kind] = dict(zip(RUNS, launch(folder / kind, processes, kind, *given), strict=True))
+    return folder, seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "shard"])
-def test_two_processes_stop_together_and_go_on_as_one_and_back(tiny, tmp_path, kind):
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_and_shards_compute_what_one_process_computes(twenty, name, kind):
+    folder, losses = twenty[0], []
+    for each in ("plain", kind):
+        history = json.loads((folder / each / name / "run.json").read_text())["history"]
+        losses.append([value for entry in history for key, value in sorted(entry.items()) if key.endswith("/loss")])
+    assert len(losses[0]) == (40 if RUNS[name][1] == "on_policy" else 20)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert apart(folder / "plain" / name, folder / kind / name) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_process_reads_its_own_rows_alone(twenty, name):
+    """What one process reads in a step, two read half and half."""
+    _, seen = twenty
+    (plain,) = (each["reads"] for each in seen["plain"][name])
+    own = 1 if RUNS[name][1] == "on_policy" else 2
+    assert len(plain) == 20 * 2 * own
+    for kind in ("ddp", "shard"):
+        halves = [each["reads"] for each in seen[kind][name]]
+        assert [len(half) for half in halves] == [20 * own] * 2
+        steps = [half[own * step : own * (step + 1)] for step in range(20) for half in halves]
+        assert [row for rows in steps for row in rows] == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "shard"])
+def test_two_processes_stop_together_and_go_on_as_one_and_back(students, tmp_path, kind):
     """SIGTERM reaches one of them; two, then one, then two again end where two do that nothing disturbed."""
-    layers = ["causal", "forward"]
-    distil(tiny, tmp_path / "whole", 2, kind, layers, "steps=9")
-    again = tmp_path / "again"
-    stops = [(2, "7"), (1, "7"), (2, None)]  # on_any is asked twice a step
-    for processes, after in stops:
-        status, done, made = distil(
-            tiny, again, processes, kind, layers, "steps=9", **({"PREEMPT_AFTER": after} if after else {})
-        )
-        assert status == (143 if after else 0)
-    assert "going on after" in done.stdout
-    assert made["processes"] == 2
-    assert [entry["step"] for entry in made["history"]] == list(range(9))
-    assert apart(tmp_path / "whole", again) < 1e-5
+    names = ("causal forward", "causal on_policy", "bidirectional whole weights")
+    whole = [arguments(students, name, tmp_path / "whole" / name, "steps=9") for name in names]
+    again = [arguments(students, name, tmp_path / "again" / name, "steps=9") for name in names]
+    stopped = [["preempt=7", *each] for each in again]  # on_any is asked once a step, and once for each role of it
+    seen = launch(tmp_path / "first", 2, kind, *whole, *stopped)
+    seen += launch(tmp_path / "second", 1, kind, *stopped) + launch(tmp_path / "third", 2, kind, *again)
+    statuses = [{process["status"] for process in each} for each in seen]
+    count = len(names)
+    assert statuses == [{0}] * count + [{143}] * 2 * count + [{0}] * count
+    for name in names:
+        made = json.loads((tmp_path / "again" / name / "run.json").read_text())
+        assert made["processes"] == 2
+        assert [entry["step"] for entry in made["history"]] == list(range(9))
+        assert apart(tmp_path / "whole" / name, tmp_path / "again" / name) < 1e-5, name
 
 
 @pytest.mark.slow
@@ -328,4 +454,4 @@ def test_runs_that_are_broken_in_every_way_lose_nothing_that_was_saved():
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "FAIL" not in done.stdout
-    assert done.stdout.count(" ok ") == 18, done.stdout
+    assert done.stdout.count(" ok ") == 24, done.stdout

@@ -17,7 +17,8 @@ from minianyflow.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
-EXTRAS = PROJECT["optional-dependencies"].values()
+UNPINNED = {"peers"}  # for scripts/compare.py alone: torchcfm brings lightning and a torchvision that must fit torch
+EXTRAS = [needed for extra, needed in PROJECT["optional-dependencies"].items() if extra not in UNPINNED]
 NEEDED = [Requirement(line) for line in sum(EXTRAS, PROJECT["dependencies"])]
 LIBRARY = [path.stem for path in (ROOT / "minianyflow").glob("*.py") if path.stem not in ("__main__", "__init__")]
 
@@ -48,6 +49,18 @@ def test_conda_gets_the_same_packages():
     assert {line.split(">")[0] for line in conda[:-1]} == {"python", "pip"}  # nothing but the pins decides a version
 
 
+def test_only_what_nothing_else_needs_goes_unpinned():
+    """An extra without pins: not installed by `make`, imported by one module, inside its functions."""
+    pins = {canonical(name) for name in PINS}
+    unpinned = [Requirement(line).name for extra in UNPINNED for line in PROJECT["optional-dependencies"][extra]]
+    for name in unpinned:
+        assert canonical(name) not in pins, name
+        importing = re.compile(rf"^( *)(?:from|import) {name.replace('-', '_')}\b", re.M)
+        found = {module: importing.findall((ROOT / f"minianyflow/{module}.py").read_text()) for module in LIBRARY}
+        assert {module for module, lines in found.items() if lines} == {"peers"}
+        assert all(found["peers"]), f"{name} is imported at the top of peers.py"
+
+
 def in_a_fresh_interpreter(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.strip()
@@ -55,8 +68,19 @@ def in_a_fresh_interpreter(code):
 
 def test_importing_is_light():
     """All of the plane but its pictures: no diffusers, no matplotlib, and two seconds beyond torch at most."""
-    video = ("codec", "wan", "causal", "weights", "pipelines", "video_pictures", "video_stages", "video_report")
-    video += ("roles", "wan_folders", "movies", "runs", "exports", "sources", "clips", "prepare")
+    video = (
+        "backbones",
+        "codec",
+        "wan",
+        "causal",
+        "weights",
+        "pipelines",
+        "video_pictures",
+        "video_stages",
+        "video_report",
+    )
+    video += ("roles", "wan_folders", "movies", "runs", "exports", "sources", "clips", "prepare", "wan_shapes")
+    video += ("costs", "questions", "prices", "plan", "plan_report", "blocks", "gpu_check", "sampled", "evaluation")
     shown = ("pictures", "player", "stills", "scene", "plane_scenes", "clip_scenes")
     rooms = [name for name in LIBRARY if name not in ("install", *shown, *video)]
     imports = "; ".join(f"import minianyflow.{name}" for name in rooms)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib.util
 import json
@@ -32,7 +33,7 @@ from minianyflow.wan_folders import encode_prompts, encode_video, load_parts, ma
 COUNT, SIZE, LENGTH = 9, 2, 32
 TINY = {"frames": 9, "height": 32, "width": 48, "length": LENGTH, "shard_size": SIZE}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--device=cpu"]
-BAD = {"junk.mp4": "cannot be read (", "short.mp4": "7 frames at 16 a second; expected at least 9"}
+BAD = {"junk.mp4": "cannot be read (", "short.mp4": "has 7 frames at 16 a second; expected at least 9"}
 BAD |= {"gone.mp4": "no such file", "silent.mp4": "empty caption"}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
@@ -100,9 +101,13 @@ def shown(here, name):
 def finish(here, output, part=(0, 1)):
     """What the script does, on one process that may stand for one of several."""
     job = work(here, output, part)
-    if not job.begin():
-        job.encode(job.pending())
-        job.finish()
+    try:
+        if not job.begin():
+            job.encode(job.pending())
+            job.finish()
+    finally:
+        if job.held:
+            job.held.close()  # as the end of a process does
     return job
 
 
@@ -284,6 +289,7 @@ def test_a_full_disk_keeps_what_was_saved(here, tmp_path, monkeypatch):
     job = work(here, tmp_path / "out")
     job.begin()
     job.encode(job.pending()[:2])
+    job.held.close()
     saved = {name: data for name, data in made(tmp_path / "out").items() if name.endswith(".safetensors")}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     largest = max(map(len, saved.values())) - 1000
@@ -487,6 +493,30 @@ def test_nothing_readable_is_an_error(here, tmp_path, script):
     with pytest.raises(InputError, match=r"none of 2 clips could be read; .*skipped\.jsonl says why"):
         script.main(flags(here, tmp_path / "out", f"--captions={path}"))
     assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) == 2
+
+
+def test_videos_that_go_away_are_not_skipped(here, tmp_path, monkeypatch):
+    """Finished shards stay, and the rest are made once the folder is back."""
+    output, make = tmp_path / "out", prepare.Preparation._make_shard
+    videos = here / "videos"
+    away = videos.with_name("away")
+
+    def gone(self, number, bar):
+        if number == 2:
+            videos.rename(away)
+        make(self, number, bar)
+
+    monkeypatch.setattr(prepare.Preparation, "_make_shard", gone)
+    try:
+        with pytest.raises(InputError, match=r"the folder of videos .* is gone; put it back and run the same"):
+            run(here, output)
+    finally:
+        away.rename(videos)
+    monkeypatch.undo()
+    gc.collect()  # what failed lets go of the folder
+    assert not (output / "skipped.jsonl").exists()
+    assert run(here, output) == 0
+    assert made(output) == made(here / "whole")
 
 
 def test_what_is_missing_on_the_command_line_is_said(tmp_path, script):

@@ -1,0 +1,323 @@
+"""What a run of scripts/distill.py will take, before anything is rented: memory by part, FLOP, hours, money.
+
+Two counts meet: who is asked what in a step (questions.py), and what an answer costs (prices.py).
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from minianyflow.errors import InputError
+from minianyflow.gpus import GPUS, find_gpu
+from minianyflow.prices import ShapeNetworks, prices_of
+from minianyflow.questions import Question, trace
+from minianyflow.shards import LatentShards
+from minianyflow.wan_shapes import CLIP, SHAPES, build_transformer, latent_shape
+
+STEPS = 16  # whose draws are counted, unless told which
+SPARE = 0.05  # of a GPU's memory, for what is not counted: CUDA's own, workspaces, fragments
+ADAM = 2  # numbers that AdamW keeps a weight
+
+
+# Bytes that stay
+
+
+def resident(config, shape, frames, processes=1, sharded=False):
+    """Bytes on one GPU that are there all the time, by part; and of the gradients of each role.
+
+    With full weights "base weights" is the frozen teacher. sharded: FSDP2, else DDP where there are several processes.
+    """
+    layers = shape["num_layers"]
+    fewer, *more = [_weights(config, shape, frames, count) for count in ((2, 3) if layers > 2 else (layers,))]
+    held = {n: v + (layers - 2) * (more[0][n] - v) if more else v for n, v in fewer.items()}
+    roles = ("student", "fake") if config.stage == "on_policy" else ("student",)
+    learns = {role: held[f"{role} learns"] for role in roles}
+    trained = sum(held[role] for role in roles)
+    share = 1 / processes if sharded else 1
+    parts = {
+        "base weights": held["base"] + held["tables"],
+        "adapters" if config.trained == "lora" else "trained weights": trained + held["teacher"],
+        "averages": share * held["student"],
+        "optimiser": share * ADAM * sum(learns.values()),
+    }
+    if processes > 1:  # beside whole weights: buckets of DDP; of FSDP2 the shards, and what a gradient is reduced in
+        parts["several GPUs"] = trained * share + max(learns.values()) if sharded else sum(learns.values())
+    return parts, learns
+
+
+def _weights(config, shape, frames, layers):
+    networks = ShapeNetworks(config, frames, shape, num_layers=layers)
+    count = Counter({"teacher": 0, "base": 0, "tables": 0})  # of sines and cosines, one a transformer
+    every = [networks.base] if networks.base is not None else []
+    for role in ("student", "fake")[: 1 + (config.stage == "on_policy")]:
+        network = networks.trained(role).network
+        weights = list(network.parameters())
+        every += [] if networks.base is not None else [network.transformer]
+        count[role] = sum(each.nbytes for each in weights)
+        count[f"{role} learns"] = sum(each.nbytes for each in weights if each.requires_grad)
+    if config.trained == "lora":
+        teacher = networks.teacher() if config.teacher else None
+        count["teacher"] = sum(each.nbytes for each in teacher.parameters()) if teacher else 0
+        plain = build_transformer(shape, config.architecture, dtype=networks.base.dtype, num_layers=layers)
+        count["base"] = sum(each.nbytes for each in plain.parameters())
+    elif config.stage == "on_policy" or config.velocity == "base":
+        network = networks.teacher().network
+        count["base"] = sum(each.nbytes for each in network.parameters())
+        every.append(network.transformer)
+    count["tables"] = sum(each.rope._build_freqs(torch.device("meta")).nbytes for each in every)
+    return count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. memory: bytes of one GPU by part, at the moment when they are most.
+
+    flop: of one GPU in one step, of the model alone; flop_with_recompute: what is really done with checkpointing;
+    slowest: how much longer than the mean process the last one takes. evaluations: {role: (forwards, backwards)} a
+    sample. roles: FLOP by role. short: what to change where it does not fit, {change: peak bytes}.
+    """
+
+    config: object
+    gpu: object
+    gpus: int
+    sharded: bool
+    memory: dict
+    flop: float
+    flop_with_recompute: float
+    slowest: float
+    evaluations: dict
+    roles: dict
+    outside: dict
+    short: dict = field(default_factory=dict)
+
+    @property
+    def peak(self):
+        """Bytes on one GPU."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self):
+        """Whether this GPU has them, with SPARE left."""
+        return self.peak <= (1 - SPARE) * self.gpu.memory
+
+    def seconds(self, share=0.5):
+        """Of one step, where model FLOP reach `share` of the GPU's rate."""
+        return self.slowest * self.flop / (share * self.gpu.rate)
+
+    def hours(self, share=0.5):
+        """Of all of the run's steps."""
+        return self.seconds(share) * self.config.steps / 3600
+
+    def money(self, price, share=0.5):
+        """For all GPUs, at `price` an hour of one."""
+        return price * self.gpus * self.hours(share)
+
+
+def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, advise=True):
+    """The Plan of a configuration. clip: as wan_shapes.CLIP; None: that of its data, if there are any, or CLIP.
+
+    gpu: a Gpu, or a name. steps: those whose draws are counted, these very ones; None: STEPS steps like them. sharded:
+    FSDP2 where there are several GPUs, else DDP. advise: whether what would fit is worked out where this does not.
+    Raises InputError for a base that is not known, a batch that does not divide.
+    """
+    if config.trained == "full" and config.precision == "bf16":
+        raise InputError(
+            "trained=full with precision=bf16 cannot be planned: it casts weights as it goes, which is not counted "
+            "here; plan precision=fp32, which takes more, or trained=lora"
+        )
+    shape = shape_of(config.base)
+    clip_shape, length = _clip(config, clip)
+    gpu = gpu if hasattr(gpu, "rate") else find_gpu(gpu or "h200")
+    if gpus < 1 or config.batch % (gpus * config.accumulate):
+        raise InputError(
+            f"batch={config.batch} on {gpus} GPUs with accumulate={config.accumulate}; expected parts of equal size: "
+            "change one of them"
+        )
+    prices = prices_of(config, shape, clip_shape, length, shape["text_dim"])
+    exact, steps = steps is not None, list(range(STEPS) if steps is None else steps)
+    plan = _plan(config, prices, shape, gpu, gpus, steps, sharded, exact)
+    return replace(plan, short=advice(plan, prices, shape, steps)) if advise and not plan.fits else plan
+
+
+def _plan(config, prices, shape, gpu, gpus, steps, sharded=False, exact=False):
+    numbers = prices.prompt[0] * prices.prompt[1]
+    parts, beside = trace(config, prices.clip, numbers, steps, gpus, exact)
+    kept, learns = resident(config, shape, prices.clip[0], gpus, sharded)
+    every = (_memory(config, prices, part, learns[part.role]) | {"batch": beside[part.role]} for part in parts)
+    memory = max(every, key=lambda each: sum(each.values()))
+    work, slow = Counter(), Counter()
+    evaluations, roles = {}, Counter()
+    for part in parts:
+        for question in part.asked:
+            cost = prices(question)
+            flop = cost.forward + question.grad * cost.backward
+            work["model"] += flop
+            work["done"] += flop + question.grad * cost.again
+            slow[part.step, part.process] += flop
+            roles[question.role] += flop
+            rows = evaluations.setdefault(question.role, [0, 0])
+            rows[0] += question.rows
+            rows[1] += question.rows * question.grad
+    count = len(steps)
+    last = sum(max(v for (step, _), v in slow.items() if step == one) for one in {step for step, _ in slow})
+    samples = count * config.batch
+    return Plan(
+        config,
+        gpu,
+        gpus,
+        sharded,
+        kept | memory,
+        work["model"] / count / gpus,
+        work["done"] / count / gpus,
+        last * gpus / work["model"],
+        {role: tuple(each / samples for each in rows) for role, rows in evaluations.items()},
+        {role: flop / count / gpus for role, flop in roles.items()},
+        outside(),
+    )
+
+
+def _memory(config, prices, part, gradients):
+    """Bytes that come and go in a part, by what holds them, at the moment when they are most."""
+    held, caches, moments = [], {}, []
+    later = gradients if config.accumulate > 1 else 0
+    for question in part.asked:
+        cost = prices(question)
+        mine = _cache(prices, question)
+        alive = {**caches, **({question.cache: mine} if mine else {})}
+        moments.append((held[:], alive, cost.transient + (cost.saved if question.grad else 0), later))
+        if question.grad:
+            held.append(cost.saved)
+            if mine and config.checkpointing:  # what is computed again reads them again
+                caches[question.cache] = mine
+    # blocks that are computed again are let go one by one while their gradients come: a little more than there is
+    later = gradients if config.accumulate > 1 or config.checkpointing else 0
+    answered = [question for question in part.asked if question.grad]
+    for index in reversed(range(len(answered))):
+        returning = prices(answered[index]).returning
+        moments.append((held[: index + 1], caches, returning, later))
+        later = gradients
+        moments.append((held[:index], caches, returning, gradients))  # its end: all gradients, of it nothing kept
+    kept, alive, passing, there = max(moments, key=lambda each: sum(each[0]) + sum(each[1].values()) + sum(each[2:]))
+    rollouts = config.stage == "on_policy" and part.role == "student"
+    jumps = len(kept) - (config.on_policy.forward_weight > 0) if rollouts else 0
+    again = "one block, computed again" if config.checkpointing else "in passing"
+    return {
+        "gradients": there,
+        f"activations kept{' at blocks' * config.checkpointing}": sum(kept[jumps:]),
+        "rollout jumps kept": sum(kept[:jumps]),
+        f"activations {again}": passing,
+        "causal cache": sum(alive.values()),
+    }
+
+
+def _cache(prices, question):
+    """Bytes of the cache that a question makes or reads."""
+    if question.cache is None:
+        return 0
+    frames = question.frames if question.kind == "remember" else question.before
+    return prices(Question("student", question.rows, False, False, "remember", frames)).cache
+
+
+@lru_cache
+def outside():
+    """Bytes of what is not loaded in training: the text encoder in bfloat16 and the VAE in float32, Wan2.1's."""
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device("meta"):
+        text = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
+        vae = AutoencoderKLWan()
+    count = {"text encoder, bfloat16": 2 * sum(each.numel() for each in text.parameters())}
+    return count | {"VAE, float32": 4 * sum(each.numel() for each in vae.parameters())}
+
+
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+
+
+# What a configuration says of sizes
+
+
+HUB = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "1.3b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "14b",
+    "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": "1.3b",
+    "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers": "14b",
+    "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers": "1.3b",
+    "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers": "14b",
+}
+
+
+def shape_of(base):
+    """The arguments of the transformer in `base`: a known name on the hub, or a folder with its config.json."""
+    folder = Path(base)
+    if not folder.is_dir():
+        if base in HUB:
+            return SHAPES[HUB[base]]
+        raise InputError(f"the size of {base} is not known here; expected a folder of it, or one of {', '.join(HUB)}")
+    for path in (folder / "transformer" / "config.json", folder / "config.json"):
+        if path.is_file():
+            break
+    else:
+        raise InputError(f"no transformer/config.json in {base}; expected a pipeline folder, or a transformer's own")
+    try:
+        said = json.loads(path.read_text())
+        shape = {name: said.get(name, default) for name, default in SHAPES["14b"].items()}
+        if not all(isinstance(value, int) for name, value in shape.items() if name.startswith("num_")):
+            raise ValueError("no sizes in it")
+    except (OSError, ValueError, AttributeError) as problem:
+        raise InputError(f"{path} does not describe a transformer ({problem}); fetch or make it again") from None
+    return shape
+
+
+def _clip(config, clip):
+    if clip is None and Path(config.data).is_dir():
+        data = LatentShards(config.data)
+        return tuple(data.shape), data.null.shape[1]
+    clip = CLIP | (clip or {})
+    return latent_shape(clip["frames"], clip["height"], clip["width"]), clip["length"]
+
+
+# What to change
+
+
+def advice(plan, prices, shape, steps):
+    """{change: bytes of the peak} where a plan does not fit, in order of what they cost, until one does.
+
+    Checkpointing and fewer clips at once add up; the others are tried one by one on top of both. That a lower rank
+    makes activations a little smaller is not counted.
+    """
+    found, config, gpus = {}, plan.config, plan.gpus
+
+    def fits(change, config, gpus=gpus, sharded=plan.sharded):
+        each = _plan(config, prices, shape, plan.gpu, gpus, steps, sharded)
+        found[change] = each.peak
+        return each.fits
+
+    if not config.checkpointing:
+        config = replace(config, checkpointing=True)
+        prices = prices_of(config, shape, prices.clip, *prices.prompt)
+        if fits("checkpointing=true", config):
+            return found
+    most = config.batch // gpus
+    if config.accumulate < most:
+        if fits(f"accumulate={most}", replace(config, accumulate=most)):
+            fewer = [n for n in range(config.accumulate + 1, most) if config.batch % (n * gpus) == 0]
+            any(fits(f"accumulate={n}", replace(config, accumulate=n)) for n in fewer)
+            return found
+        config = replace(config, accumulate=most)
+    for rank in (128, 64, 32) if config.trained == "lora" else ():
+        if rank < config.rank and fits(f"rank={rank}", replace(config, rank=rank, alpha=rank)):
+            return found
+    if gpus < 8 and config.batch % 8 == 0:
+        spread = replace(config, accumulate=config.batch // 8)
+        if fits("8 GPUs, eight_gpus_fsdp2.yaml", spread, 8, True):
+            return found
+    alone = _plan(config, prices, shape, plan.gpu, gpus, steps, plan.sharded).peak
+    larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > plan.gpu.memory), key=lambda gpu: gpu.memory)
+    enough = next((gpu.name for gpu in larger if alone <= (1 - SPARE) * gpu.memory), None)
+    found[f"--gpu {enough}" if enough else "no GPU in the table is large enough for one clip at a time"] = alone
+    return found

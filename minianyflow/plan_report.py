@@ -1,0 +1,99 @@
+"""A plan in words, as JSON, and the table of docs/plan.md."""
+
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from minianyflow.config import load_config
+from minianyflow.errors import InputError
+from minianyflow.gpus import GPUS
+from minianyflow.plan import SPARE, plan_run
+from minianyflow.wan_shapes import CLIP
+
+SIZES, ARCHITECTURES = {"wan-1.3b": "1.3B", "wan-14b": "14B"}, ("bidirectional", "causal")
+STAGES = ("teacher", "forward", "on_policy")
+
+
+def check_share(share, price=None):
+    """Raise InputError for a share of the rate that is none, or a negative price."""
+    if not 0 < share <= 1:
+        raise InputError(f"--share {share}; expected a share of the GPU's rate, above 0 and at most 1")
+    if price is not None and price < 0:
+        raise InputError(f"--price {price}; expected what one GPU costs for an hour")
+
+
+def describe(plan, share=0.5, price=None):
+    """Lines to print."""
+    config, gpu = plan.config, plan.gpu
+    how = "" if plan.gpus == 1 else " with FSDP2" if plan.sharded else " with DDP"
+    lines = [
+        f"{config.architecture} {config.stage}, {config.base}, on {plan.gpus} x {gpu.name}{how}; planned, not measured",
+        "",
+        "memory of one GPU, GB, at the moment when it is most",
+        *(f"  {name:42}{size / 1e9:9.2f}" for name, size in plan.memory.items() if size),
+        f"  {'in all':42}{plan.peak / 1e9:9.2f}   of {gpu.memory / 1e9:g}: {'fits' if plan.fits else 'does not fit'}"
+        f" ({SPARE:.0%} are left for what is not counted)",
+        *(f"    {change}: {size / 1e9:.1f} GB" for change, size in plan.short.items()),
+        "  not there in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.outside.items()),
+        "",
+        "network evaluations a sample (forwards, backwards), TFLOP of one GPU a step",
+        *(
+            f"  {role:10}{rows[0]:8.2f}{rows[1]:8.2f}{plan.roles[role] / 1e12:12.1f}"
+            for role, rows in plan.evaluations.items()
+        ),
+        f"  {'in all':26}{plan.flop / 1e12:12.1f}   with what checkpointing computes again "
+        f"{plan.flop_with_recompute / 1e12:.1f}",
+        "",
+        f"{plan.seconds(share):.1f} seconds a step at {share:.0%} of {gpu.rate / 1e12:g} TFLOP/s, "
+        f"{config.steps} steps: {plan.hours(share):.1f} hours, {plan.gpus * plan.hours(share):.1f} GPU-hours",
+    ]
+    return "\n".join([*lines, f"money: {plan.money(price, share):.0f}"] if price is not None else lines)
+
+
+def as_json(plan, share=0.5, price=None):
+    """The same as a dict of plain values: bytes, FLOP, hours."""
+    made = {
+        "stage": plan.config.stage,
+        "architecture": plan.config.architecture,
+        "base": plan.config.base,
+        "gpu": plan.gpu.name,
+        "gpus": plan.gpus,
+        "sharded": plan.sharded,
+        "memory": plan.memory,
+        "peak": plan.peak,
+        "room": plan.gpu.memory,
+        "fits": plan.fits,
+        "change": plan.short,
+        "outside_training": plan.outside,
+        "flop": plan.flop,
+        "flop_with_recompute": plan.flop_with_recompute,
+        "flop_by_role": plan.roles,
+        "evaluations_a_sample": plan.evaluations,
+        "share": share,
+        "seconds_a_step": plan.seconds(share),
+        "hours": plan.hours(share),
+        "gpu_hours": plan.gpus * plan.hours(share),
+    }
+    return made | ({"money": plan.money(price, share)} if price is not None else {})
+
+
+def table(share=0.5):
+    """Rows of {1.3B, 14B} x {bidirectional, causal} x stages: GPU-hours on every GPU of the table where it fits."""
+    names = list(GPUS)
+    lines = [
+        f"| run | steps x batch | PFLOP a step | GB | {' | '.join(names)} |",
+        "|" + "---|" * (len(names) + 4),
+    ]
+    every = [(size, kind, stage) for size in SIZES for kind in ARCHITECTURES for stage in STAGES]
+    for size, kind, stage in tqdm(every, unit="run"):
+        config = load_config([size, kind, stage])
+        config = replace(config, accumulate=config.batch, data="")
+        plan = plan_run(config, CLIP, advise=False)
+        on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
+        cells = [f"{each.hours(share):,.0f}" if each.fits else "-" for each in on]
+        what = f"{SIZES[size]} {kind} {stage}"
+        lines.append(
+            f"| {what} | {config.steps} x {config.batch} | {plan.flop / 1e15:,.1f} | {plan.peak / 1e9:.0f} | "
+            f"{' | '.join(cells)} |"
+        )
+    return "\n".join(lines)

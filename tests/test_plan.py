@@ -1,0 +1,278 @@
+"""The plan of a run against real steps of a tiny one, instrumented; what it says of Wan2.1; and what it refuses."""
+
+import importlib.util
+import json
+from dataclasses import astuple
+from itertools import product
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minianyflow import training
+from minianyflow.__main__ import run
+from minianyflow.causal import causal_mask
+from minianyflow.config import load_config
+from minianyflow.costs import Live, kept_pairs
+from minianyflow.errors import InputError
+from minianyflow.gpus import Gpu
+from minianyflow.install import ROOT
+from minianyflow.plan import SPARE, plan_run, shape_of
+from minianyflow.plan_report import table
+from minianyflow.prices import Prices
+from minianyflow.questions import Question
+from minianyflow.runs import Networks, draws
+from minianyflow.shards import LatentShards
+from minianyflow.wan_folders import make_tiny_wan
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+distill, planning = script("distill"), script("plan")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan")
+    make_tiny_wan(folder / "wan")
+    return folder
+
+
+def settings(folder, architecture, stage, *changes):
+    where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents"]
+    quick = ["batch=4", "samples.every=0", "log.tracker=none"]
+    config = load_config([architecture, stage, "tiny"], [*where, *quick, *changes])
+    config.student = config.teacher = None  # as if these were there
+    return config
+
+
+def attention(query, key, value, *given, attn_mask=None, out_val=None, **options):
+    """FLOP of torch's attention on a CPU, of the pairs that the mask keeps, counted one by one."""
+    pairs = query.shape[2] * key.shape[2]
+    if attn_mask is not None:
+        shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0
+        pairs = int(shown.expand(1, 1, query.shape[2], key.shape[2]).sum())
+    return 4 * query.shape[0] * query.shape[1] * query.shape[3] * pairs
+
+
+attention._get_raw = True
+
+
+def attention_back(grad, query, key, value, *given, attn_mask=None, **options):
+    return 2 * attention(query, key, value, attn_mask=attn_mask)
+
+
+attention_back._get_raw = True
+CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_back,
+}
+
+
+class Step:
+    """One real step, of training.train, as often as asked; the optimiser has its numbers already."""
+
+    def __init__(self, config, number):
+        data = LatentShards(config.data)
+        self.config, self.networks = config, Networks(config, data.shape[0])
+        self.null = {"prompt": data.null}
+        self.roles = distill.STAGES[config.stage](config, self.networks, self.null)
+        self.batch = draws(config, data)(0)  # which trains every weight
+        self.take()
+        self.batch = draws(config, data)(number)
+
+    def take(self):
+        for role in self.roles.values():
+            role.optimizer.zero_grad()
+        training.train(self.roles, lambda step: self.batch, 1, self.config.accumulate, progress=False)
+
+    def kept(self):
+        """Tensors that are there all the time."""
+        for role in self.roles.values():
+            for module in (role.network, role.average):
+                if module is not None:
+                    yield from [*module.parameters(), *module.buffers()]
+            for state in role.optimizer.state.values():
+                yield from state.values()
+        for counters in self.networks.counters.values():
+            for each in counters:
+                transformer = each.network.transformer
+                yield from [*transformer.parameters(), transformer.rope._build_freqs(torch.device("cpu"))]
+
+    def given(self):
+        for value in self.batch.values():
+            yield from value.values() if isinstance(value, dict) else [value]
+
+    def bytes(self):
+        """What is there all the time, and the peak of what comes and goes beside."""
+        kept = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in self.kept()}
+        live = Live([*self.kept(), *self.given(), self.null["prompt"]])
+        with live:
+            self.take()
+        return sum(kept.values()), live.peak + sum(each.nbytes for each in self.given()) // self.config.accumulate
+
+    def flop(self):
+        with FlopCounterMode(display=False, custom_mapping=CPU) as counter:
+            self.take()
+        return counter.get_total_flops()
+
+
+STAYS = ("base weights", "adapters", "trained weights", "averages", "optimiser")
+QUICK = (("bidirectional", "forward", "lora", "true"), ("causal", "forward", "lora", "false"))
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in product(
+        ("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false")
+    )
+]
+
+
+@pytest.mark.parametrize(("architecture", "stage", "trained", "checkpointing"), CASES)
+def test_a_real_step_takes_what_was_planned(folder, architecture, stage, trained, checkpointing):
+    changes = [f"trained={trained}", f"checkpointing={checkpointing}"]
+    config = settings(folder, architecture, stage, *changes)
+    number = 0 if architecture == "causal" else 1  # a causal clip has its longest context at step 0
+    step, plan = Step(config, number), plan_run(config, steps=[number], advise=False)
+    kept, passing = step.bytes()
+    said = sum(plan.memory.get(name, 0) for name in STAYS)
+    again = step.flop()
+    print(
+        f"kept {said / kept:.3f} passing {(plan.peak - said) / passing:.3f} flop {plan.flop_with_recompute / again:.3f}"
+    )
+    assert said == pytest.approx(kept, rel=0.1)
+    assert plan.peak - said == pytest.approx(passing, rel=0.1)
+    assert plan.flop_with_recompute == pytest.approx(again, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [["accumulate=2"], ["accumulate=4", "checkpointing=false"]])
+def test_parts_of_a_batch_are_planned(folder, changes):
+    config = settings(folder, "bidirectional", "forward", *changes)
+    step, plan = Step(config, 1), plan_run(config, steps=[1], advise=False)
+    kept, passing = step.bytes()
+    assert plan.peak == pytest.approx(kept + passing, rel=0.1)
+    assert plan.flop_with_recompute == pytest.approx(step.flop(), rel=0.1)
+
+
+@pytest.mark.slow
+def test_three_blocks_say_what_eight_cost(folder):
+    """What is counted of two and three blocks, and taken further, is what the whole transformer has."""
+    config = settings(folder, "bidirectional", "forward", "precision=bf16")
+    shape = shape_of(config.base) | {"num_layers": 8}
+    prices = Prices(config, shape, (5, 16, 8, 8), 32, shape["text_dim"])
+    question = Question("student", 1, True, False, "all", 5)
+    whole = prices._measure(prices._build(shape, 8)["student"], question)
+    said, counted = astuple(prices(question)), astuple(whole)
+    assert said == pytest.approx(counted, rel=1e-3)
+    assert len(prices.networks) == 2
+
+
+@pytest.mark.slow
+def test_evaluations_are_those_that_a_real_step_counts(folder):
+    config = settings(folder, "causal", "on_policy")
+    step = Step(config, 0)
+    before = step.networks.counts()
+    step.take()
+    rows = {
+        role: [n - b for n, b in zip(each, before[role], strict=True)] for role, each in step.networks.counts().items()
+    }
+    plan = plan_run(config, steps=[0], advise=False)
+    assert {role: tuple(n / config.batch for n in each) for role, each in rows.items()} == plan.evaluations
+
+
+@pytest.mark.slow
+def test_model_flop_do_not_depend_on_checkpointing(folder):
+    one, other = (
+        plan_run(settings(folder, "bidirectional", "forward", f"checkpointing={said}"), steps=[1], advise=False)
+        for said in ("true", "false")
+    )
+    assert one.flop == other.flop == other.flop_with_recompute < one.flop_with_recompute
+    assert one.peak < other.peak
+
+
+def test_the_pairs_that_are_counted_are_those_of_the_mask():
+    for clean, mode in ((True, "train"), (False, "train"), (False, "cache")):
+        mask = causal_mask((1, 2, 2, 2), 16, 4, 2, clean, mode)
+        assert kept_pairs((1, 2, 2, 2), 16, 4, 2, clean, mode) == int(mask.sum())
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_what_to_change(folder):
+    config = settings(folder, "bidirectional", "forward", "checkpointing=false")
+    plan = plan_run(config, steps=[1], gpu=Gpu("small", 1e12, 1e12, ""))
+    assert plan.fits
+    assert plan.short == {}
+    low = plan_run(config, steps=[1], gpu=Gpu("small", plan.peak * 0.7, 1e12, ""))
+    assert not low.fits
+    assert next(iter(low.short)) == "checkpointing=true"
+    assert min(low.short.values()) <= (1 - SPARE) * low.gpu.memory
+    none = plan_run(config, steps=[1], gpu=Gpu("small", 1e3, 1e12, ""))
+    assert list(none.short) == ["checkpointing=true", "accumulate=4", "--gpu rtx4090"]
+
+
+@pytest.mark.slow
+def test_several_gpus_share_the_work(folder):
+    config = settings(folder, "bidirectional", "on_policy")
+    one, two, sharded = (
+        plan_run(config, steps=[1], gpus=gpus, sharded=sharded, advise=False)
+        for gpus, sharded in ((1, False), (2, False), (2, True))
+    )
+    assert two.flop == pytest.approx(one.flop / 2)
+    assert two.seconds() >= one.seconds() / 2
+    assert two.memory["optimiser"] == one.memory["optimiser"] == 2 * sharded.memory["optimiser"]
+    assert two.memory["base weights"] == sharded.memory["base weights"]
+
+
+BAD = {
+    "gpu": (["--gpu", "h20"], "did you mean"),
+    "gpus": (["--gpus", "3"], "expected parts of equal size"),
+    "share": (["--share", "2"], "--share 2.0"),
+    "price": (["--price", "-1"], "--price -1.0"),
+    "memory": (["--memory", "0"], "--memory 0.0"),
+    "base": (["--config", "wan-1.3b", "base=someone/else"], "the size of someone/else is not known here"),
+    "no folder": (["--config", "wan-1.3b", "base=./nowhere"], "the size of ./nowhere is not known here"),
+    "cast": (["--config", "wan-1.3b", "trained=full"], "cannot be planned"),
+    "option": (["--config", "wan-1.3b", "rnk=2"], "did you mean"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, capsys):
+    arguments, words = BAD[case]
+    assert run(lambda: planning.main(arguments)) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_a_broken_description_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"no transformer/config\.json"):
+        shape_of(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="does not describe a transformer"):
+        shape_of(str(tmp_path))
+
+
+def test_the_script_prints_lines_and_json(folder, capsys):
+    where = ["bidirectional", "forward", "tiny", f"base={folder}/wan", f"data={folder}/wan/latents"]
+    assert planning.main(["--config", *where, "--price", "3", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["peak"] == sum(said["memory"].values())
+    assert said["fits"]
+    assert said["money"] == pytest.approx(3 * said["gpu_hours"])
+    assert planning.main(["--config", *where]) == 0
+    out = capsys.readouterr().out
+    assert "planned, not measured" in out
+    assert "optimiser" in out
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_what_is_planned():
+    said = (ROOT / "docs/plan.md").read_text().split("<!-- plan -->\n")[1].split("\n<!-- end -->")[0]
+    assert table() == said
