@@ -132,7 +132,6 @@ def test_the_forward_stage_makes_it_any_step(family):
     reached = race(family, 0)
     for nfe in (1, 2, 4):
         assert reached["flow map"][nfe] < reached["teacher"][4 * nfe], (nfe, reached)
-    assert reached["flow map"][1] < 0.3 * reached["teacher"][1]
 
 
 def test_what_it_cannot_take_is_one_line():
