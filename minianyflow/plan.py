@@ -289,8 +289,8 @@ def _clip(config, clip):
 def advice(plan, prices, shape, steps):
     """{change: bytes of the peak} where a plan does not fit, in order of what they cost, until one does.
 
-    Checkpointing and fewer clips at once add up; the others are tried one by one on top of both. That a lower rank
-    makes activations a little smaller is not counted.
+    Checkpointing, of attention too, and fewer clips at once add up; the others are tried one by one on top of these.
+    That a lower rank makes activations a little smaller is not counted.
     """
     found, config, gpus = {}, plan.config, plan.gpus
 
@@ -299,11 +299,12 @@ def advice(plan, prices, shape, steps):
         found[change] = each.peak
         return each.fits
 
-    if not config.checkpointing:
-        config = replace(config, checkpointing=True)
-        prices = prices_of(config, shape, prices.clip, *prices.prompt)
-        if fits("checkpointing=true", config):
-            return found
+    for name, least in (("checkpointing", True), ("keep_attention", False)):
+        if getattr(config, name) != least:
+            config = replace(config, **{name: least})
+            prices = prices_of(config, shape, prices.clip, *prices.prompt)
+            if fits(f"{name}={least}".lower(), config):
+                return found
     most = config.batch // gpus
     if config.accumulate < most:
         if fits(f"accumulate={most}", replace(config, accumulate=most)):
