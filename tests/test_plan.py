@@ -18,7 +18,7 @@ from minianyflow.errors import InputError
 from minianyflow.gpus import Gpu
 from minianyflow.install import ROOT
 from minianyflow.plan import SPARE, plan_run, shape_of
-from minianyflow.plan_report import table
+from minianyflow.plan_report import bills, table
 from minianyflow.prices import Prices
 from minianyflow.questions import Question
 from minianyflow.runs import Networks, draws
@@ -301,6 +301,7 @@ def test_the_script_prints_lines_and_json(folder, capsys):
 
 
 @pytest.mark.slow
-def test_the_table_of_the_docs_is_what_is_planned():
-    said = (ROOT / "docs/plan.md").read_text().split("<!-- plan -->\n")[1].split("\n<!-- end -->")[0]
-    assert table() == said
+@pytest.mark.parametrize(("name", "made"), [("plan", table), ("bill", bills)])
+def test_the_tables_of_the_docs_are_what_is_planned(name, made):
+    said = (ROOT / "docs/plan.md").read_text().split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0]
+    assert made() == said
