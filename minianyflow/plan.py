@@ -27,25 +27,27 @@ ADAM = 2  # numbers that AdamW keeps a weight
 
 
 def resident(config, shape, frames, processes=1, sharded=False):
-    """Bytes on one GPU that are there all the time, by part; and of the gradients of each role.
+    """Bytes on one GPU that are there all the time, by part; and of each role's gradients: all, and those of a block.
 
     With full weights "base weights" is the frozen teacher. sharded: FSDP2, else DDP where there are several processes.
     """
     layers = shape["num_layers"]
     fewer, *more = [_weights(config, shape, frames, count) for count in ((2, 3) if layers > 2 else (layers,))]
-    held = {n: v + (layers - 2) * (more[0][n] - v) if more else v for n, v in fewer.items()}
+    block = {n: more[0][n] - v if more else v / layers for n, v in fewer.items()}
+    held = {n: v + (layers - 2) * block[n] if more else v for n, v in fewer.items()}
     roles = ("student", "fake") if config.stage == "on_policy" else ("student",)
-    learns = {role: held[f"{role} learns"] for role in roles}
+    learns = {role: (held[f"{role} learns"], block[f"{role} learns"]) for role in roles}
+    every = [whole for whole, _ in learns.values()]
     trained = sum(held[role] for role in roles)
     share = 1 / processes if sharded else 1
     parts = {
         "base weights": held["base"] + held["tables"],
         "adapters" if config.trained == "lora" else "trained weights": trained + held["teacher"],
         "averages": share * held["student"],
-        "optimiser": share * ADAM * sum(learns.values()),
+        "optimiser": share * ADAM * sum(every),
     }
     if processes > 1:  # beside whole weights: buckets of DDP; of FSDP2 the shards, and what a gradient is reduced in
-        parts["several GPUs"] = trained * share + max(learns.values()) if sharded else sum(learns.values())
+        parts["several GPUs"] = trained * share + max(every) if sharded else sum(every)
     return parts, learns
 
 
@@ -147,7 +149,7 @@ def _plan(config, prices, shape, gpu, gpus, steps, sharded=False, exact=False):
     numbers = prices.prompt[0] * prices.prompt[1]
     parts, beside = trace(config, prices.clip, numbers, steps, gpus, exact)
     kept, learns = resident(config, shape, prices.clip[0], gpus, sharded)
-    every = (_memory(config, prices, part, learns[part.role]) | {"batch": beside[part.role]} for part in parts)
+    every = (_memory(config, prices, part, *learns[part.role]) | {"batch": beside[part.role]} for part in parts)
     memory = max(every, key=lambda each: sum(each.values()))
     work, slow = Counter(), Counter()
     evaluations, roles = {}, Counter()
@@ -180,8 +182,8 @@ def _plan(config, prices, shape, gpu, gpus, steps, sharded=False, exact=False):
     )
 
 
-def _memory(config, prices, part, gradients):
-    """Bytes that come and go in a part, by what holds them, at the moment when they are most."""
+def _memory(config, prices, part, gradients, block):
+    """Bytes that come and go in a part, by what holds them, at the moment when they are most. block: its gradients."""
     held, caches, moments = [], {}, []
     later = gradients if config.accumulate > 1 else 0
     for question in part.asked:
@@ -193,8 +195,8 @@ def _memory(config, prices, part, gradients):
             held.append(cost.saved)
             if mine and config.checkpointing:  # what is computed again reads them again
                 caches[question.cache] = mine
-    # blocks that are computed again are let go one by one while their gradients come: a little more than there is
-    later = gradients if config.accumulate > 1 or config.checkpointing else 0
+    # the last block, computed again, is let go while its own gradients come: a little more than there is
+    later = gradients if config.accumulate > 1 else block * config.checkpointing
     answered = [question for question in part.asked if question.grad]
     for index in reversed(range(len(answered))):
         returning = prices(answered[index]).returning
@@ -287,8 +289,8 @@ def _clip(config, clip):
 def advice(plan, prices, shape, steps):
     """{change: bytes of the peak} where a plan does not fit, in order of what they cost, until one does.
 
-    Checkpointing and fewer clips at once add up; the others are tried one by one on top of both. That a lower rank
-    makes activations a little smaller is not counted.
+    Checkpointing, of attention too, and fewer clips at once add up; the others are tried one by one on top of these.
+    That a lower rank makes activations a little smaller is not counted.
     """
     found, config, gpus = {}, plan.config, plan.gpus
 
@@ -297,11 +299,12 @@ def advice(plan, prices, shape, steps):
         found[change] = each.peak
         return each.fits
 
-    if not config.checkpointing:
-        config = replace(config, checkpointing=True)
-        prices = prices_of(config, shape, prices.clip, *prices.prompt)
-        if fits("checkpointing=true", config):
-            return found
+    for name, least in (("checkpointing", True), ("keep_attention", False)):
+        if getattr(config, name) != least:
+            config = replace(config, **{name: least})
+            prices = prices_of(config, shape, prices.clip, *prices.prompt)
+            if fits(f"{name}={least}".lower(), config):
+                return found
     most = config.batch // gpus
     if config.accumulate < most:
         if fits(f"accumulate={most}", replace(config, accumulate=most)):

@@ -12,6 +12,7 @@ from minianyflow.wan_shapes import CLIP
 
 SIZES, ARCHITECTURES = {"wan-1.3b": "1.3B", "wan-14b": "14B"}, ("bidirectional", "causal")
 STAGES = ("teacher", "forward", "on_policy")
+PRICE = 3.0  # of a GPU-hour, an example for the docs: no offer of anybody's
 
 
 def check_share(share, price=None):
@@ -86,9 +87,8 @@ def table(share=0.5):
     ]
     every = [(size, kind, stage) for size in SIZES for kind in ARCHITECTURES for stage in STAGES]
     for size, kind, stage in tqdm(every, unit="run"):
-        config = load_config([size, kind, stage])
-        config = replace(config, accumulate=config.batch, data="")
-        plan = plan_run(config, CLIP, advise=False)
+        plan = published(size, kind, stage)
+        config = plan.config
         on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
         cells = [f"{each.hours(share):,.0f}" if each.fits else "-" for each in on]
         what = f"{SIZES[size]} {kind} {stage}"
@@ -97,3 +97,34 @@ def table(share=0.5):
             f"{' | '.join(cells)} |"
         )
     return "\n".join(lines)
+
+
+def bills(price=PRICE, share=0.5, gpu="h200"):
+    """Rows of whole models, their three stages one after another: GPU-hours, days and money, on one GPU and eight."""
+    lines = [
+        f"| whole model | on | the largest stage, GB | GPU-hours | days | at {price:g} a GPU-hour |",
+        "|" + "---|" * 6,
+    ]
+    models = [(size, kind) for size in SIZES for kind in ARCHITECTURES]
+    for (size, kind), gpus in tqdm([(each, gpus) for each in models for gpus in (1, 8)], unit="bill"):
+        stages = [("bidirectional", "teacher"), (kind, "forward"), (kind, "on_policy")]
+        plans = [published(size, *stage, gpu, gpus) for stage in stages]
+        if not all(plan.fits for plan in plans) and gpus > 1:
+            plans = [published(size, *stage, gpu, gpus, sharded=True) for stage in stages]
+        how = f"{gpus} x {gpu}{' with FSDP2' * plans[0].sharded}"
+        large = max(plan.peak for plan in plans) / 1e9
+        cells = ["does not fit", "-", "-"]
+        if all(plan.fits for plan in plans):
+            hours, money = (
+                sum(each) for each in ([p.hours(share) for p in plans], [p.money(price, share) for p in plans])
+            )
+            cells = [f"{gpus * hours:,.0f}", f"{hours / 24:.1f}", f"{money:,.0f}"]
+        lines.append(f"| {SIZES[size]} {kind} | {how} | {large:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def published(size, kind, stage, gpu=None, gpus=1, sharded=False):
+    """The Plan of a stage with the recipe's steps and batch, one clip at a time on every GPU."""
+    config = load_config([size, kind, stage])
+    config = replace(config, accumulate=config.batch // gpus, data="")
+    return plan_run(config, CLIP, gpu, gpus, sharded=sharded, advise=False)

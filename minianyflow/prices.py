@@ -126,9 +126,8 @@ _PRICES = {}
 
 def prices_of(config, shape, clip_shape, length, text_dim):
     """The Prices of a configuration: kept, as what they cost does not depend on most of it."""
-    kept = [
-        getattr(config, name) for name in ("stage", "architecture", "trained", "checkpointing", "precision", "rank")
-    ]
+    names = ("stage", "architecture", "trained", "checkpointing", "keep_attention", "precision", "rank")
+    kept = [getattr(config, name) for name in names]
     policy = (bool(config.teacher), config.on_policy.forward_weight > 0, config.on_policy.context_gradient)
     policy += (repr(config.causal), config.velocity)
     key = (*kept, *policy, json.dumps(shape), clip_shape, length, text_dim)

@@ -23,17 +23,18 @@ def main(argv=None):
     parser.add_argument("--price", type=float, help="of one GPU for an hour")
     parser.add_argument("--share", type=float, default=0.5, help="of the rate that model FLOP reach (default: 0.5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--table", action="store_true", help="print the table of docs/plan.md")
+    parser.add_argument("--table", action="store_true", help="print the tables of docs/plan.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of scripts/configs/base.yaml")
     arguments = parser.parse_args(argv)
     from minianyflow.config import load_config
     from minianyflow.gpus import find_gpu
     from minianyflow.plan import plan_run
-    from minianyflow.plan_report import as_json, check_share, describe, table
+    from minianyflow.plan_report import PRICE, as_json, bills, check_share, describe, table
 
     check_share(arguments.share, arguments.price)
     if arguments.table:
-        print(table(arguments.share))
+        price = PRICE if arguments.price is None else arguments.price
+        print(table(arguments.share), bills(price, arguments.share), sep="\n\n")
         return 0
     files = [each for each in arguments.config if "=" not in each]
     pairs = [each for each in arguments.config if "=" in each]  # those that follow --config

@@ -18,7 +18,7 @@ from minianyflow.errors import InputError
 from minianyflow.gpus import Gpu
 from minianyflow.install import ROOT
 from minianyflow.plan import SPARE, plan_run, shape_of
-from minianyflow.plan_report import table
+from minianyflow.plan_report import bills, table
 from minianyflow.prices import Prices
 from minianyflow.questions import Question
 from minianyflow.runs import Networks, draws
@@ -149,6 +149,34 @@ def test_a_real_step_takes_what_was_planned(folder, architecture, stage, trained
     assert plan.flop_with_recompute == pytest.approx(again, rel=0.1)
 
 
+@pytest.mark.parametrize("stage", ["forward", pytest.param("on_policy", marks=pytest.mark.slow)])
+def test_attention_that_is_kept_is_planned(folder, stage):
+    """In all, and what it adds to memory and spares of work."""
+    planned, real, model = [], [], []
+    for said in ("true", "false"):
+        config = settings(folder, "bidirectional", stage, f"keep_attention={said}")
+        step, plan = Step(config, 1), plan_run(config, steps=[1], advise=False)
+        planned.append((plan.peak, plan.flop_with_recompute))
+        model.append(plan.flop)
+        real.append((sum(step.bytes()), step.flop()))
+    assert planned[0] == pytest.approx(real[0], rel=0.1)
+    (more, done), (true_more, true_done) = (
+        [kept - not_kept for kept, not_kept in zip(*each, strict=True)] for each in (planned, real)
+    )
+    print(f"bytes {more / true_more:.4f} flop {done / true_done:.4f}")
+    assert more == pytest.approx(true_more, rel=0.1)
+    assert done == pytest.approx(true_done, rel=0.1)
+    assert more > 0 > done
+    assert model[0] == model[1]
+
+
+@pytest.mark.slow
+def test_attention_that_does_not_fit_is_computed_again(folder):
+    config = settings(folder, "bidirectional", "forward", "keep_attention=true")
+    room = plan_run(config, steps=[1], advise=False).peak * 0.99 / (1 - SPARE)
+    assert list(plan_run(config, steps=[1], gpu=Gpu("small", room, 1e12, "")).short) == ["keep_attention=false"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [["accumulate=2"], ["accumulate=4", "checkpointing=false"]])
 def test_parts_of_a_batch_are_planned(folder, changes):
@@ -273,6 +301,7 @@ def test_the_script_prints_lines_and_json(folder, capsys):
 
 
 @pytest.mark.slow
-def test_the_table_of_the_docs_is_what_is_planned():
-    said = (ROOT / "docs/plan.md").read_text().split("<!-- plan -->\n")[1].split("\n<!-- end -->")[0]
-    assert table() == said
+@pytest.mark.parametrize(("name", "made"), [("plan", table), ("bill", bills)])
+def test_the_tables_of_the_docs_are_what_is_planned(name, made):
+    said = (ROOT / "docs/plan.md").read_text().split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0]
+    assert made() == said
