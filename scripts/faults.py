@@ -431,6 +431,35 @@ def other_data(bench):
     return said[0], right and bench.same(output)
 
 
+def other_weights(bench):
+    """Another base in the place of the first: named. The same one elsewhere: it goes on."""
+    from minianyflow.wan_folders import make_tiny_wan
+
+    output, wan = stopped_at_six(bench), bench.folder / "wan"
+    away = wan.with_name("away")
+    make_tiny_wan(bench.folder / "other", seed=1)
+    (wan / "transformer").rename(away)
+    (bench.folder / "other/transformer").rename(wan / "transformer")
+    status, said = bench.run(output)
+    again, _ = bench.run(output, f"base={away}", "samples.every=0")
+    shutil.rmtree(wan / "transformer")
+    away.rename(wan / "transformer")
+    right = (status, again, len(said)) == (2, 0, 1) and "base was weights" in said[0]
+    return said[0], right and bench.same(output)
+
+
+def other_null(bench):
+    """Another null prompt under the same name."""
+    output, path = stopped_at_six(bench), bench.folder / "wan/latents/null.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    status, said = bench.run(output)
+    path.write_bytes(data)
+    again, _ = bench.run(output)
+    right = (status, again, len(said)) == (2, 0, 1) and "the null prompt was" in said[0]
+    return said[0], right and bench.same(output)
+
+
 def full_at_the_end(bench):
     """No room for what a run leaves: one line; its last checkpoint is there, and it ends once there is room."""
     output = bench.new()
@@ -477,6 +506,8 @@ INJECTIONS = {
     "shard cut short": cut_shard,
     "the same, skip one": skipped_shard,
     "another shard": other_data,
+    "another base": other_weights,
+    "another null prompt": other_null,
 }
 
 

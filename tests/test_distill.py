@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from minianyflow import flow_map, on_policy, runs, training
 from minianyflow.__main__ import run
@@ -262,6 +265,31 @@ def test_samples_come_from_the_average_by_the_samplers_of_the_course(folder):
     assert torch.allclose(
         one, displace(noise, u(noise, torch.ones(2), torch.zeros(2), prompt=prompt), torch.ones(2), torch.zeros(2))
     )
+
+
+# ---- what a run is known by when it goes on
+
+
+def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_path):
+    for name in ("wan", "causal-forward", "causal-teacher"):
+        shutil.copytree(folder / name, tmp_path / name)
+    moved = [f"base={tmp_path}/wan", f"student={tmp_path}/causal-forward", f"teacher={tmp_path}/causal-teacher"]
+
+    def told(*changes, data=folder):
+        config = settings(folder, "causal", "on_policy", *changes, f"data={data}/wan/latents")
+        return runs.told(config, LatentShards(config.data))
+
+    before = told()
+    assert told(*moved) == before
+    for name, path in (("student", "causal-forward"), ("teacher", "causal-teacher")):
+        file = tmp_path / path / "student.safetensors"
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        save_file({key: 2 * value for key, value in load_file(file).items()}, file, metadata)
+        assert {key for key, value in told(*moved).items() if value != before[key]} >= {name}
+    null = tmp_path / "wan/latents/null.safetensors"
+    save_file({"prompt": 2 * load_file(null)["prompt"]}, null)
+    assert told(data=tmp_path)["the null prompt"] != before["the null prompt"]
 
 
 # ---- what a causal student trains on
