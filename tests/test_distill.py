@@ -271,9 +271,9 @@ def test_samples_come_from_the_average_by_the_samplers_of_the_course(folder):
 
 
 def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_path):
-    for name in ("wan", "causal-forward", "causal-teacher"):
+    for name in ("wan", "causal-forward", "bidirectional-teacher"):
         shutil.copytree(folder / name, tmp_path / name)
-    moved = [f"base={tmp_path}/wan", f"student={tmp_path}/causal-forward", f"teacher={tmp_path}/causal-teacher"]
+    moved = [f"base={tmp_path}/wan", f"student={tmp_path}/causal-forward", f"teacher={tmp_path}/bidirectional-teacher"]
 
     def told(*changes, data=folder):
         config = settings(folder, "causal", "on_policy", *changes, f"data={data}/wan/latents")
@@ -281,7 +281,7 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
 
     before = told()
     assert told(*moved) == before
-    for name, path in (("student", "causal-forward"), ("teacher", "causal-teacher")):
+    for name, path in (("student", "causal-forward"), ("teacher", "bidirectional-teacher")):
         file = tmp_path / path / "student.safetensors"
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
