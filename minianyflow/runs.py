@@ -320,7 +320,7 @@ def told(config, data):
         del found["data"]  # the manifest says more
     null = hashlib.sha256(data.null.numpy().tobytes()).hexdigest()[:12]
     found |= {"base": fingerprint(config.base), "the null prompt": null}
-    return found | {"what data holds": data_identity(config.data)}
+    return found | {"what data holds": data_identity(config.data), "rows of data": len(data)}
 
 
 def prepare(config):
