@@ -330,8 +330,7 @@ def prepare(config):
     gone on with, a folder that cannot be written to, or a missing GPU.
     """
     output = Path(config.output)
-    if (output / "run.json").exists():
-        raise InputError(f"{config.output} holds a finished run; name another folder with output=FOLDER, or remove it")
+    _check_unfinished(output)
     data = LatentShards(config.data, config.data_skip)
     known = told(config, data)
     checkpoints = Checkpoints(output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, known)
@@ -351,8 +350,15 @@ def prepare(config):
         kwargs_handlers=[unused],
     )
     checkpoints.hold(accelerator)
+    _check_unfinished(output)  # another run may have been at work, and done with it
+    checkpoints.check_told()
     begin_trackers(accelerator)
     return accelerator, data, checkpoints
+
+
+def _check_unfinished(output):
+    if (output / "run.json").exists():
+        raise InputError(f"{output} holds a finished run; name another folder with output=FOLDER, or remove it")
 
 
 def guard(config, data):

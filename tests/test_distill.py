@@ -297,6 +297,31 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
     assert told(data=tmp_path)["the null prompt"] != before["the null prompt"]
 
 
+def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monkeypatch):
+    """It ended after this one had looked, and before this one held the folder."""
+    hold = runs.Checkpoints.hold
+
+    def late(self, accelerator):
+        hold(self, accelerator)
+        (tmp_path / "run/run.json").write_text("{}")
+
+    monkeypatch.setattr(runs.Checkpoints, "hold", late)
+    with pytest.raises(InputError, match="run holds a finished run"):
+        runs.prepare(settings(folder, "causal", "forward", f"output={tmp_path}/run"))
+
+
+def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys):
+    """Not as another configuration."""
+    shutil.copytree(folder / "wan/latents", tmp_path / "data")
+    config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
+    kept = runs.Checkpoints(tmp_path / "run/checkpoints", told=runs.told(config, LatentShards(config.data)))
+    _, roles, draw = built(config)
+    training.train(roles, draw, 1, progress=False, checkpoints=kept)
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(InputError, match=r"no shards in .*data; expected"):
+        runs.prepare(config)
+
+
 # ---- what a causal student trains on
 
 
