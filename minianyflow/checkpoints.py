@@ -32,6 +32,8 @@ from minianyflow.running import hold
 from minianyflow.training import remembered
 
 MANIFEST, STATE, UNFINISHED = "manifest.json", "state.json", ".unfinished-"
+BROKEN = "not-whole-"  # before the names of those put aside
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # other errors of a disk may pass
 
 
 @dataclass
@@ -76,8 +78,10 @@ class Checkpoints:
                 digest = json.loads((folder / MANIFEST).read_text())["files"][STATE]
                 before = json.loads((folder / STATE).read_text())["told"]
                 whole = digest == [*_digest(folder / STATE)]
-            except (OSError, ValueError, KeyError, TypeError):
+            except (*GONE, ValueError, KeyError, TypeError):
                 continue  # not whole; restore will say so
+            except OSError as problem:
+                raise _unreadable(folder, problem) from None
             if not whole:
                 continue
             names = [name for name in {**before, **self.told} if before.get(name) != self.told.get(name)]
@@ -149,7 +153,10 @@ class Checkpoints:
         """
         folders = self.found()
         for folder in folders:
-            problem = _together(problem_of, folder, accelerator.process_index, accelerator.num_processes)
+            try:
+                problem = _together(problem_of, folder, accelerator.process_index, accelerator.num_processes)
+            except OSError as refused:
+                raise _unreadable(folder, refused) from None
             problem = next(filter(None, problem), None)
             if problem is None:
                 break
@@ -157,7 +164,10 @@ class Checkpoints:
                 print(f"warning: {folder} is not whole ({problem}); trying the one before", file=sys.stderr, flush=True)
         else:
             if folders and accelerator.is_main_process:
-                print(f"warning: no whole checkpoint in {self.folder}; beginning anew", file=sys.stderr, flush=True)
+                why = f"no whole checkpoint in {self.folder}; those there are kept as {BROKEN}*, beginning anew"
+                print(f"warning: {why}", file=sys.stderr, flush=True)
+                for folder in folders:
+                    _keep_broken(folder)
             return 0, []
         try:
             _load(folder, roles, accelerator)
@@ -193,18 +203,23 @@ class Checkpoints:
 
 
 def problem_of(folder, index=0, parts=1):
-    """What is wrong with a checkpoint, in a few words, or None. With parts, every parts-th file from `index` on."""
+    """What is wrong with a checkpoint, in a few words, or None. With parts, every parts-th file from `index` on.
+
+    Raises OSError where the disk does not let itself be read: that says nothing about the checkpoint.
+    """
     try:
         files = json.loads((Path(folder) / MANIFEST).read_text())["files"]
         for name, (size, digest) in list(files.items())[index::parts]:
             path = Path(folder) / name
-            if not path.is_file():
+            try:
+                found, content = _digest(path)
+            except GONE:
                 return f"no {name}"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, expected {size}"
-            if _digest(path)[1] != digest:
+            if found != size:
+                return f"{name} has {found} bytes, expected {size}"
+            if content != digest:
                 return f"{name} has another SHA-256 than when it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (*GONE, ValueError, KeyError, TypeError, AttributeError):
         return f"no {MANIFEST} that can be read"
     return None
 
@@ -321,6 +336,19 @@ def _put_aside(folder):
     aside = folder.with_name(f"{UNFINISHED}old")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
+
+
+def _keep_broken(folder):
+    """Under a name that no checkpoint has: somebody may want to mend it."""
+    aside, count = folder.with_name(f"{BROKEN}{folder.name}"), 1
+    while aside.exists():
+        aside, count = folder.with_name(f"{BROKEN}{folder.name}-{count}"), count + 1
+    os.replace(folder, aside)
+
+
+def _unreadable(folder, problem):
+    why = problem.strerror or problem
+    return InputError(f"{folder} cannot be read ({why}); nothing was changed: mend the disk, then run the same again")
 
 
 def _write(path, content):

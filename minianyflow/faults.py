@@ -17,10 +17,12 @@ from tqdm import tqdm
 from minianyflow.errors import InputError
 
 TERMINATED = 143  # as a shell says that SIGTERM ended it: to a scheduler such a run is not finished
+LAUNCHED = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
+LAUNCHER = os.getppid()  # asked for at once: later it may be gone
 
 
 class Stopped(Exception):
-    """SIGTERM came; what training goes on from has been saved."""
+    """SIGTERM came, or the launcher is gone; what training goes on from has been saved."""
 
 
 @dataclass
@@ -85,6 +87,14 @@ def on_any(flag, accelerator):
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+def abandoned():
+    """Whether `accelerate launch` or torchrun, which started this process, is gone.
+
+    The former passes no signal on to a single process. Any other parent, say a shell that was closed, may go.
+    """
+    return LAUNCHED and os.getppid() != LAUNCHER
 
 
 def leave():

@@ -9,6 +9,7 @@ With adapters all roles share one frozen base (roles.py); with full weights each
     bad_batch.json                                  if there was one: samples whose loss was not finite
 """
 
+import hashlib
 import json
 import math
 import os
@@ -53,11 +54,12 @@ from minianyflow.roles import (
 from minianyflow.running import staged
 from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
-from minianyflow.shards import LatentShards, data_identity
+from minianyflow.shards import MANIFEST, LatentShards, data_identity
 from minianyflow.teacher_forcing import TeacherForced, as_whole, in_chunks
 from minianyflow.training import part_of
 from minianyflow.wan import Autocast, WanNetwork
 from minianyflow.wan_folders import decode_latents, encode_prompts, load_parts, load_transformer
+from minianyflow.weights import fingerprint
 
 ROLLOUTS, CONTEXT, SAMPLES = 3, 4, 5  # keys (seed, which, step) of random numbers, beside those of shards.py
 
@@ -309,6 +311,18 @@ def _after(u, prefix):
     return seen
 
 
+def told(config, data):
+    """What may not change while a run goes on, {name: value}: weights and data by what they hold, not by place."""
+    found, full = identity(config), config.trained == "full"
+    starts = {name: getattr(config, name) for name in ("student", "teacher")}
+    found |= {name: fingerprint(weights_in(start, whole=full)) for name, start in starts.items() if start}
+    if (Path(config.data) / MANIFEST).is_file():
+        del found["data"]  # the manifest says more
+    null = hashlib.sha256(data.null.numpy().tobytes()).hexdigest()[:12]
+    found |= {"base": fingerprint(config.base), "the null prompt": null}
+    return found | {"what data holds": data_identity(config.data), "rows of data": len(data)}
+
+
 def prepare(config):
     """The accelerator, the data and the checkpoints of a run.
 
@@ -316,16 +330,15 @@ def prepare(config):
     gone on with, a folder that cannot be written to, or a missing GPU.
     """
     output = Path(config.output)
-    if (output / "run.json").exists():
-        raise InputError(f"{config.output} holds a finished run; name another folder with output=FOLDER, or remove it")
-    told = identity(config) | {"what data holds": data_identity(config.data)}
-    checkpoints = Checkpoints(output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, told)
+    _check_unfinished(output)
+    data = LatentShards(config.data, config.data_skip)
+    known = told(config, data)
+    checkpoints = Checkpoints(output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, known)
     if config.resume == "never" and checkpoints.found():
         expected = "set resume=auto to go on, name another folder with output=FOLDER, or remove it"
         raise InputError(f"{config.output} holds checkpoints of an unfinished run, and resume=never; {expected}")
     checkpoints.check_told()
     device = find_device(config.device)
-    data = LatentShards(config.data, config.data_skip)
     torch.set_float32_matmul_precision("high")  # adapters are float32
     tracker = None if config.log.tracker == "none" else config.log.tracker
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.architecture == "causal")  # coarse patches
@@ -337,8 +350,15 @@ def prepare(config):
         kwargs_handlers=[unused],
     )
     checkpoints.hold(accelerator)
+    _check_unfinished(output)  # another run may have been at work, and done with it
+    checkpoints.check_told()
     begin_trackers(accelerator)
     return accelerator, data, checkpoints
+
+
+def _check_unfinished(output):
+    if (output / "run.json").exists():
+        raise InputError(f"{output} holds a finished run; name another folder with output=FOLDER, or remove it")
 
 
 def guard(config, data):

@@ -36,7 +36,8 @@ class LatentShards:
 
     shape: (F, C, H, W) of a row. null: (1, L, D), float32. skip: how many broken shards may be left out, each with a
     line on stderr; `broken` has their paths. A manifest tells what should be there; sizes are checked at once, digests
-    by `verify`.
+    by `verify`. With one, rows of broken shards keep their numbers and have stand-ins, whenever they were found out;
+    without one, nobody knows how many there were, and those broken from the start have none.
     Raises InputError for an empty or unfinished folder, one more broken shard, shards that do not fit together, no
     null prompt.
     """
@@ -53,7 +54,7 @@ class LatentShards:
             raise InputError(f"no {NULL} in {folder}; expected the null prompt there, which dropped rows get")
         self.null = _open(self.folder / NULL, "prompt").get_tensor("prompt").float()
         shapes = {path: shape for path in paths if (shape := self._shapes(path, listed, bool(manifest)))}
-        if not shapes:
+        if len(self.broken) == len(paths):
             raise InputError(f"all {len(paths)} shards in {folder} are broken; {AGAIN}")
         self.paths = list(shapes)
         self.shape = shapes[self.paths[0]][0][1:]
@@ -62,7 +63,7 @@ class LatentShards:
             self._check(path, *shape)
 
     def _shapes(self, path, listed, complete):
-        """Shapes of latents and prompts in a shard, or None for one that may be skipped."""
+        """Shapes of latents and prompts in a shard, or None for one that may be skipped and is in no manifest."""
         if complete and path.stem not in listed:
             raise InputError(f"{path} is not in {MANIFEST}; expected only what it lists: move the file elsewhere")
         try:
@@ -72,10 +73,9 @@ class LatentShards:
             if size != expected:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise InputError(f"{path} {found}; expected {expected} bytes, as {MANIFEST} says: {AGAIN}")
-            return [tuple(listed[path.stem][name]) for name in _ROW]
         except InputError as problem:
             self._leave_out(path, problem)
-            return None
+        return [tuple(listed[path.stem][name]) for name in _ROW] if complete else None
 
     def _leave_out(self, path, problem):
         """Count a broken shard, and say so once; raise `problem` if it is one too many."""

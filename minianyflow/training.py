@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from minianyflow.errors import InputError
-from minianyflow.faults import Guard, Stopped, listening, on_any, track
+from minianyflow.faults import Guard, Stopped, abandoned, listening, on_any, track
 from minianyflow.interpolant import check_finite
 from minianyflow.pairs import draw_pairs, generator
 
@@ -116,8 +116,9 @@ def train(
     them. accumulate: parts a process takes its rows in. progress: a bar, none, or a dict of tqdm's options.
     on_step(step) is called after each step. The history is gathered from all processes every `log_every` steps and at
     the end, and passed to the accelerator's trackers, if it has any.
-    checkpoints: where to go on from and what to save to, a `checkpoints.Checkpoints`; SIGTERM then ends the run after
-    its step, saved, with `faults.Stopped`. guard: a `faults.Guard` for bad batches; None stops at the first.
+    checkpoints: where to go on from and what to save to, a `checkpoints.Checkpoints`; SIGTERM, or the end of what
+    launched it, then ends the run after its step, saved, with `faults.Stopped`. guard: a `faults.Guard` for bad
+    batches; None stops at the first.
     Raises InputError if a loss stops being finite, a weight that should learn gets no gradient, or one is frozen.
     """
     if steps < 1:
@@ -143,11 +144,12 @@ def train(
                     history.append(_gather(logs))
                     track(history[-1], accelerator)
             if checkpoints:
-                stop = on_any(bool(terminated), accelerator)
+                stop = on_any(bool(terminated) or abandoned(), accelerator)
                 if stop or checkpoints.due(step + 1, steps):
                     checkpoints.save(roles, step + 1, history, accelerator)
                 if stop:
-                    raise Stopped(f"SIGTERM: saved after {step + 1} of {steps} steps")
+                    why = "its launcher is gone" if abandoned() else "SIGTERM"
+                    raise Stopped(f"{why}: saved after {step + 1} of {steps} steps")
             if on_step:
                 on_step(step)
     return history

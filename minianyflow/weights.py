@@ -5,6 +5,7 @@ Nothing is ever unpickled. The metadata of the file says which format and kind i
     codec           the configuration of the AutoencoderKLWan
 """
 
+import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from minianyflow.wan import WanNetwork
 
 FORMAT = "minianyflow 1"
 KINDS = ("wan", "causal", "codec")
+SAMPLED = 256  # values at either end of a tensor that its fingerprint looks at
 PROVENANCE = ("command", "seeds", "cost", "figures")
 
 
@@ -168,3 +170,32 @@ def _whole_size(path):
             return 8 + length + max(tensor["data_offsets"][1] for name, tensor in header.items() if name[0] != "_")
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def fingerprint(source):
+    """Which weights these are, a short text, wherever they lie and whichever files they are spread over.
+
+    source: a safetensors file, a folder of them or a pipeline's; a name on the hub is its own. Of every tensor its
+    name, kind, shape and a few values at either end are read, so that it takes no time: any training moves those.
+    """
+    path = Path(source)
+    if not path.exists():
+        return str(source)
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    digest, tensors = hashlib.sha256(), {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]:
+            opened = safe_open(file, "pt")
+            tensors |= dict.fromkeys(opened.keys(), opened)
+        if (folder / "config.json").is_file():
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            digest.update(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
+        for name, opened in sorted(tensors.items()):
+            tensor = opened.get_tensor(name)
+            flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)
+            ends = SAMPLED * tensor.element_size()
+            digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+            digest.update(torch.cat([flat[:ends], flat[-ends:]]).numpy().tobytes())
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise InputError(f"the weights in {source} cannot be read ({problem}); fetch or make them again") from None
+    return f"weights {digest.hexdigest()[:12]}" if tensors else str(source)

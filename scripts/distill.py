@@ -1,7 +1,8 @@
 """Distil Wan2.1, one stage a run: teacher tuning, forward flow-map training, or on-policy with backward simulation.
 
-    accelerate launch scripts/distill.py --config wan-1.3b causal forward [key=value ...]
+    python scripts/distill.py --config wan-1.3b causal forward [key=value ...]
 
+On several GPUs: accelerate launch --config_file FILE scripts/distill.py, with a file of scripts/accelerate.
 SIGTERM saves after the step under way and exits with 143; the same command then goes on from there.
 The functions below make the same calls as notebooks 4 and 5 of the course; only the networks are larger.
 """
@@ -79,6 +80,8 @@ def distil(config):
 
 def main(argv=None):
     """Parse, print or train, say what was written; returns the exit status."""
+    from accelerate import PartialState
+
     from minianyflow.config import as_yaml, load_config
     from minianyflow.faults import TERMINATED, Stopped
 
@@ -102,7 +105,8 @@ def main(argv=None):
     try:
         made = distil(config)
     except Stopped as stopped:
-        print(f"\n{stopped}; the same command goes on from there", file=sys.stderr)
+        if PartialState().is_main_process:
+            print(f"\n{stopped}; the same command goes on from there", file=sys.stderr)
         return TERMINATED
     if made:  # on the main process
         print(f"\nwritten: {config.output}, after {made['seconds']} seconds")

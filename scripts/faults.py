@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from minianyflow.__main__ import Parser, run
 
-SCRIPT = Path(__file__).with_name("distill.py")
+SCRIPT = Path(__file__).resolve().with_name("distill.py")
+ONE = SCRIPT.parent / "accelerate/one_gpu.yaml"
 STEPS = 8
 LINES = ("error:", "warning:", "going on", "SIGTERM")  # how what a run says to us begins
 
@@ -147,6 +149,49 @@ def terminated(bench):
     status, said = bench.end(number, log)
     again, _ = bench.run(output)
     return f"exit {status}, {said[0]}", (status, again, len(said)) == (143, 0, 1) and bench.same(output)
+
+
+def launched(processes):
+    """SIGTERM to `accelerate launch`, which passes it on only to several processes: saved all the same, one line."""
+
+    def inject(bench):
+        output, log = bench.new(), bench.folder / f"launched-{processes}.log"
+        several = [f"--num_processes={processes}", *(["--multi_gpu"] if processes > 1 else ["--config_file", ONE])]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *several, SCRIPT, *bench.options]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*map(str, command), f"output={output}"],
+                stdout=file,
+                stderr=file,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
+        wait_for(output / "checkpoints" / "000002", 120)
+        process.terminate()
+        status = process.wait()
+        wait_for_lock(output / "checkpoints")
+        said = [line for line in log.read_text().splitlines() if "saved after" in line]
+        told = json.loads((checkpoints(output)[0] / "state.json").read_text())
+        unfinished = told["processes"] == processes and not (output / "run.json").exists()
+        again, _ = bench.run(output)
+        right = (status, again, len(said)) == (1 if processes > 1 else -signal.SIGTERM, 0, 1) and unfinished
+        return f"launcher: exit {status}; {said[0]}", right and (processes > 1 or bench.same(output))
+
+    return inject
+
+
+def wait_for_lock(folder, seconds=60):
+    """Until no run holds this folder."""
+    from minianyflow.errors import InputError
+    from minianyflow.running import hold
+
+    end = time.perf_counter() + seconds
+    while True:
+        try:
+            return hold(folder).close()
+        except InputError:
+            if time.perf_counter() > end:
+                raise
+            time.sleep(0.02)
 
 
 def interrupted(bench):
@@ -386,6 +431,35 @@ def other_data(bench):
     return said[0], right and bench.same(output)
 
 
+def other_weights(bench):
+    """Another base in the place of the first: named. The same one elsewhere: it goes on."""
+    from minianyflow.wan_folders import make_tiny_wan
+
+    output, wan = stopped_at_six(bench), bench.folder / "wan"
+    away = wan.with_name("away")
+    make_tiny_wan(bench.folder / "other", seed=1)
+    (wan / "transformer").rename(away)
+    (bench.folder / "other/transformer").rename(wan / "transformer")
+    status, said = bench.run(output)
+    again, _ = bench.run(output, f"base={away}", "samples.every=0")
+    shutil.rmtree(wan / "transformer")
+    away.rename(wan / "transformer")
+    right = (status, again, len(said)) == (2, 0, 1) and "base was weights" in said[0]
+    return said[0], right and bench.same(output)
+
+
+def other_null(bench):
+    """Another null prompt under the same name."""
+    output, path = stopped_at_six(bench), bench.folder / "wan/latents/null.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    status, said = bench.run(output)
+    path.write_bytes(data)
+    again, _ = bench.run(output)
+    right = (status, again, len(said)) == (2, 0, 1) and "the null prompt was" in said[0]
+    return said[0], right and bench.same(output)
+
+
 def full_at_the_end(bench):
     """No room for what a run leaves: one line; its last checkpoint is there, and it ends once there is room."""
     output = bench.new()
@@ -411,6 +485,8 @@ def full_at_the_end(bench):
 
 INJECTIONS = {
     "SIGTERM": terminated,
+    "SIGTERM to a launcher": launched(1),
+    "the same, two processes": launched(2),
     "Ctrl-C while saving": interrupted,
     "SIGKILL at the very end": killed_at_the_end,
     "disk full at the end": full_at_the_end,
@@ -430,6 +506,8 @@ INJECTIONS = {
     "shard cut short": cut_shard,
     "the same, skip one": skipped_shard,
     "another shard": other_data,
+    "another base": other_weights,
+    "another null prompt": other_null,
 }
 
 

@@ -247,6 +247,34 @@ def test_broken_checkpoints_that_are_newer_displace_none(tmp_path, capsys):
     assert equal(run(tmp_path), run(None))
 
 
+def test_a_disk_that_cannot_be_read_for_a_while_costs_no_checkpoint(tmp_path, monkeypatch):
+    whole = run(None)
+    run(tmp_path, stop=7, told={"lr": 1})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def hiccup(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    for patched in ((module.Path, "read_text"), (module, "_digest")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*patched, hiccup)
+            for start in (Checkpoints(tmp_path, told={"lr": 1}).check_told, lambda: run(tmp_path)):
+                with pytest.raises(InputError, match=r"000006 cannot be read \(Input/output error\); nothing was"):
+                    start()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert equal(run(tmp_path), whole)
+
+
+def test_broken_checkpoints_are_kept_where_none_is_whole(tmp_path, capsys):
+    for _ in range(2):
+        run(tmp_path, stop=3)
+        (tmp_path / "000002/manifest.json").unlink()
+    run(tmp_path, keep=1)
+    assert capsys.readouterr().err.count("beginning anew") == 2
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["000008", "not-whole-000002", "not-whole-000002-1"]
+    assert list((tmp_path / "not-whole-000002").glob("*.distcp"))
+
+
 def test_weights_that_are_not_finite_displace_none(tmp_path):
     """One step may spoil them with a loss and a gradient that were fine."""
     trained = roles()
@@ -450,8 +478,8 @@ def test_runs_that_are_broken_in_every_way_lose_nothing_that_was_saved():
         capture_output=True,
         text=True,
         env=one_thread(),
-        timeout=400,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "FAIL" not in done.stdout
-    assert done.stdout.count(" ok ") == 24, done.stdout
+    assert done.stdout.count(" ok ") == 28, done.stdout

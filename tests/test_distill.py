@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from minianyflow import flow_map, on_policy, runs, training
 from minianyflow.__main__ import run
@@ -262,6 +265,61 @@ def test_samples_come_from_the_average_by_the_samplers_of_the_course(folder):
     assert torch.allclose(
         one, displace(noise, u(noise, torch.ones(2), torch.zeros(2), prompt=prompt), torch.ones(2), torch.zeros(2))
     )
+
+
+# ---- what a run is known by when it goes on
+
+
+def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_path):
+    for name in ("wan", "causal-forward", "bidirectional-teacher"):
+        shutil.copytree(folder / name, tmp_path / name)
+    moved = [f"base={tmp_path}/wan", f"student={tmp_path}/causal-forward", f"teacher={tmp_path}/bidirectional-teacher"]
+
+    def told(*changes, data=folder):
+        config = settings(folder, "causal", "on_policy", *changes, f"data={data}/wan/latents")
+        return runs.told(config, LatentShards(config.data))
+
+    before = told()
+    assert told(*moved) == before
+    for name, path in (("student", "causal-forward"), ("teacher", "bidirectional-teacher")):
+        file = tmp_path / path / "student.safetensors"
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        save_file({key: 2 * value for key, value in load_file(file).items()}, file, metadata)
+        assert {key for key, value in told(*moved).items() if value != before[key]} >= {name}
+    shard = sorted((tmp_path / "wan/latents").glob("0*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-5])  # no manifest says how many rows it had
+    config = settings(folder, "causal", "on_policy", f"data={tmp_path}/wan/latents", "data_skip=1")
+    assert runs.told(config, LatentShards(config.data, 1))["rows of data"] == before["rows of data"] - 8
+    shutil.copy(folder / "wan/latents" / shard.name, shard)
+    null = tmp_path / "wan/latents/null.safetensors"
+    save_file({"prompt": 2 * load_file(null)["prompt"]}, null)
+    assert told(data=tmp_path)["the null prompt"] != before["the null prompt"]
+
+
+def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monkeypatch):
+    """It ended after this one had looked, and before this one held the folder."""
+    hold = runs.Checkpoints.hold
+
+    def late(self, accelerator):
+        hold(self, accelerator)
+        (tmp_path / "run/run.json").write_text("{}")
+
+    monkeypatch.setattr(runs.Checkpoints, "hold", late)
+    with pytest.raises(InputError, match="run holds a finished run"):
+        runs.prepare(settings(folder, "causal", "forward", f"output={tmp_path}/run"))
+
+
+def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys):
+    """Not as another configuration."""
+    shutil.copytree(folder / "wan/latents", tmp_path / "data")
+    config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
+    kept = runs.Checkpoints(tmp_path / "run/checkpoints", told=runs.told(config, LatentShards(config.data)))
+    _, roles, draw = built(config)
+    training.train(roles, draw, 1, progress=False, checkpoints=kept)
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(InputError, match=r"no shards in .*data; expected"):
+        runs.prepare(config)
 
 
 # ---- what a causal student trains on

@@ -23,7 +23,7 @@ BLOCKS = {
     name: [line for line in body.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
     for name, body in re.findall(r"^### ([^\n]+)\n\n```sh\n(.*?)^```$", PAGE, re.M | re.S)
 }
-COUNT, PROCESSES = 6, {"one_gpu": 1, "eight_gpus_ddp": 2, "eight_gpus_fsdp2": 2}  # test_distill.py launches all eight
+COUNT, PROCESSES = 6, {"eight_gpus_ddp": 2, "eight_gpus_fsdp2": 2}  # test_distill.py launches all eight
 TINY = {
     "prepare_latents.py": "--base={wan} --frames=17 --height=64 --width=64 --length=32 --shard-size=2 --device=cpu",
     "distill.py": "base={wan} data=data/wan-1.3b runs=outputs/wan-1.3b steps=4 samples.every=4 samples.steps=[1]",
@@ -38,8 +38,11 @@ def test_the_page_has_a_block_for_one_gpu_and_for_eight():
     for lines in BLOCKS.values():
         scripts = [re.search(r"scripts/(\w+\.py)", line)[1] for line in lines]
         assert set(scripts) == set(TINY)
-        launched = [line for line in lines if "distill.py" in line or "prepare_latents.py --videos" in line]
-        assert all(line.startswith("accelerate launch --config_file") or "--dry-run" in line for line in launched)
+    launched = [
+        line for line in BLOCKS["On eight GPUs"] if "distill.py" in line or "prepare_latents.py --videos" in line
+    ]
+    assert all(line.startswith("accelerate launch --config_file") or "--dry-run" in line for line in launched)
+    assert all(line.startswith("python ") for line in BLOCKS["On one GPU"])  # a launcher of one passes no SIGTERM on
 
 
 def at_tiny_size(line, wan):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from minianyflow.causal import CausalNetwork, tiny_causal
 from minianyflow.codec import Codec
 from minianyflow.errors import InputError
 from minianyflow.wan import PROMPT_LENGTH, TINY, WanNetwork, tiny_transformer
-from minianyflow.weights import describe, load_codec, load_into, load_network, read_weights, save_weights
+from minianyflow.weights import describe, fingerprint, load_codec, load_into, load_network, read_weights, save_weights
 
 COST = {"forwards": 3, "backwards": 1, "seconds": 0.5}
 MADE = {"command": "make weights", "seeds": [0], "cost": COST, "figures": {"sliced_w2": 0.25}}
@@ -228,3 +229,31 @@ def test_a_configuration_of_another_version_is_one_line(tmp_path):
     save_file({"a": torch.zeros(1)}, path, {"format": "minianyflow 1"})
     with pytest.raises(InputError, match="expected 'minianyflow 1': make it again"):
         load_network(path)
+
+
+def test_a_fingerprint_is_of_what_a_folder_holds_and_not_of_its_place(tmp_path):
+    tiny_transformer().save_pretrained(tmp_path / "a/transformer")
+    before = fingerprint(tmp_path / "a")
+    shutil.copytree(tmp_path / "a/transformer", tmp_path / "b")
+    assert fingerprint(tmp_path / "b") == before  # elsewhere, and a transformer's own folder
+    (file,) = (tmp_path / "b").glob("*.safetensors")
+    state = load_file(file)
+    names = sorted(state)
+    for part in range(2):  # the same tensors, in two files
+        save_file({name: state[name] for name in names[part::2]}, tmp_path / f"b/part-{part}.safetensors")
+    file.unlink()
+    assert fingerprint(tmp_path / "b") == before
+    name = max(names, key=lambda each: state[each].numel())
+    for change in (state[name] + 1e-6, state[name].half(), state[name].flatten()):
+        save_file({name: change}, tmp_path / "b/part-9.safetensors")  # read last
+        assert fingerprint(tmp_path / "b") != before
+    (tmp_path / "b/part-9.safetensors").unlink()
+    told = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps(told | {"_diffusers_version": "0"}))
+    assert fingerprint(tmp_path / "b") == before
+    (tmp_path / "b/config.json").write_text(json.dumps(told | {"eps": 1}))
+    assert fingerprint(tmp_path / "b") != before
+    assert fingerprint("owner/model") == "owner/model"
+    (tmp_path / "b/part-0.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"the weights in .*b cannot be read \(.*\); fetch or make them again"):
+        fingerprint(tmp_path / "b")
