@@ -10,7 +10,7 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -177,7 +177,9 @@ class Meter:
             return torch.cuda.memory_allocated(self.device) - self.before
         gc.collect()
         tensors = [
-            each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device.type == "cpu"
+            each
+            for each in gc.get_objects()
+            if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu"  # none that only pretends
         ]
         storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
         return sum(storages.values()) - self.before
@@ -196,7 +198,7 @@ def measure(request, case, config, clip, roles_of, output):
     """Build the case and train it: memory by part in bytes, seconds of each timed step, rows evaluated."""
     device = torch.device(request.device)
     meter, memory = Meter(device), {}
-    accelerator, data, _ = prepare(config)
+    accelerator, data, _ = prepare(replace(config, student=None, teacher=None))  # no earlier stage made these weights
     networks = ShapeNetworks(config, data.shape[0], SIZES[case[0]][0], device)
     memory["base"] = meter.live()
     roles = roles_of(config, networks, {"prompt": data.null.to(device)})
@@ -216,7 +218,15 @@ def measure(request, case, config, clip, roles_of, output):
 
     bar = {"desc": " ".join(case), "leave": False}
     train(
-        roles, draws(config, data), config.steps, config.accumulate, accelerator, bar, on_step, 1, guard=guard(config)
+        roles,
+        draws(config, data),
+        config.steps,
+        config.accumulate,
+        accelerator,
+        bar,
+        on_step,
+        1,
+        guard=guard(config, data),
     )
     if profiled:
         profiled.stop()

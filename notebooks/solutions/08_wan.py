@@ -4,10 +4,9 @@ import torch
 
 from minianyflow.exercises import check, finish
 from minianyflow.guidance import Guidance
-from minianyflow.objectives import FlowMapLoss
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.pairs import draw_pairs, generator
 from minianyflow.roles import Adapter, add_role, merge_role
-from minianyflow.runs import SHARES
 from minianyflow.wan import tiny_transformer
 
 
@@ -100,11 +99,11 @@ def counted(objective, diagonal, rows=400):
     batch = dict(zip(("x", "eps"), torch.randn(2, rows, 2, generator=generator(0))))
     batch |= draw_pairs(rows, generator(1), diagonal=diagonal, end=0.25)
     batch |= {"condition": {"label": torch.ones(rows)}, "dropped": torch.zeros(rows, dtype=torch.bool)}
-    FlowMapLoss(SHARES[objective], velocity, Guidance(3.0, {"label": torch.zeros(1)}))(u, batch)
+    FlowMapLoss(FLOW_MAPS[objective], velocity, Guidance(3.0, {"label": torch.zeros(1)}))(u, batch)
     return sum(asked) / rows
 
 
-CASES = [(objective, diagonal) for diagonal in (0.5, 0.25) for objective in SHARES]
+CASES = [(objective, diagonal) for diagonal in (0.5, 0.25) for objective in FLOW_MAPS]
 hint = "the network once on all rows, then kind by kind: null branch, two more for a difference or two jumps, a teacher"
 check("3", lambda: both([bill(*case) for case in CASES]), [counted(*case) for case in CASES], hint, tolerance=0.01)
 
