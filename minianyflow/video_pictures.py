@@ -8,6 +8,7 @@ from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from minianyflow.errors import InputError, choose
@@ -147,6 +148,8 @@ def draw_any_step(axes, report, measure, ylabel=None):
     logarithmic = bool(seen) and min(seen) > 0 and max(seen) > 8 * min(seen)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log" if logarithmic else "linear")
+    if logarithmic:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))), axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(sorted(steps), map(str, sorted(steps)), fontsize=13)
     axes.minorticks_off()
     axes.tick_params(axis="y", labelsize=13)
