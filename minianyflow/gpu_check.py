@@ -157,7 +157,7 @@ def settings(request, case, folder):
     quiet = {"warmup": 0, "ema_after": 0, "samples.every": 0, "log.tracker": "none", "device": request.device}
     options = [f"{name}={value}" for name, value in (where | few | quiet).items()]
     config = load_config([*before, architecture, stage, *after], [*options, *request.options])
-    return config, clip
+    return replace(config, student=None, teacher=None), clip  # random weights: no earlier stage made them
 
 
 # Measuring
@@ -198,7 +198,7 @@ def measure(request, case, config, clip, roles_of, output):
     """Build the case and train it: memory by part in bytes, seconds of each timed step, rows evaluated."""
     device = torch.device(request.device)
     meter, memory = Meter(device), {}
-    accelerator, data, _ = prepare(replace(config, student=None, teacher=None))  # no earlier stage made these weights
+    accelerator, data, _ = prepare(config)
     networks = ShapeNetworks(config, data.shape[0], SIZES[case[0]][0], device)
     memory["base"] = meter.live()
     roles = roles_of(config, networks, {"prompt": data.null.to(device)})
