@@ -369,6 +369,7 @@ def exposure_figure(report):
     """
     import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.ticker import LogLocator
 
     figure, grid = plt.subplots(2, 3, figsize=(15, 8), layout="constrained", sharex="col", sharey="col")
     begun = report["start"][-1]
@@ -384,7 +385,9 @@ def exposure_figure(report):
         labels = "last frame's radius error", "sliced W2 of clips", "radius error by frame"
         for axes, label, floor in zip(row, labels, ("radius_error", "sliced_w2", "radius_error"), strict=True):
             axes.axhline(report["data"][floor], color="black", linestyle=":")
-            axes.set(yscale="log", title=f"{label}, NFE {nfe}", xlabel="10^6 evaluations")
+            axes.set(yscale="log", title=f"{label}, NFE {nfe}", xlabel="million evaluations")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))), axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
             axes.grid(alpha=0.25)
         row[2].set(xlabel="frame")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS))

@@ -130,8 +130,8 @@ def summary(video, balls, partition=None):
     light          mean; light_kept: share of clips whose light is within 15% of 1 in every frame
     obeyed_and_kept            share of clips with both
     from_ideal, acceleration   means, as in `physics`
-    Data read 1, 1, 1, 1, 0, 0; the codec alone about 1, .99, .99, .99 (in half of its clips a frame is off by 5% or
-    more, in one of a hundred by 15%), .06, .15.
+    Data read 1, 1, 1, 1, 0, 0; the codec alone 1, .99, 1, 1 (in four of ten clips a frame is off by 5% or more, in none
+    by 15%), .05, .14.
 
     A `partition` of latent frames into chunks, say (1, 2, 2), adds `by_chunk`, a list of the same for the video frames
     of each; an acceleration counts where its last frame is. Raises InputError where it does not sum to (T + 3) / 4.
@@ -168,7 +168,7 @@ def frechet_distance(a, b, least=ENOUGH):
     """Frechet distance of the Gaussians fitted to samples a, b (n, *shape), n at least `least`; in squared data units.
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, equation 6).
-    Small samples read too much, even between equal laws (blob latents, 320 numbers: data against data 2.0 at 2048, .6
+    Small samples read too much, even between equal laws (blob latents, 320 numbers: data against data 2.2 at 2048, .6
     at 8192), and a floor that high hides differences: compare at one count, beside data against data. With fewer
     samples than numbers in each it is worked out from their products, whatever the size of a clip.
     """

@@ -124,7 +124,7 @@ def draw_any_step(axes, report, measure, ylabel=None):
 
     report: {"methods": {name: {"nfe": [...], measure: [a list for each seed]}}, "floors": {name: {measure: value}}}.
     Methods and floors without the measure are left out; InputError if no method has it. The axis of the measure is
-    logarithmic where it covers more than a factor of eight.
+    logarithmic where it covers more than a factor of eight; the legend names a floor of 0, which has no place there.
     """
     methods = {name: each for name, each in report["methods"].items() if measure in each}
     if not methods:
@@ -142,10 +142,14 @@ def draw_any_step(axes, report, measure, ylabel=None):
         axes.vlines(beside, values.min(0), values.max(0), color=colour, linewidth=1.5)
         seen, steps = [*seen, *values.flat], steps | set(method["nfe"])
     floors = {name: each[measure] for name, each in report.get("floors", {}).items() if measure in each}
-    for (name, floor), line in zip(floors.items(), cycle(_FLOORS), strict=False):
-        axes.axhline(floor, color="0.25", linestyle=line, linewidth=1.5, zorder=0, label=name.replace("_", " "))
-    seen = [each for each in (*seen, *floors.values()) if np.isfinite(each)]
+    seen = [each for each in (*seen, *(floor for floor in floors.values() if floor)) if np.isfinite(each)]
     logarithmic = bool(seen) and min(seen) > 0 and max(seen) > 8 * min(seen)
+    for (name, floor), line in zip(floors.items(), cycle(_FLOORS), strict=False):
+        label, style = name.replace("_", " "), {"color": "0.25", "linewidth": 1.5, "zorder": 0}
+        if logarithmic and not floor:  # 0 has no place on this axis: the legend says it
+            axes.plot([], [], linestyle="", label=f"{label}: 0")
+        else:
+            axes.axhline(floor, linestyle=line, label=label, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log" if logarithmic else "linear")
     if logarithmic:

@@ -207,7 +207,8 @@ def draw(report, ends, codec, folder):
     rows = {"data": blobs.sample(2, generator(7)).video}
     for name, nfe in SHOWN:
         if nfe in ends.get(name, {}):
-            rows[f"{name.replace('_', '-')}, {nfe}"] = codec.decode(ends[name][nfe][clips])
+            label = "flow map" if name == "eulerian" else name.replace("_", "-")
+            rows[f"{label}, {nfe}"] = codec.decode(ends[name][nfe][clips])
     save_figure(contact_sheet(rows), folder / "contact_sheet.png")
 
 

@@ -131,8 +131,10 @@ class TextEncoder(nn.Module):
     def forward(self, prompts):
         """Embeddings (B, PROMPT_LENGTH, D) of a list of texts; "" is the null prompt.
 
-        Raises InputError for a word that the tokenizer does not know, or a text that is too long.
+        Raises InputError for a word that the tokenizer does not know, a text that is too long, and no list of texts.
         """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"prompts {prompts!r}; expected a list of texts, such as ['one ball']")
         for prompt in prompts:
             unknown = [word for word in prompt.split() if word not in WORDS]
             if unknown or len(prompt.split()) >= PROMPT_LENGTH:

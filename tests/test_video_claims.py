@@ -65,6 +65,8 @@ def test_consistency_is_best_at_one_step_and_never_again():
         assert mean(at("consistency", nfe)) > mean(at("consistency", 1)) + spread(at("consistency", nfe))
         assert mean(at("consistency", nfe)) > mean(at("eulerian", nfe))
     assert mean(at("consistency", 16, "prompt_obeyed")) > mean(at("eulerian", 16, "prompt_obeyed")) + 0.015
+    assert mean(at("consistency", 16, "from_ideal")) < mean(at("eulerian", 16, "from_ideal"))
+    assert mean(at("consistency", 16, "light_kept")) < mean(at("eulerian", 16, "light_kept"))
 
 
 def test_on_policy_neither_hurts_nor_helps():
@@ -127,6 +129,25 @@ def test_the_tables_say_what_the_report_says():
         shares = [100 * said[measure] for measure in ("prompt_obeyed", "light_kept")]
         assert float(cells[0]) == pytest.approx(1000 * said["sliced_w2"], abs=0.051)
         assert [float(cell.strip("%")) for cell in cells[1:]] == pytest.approx(shares, abs=0.51)
+
+
+def test_the_page_for_instructors_says_what_the_report_says():
+    page = (DOCS.parent / "notebooks/INSTRUCTOR.md").read_text()
+    rows = {line[2:].split(" ")[0]: line for line in page.splitlines() if "(video) |" in line}
+    steps = {"one": 1, "four": 4, "sixteen": 16, "128": 128}
+    said = re.findall(r"(\d+)(?: \(x 1000\))? at (one|four|sixteen|128)\b", rows["consistency"])
+    assert {steps[word] for _, word in said} == set(steps.values())
+    for figure, word in said:
+        assert round(1000 * mean(at("consistency", steps[word]))) == int(figure)
+    ends = re.search(r"the flow map goes from (\d+) down to (\d+)", rows["consistency"]).groups()
+    assert [round(1000 * mean(at("eulerian", nfe))) for nfe in (1, 128)] == [int(each) for each in ends]
+    shares = re.search(
+        r"up to sixteen \((\S+) to (\S+) of clips; the flow map (\S+) to (\S+)\)", rows["consistency"]
+    ).groups()
+    obeyed = [mean(at(name, nfe, "prompt_obeyed")) for name in ("consistency", "eulerian") for nfe in (1, 16)]
+    assert [float(each) for each in shares] == pytest.approx(obeyed, abs=0.0051)
+    two = re.search(r"\((\d+) against (\d+) at two\)", rows["on-policy"]).groups()
+    assert [round(1000 * mean(at(name, 2))) for name in ("on_policy", "forward_only")] == [int(each) for each in two]
 
 
 EXPOSURE = json.loads((DOCS / "video/exposure.json").read_text())["arms"]

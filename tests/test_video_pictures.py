@@ -84,6 +84,18 @@ def test_curves_show_the_mean_the_range_and_the_floors():
     assert any_step_curves(REPORT, "light").axes[0].get_yscale() == "linear"
 
 
+def test_a_floor_of_zero_leaves_the_axis_logarithmic_and_is_named():
+    report = {
+        "methods": {"mixed": {"nfe": [1, 2], "from_ideal": [[0.8, 0.07]]}},
+        "floors": {"data": {"from_ideal": 0.0}, "codec": {"from_ideal": 0.05}},
+    }
+    axes = any_step_curves(report, "from_ideal").axes[0]
+    assert axes.get_yscale() == "log"
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert lines["codec"][0] == 0.05
+    assert len(lines["data: 0"]) == 0
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [

@@ -136,3 +136,9 @@ def test_prompts_it_does_not_know_are_one_line(text, prompt, message):
     with pytest.raises(InputError, match=message) as problem:
         text(["one ball", prompt])
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("prompts", ["one ball", [None], ["one ball", 2]])
+def test_what_is_no_list_of_texts_is_one_line(text, prompts):
+    with pytest.raises(InputError, match=r"^prompts .*; expected a list of texts, such as \['one ball'\]$"):
+        text(prompts)
