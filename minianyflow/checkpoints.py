@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor
 
 from minianyflow.errors import InputError
 from minianyflow.faults import on_any
-from minianyflow.running import hold
+from minianyflow.running import UNFINISHED, hold, sweep
 from minianyflow.training import remembered
 
-MANIFEST, STATE, UNFINISHED = "manifest.json", "state.json", ".unfinished-"
+MANIFEST, STATE = "manifest.json", "state.json"
 BROKEN = "not-whole-"  # before the names of those put aside
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # other errors of a disk may pass
 
@@ -198,8 +198,7 @@ class Checkpoints:
         later = [old for old in self.found() if old not in before]  # found not to be whole: they must not count
         for old in (*later, *before[self.keep :]):
             _put_aside(old)
-        for rest in self.folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(rest, ignore_errors=True)
+        sweep(self.folder)
 
 
 def problem_of(folder, index=0, parts=1):

@@ -208,7 +208,7 @@ def interrupted(bench):
 
 
 def killed_at_the_end(bench):
-    """SIGKILL when all is trained, and half of what a run leaves is written."""
+    """SIGKILL when all is trained, and half of what a run leaves is written: nothing half stays behind."""
     output = bench.new()
 
     def before():
@@ -218,8 +218,10 @@ def killed_at_the_end(bench):
 
     status, _ = bench.run(output, before=before)
     half = (output / "student.safetensors").is_file() and not (output / "run.json").exists()
+    half = half and list(output.glob(".unfinished-*"))
     again, said = bench.run(output)
-    return said[0], half and (status, again) == (-signal.SIGKILL, 0) and bench.same(output)
+    right = (status, again) == (-signal.SIGKILL, 0) and not list(output.rglob(".*"))
+    return said[0], half and right and bench.same(output)
 
 
 def two_at_once(bench):
