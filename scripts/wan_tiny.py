@@ -41,8 +41,8 @@ def table(folder):
             made = json.loads((Path(folder) / f"{architecture}-{stage}" / "run.json").read_text())
             each = made["evaluations_a_sample"].items()
             counts = ", ".join(f"{role} {n['forwards']:.2f}, {n['backwards']:.2f}" for role, n in each)
-            waited = made["waiting_for_data"]["median"]
-            lines.append(f"{architecture} {stage}".ljust(26) + counts.ljust(54) + f"{made['seconds']:6.0f}  {waited:7.2%}")
+            measured = f"{made['seconds']:6.0f}  {made['waiting_for_data']['median']:7.2%}"
+            lines.append(f"{architecture} {stage}".ljust(26) + counts.ljust(54) + measured)
     return "\n".join(lines)
 
 
