@@ -125,6 +125,7 @@ class Checkpoints:
                 "lower lr, name another folder with output=FOLDER"
             )
         state = {"step": done, "processes": accelerator.num_processes, "history": history, "told": self.told}
+        state |= {"distribution": accelerator.distributed_type.value}
         state |= {"hash": hashlib.sha256(json.dumps(self.told, sort_keys=True).encode()).hexdigest()}
         state |= {"carried": {name: each.state_dict() for name, each in self.carried.items()}}
         state |= {"versions": {package: version(package) for package in ("torch", "accelerate")}}

@@ -427,6 +427,7 @@ def save_run(config, data, networks, roles, history, seconds, accelerator, waits
         "steps": config.steps,
         "batch": config.batch,
         "processes": accelerator.num_processes,
+        "distribution": accelerator.distributed_type.value,
         "clip": {"frames": 4 * frames - 3, "height": 8 * high, "width": 8 * wide, "length": data.null.shape[1]},
         "seconds": round(seconds, 1),
         "waiting_for_data": share_waited(waits),

@@ -36,7 +36,7 @@ def prepare(arguments):
     if finished:
         say(main, f"{arguments.output} is finished already; --verify checks it")
     elif main and pending:
-        announce(work, pending)
+        announce(work, pending, accelerator.distributed_type.value)
     accelerator.wait_for_everyone()  # the others begin when there is room
     if not finished and not arguments.dry_run:
         start = time.perf_counter()
@@ -48,15 +48,14 @@ def prepare(arguments):
     return 0
 
 
-def announce(work, pending):
+def announce(work, pending, kind):
     """Print the disk and the time that the shards `pending` take; raise InputError if there is no room."""
     size = work.bytes_of(pending)
     free = work.check_room(size)
     count, shape, done = len(work.clips_to_encode(pending)), work.options, work.shards - len(pending)
     clips = f"{count} clips, {shape.frames} frames of {shape.width} x {shape.height}"
-    say(
-        True, f"{clips}: {len(pending)} shards to make, {done} are there; {work.parts} process{'es' * (work.parts > 1)}"
-    )
+    processes = f"{work.parts} processes ({kind})" if work.parts > 1 else "1 process"
+    say(True, f"{clips}: {len(pending)} shards to make, {done} are there; {processes}")
     seconds = work.time_of(pending)
     took = f"about {duration(seconds / work.parts)}, {seconds / count:.2g} s a clip on one process"
     say(True, f"disk: {gigabytes(size)} of {gigabytes(free)} that are free; time: {took}")

@@ -455,4 +455,5 @@ def test_the_launch_files_of_the_docs_start_that_many_processes(folder, launch, 
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, ROOT / "scripts/distill.py"]
     given = ["--config", "causal", "forward", "tiny", *where, *quick]
     subprocess.run([*command, *given], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    assert json.loads((folder / launch / "run.json").read_text())["processes"] == processes
+    made, kind = json.loads((folder / launch / "run.json").read_text()), "MULTI_CPU" if processes > 1 else "NO"
+    assert (made["processes"], made["distribution"]) == (processes, kind)

@@ -222,7 +222,7 @@ def test_two_processes_equal_one(here, tmp_path):
         [*launch, *command(here, tmp_path / "out")], capture_output=True, text=True, env=ENVIRONMENT, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "7 shards to make, 0 are there; 2 processes" in done.stdout
+    assert "7 shards to make, 0 are there; 2 processes (MULTI_CPU)" in done.stdout
     assert "skipped: 4 of 13 clips" in done.stdout
     assert made(tmp_path / "out") == made(here / "whole")
 
