@@ -601,6 +601,8 @@ def test_what_was_skipped_is_tried_again_and_nothing_else(here, mended, tmp_path
     before = {path: path.stat().st_mtime_ns for path in output.glob("0*.safetensors")}
     job = work(mended, output)
     assert not job.begin(retry=True)
+    with pytest.raises(InputError, match="another run is at work"):
+        work(mended, output).begin(retry=True)
     with pytest.raises(InputError, match="is unfinished"):
         LatentShards(output)
     assert job.pending() == [0, 2, 3]
