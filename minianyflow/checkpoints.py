@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor
 
 from minianyflow.errors import InputError
 from minianyflow.faults import on_any
-from minianyflow.running import hold
+from minianyflow.running import UNFINISHED, hold, sweep
 from minianyflow.training import remembered
 
-MANIFEST, STATE, UNFINISHED = "manifest.json", "state.json", ".unfinished-"
+MANIFEST, STATE = "manifest.json", "state.json"
 BROKEN = "not-whole-"  # before the names of those put aside
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # other errors of a disk may pass
 
@@ -125,6 +125,7 @@ class Checkpoints:
                 "lower lr, name another folder with output=FOLDER"
             )
         state = {"step": done, "processes": accelerator.num_processes, "history": history, "told": self.told}
+        state |= {"distribution": accelerator.distributed_type.value}
         state |= {"hash": hashlib.sha256(json.dumps(self.told, sort_keys=True).encode()).hexdigest()}
         state |= {"carried": {name: each.state_dict() for name, each in self.carried.items()}}
         state |= {"versions": {package: version(package) for package in ("torch", "accelerate")}}
@@ -198,8 +199,7 @@ class Checkpoints:
         later = [old for old in self.found() if old not in before]  # found not to be whole: they must not count
         for old in (*later, *before[self.keep :]):
             _put_aside(old)
-        for rest in self.folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(rest, ignore_errors=True)
+        sweep(self.folder)
 
 
 def problem_of(folder, index=0, parts=1):

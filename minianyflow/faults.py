@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,9 +119,23 @@ def listening(wanted):
         signal.signal(signal.SIGTERM, before)
 
 
+FAILURES = []  # errors that ended a thread of a tracker
+
+
 def begin_trackers(accelerator):
-    """Let the trackers begin, if they can."""
+    """Let the trackers begin, if they can. What ends a thread of theirs is said in one line, as what they raise is."""
+    before, after, usual = {*threading.enumerate()}, None, threading.excepthook
+
+    def ended(told):
+        if told.thread in before or not (after is None or told.thread in after):
+            usual(told)
+        else:
+            FAILURES.append(told.exc_value)
+
+    FAILURES.clear()
+    threading.excepthook = ended
     _tracking(accelerator, accelerator.init_trackers, "log")
+    after = {*threading.enumerate()}
 
 
 def track(entry, accelerator):
@@ -130,13 +145,18 @@ def track(entry, accelerator):
 
 
 def end_trackers(accelerator):
-    """Let the trackers finish, and the processes part."""
-    _tracking(accelerator, accelerator.end_training)
+    """Let the trackers finish, and the processes part, whatever becomes of the trackers."""
+    for tracker in accelerator.trackers:
+        _tracking(accelerator, tracker.finish)
+    accelerator.trackers = []
+    accelerator.end_training()
 
 
 def _tracking(accelerator, action, *arguments, **options):
     try:
         action(*arguments, **options)
+        if accelerator.trackers and FAILURES:
+            raise FAILURES[0]
     except Exception as problem:  # whatever a tracker raises, training goes on
         accelerator.trackers = []
         why = " ".join(f"{type(problem).__name__}: {problem}".split())

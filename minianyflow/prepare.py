@@ -18,7 +18,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from tqdm import tqdm
 
 from minianyflow.clips import DTYPES, read_clip
@@ -32,6 +32,7 @@ BATCH = 8  # prompts that are encoded at a time; fixed, as rounding depends on i
 AHEAD = 2  # clips that are read while another is encoded
 TIMED = 4  # clips that are encoded to say how long all will take
 HEADER = 160  # bytes of a shard beside its numbers, about
+SKIP, FEW, RECENT = 0.1, 20, 1000  # a share of the last clips may be skipped, or a few: else videos went away
 
 # The model
 
@@ -104,24 +105,31 @@ def _config(folder):
 class Preparation:
     """Shards of `clips` in `output`, made by `encode` on each of several processes; `finish` writes the manifest.
 
+    skip: the share of clips that may be skipped, of all and of the last that a process looked at; a few always may.
     Raises InputError for a folder that other clips, options or weights made.
     """
 
-    def __init__(self, base, clips, videos, output, options, device="cpu", part=(0, 1)):
+    def __init__(self, base, clips, videos, output, options, device="cpu", part=(0, 1), skip=SKIP):
         if not Path(videos).is_dir():
             raise InputError(f"no folder {videos}; expected the one that the videos are in")
+        if not 0 <= skip <= 1:
+            raise InputError(f"skip={skip}; expected a share of the clips, from 0 to 1")
         self.base, self.source = base, fetch(base)
         self.clips, self.videos, self.output, self.options = clips, Path(videos), Path(output), options
         self.device, (self.index, self.parts) = device, part
         self.work, self.shards = self.output / WORK, -(-len(clips) // options.shard_size)
         self.vae = self.text_parts = self.known_null = self.held = None  # loaded, encoded, held when needed
-        self.known, self.known_prompts = {}, {}  # encoded to see how long it takes
+        self.known, self.known_prompts = {}, {}  # encoded before: to see how long it takes, or by an earlier run
+        self.skip, self.recent = skip, deque(maxlen=RECENT)  # whether each of the last clips was skipped
         self.encoded = {"texts": 0, "videos": 0}
 
     # What is there
 
-    def begin(self, write=True):
-        """See that the folder is of this work, or make it; on the main process. Returns whether it is finished."""
+    def begin(self, write=True, retry=False):
+        """See that the folder is of this work, or make it; on the main process. Returns whether it is finished.
+
+        retry: clips that were skipped before are tried again.
+        """
         lines = "\n".join(json.dumps(dataclasses.astuple(clip), ensure_ascii=False) for clip in self.clips)
         self.head = {
             "format": 1,
@@ -130,14 +138,17 @@ class Preparation:
             "clips": {"count": len(self.clips), "sha256": hashlib.sha256(lines.encode()).hexdigest()},
         }
         found = read_manifest(self.output, unfinished=True)
+        retry = retry and bool(found) and (not found["finished"] or found["skipped"]["count"] > 0)
         if found:
             self._check_same(found, self.head)
         elif any(self.output.glob("*.safetensors")):
             raise InputError(f"{self.output} holds shards without a {MANIFEST}; expected a new folder: name another")
-        if write and not self.finished():
+        if write and (retry or not self.finished()):
             self.held = hold(self.work)
         if write and not found:
             self._write(self.output / MANIFEST, _json(self.head | {"finished": False, "shards": {}}))
+        if write and retry:
+            self._reopen()
         return self.finished()
 
     def finished(self):
@@ -163,18 +174,61 @@ class Preparation:
         """Numbers of the shards that are still to be made."""
         return [number for number in range(self.shards) if self._record(number) is None]
 
+    def _reopen(self):
+        """Mark the shards that clips were skipped of, to be made again; a finished folder is then unfinished."""
+        found = read_manifest(self.output, unfinished=True)
+        if found["finished"]:
+            records = self._records_of(found)
+        else:
+            records = {number: self._record(number) for number in range(self.shards)}
+        for number, record in records.items():
+            if record and (record["skipped"] or found["finished"]):
+                again = {"again": True} if record["skipped"] else {}
+                self._write(self.work / f"{number:05d}.json", _json(record | again))
+        if found["finished"]:
+            self._write(self.output / MANIFEST, _json(self.head | {"finished": False, "shards": {}}))
+
+    def _records_of(self, manifest):
+        """The records of a finished folder, {number: record}."""
+        path = self.output / SKIPPED
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != manifest["skipped"]["sha256"]:
+            raise InputError(f"{path} is not what {MANIFEST} lists; expected it as it was written: put it back")
+        skipped = {each["file"]: each for each in map(json.loads, data.strip().split(b"\n"))}
+        records = {}
+        for number in range(self.shards):
+            entry = manifest["shards"].get(f"{number:05d}", {"latents": [0]})
+            those = [skipped[clip.file] for clip in self._in_shard(number) if clip.file in skipped]
+            records[number] = entry | {"rows": entry["latents"][0], "skipped": those}
+        return records
+
     def _record(self, number):
-        try:
-            record = json.loads((self.work / f"{number:05d}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """What is known of a shard that is made; None where it is not, or is to be made again."""
+        record = self._noted(number)
+        if record is None or "again" in record:
             return None
         files = [self.output / f"{number:05d}{suffix}" for suffix in (".safetensors", ".jsonl")]
         whole = not record["rows"] or all(path.is_file() for path in files)
         return record if whole and (not record["rows"] or files[0].stat().st_size == record["bytes"]) else None
 
+    def _noted(self, number):
+        try:
+            return json.loads((self.work / f"{number:05d}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
     def clips_in(self, shards):
         """The clips of these shards."""
         return [clip for number in shards for clip in self._in_shard(number)]
+
+    def clips_to_encode(self, shards):
+        """Those of them that no shard has yet."""
+        return [clip for number in shards for clip in self._lacking(number)]
+
+    def _lacking(self, number):
+        record = self._noted(number) or {}
+        skipped = {each["file"] for each in record.get("skipped", ())}
+        return [clip for clip in self._in_shard(number) if "again" not in record or clip.file in skipped]
 
     def _in_shard(self, number):
         return self.clips[number * self.options.shard_size : (number + 1) * self.options.shard_size]
@@ -189,7 +243,7 @@ class Preparation:
         (tokenizer,) = load_parts(self.source, "tokenizer")
         total = 0
         for number in pending:
-            clips = self._in_shard(number)
+            clips = self._lacking(number)
             longest = max(map(len, tokenizer([clip.caption for clip in clips]).input_ids))
             numbers = len(clips) * (cells + min(longest, self.options.length) * width)
             total += numbers * DTYPES[self.options.dtype].itemsize + sum(len(_line(clip)) for clip in clips) + HEADER
@@ -213,7 +267,7 @@ class Preparation:
 
         Of the first shard all prompts are encoded, and a few videos.
         """
-        clips, texts = self._in_shard(pending[0]), self.encoded["texts"]
+        clips, texts = self._lacking(pending[0]), self.encoded["texts"]
         times = [time.perf_counter()]
         for clip, latents in self._latents(clips[:TIMED]):
             self.known[clip.file] = latents
@@ -224,7 +278,7 @@ class Preparation:
         start = time.perf_counter()
         self._prompts(pending[0])
         text = (time.perf_counter() - start) / max(self.encoded["texts"] - texts - 1, 1)
-        return (text + video) * len(self.clips_in(pending))
+        return (text + video) * len(self.clips_to_encode(pending))
 
     # Encoding
 
@@ -275,9 +329,12 @@ class Preparation:
 
     def _make_shard(self, number, bar):
         kept, latents, skipped = [], [], []
+        self.known |= self._made_before(number)
         for clip, found in self._latents(self._in_shard(number)):
+            self.recent.append(isinstance(found, str))
             if isinstance(found, str):
                 skipped.append({"file": clip.file, "reason": found})
+                self._check_skipped(sum(self.recent), len(self.recent), skipped[-1])
             else:
                 kept.append(clip)
                 latents.append(found)
@@ -293,6 +350,30 @@ class Preparation:
             record |= {key: [*each.shape] for key, each in tensors.items()}
         self._write(self.work / f"{number:05d}.json", _json(record))
         self._waiting(number).unlink()
+
+    def _made_before(self, number):
+        """{file: latents} that a shard which is made again holds, if it is as it was written."""
+        record = self._noted(number) or {}
+        if "again" not in record or not record["rows"]:
+            return {}
+        try:
+            data = (self.output / f"{number:05d}.safetensors").read_bytes()
+        except OSError:
+            return {}
+        if hashlib.sha256(data).hexdigest() != record["sha256"]:
+            return {}
+        lacking = self._lacking(number)
+        files = [clip.file for clip in self._in_shard(number) if clip not in lacking]
+        return dict(zip(files, load(data)["latents"], strict=True))
+
+    def _check_skipped(self, count, of, last):
+        most = int(max(FEW, self.skip * of)) if self.skip else 0
+        if count > most:
+            raise InputError(
+                f"{count} of {of} clips had to be skipped, the last was {last['file']} ({last['reason']}); expected "
+                f"at most {most} (--skip {self.skip:g}): see that the videos are there, then run the same with "
+                "--retry, or allow more; finished shards are kept"
+            )
 
     def _latents(self, clips):
         """(clip, latents (F, C, h, w) or why there are none) for each; the next are read while one is encoded."""
@@ -348,6 +429,8 @@ class Preparation:
         rows = sum(record["rows"] for record in records.values())
         if not rows:
             raise InputError(f"none of {len(self.clips)} clips could be read; {self.output / SKIPPED} says why")
+        if skipped:
+            self._check_skipped(len(skipped), len(self.clips), skipped[-1])
         shards = {
             name: {key: value for key, value in record.items() if key not in ("rows", "skipped")}
             for name, record in records.items()

@@ -5,7 +5,9 @@ import errno
 import os
 import shutil
 import signal
+import statistics
 import tempfile
+import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
@@ -20,7 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCK = ".lock"
+LOCK, UNFINISHED = ".lock", ".unfinished-"
 
 
 def run_jobs(jobs, workers=2, after=None):
@@ -58,20 +60,37 @@ def _start_worker(lock):
     tqdm.set_lock(lock)
 
 
-def ahead(draw, steps):
+def ahead(draw, steps, waits=None):
     """`draw(step)` whose next batch, up to `steps`, is drawn in a thread while this one is worked on.
 
     What is drawn must depend on the step alone; an error is raised when its batch is asked for.
+    waits: a list that gets (seconds waited for its batch, seconds until the next was asked for) of each step, once the
+    next begins; for the first batch every run waits, and it is left out.
     """
-    pool, waiting = ThreadPoolExecutor(1, "draw"), {}
+    pool, waiting, last = ThreadPoolExecutor(1, "draw"), {}, []
 
     def drawn(step):
+        asked, begun = time.perf_counter(), step not in waiting
         batch = waiting.pop(step, None) or pool.submit(draw, step)
         if step + 1 < steps:
             waiting[step + 1] = pool.submit(draw, step + 1)
-        return batch.result()
+        result = batch.result()
+        if last and waits is not None:
+            start, waited = last.pop()
+            waits.append((waited, asked - start))
+        last[:] = [] if begun else [(asked, time.perf_counter() - asked)]
+        return result
 
     return drawn
+
+
+def share_waited(waits):
+    """Of the steps of `ahead`, the share that was waiting for data: {"median": of a step, "all": of them together}."""
+    if not waits:
+        return None
+    shares = [waited / seconds for waited, seconds in waits]
+    waited, seconds = map(sum, zip(*waits, strict=True))
+    return {"steps": len(waits), "median": statistics.median(shares), "all": waited / seconds}
 
 
 def hold(folder):
@@ -98,7 +117,7 @@ def staged(output):
     output = Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output))
+        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=output))
     except OSError as problem:
         why = f"cannot write to {output} ({problem.strerror})"
         raise InputError(f"{why}; name a folder you may write to with --output") from None
@@ -115,6 +134,12 @@ def staged(output):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def sweep(folder):
+    """Remove what killed processes left unfinished in a folder that nobody is writing to."""
+    for left in Path(folder).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def whole_folder(folder):
     """A folder to write into that becomes `folder`, new or empty until then, only when everything went well."""
@@ -124,7 +149,7 @@ def whole_folder(folder):
     unfinished = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
         inside = unfinished / folder.name
         inside.mkdir()
         mode = inside.stat().st_mode & 0o666

@@ -51,7 +51,7 @@ from minianyflow.roles import (
     roles_of,
     save_role,
 )
-from minianyflow.running import staged
+from minianyflow.running import share_waited, staged, sweep
 from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
 from minianyflow.shards import MANIFEST, LatentShards, data_identity
@@ -352,6 +352,9 @@ def prepare(config):
     checkpoints.hold(accelerator)
     _check_unfinished(output)  # another run may have been at work, and done with it
     checkpoints.check_told()
+    if accelerator.is_main_process:
+        for folder in (output, *output.glob("samples/*")):
+            sweep(folder)
     begin_trackers(accelerator)
     return accelerator, data, checkpoints
 
@@ -399,9 +402,10 @@ def sampler(config, data, student, accelerator):
     return on_step
 
 
-def save_run(config, data, networks, roles, history, seconds, accelerator):
+def save_run(config, data, networks, roles, history, seconds, accelerator, waits=()):
     """Write what a run leaves: the weights of every role that was trained, and how they were made; returns the latter.
 
+    waits: what it waited for data since it was last started (running.ahead), on the main process.
     Then its checkpoints go. On other processes than the main one: None.
     """
     for role in roles.values():
@@ -423,8 +427,10 @@ def save_run(config, data, networks, roles, history, seconds, accelerator):
         "steps": config.steps,
         "batch": config.batch,
         "processes": accelerator.num_processes,
+        "distribution": accelerator.distributed_type.value,
         "clip": {"frames": 4 * frames - 3, "height": 8 * high, "width": 8 * wide, "length": data.null.shape[1]},
         "seconds": round(seconds, 1),
+        "waiting_for_data": share_waited(waits),
         "evaluations_a_sample": {
             name: {"forwards": rows / samples, "backwards": with_grad / samples}
             for name, (rows, with_grad) in counts.items()

@@ -35,9 +35,10 @@ class LatentShards:
     """The rows of all shards in `folder`, in the order of their names.
 
     shape: (F, C, H, W) of a row. null: (1, L, D), float32. skip: how many broken shards may be left out, each with a
-    line on stderr; `broken` has their paths. A manifest tells what should be there; sizes are checked at once, digests
-    by `verify`. With one, rows of broken shards keep their numbers and have stand-ins, whenever they were found out;
-    without one, nobody knows how many there were, and those broken from the start have none.
+    line on stderr; `broken` has the paths of those that this process has met. A manifest tells what should be there;
+    sizes are checked at once, digests by `verify`. With one, rows of broken shards keep their numbers and have
+    stand-ins, whenever they were found out; without one, nobody knows how many there were, and those broken from the
+    start have none.
     Raises InputError for an empty or unfinished folder, one more broken shard, shards that do not fit together, no
     null prompt.
     """

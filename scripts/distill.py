@@ -60,11 +60,11 @@ def distil(config):
     networks = Networks(config, data.shape[0], accelerator.device)
     null = {"prompt": data.null.to(accelerator.device)}
     roles = STAGES[config.stage](config, networks, null)
-    clock, watch = Clock(), guard(config, data)
+    clock, watch, waits = Clock(), guard(config, data), []
     checkpoints.carried = {"networks": networks, "clock": clock, "guard": watch}
     history = train(
         roles,
-        ahead(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps),
+        ahead(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps, waits),
         config.steps,
         config.accumulate,
         accelerator,
@@ -75,7 +75,7 @@ def distil(config):
         watch,
         own_rows=True,
     )
-    return save_run(config, data, networks, roles, history, clock.seconds, accelerator)
+    return save_run(config, data, networks, roles, history, clock.seconds, accelerator, waits)
 
 
 def main(argv=None):
@@ -110,6 +110,8 @@ def main(argv=None):
         return TERMINATED
     if made:  # on the main process
         print(f"\nwritten: {config.output}, after {made['seconds']} seconds")
+        if waited := made["waiting_for_data"]:
+            print(f"waiting for data: {waited['median']:.2%} of a step (median), {waited['all']:.2%} of all")
         for role, each in made["evaluations_a_sample"].items():
             print(f"{role:10} {each['forwards']:6.2f} forwards and {each['backwards']:.2f} backwards a sample")
     return 0

@@ -37,9 +37,12 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on a GPU, fp32 on a CPU)")
     arguments = parser.parse_args(argv)
+    from accelerate import PartialState
+
     from minianyflow.evaluation import evaluate, table
 
     report = evaluate(arguments)
+    PartialState().destroy_process_group()  # one that is left to the end of Python may abort it
     if report:  # on the main process
         print(f"\n{table(report)}\n\nwritten: {arguments.output}, any_step.json, any_step.png, sheet.png and videos")
     return 0

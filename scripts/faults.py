@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil  # which accelerate needs
+
 from minianyflow.__main__ import Parser, run
 
 SCRIPT = Path(__file__).resolve().with_name("distill.py")
@@ -151,27 +153,58 @@ def terminated(bench):
     return f"exit {status}, {said[0]}", (status, again, len(said)) == (143, 0, 1) and bench.same(output)
 
 
+def launch(bench, output, processes):
+    """`accelerate launch` of a run, begun: the launcher, and the log."""
+    log = bench.folder / f"{output.name}.log"
+    several = [f"--num_processes={processes}", *(["--multi_gpu"] if processes > 1 else ["--config_file", ONE])]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, SCRIPT, *bench.options]
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            [*map(str, command), f"output={output}"],
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+    return process, log
+
+
+def ran_as(path, processes):
+    """Whether a run.json or state.json tells of so many processes, and of their kind: launchers may start one alone."""
+    told = json.loads(path.read_text())
+    return (told["processes"], told["distribution"]) == (processes, "MULTI_CPU" if processes > 1 else "NO")
+
+
+def one_of_two_killed(bench):
+    """SIGKILL to one of two processes in the middle of a save; two go on, and end as two that nothing disturbed."""
+    output, whole = bench.new(), bench.new()
+    undisturbed, _ = launch(bench, whole, 2)
+    status = undisturbed.wait()
+    process, _ = launch(bench, output, 2)
+    wait_for(output / "checkpoints" / ".unfinished-000004", 120)
+    workers = psutil.Process(process.pid).children()
+    workers[-1].kill()
+    killed = process.wait()
+    wait_for_lock(output / "checkpoints")
+    saved = saved_steps(output)
+    two = ran_as(checkpoints(output)[0] / "state.json", 2) and not (output / "run.json").exists()
+    again, _ = launch(bench, output, 2)
+    right = (status, killed, again.wait(), len(workers)) == (0, 1, 0, 2) and saved[0] in (2, 4)
+    right = right and two and all(ran_as(folder / "run.json", 2) for folder in (whole, output))
+    return f"launcher: exit {killed}, {saved[0]} steps were saved", right and weights(output) == weights(whole)
+
+
 def launched(processes):
     """SIGTERM to `accelerate launch`, which passes it on only to several processes: saved all the same, one line."""
 
     def inject(bench):
-        output, log = bench.new(), bench.folder / f"launched-{processes}.log"
-        several = [f"--num_processes={processes}", *(["--multi_gpu"] if processes > 1 else ["--config_file", ONE])]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *several, SCRIPT, *bench.options]
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [*map(str, command), f"output={output}"],
-                stdout=file,
-                stderr=file,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            )
+        output = bench.new()
+        process, log = launch(bench, output, processes)
         wait_for(output / "checkpoints" / "000002", 120)
         process.terminate()
         status = process.wait()
         wait_for_lock(output / "checkpoints")
         said = [line for line in log.read_text().splitlines() if "saved after" in line]
-        told = json.loads((checkpoints(output)[0] / "state.json").read_text())
-        unfinished = told["processes"] == processes and not (output / "run.json").exists()
+        unfinished = ran_as(checkpoints(output)[0] / "state.json", processes) and not (output / "run.json").exists()
         again, _ = bench.run(output)
         right = (status, again, len(said)) == (1 if processes > 1 else -signal.SIGTERM, 0, 1) and unfinished
         return f"launcher: exit {status}; {said[0]}", right and (processes > 1 or bench.same(output))
@@ -208,7 +241,7 @@ def interrupted(bench):
 
 
 def killed_at_the_end(bench):
-    """SIGKILL when all is trained, and half of what a run leaves is written."""
+    """SIGKILL when all is trained, and half of what a run leaves is written: nothing half stays behind."""
     output = bench.new()
 
     def before():
@@ -218,8 +251,10 @@ def killed_at_the_end(bench):
 
     status, _ = bench.run(output, before=before)
     half = (output / "student.safetensors").is_file() and not (output / "run.json").exists()
+    half = half and list(output.glob(".unfinished-*"))
     again, said = bench.run(output)
-    return said[0], half and (status, again) == (-signal.SIGKILL, 0) and bench.same(output)
+    right = (status, again) == (-signal.SIGKILL, 0) and not list(output.rglob(".*"))
+    return said[0], half and right and bench.same(output)
 
 
 def two_at_once(bench):
@@ -487,6 +522,7 @@ INJECTIONS = {
     "SIGTERM": terminated,
     "SIGTERM to a launcher": launched(1),
     "the same, two processes": launched(2),
+    "SIGKILL to one of two": one_of_two_killed,
     "Ctrl-C while saving": interrupted,
     "SIGKILL at the very end": killed_at_the_end,
     "disk full at the end": full_at_the_end,

@@ -27,37 +27,35 @@ def prepare(arguments):
     accelerator = Accelerator(cpu=find_device(arguments.device).type == "cpu", kwargs_handlers=[patient])
     part, main = (accelerator.process_index, accelerator.num_processes), accelerator.is_main_process
     where = (arguments.base, clips, arguments.videos, arguments.output)
-    work = Preparation(*where, options, accelerator.device, part)
+    work = Preparation(*where, options, accelerator.device, part, arguments.skip)
     if main:
-        work.begin(write=not arguments.dry_run)
+        work.begin(write=not arguments.dry_run, retry=arguments.retry)
     accelerator.wait_for_everyone()
     finished, pending = work.finished(), work.pending()
     accelerator.wait_for_everyone()  # all have seen the same, before it changes
     if finished:
         say(main, f"{arguments.output} is finished already; --verify checks it")
-        return 0
-    if main and pending:
-        announce(work, pending)
+    elif main and pending:
+        announce(work, pending, accelerator.distributed_type.value)
     accelerator.wait_for_everyone()  # the others begin when there is room
-    if arguments.dry_run:
-        return 0
-    start = time.perf_counter()
-    work.encode(pending)
-    accelerator.wait_for_everyone()
-    if main:
-        report(work, work.finish(), time.perf_counter() - start)
+    if not finished and not arguments.dry_run:
+        start = time.perf_counter()
+        work.encode(pending)
+        accelerator.wait_for_everyone()
+        if main:
+            report(work, work.finish(), time.perf_counter() - start)
+    accelerator.end_training()  # a process group that is left to the end of Python may abort it
     return 0
 
 
-def announce(work, pending):
+def announce(work, pending, kind):
     """Print the disk and the time that the shards `pending` take; raise InputError if there is no room."""
     size = work.bytes_of(pending)
     free = work.check_room(size)
-    count, shape, done = len(work.clips_in(pending)), work.options, work.shards - len(pending)
+    count, shape, done = len(work.clips_to_encode(pending)), work.options, work.shards - len(pending)
     clips = f"{count} clips, {shape.frames} frames of {shape.width} x {shape.height}"
-    say(
-        True, f"{clips}: {len(pending)} shards to make, {done} are there; {work.parts} process{'es' * (work.parts > 1)}"
-    )
+    processes = f"{work.parts} processes ({kind})" if work.parts > 1 else "1 process"
+    say(True, f"{clips}: {len(pending)} shards to make, {done} are there; {processes}")
     seconds = work.time_of(pending)
     took = f"about {duration(seconds / work.parts)}, {seconds / count:.2g} s a clip on one process"
     say(True, f"disk: {gigabytes(size)} of {gigabytes(free)} that are free; time: {took}")
@@ -68,7 +66,10 @@ def report(work, manifest, seconds):
     skipped, clips = manifest["skipped"]["count"], f"{manifest['rows']} clips in {len(manifest['shards'])} shards"
     say(True, f"written: {work.output}, {clips}, in {duration(seconds)}")
     if skipped:
-        say(True, f"skipped: {skipped} of {len(work.clips)} clips; {work.output}/skipped.jsonl says which and why")
+        say(
+            True,
+            f"skipped: {skipped} of {len(work.clips)} clips; {work.output}/skipped.jsonl says why; --retry tries again",
+        )
 
 
 def say(main, line):
@@ -126,6 +127,14 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="that numbers are kept in")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N clips only")
+    parser.add_argument(
+        "--skip",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="stop if more is skipped (default: 0.1 of the clips)",
+    )
+    parser.add_argument("--retry", action="store_true", help="try again what was skipped before, in a finished OUT too")
     parser.add_argument("--dry-run", action="store_true", help="say how much disk and time it takes, and stop")
     parser.add_argument("--verify", action="store_true", help="check a finished OUT; with --base the model, too")
     arguments = parser.parse_args(argv)
@@ -134,6 +143,8 @@ def main(argv=None):
     for name in ("videos", "captions"):
         if getattr(arguments, name) is None:
             parser.error(f"--{name} is missing; expected --videos FOLDER --captions FILE, or --verify")
+    if arguments.retry and arguments.dry_run:
+        parser.error("--retry changes what is there; expected it without --dry-run")
     from minianyflow.clips import WAN_NULL
 
     arguments.base = arguments.base or "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"

@@ -34,14 +34,15 @@ def commands(folder):
 
 
 def table(folder):
-    """Evaluations a sample of every stage, as counted, and its seconds."""
-    lines = ["evaluations a sample (forwards, backwards)".ljust(52) + "seconds"]
+    """Evaluations a sample of every stage, as counted, its seconds, and the median share of a step waiting for data."""
+    lines = ["evaluations a sample (forwards, backwards)".ljust(79) + "seconds  waiting"]
     for architecture in ARCHITECTURES:
         for stage in STAGES:
             made = json.loads((Path(folder) / f"{architecture}-{stage}" / "run.json").read_text())
             each = made["evaluations_a_sample"].items()
             counts = ", ".join(f"{role} {n['forwards']:.2f}, {n['backwards']:.2f}" for role, n in each)
-            lines.append(f"{architecture} {stage}".ljust(26) + counts.ljust(60) + f"{made['seconds']:.0f}")
+            measured = f"{made['seconds']:6.0f}  {made['waiting_for_data']['median']:7.2%}"
+            lines.append(f"{architecture} {stage}".ljust(26) + counts.ljust(54) + measured)
     return "\n".join(lines)
 
 

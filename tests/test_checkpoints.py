@@ -482,4 +482,4 @@ def test_runs_that_are_broken_in_every_way_lose_nothing_that_was_saved():
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "FAIL" not in done.stdout
-    assert done.stdout.count(" ok ") == 28, done.stdout
+    assert done.stdout.count(" ok ") == 29, done.stdout

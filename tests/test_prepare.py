@@ -88,9 +88,9 @@ def made(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def work(here, output, part=(0, 1), **changes):
+def work(here, output, part=(0, 1), skip=0.1, **changes):
     clips = read_captions(here / "captions.jsonl")
-    return Preparation(here / "wan", clips, here / "videos", output, Options(**TINY | changes), part=part)
+    return Preparation(here / "wan", clips, here / "videos", output, Options(**TINY | changes), part=part, skip=skip)
 
 
 def shown(here, name):
@@ -98,11 +98,11 @@ def shown(here, name):
     return read_clip(here / "videos" / name, Options(**TINY)).permute(0, 3, 1, 2)[None].float() / 255
 
 
-def finish(here, output, part=(0, 1)):
+def finish(here, output, part=(0, 1), skip=0.1, retry=False):
     """What the script does, on one process that may stand for one of several."""
-    job = work(here, output, part)
+    job = work(here, output, part, skip)
     try:
-        if not job.begin():
+        if not job.begin(retry=retry):
             job.encode(job.pending())
             job.finish()
     finally:
@@ -222,7 +222,7 @@ def test_two_processes_equal_one(here, tmp_path):
         [*launch, *command(here, tmp_path / "out")], capture_output=True, text=True, env=ENVIRONMENT, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "7 shards to make, 0 are there; 2 processes" in done.stdout
+    assert "7 shards to make, 0 are there; 2 processes (MULTI_CPU)" in done.stdout
     assert "skipped: 4 of 13 clips" in done.stdout
     assert made(tmp_path / "out") == made(here / "whole")
 
@@ -457,6 +457,8 @@ REFUSED = {
     "height": (["--height=100"], r"height=100; expected a multiple of 16: 96"),
     "fps": (["--fps=0"], r"fps=0\.0; expected more than 0"),
     "limit": (["--limit=0"], r"limit=0; expected at least 1"),
+    "skip": (["--skip=10"], r"skip=10\.0; expected a share of the clips, from 0 to 1"),
+    "dry retry": (["--retry", "--dry-run"], r"--retry changes what is there; expected it without --dry-run"),
     "shard size": (["--shard-size=0"], r"shard_size=0; expected more than 0"),
     "videos": (["--videos=nowhere"], r"no folder nowhere; expected the one that the videos are in"),
     "base": (["--base=./nowhere"], r"no folder \./nowhere; expected a pipeline folder"),
@@ -519,6 +521,154 @@ def test_videos_that_go_away_are_not_skipped(here, tmp_path, monkeypatch):
     assert made(output) == made(here / "whole")
 
 
+# Too much skipped, and tried again
+
+
+@pytest.fixture(scope="module")
+def mended(here, tmp_path_factory):
+    """As `here`, with all videos good: still a caption is empty. `whole` is what an undisturbed run makes of it."""
+    folder = tmp_path_factory.mktemp("mended")
+    for name in ("wan", "captions.jsonl"):
+        (folder / name).symlink_to(here / name)
+    shutil.copytree(here / "videos", folder / "videos")
+    for number, name in enumerate(BAD):
+        shutil.copy(here / f"videos/clip-{number}.mp4", folder / "videos" / name)
+    assert run(folder, folder / "whole") == 0
+    return folder
+
+
+def test_more_skipped_than_is_allowed_stops_and_is_no_finished_set(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "FEW", 3)
+    expected = r"4 of 7 clips had to be skipped, the last was silent\.mp4 \(empty caption\); .* 3 \(--skip 0\.1\): "
+    with pytest.raises(InputError, match=expected + ".* the same with --retry, or allow more; .* kept$") as problem:
+        finish(here, tmp_path / "out")
+    assert "\n" not in str(problem.value)
+    saved = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("0*.safetensors")}
+    assert len(saved) == 2
+    with pytest.raises(InputError, match=r"4 of 13 clips had to be skipped"):  # piece by piece does not get round it
+        finish(here, tmp_path / "out")
+    with pytest.raises(InputError, match="is unfinished"):
+        LatentShards(tmp_path / "out")
+    finish(here, tmp_path / "out", skip=0.4)
+    assert made(tmp_path / "out") == made(here / "whole")
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved
+
+
+def test_a_few_are_no_share_and_none_is_none(here, tmp_path):
+    finish(here, tmp_path / "few", skip=0.001)
+    assert made(tmp_path / "few") == made(here / "whole")
+    with pytest.raises(InputError, match=r"1 of 2 clips .* junk\.mp4 \(cannot be read .* at most 0 \(--skip 0\)"):
+        finish(here, tmp_path / "none", skip=0)
+
+
+@pytest.mark.parametrize(("recent", "stops"), [(4, True), (13, False)])
+def test_the_last_clips_count(here, tmp_path, monkeypatch, recent, stops):
+    """Or videos that go away after a million good ones would be noticed after a hundred thousand."""
+    monkeypatch.setattr(prepare, "FEW", 1)
+    monkeypatch.setattr(prepare, "RECENT", recent)
+    with pytest.raises(InputError, match="3 of 4 clips") if stops else contextlib.nullcontext():
+        finish(here, tmp_path / "out", skip=0.6)
+
+
+def test_videos_that_leave_an_empty_folder_behind(here, mended, tmp_path, monkeypatch, script):
+    """As a network disk does: the run stops, and with --retry all is as if nothing had happened."""
+    monkeypatch.setattr(prepare, "FEW", 4)
+    output, make, videos, away = tmp_path / "out", prepare.Preparation._make_shard, mended / "videos", mended / "away"
+
+    def gone(self, number, bar):
+        if number == 2:
+            videos.rename(away)
+            videos.mkdir()
+        make(self, number, bar)
+
+    monkeypatch.setattr(prepare.Preparation, "_make_shard", gone)
+    try:
+        with pytest.raises(InputError, match=r"5 of 9 clips .*, the last was clip-4\.mp4 \(no such file\)"):
+            finish(mended, output)
+    finally:
+        videos.rmdir()
+        away.rename(videos)
+    monkeypatch.undo()
+    job = finish(mended, output, retry=True)
+    assert job.encoded["videos"] == 12 - 4  # two shards were whole
+    assert made(output) == made(mended / "whole")
+
+
+def test_what_was_skipped_is_tried_again_and_nothing_else(here, mended, tmp_path):
+    """In a finished folder, that is unfinished meanwhile."""
+    output = tmp_path / "out"
+    shutil.copytree(here / "whole", output)
+    before = {path: path.stat().st_mtime_ns for path in output.glob("0*.safetensors")}
+    job = work(mended, output)
+    assert not job.begin(retry=True)
+    with pytest.raises(InputError, match="another run is at work"):
+        work(mended, output).begin(retry=True)
+    with pytest.raises(InputError, match="is unfinished"):
+        LatentShards(output)
+    assert job.pending() == [0, 2, 3]
+    assert [clip.file for clip in job.clips_to_encode(job.pending())] == list(BAD)
+    assert job.bytes_of([0]) < 0.6 * work(mended, tmp_path / "new").bytes_of([0])
+    job.encode(job.pending())
+    job.finish()
+    job.held.close()
+    assert job.encoded["videos"] == 3
+    assert made(output) == made(mended / "whole")
+    again = {path.stem for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert again == {"00000", "00003"}
+
+
+def test_nothing_new_changes_nothing(here, tmp_path, capsys):
+    shutil.copytree(here / "whole", tmp_path / "out")
+    assert run(here, tmp_path / "out", "--retry") == 0
+    assert "skipped: 4 of 13 clips" in capsys.readouterr().out
+    assert made(tmp_path / "out") == made(here / "whole")
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("\n".join((here / "captions.jsonl").read_text().splitlines()[:1]))
+    assert run(here, tmp_path / "good", f"--captions={captions}") == 0
+    before = made(tmp_path / "good")
+    assert run(here, tmp_path / "good", f"--captions={captions}", "--retry") == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert made(tmp_path / "good") == before
+
+
+@pytest.mark.parametrize("after", [0, 4, 7, 8, 10, 13, 14, 16, 17])
+def test_stopped_while_it_tries_again_it_goes_on(here, mended, tmp_path, monkeypatch, after):
+    """The 7 records, the manifest, 3 prompts, 2 shards of 3 files, one record, what is skipped, the manifest."""
+    shutil.copytree(here / "whole", tmp_path / "out")
+    replace, count = os.replace, []
+
+    def stop(source, target):
+        count.append(target)
+        if len(count) > after:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(prepare.os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finish(mended, tmp_path / "out", retry=True)
+    monkeypatch.setattr(prepare.os, "replace", replace)
+    assert after > 7 or LatentShards(tmp_path / "out")  # still finished, as it was
+    finish(mended, tmp_path / "out", retry=after < 8)
+    assert made(tmp_path / "out") == made(mended / "whole")
+
+
+def test_a_shard_that_is_broken_is_encoded_anew_when_it_is_made_again(here, mended, tmp_path):
+    shutil.copytree(here / "whole", tmp_path / "out")
+    flip(tmp_path / "out/00000.safetensors")
+    (tmp_path / "out/00003.safetensors").unlink()
+    assert finish(mended, tmp_path / "out", retry=True).encoded["videos"] == 3 + 2
+    assert made(tmp_path / "out") == made(mended / "whole")
+
+
+def test_a_list_of_what_was_skipped_that_is_not_the_one_written_is_refused(here, mended, tmp_path):
+    shutil.copytree(here / "whole", tmp_path / "out")
+    flip(tmp_path / "out/skipped.jsonl")
+    before = made(tmp_path / "out")
+    with pytest.raises(InputError, match=r"skipped\.jsonl is not what manifest\.json lists; .*: put it back"):
+        finish(mended, tmp_path / "out", retry=True)
+    assert {name: made(tmp_path / "out")[name] for name in before} == before
+
+
 def test_what_is_missing_on_the_command_line_is_said(tmp_path, script):
     with pytest.raises(InputError, match=r"--videos is missing; expected --videos FOLDER --captions FILE, or --verify"):
         script.main([f"--output={tmp_path}"])
@@ -532,6 +682,7 @@ def test_options_of_the_script_are_those_of_the_library(script, monkeypatch):
     given = script.main(["--videos=a", "--captions=b", "--output=c"])
     assert {name: getattr(given, name) for name in TINY} | {} == {name: getattr(Options(), name) for name in TINY}
     assert dataclasses.asdict(Options()) == {name: getattr(given, name) for name in dataclasses.asdict(Options())}
+    assert (given.skip, given.retry) == (prepare.SKIP, False)
     assert given.base == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 

@@ -617,7 +617,7 @@ def test_two_processes_train_the_roles_that_one_does(tmp_path):
         done = subprocess.run([*command, str(here), str(file)], capture_output=True, text=True, env=env, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         reports[count] = json.loads(file.read_text())
-    assert [reports[count]["processes"] for count in (1, 2)] == [1, 2]
+    assert [(reports[count]["processes"], reports[count]["kind"]) for count in (1, 2)] == [(1, "NO"), (2, "MULTI_CPU")]
     assert reports[1]["weights"].keys() == reports[2]["weights"].keys()
     for name, one in reports[1]["weights"].items():
         assert close(torch.tensor(one), torch.tensor(reports[2]["weights"][name])), name
@@ -632,8 +632,10 @@ def main(output):
     train(trained, lambda step: draw_batch(4), 3, accelerator=accelerator, progress=False)
     if accelerator.is_main_process:
         weights = {name: value.tolist() for name, value in transformer.state_dict().items() if "lora_" in name}
-        report = {"processes": accelerator.num_processes, "weights": weights, "storages": storages(*networks.values())}
+        report = {"processes": accelerator.num_processes, "kind": accelerator.distributed_type.value}
+        report |= {"weights": weights, "storages": storages(*networks.values())}
         Path(output).write_text(json.dumps(report))
+    accelerator.end_training()  # a process group that is left to the end of Python may abort it
 
 
 if __name__ == "__main__":

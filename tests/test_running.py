@@ -2,11 +2,12 @@
 
 import os
 import threading
+import time
 
 import pytest
 
 from minianyflow.errors import InputError
-from minianyflow.running import ahead, run_jobs, staged
+from minianyflow.running import ahead, run_jobs, share_waited, staged, sweep
 
 
 def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
@@ -43,6 +44,31 @@ def test_the_next_batch_is_drawn_while_this_one_is_worked_on():
         drawn(7)
     assert drawn(8) == 80
     assert asked == [4, 5, 6, 7, 8]  # each once, and none beyond the end
+
+
+@pytest.mark.parametrize(("drawing", "working", "low", "high"), [(0.0, 0.02, 0.0, 0.2), (0.04, 0.02, 0.35, 0.65)])
+def test_the_share_of_a_step_that_waits_for_data_is_told(drawing, working, low, high):
+    """A batch that takes twice as long as the work beside it: half of every step is waiting."""
+    waits = []
+    drawn = ahead(lambda step: time.sleep(10 * drawing if step == 3 else drawing), 10, waits)  # the first is left out
+    for step in range(3, 10):
+        drawn(step)
+        time.sleep(working)
+    told = share_waited(waits)
+    assert told["steps"] == 5  # nor is it known when the last one ended
+    assert low <= told["median"] <= high
+    assert low - 0.1 <= told["all"] <= high + 0.3
+    assert share_waited([(1, 4), (0, 2), (0, 4)]) == {"steps": 3, "median": 0, "all": 0.1}
+    assert share_waited([]) is None
+
+
+def test_what_killed_processes_left_is_swept_away_and_nothing_else(tmp_path):
+    for name in (".unfinished-1/student", "student", ".lock/x"):
+        (tmp_path / name).mkdir(parents=True)
+    with staged(tmp_path / "other"):  # of somebody at work elsewhere
+        sweep(tmp_path)
+        assert list((tmp_path / "other").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"student", ".lock", "other"}
 
 
 def test_what_is_staged_takes_the_place_of_what_a_killed_run_left(tmp_path):

@@ -1,8 +1,10 @@
 """The one loop: repeatable, the same in one process and in two, copies independent, failures named."""
 
 import json
+import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from minianyflow.errors import InputError
-from minianyflow.faults import Guard
+from minianyflow.faults import Guard, begin_trackers, end_trackers, track
 from minianyflow.networks import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
@@ -309,3 +311,54 @@ def test_a_tracker_that_fails_is_one_warning(capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "warning: the tracker failed (ZeroDivisionError: division by zero); going on without it" in said
+
+
+@pytest.mark.parametrize("room", [10, 100, 200])
+def test_a_full_disk_under_the_tracker_is_one_warning(tmp_path, capsys, monkeypatch, room):
+    """tensorboard writes in a thread: as it begins, at its second entry or later the system refuses more."""
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    accelerator, draw = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path), batches(RING.sample, 16)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        begin_trackers(accelerator)
+        history = train({"student": student()}, draw, 9, accelerator=accelerator, progress=False, log_every=1)
+        end_trackers(accelerator)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (len(history), tracebacks) == (9, [])
+    assert sum(path.stat().st_size for path in tmp_path.rglob("events*")) <= room
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "warning: the tracker failed (OSError: [Errno 27] File too large); going on without it" in said
+
+
+def test_the_threads_of_trackers_alone_are_kept_quiet(capsys, monkeypatch):
+    """Also one that ends when nothing is asked of the tracker any more; what other threads raise is still seen."""
+    others = []
+    monkeypatch.setattr(threading, "excepthook", others.append)
+    notes, accelerator, go = Notes(), Accelerator(cpu=True), threading.Event()
+    thread = threading.Thread(target=lambda: go.wait() and 1 / 0)
+    accelerator.log_with, notes.start = [notes], thread.start
+    notes.finish = lambda: (go.set(), thread.join())
+    begin_trackers(accelerator)
+    other = threading.Thread(target=lambda: [][1])
+    other.start()
+    other.join()
+    assert [told.exc_type for told in others] == [IndexError]
+    track({"step": 0, "loss": 1.0}, accelerator)
+    assert notes.kept == [(0, {"loss": 1.0})]
+    end_trackers(accelerator)
+    said = capsys.readouterr().err
+    assert (said.count("\n"), len(others)) == (1, 1)
+    assert "warning: the tracker failed (ZeroDivisionError: division by zero)" in said
+
+
+def test_processes_part_whatever_becomes_of_the_trackers(capsys, monkeypatch):
+    notes, accelerator, parted = Notes(), Accelerator(cpu=True), []
+    monkeypatch.setattr(type(accelerator.state), "destroy_process_group", lambda *_: parted.append(1))
+    accelerator.trackers, notes.finish = [notes], lambda: 1 / 0
+    end_trackers(accelerator)
+    assert parted == [1]
+    assert capsys.readouterr().err.count("\n") == 1

@@ -26,6 +26,7 @@ def main(output, option):
         report = {"processes": accelerator.num_processes, "kind": kind, "history": history, "weights": weights}
         with open(output, "w") as file:
             json.dump(report, file)
+    accelerator.end_training()  # a process group that is left to the end of Python may abort it
 
 
 if __name__ == "__main__":
