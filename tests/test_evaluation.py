@@ -530,3 +530,18 @@ def test_where_vbench_stops_the_samples_stay(made, out, python, capsys):
     assert re.search("VBench stopped .RuntimeError: a model is odd.; samples are kept", error)
     assert len(list((out / "eulerian").rglob("*.mp4"))) == len(STEPS) * 2 * VIDEOS
     assert evaluation.STEPS[-1] == 128
+
+
+def test_the_page_quotes_the_committed_report():
+    report = json.loads((ROOT / "docs/video/evaluation.json").read_text())
+    page = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    teacher, student = (report["methods"][name] for name in ("teacher", "eulerian"))
+    first, held_out = student["sliced_w2"][0][0], report["floors"]["data"]["sliced_w2"]
+    for words in (
+        f"One step of the flow map reads {first:.3f} (sliced W2)",
+        f"one of the teacher reads {teacher['sliced_w2'][0][0]:.3f} and other held-out clips {held_out:.3f}",
+        f"the flow map from {student['path_error'][0][0]:.2f} at one step to {student['path_error'][0][-2]:.2f} at 64",
+        f"the teacher from {teacher['path_error'][0][0]:.2f} to {teacher['path_error'][0][-2]:.2f}",
+        f"{student['temporal_roughness'][0][0]:.2f} against {teacher['temporal_roughness'][0][0]:.2f} at one step",
+    ):
+        assert words.replace(" 0.2", " .2").replace(" 0.6", " .6") in page, words
