@@ -137,6 +137,8 @@ def test_stills_have_a_row_for_every_label_and_prompts_side_by_side():
     assert sheet[:, -2:].min() == 255  # the long prompt is wrapped
     apart = np.asarray(stills(clips, ["short", "long"], group=2))
     assert len(apart) < len(np.asarray(stills(clips, ["short", "long"])))
+    for each in (sheet, apart):  # the last row is at the bottom
+        assert len(each) - 8 < (each < 250).any((1, 2)).nonzero()[0].max() < len(each)
 
 
 def test_pictures_are_one_frame(tmp_path):
