@@ -236,7 +236,6 @@ def write(report, samples, output):
 def curves(report):
     """A Figure: every measure of a report against steps, a line for each source, dotted the data's own reading."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
 
     from minianyflow.video_pictures import draw_any_step
 
@@ -246,9 +245,6 @@ def curves(report):
     for axes, name in zip(grid.flat, names, strict=False):
         draw_any_step(axes, report, name, " ")
         axes.set_title(_axis(report, name), fontsize=15)
-        if axes.get_yscale() == "log":
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -270,15 +266,15 @@ def _axis(report, name):
 
 
 def sheet(samples, steps):
-    """A picture of stills: the first clips of the first two prompts, sources below one another at each step count."""
+    """A picture of stills: a row for each source and step count, first clips of the first two prompts side by side."""
     first = next(iter(samples.values()))
     clip, prompts = first.settings["clip"], first.prompts[:2]
     size, rows = (clip["frames"], clip["height"], clip["width"]), {}
     for each in [count for count in steps if count in (*SHOWN, steps[-1])]:
         for label, source in samples.items():
             videos = [read_video(source.video(each, number), *size) for number in range(len(prompts))]
-            rows[f"{label}, {each}"] = torch.cat(videos)
-    return stills(rows, prompts)
+            rows[f"{label}\n{each} step{'s' * (each > 1)}"] = torch.cat(videos)
+    return stills(rows, prompts, group=len(samples))
 
 
 def table(report):

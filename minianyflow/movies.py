@@ -21,7 +21,7 @@ logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every
 FPS = 16  # of Wan's videos
 WAN_CLIP = {"frames": 81, "height": 480, "width": 832, "length": 512}  # in pixels; tokens of a prompt
 COLUMNS = 5  # stills of a clip on a sheet
-STILL, GAP, FONT = 240, 6, 18  # the longer side of a still, between two of them, text; in pixels
+STILL, GAP, FONT, LARGE = 240, 6, 18, 30  # the longer side of a still, between two, text on both sheets; in pixels
 
 
 def write_clips(folder, clips, prompts, fps=FPS):
@@ -48,9 +48,30 @@ def write_clip(path, clip, fps=FPS):
     _write(Path(path), _frames(Path(path).name, clip[None], 1)[0], fps)
 
 
-def stills(clips, prompts):
-    """A picture of stills of {label: video (B, T, 3, H, W)}: a block for every prompt, a row for every label."""
-    return _sheet({label: _frames(label, video, len(prompts)) for label, video in clips.items()}, prompts)
+def stills(clips, prompts, group=1):
+    """A picture of stills of {label: video (B, T, 3, H, W)}: a row for every label, prompts side by side.
+
+    Three stills of each clip: its start, middle and end. group: rows that stand together.
+    """
+    font, pen = ImageFont.load_default(LARGE), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    rows = {label: [_stills(clip, 3) for clip in _frames(label, video, len(prompts))] for label, video in clips.items()}
+    wide, tall = next(iter(rows.values()))[0][0].size
+    block = len(next(iter(rows.values()))[0]) * (wide + GAP)
+    titles = [_wrapped(prompt, block / pen.textlength("n", font)) for prompt in prompts]
+    head = max(round(pen.multiline_textbbox((0, 0), title, font)[3]) for title in titles) + 3 * GAP
+    left = max(round(pen.multiline_textbbox((0, 0), label, font)[2]) for label in rows) + 3 * GAP
+    bottom = head + len(rows) * (tall + GAP) + (len(rows) - 1) // group * 3 * GAP
+    sheet = Image.new("RGB", (left + len(prompts) * (block + 3 * GAP), bottom), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, title in enumerate(titles):
+        pen.multiline_text((left + number * (block + 3 * GAP), GAP), title, "black", font)
+    for row, (label, videos) in enumerate(rows.items()):
+        top = head + row * (tall + GAP) + row // group * 3 * GAP
+        pen.multiline_text((left - 2 * GAP, top + tall // 2), label, "black", font, anchor="rm", align="right")
+        for number, pictures in enumerate(videos):
+            for column, still in enumerate(pictures):
+                sheet.paste(still, (left + number * (block + 3 * GAP) + column * (wide + GAP), top))
+    return sheet
 
 
 def read_video(path, frames, height, width):
@@ -132,7 +153,7 @@ def _sheet(videos, prompts):
     tall = {label: rows[0][0].height for label, rows in stills.items()}
     wide = max(sum(each.width + GAP for each in rows[0]) for rows in stills.values())
     letters = int((left + wide) / pen.textlength("n", font))
-    titles = [textwrap.fill(" ".join(str(prompt).split()) or "(no prompt)", max(letters, 20)) for prompt in prompts]
+    titles = [_wrapped(prompt, letters) for prompt in prompts]
     heads = [round(pen.multiline_textbbox((0, 0), title, font)[3]) + 2 * GAP for title in titles]
     block = sum(tall.values()) + len(tall) * GAP
     right = max(round(pen.multiline_textbbox((0, 0), title, font)[2]) for title in titles)
@@ -151,12 +172,16 @@ def _sheet(videos, prompts):
     return sheet
 
 
-def _stills(clip):
-    """A handful of pictures of bytes (T, H, W, 3), evenly in time, both ends among them."""
+def _wrapped(prompt, letters):
+    return textwrap.fill(" ".join(str(prompt).split()) or "(no prompt)", max(int(letters), 20))
+
+
+def _stills(clip, count=COLUMNS):
+    """`count` pictures of bytes (T, H, W, 3), evenly in time, both ends among them."""
     height, width = clip.shape[1:3]
     scale = STILL / max(height, width)
     scale = max(1, int(scale)) if scale >= 1 else scale  # small ones grow by whole pixels
     size, how = (round(width * scale), round(height * scale)), Image.Resampling.NEAREST
     how = Image.Resampling.LANCZOS if scale < 1 else how
-    times = np.unique(np.linspace(0, len(clip) - 1, COLUMNS).round().astype(int))
+    times = np.unique(np.linspace(0, len(clip) - 1, count).round().astype(int))
     return [Image.fromarray(clip[time]).resize(size, how) for time in times]

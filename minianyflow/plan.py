@@ -106,6 +106,10 @@ class Plan:
         """Whether this GPU has them, with SPARE left."""
         return self.peak <= (1 - SPARE) * self.gpu.memory
 
+    def enough(self, change):
+        """Whether a change in `short` is all that it takes; where it names a larger GPU, it is."""
+        return change.startswith("--gpu") or self.short[change] <= (1 - SPARE) * self.gpu.memory
+
     def seconds(self, share=0.5):
         """Of one step, where model FLOP reach `share` of the GPU's rate."""
         return self.slowest * self.flop / (share * self.gpu.rate)
@@ -134,20 +138,36 @@ def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, adv
     shape = shape_of(config.base)
     clip_shape, length = _clip(config, clip)
     gpu = gpu if hasattr(gpu, "rate") else find_gpu(gpu or "h200")
-    if gpus < 1 or config.batch % (gpus * config.accumulate):
-        raise InputError(
-            f"batch={config.batch} on {gpus} GPUs with accumulate={config.accumulate}; expected parts of equal size: "
-            "change one of them"
-        )
+    check_split(config.batch, gpus, config.accumulate)
     prices = prices_of(config, shape, clip_shape, length, shape["text_dim"])
     exact, steps = steps is not None, list(range(STEPS) if steps is None else steps)
     plan = _plan(config, prices, shape, gpu, gpus, steps, sharded, exact)
     return replace(plan, short=advice(plan, prices, shape, steps)) if advise and not plan.fits else plan
 
 
+def check_split(batch, gpus, accumulate):
+    """Raise InputError, which names numbers that work, where a batch has no equal parts: accumulate of them a GPU."""
+    if gpus < 1:
+        raise InputError(f"--gpus {gpus}; expected at least 1")
+    if batch % gpus:
+        whole = [number for number in range(1, batch + 1) if batch % number == 0]
+        near = [max(n for n in whole if n < gpus), *[n for n in whole if n > gpus][:1]]
+        raise InputError(
+            f"batch={batch} on {gpus} GPUs; expected equal parts: "
+            f"--gpus {' or '.join(map(str, near))}, or another batch"
+        )
+    most = batch // gpus
+    if most % accumulate:
+        raise InputError(
+            f"batch={batch} on {gpus} GPUs with accumulate={accumulate}; expected parts of equal size: "
+            f"accumulate={most} is one clip at a time on each GPU, the least memory"
+        )
+
+
 def _plan(config, prices, shape, gpu, gpus, steps, sharded=False, exact=False):
     numbers = prices.prompt[0] * prices.prompt[1]
     parts, beside = trace(config, prices.clip, numbers, steps, gpus, exact)
+    prices.count(question for part in parts for question in part.asked)
     kept, learns = resident(config, shape, prices.clip[0], gpus, sharded)
     every = (_memory(config, prices, part, *learns[part.role]) | {"batch": beside[part.role]} for part in parts)
     memory = max(every, key=lambda each: sum(each.values()))
@@ -286,6 +306,9 @@ def _clip(config, clip):
 # What to change
 
 
+LARGEST = "the largest GPU of the table, one clip at a time"
+
+
 def advice(plan, prices, shape, steps):
     """{change: bytes of the peak} where a plan does not fit, in order of what they cost, until one does.
 
@@ -315,12 +338,14 @@ def advice(plan, prices, shape, steps):
     for rank in (128, 64, 32) if config.trained == "lora" else ():
         if rank < config.rank and fits(f"rank={rank}", replace(config, rank=rank, alpha=rank)):
             return found
-    if gpus < 8 and config.batch % 8 == 0:
+    if (gpus < 8 or (gpus == 8 and not plan.sharded)) and config.batch % 8 == 0:
         spread = replace(config, accumulate=config.batch // 8)
         if fits("8 GPUs, eight_gpus_fsdp2.yaml", spread, 8, True):
             return found
-    alone = _plan(config, prices, shape, plan.gpu, gpus, steps, plan.sharded).peak
     larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > plan.gpu.memory), key=lambda gpu: gpu.memory)
-    enough = next((gpu.name for gpu in larger if alone <= (1 - SPARE) * gpu.memory), None)
-    found[f"--gpu {enough}" if enough else "no GPU in the table is large enough for one clip at a time"] = alone
-    return found
+    for sharded in dict.fromkeys((plan.sharded, gpus > 1)):  # as it is, or, on several, with FSDP2
+        alone = _plan(config, prices, shape, plan.gpu, gpus, steps, sharded).peak
+        enough = next((gpu.name for gpu in larger if alone <= (1 - SPARE) * gpu.memory), None)
+        if enough:
+            return found | {f"--gpu {enough}{' --sharded' * sharded}": alone}
+    return found | {LARGEST: alone}

@@ -1,6 +1,7 @@
 """A plan in words, as JSON, and the table of docs/plan.md."""
 
 from dataclasses import replace
+from itertools import product
 
 from tqdm import tqdm
 
@@ -34,7 +35,10 @@ def describe(plan, share=0.5, price=None):
         *(f"  {name:42}{size / 1e9:9.2f}" for name, size in plan.memory.items() if size),
         f"  {'in all':42}{plan.peak / 1e9:9.2f}   of {gpu.memory / 1e9:g}: {'fits' if plan.fits else 'does not fit'}"
         f" ({SPARE:.0%} are left for what is not counted)",
-        *(f"    {change}: {size / 1e9:.1f} GB" for change, size in plan.short.items()),
+        *(
+            f"    {change}: {size / 1e9:.1f} GB{'' if plan.enough(change) else ', not enough'}"
+            for change, size in plan.short.items()
+        ),
         "  not there in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.outside.items()),
         "",
         "network evaluations a sample (forwards, backwards), TFLOP of one GPU a step",
@@ -48,7 +52,8 @@ def describe(plan, share=0.5, price=None):
         f"{plan.seconds(share):.1f} seconds a step at {share:.0%} of {gpu.rate / 1e12:g} TFLOP/s, "
         f"{config.steps} steps: {plan.hours(share):.1f} hours, {plan.gpus * plan.hours(share):.1f} GPU-hours",
     ]
-    return "\n".join([*lines, f"money: {plan.money(price, share):.0f}"] if price is not None else lines)
+    bill = [] if price is None else [f"money: {plan.money(price, share):,.0f}, at {price:g} a GPU-hour"]
+    return "\n".join([*lines, *bill])
 
 
 def as_json(plan, share=0.5, price=None):
@@ -78,15 +83,18 @@ def as_json(plan, share=0.5, price=None):
     return made | ({"money": plan.money(price, share)} if price is not None else {})
 
 
-def table(share=0.5):
+RUNS = tuple(product(SIZES, ARCHITECTURES, STAGES))
+MODELS = tuple(product(SIZES, ARCHITECTURES, (1, 8)))  # each on so many GPUs
+
+
+def table(share=0.5, runs=RUNS):
     """Rows of {1.3B, 14B} x {bidirectional, causal} x stages: GPU-hours on every GPU of the table where it fits."""
     names = list(GPUS)
     lines = [
         f"| run | steps x batch | PFLOP a step | GB | {' | '.join(names)} |",
         "|" + "---|" * (len(names) + 4),
     ]
-    every = [(size, kind, stage) for size in SIZES for kind in ARCHITECTURES for stage in STAGES]
-    for size, kind, stage in tqdm(every, unit="run"):
+    for size, kind, stage in tqdm(runs, unit="run"):
         plan = published(size, kind, stage)
         config = plan.config
         on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
@@ -99,14 +107,13 @@ def table(share=0.5):
     return "\n".join(lines)
 
 
-def bills(price=PRICE, share=0.5, gpu="h200"):
+def bills(price=PRICE, share=0.5, gpu="h200", models=MODELS):
     """Rows of whole models, their three stages one after another: GPU-hours, days and money, on one GPU and eight."""
     lines = [
         f"| whole model | on | the largest stage, GB | GPU-hours | days | at {price:g} a GPU-hour |",
         "|" + "---|" * 6,
     ]
-    models = [(size, kind) for size in SIZES for kind in ARCHITECTURES]
-    for (size, kind), gpus in tqdm([(each, gpus) for each in models for gpus in (1, 8)], unit="bill"):
+    for size, kind, gpus in tqdm(models, unit="bill"):
         stages = [("bidirectional", "teacher"), (kind, "forward"), (kind, "on_policy")]
         plans = [published(size, *stage, gpu, gpus) for stage in stages]
         if not all(plan.fits for plan in plans) and gpus > 1:

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from minianyflow.causal import causal_mask, chunk_partition
 from minianyflow.costs import kept_pairs, measure
@@ -66,6 +67,12 @@ class Prices:
         if question.rows == 1:
             return one
         return one * question.rows + self.fixed(question) * (1 - question.rows)
+
+    def count(self, questions):
+        """Count what these cost now, the different ones, under a bar if that takes more than two seconds."""
+        new = [each for each in dict.fromkeys(question.costs for question in questions) if each not in self.known]
+        for each in tqdm(new, desc="counting", unit="evaluation", delay=2, leave=False, disable=None):
+            self.one(each)
 
     def fixed(self, question):
         """What does not grow with the rows, like the sines and cosines of positions."""

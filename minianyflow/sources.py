@@ -1,4 +1,4 @@
-"""What can be sampled, a run, an export or released AnyFlow weights, and its clips at any step counts."""
+"""What can be sampled, a run, an export, released AnyFlow weights or Wan2.1, and its clips at any step counts."""
 
 import json
 import sys
@@ -26,8 +26,14 @@ from minianyflow.wan_folders import (
     load_transformer,
 )
 
-KINDS = {"AnyFlowPipeline": "bidirectional", "AnyFlowFARPipeline": "causal"}
-SOURCES = "expected a run folder of distill.py, a folder of export.py, or released weights like nvidia/AnyFlow-..."
+KINDS = {  # pipelines of diffusers, each as architecture and stage; Wan2.1 itself is a teacher that nobody has tuned
+    "AnyFlowPipeline": ("bidirectional", "forward"),
+    "AnyFlowFARPipeline": ("causal", "forward"),
+    "WanPipeline": ("bidirectional", "teacher"),
+}
+SOURCES = (
+    "expected a run folder of distill.py, a folder of export.py, released weights like nvidia/AnyFlow-..., or Wan2.1"
+)
 RELEASED = "NVIDIA's released AnyFlow weights carry a non-commercial licence"
 
 
@@ -53,7 +59,7 @@ def check_source(name):
     """Raise InputError where `find_source` would, as far as can be said before weights are loaded."""
     if not Path(name).is_dir() and (Path(name).exists() or name.count("/") != 1 or name[0] in "./~"):
         raise InputError(f"no folder {name}; {SOURCES}")
-    return read_run(name) if _is_run(name) else _architecture(name)
+    return read_run(name) if _is_run(name) else _kind(name)
 
 
 def find_source(name, dtype, device):
@@ -64,14 +70,14 @@ def find_source(name, dtype, device):
         tell(config.base, config.student, config.teacher)
         transformer, config = load_run(name, "student", dtype, device)
         return Source(network_of(transformer, config), config, made["clip"])
-    return _pipeline(name, known, dtype, device)
+    return _pipeline(name, *known, dtype, device)
 
 
 def _is_run(name):
     return any((Path(name) / file).is_file() for file in ("config.yaml", "run.json"))
 
 
-def _pipeline(name, architecture, dtype, device):
+def _pipeline(name, architecture, stage, dtype, device):
     beside = Path(name) / "minianyflow.json"
     tell(name)
     try:
@@ -81,7 +87,8 @@ def _pipeline(name, architecture, dtype, device):
     transformer = load_transformer(name, architecture, dtype, device=device)
     (scheduler,) = load_parts(name, "scheduler")
     config = load_config([architecture])
-    config = replace(config, base=name, shift=scheduler.config.shift, stage=known.get("stage", "forward"))
+    shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))  # Wan's own says flow_shift
+    config = replace(config, base=name, shift=shift, stage=known.get("stage", stage))
     clip = WAN_CLIP | known.get("clip", {})
     if architecture == "causal":
         first, *others = transformer.config.chunk_partition
@@ -91,20 +98,21 @@ def _pipeline(name, architecture, dtype, device):
     return Source(network, config, clip, codec_factor(name))
 
 
-def _architecture(name):
-    """bidirectional or causal, by the index of a pipeline."""
+def _kind(name):
+    """Architecture and stage, by the index of a pipeline."""
 
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise InputError(f"neither run.json nor model_index.json in {name}; {SOURCES}")
     logging.set_verbosity_error()  # what it tries again and why is many lines
     try:
         with warnings.catch_warnings(action="ignore"):
-            kind = DiffusionPipeline.load_config(name).get("_class_name")
+            index = DiffusionPipeline.load_config(name)
     except Exception as problem:  # what diffusers and the hub raise for a broken source is anything
         why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise InputError(f"{name} does not load ({why}); check the name and the network, or give a folder") from None
-    if kind not in KINDS:
-        raise InputError(f"{name} holds a {kind}; {SOURCES}")
+    kind, more = index.get("_class_name"), (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps")
+    if kind not in KINDS or more:
+        raise InputError(f"{name} holds a {kind}{' of Wan2.2' if more else ''}; {SOURCES}")
     return KINDS[kind]
 
 

@@ -124,7 +124,8 @@ def draw_any_step(axes, report, measure, ylabel=None):
 
     report: {"methods": {name: {"nfe": [...], measure: [a list for each seed]}}, "floors": {name: {measure: value}}}.
     Methods and floors without the measure are left out; InputError if no method has it. The axis of the measure is
-    logarithmic where it covers more than a factor of eight; the legend names a floor of 0, which has no place there.
+    logarithmic where it covers more than a factor of eight; the legend names a floor of 0, which has no place there. Steps
+    are called evaluations, too, where they are: a method that has "evaluations", as it has measures, says so itself.
     """
     methods = {name: each for name, each in report["methods"].items() if measure in each}
     if not methods:
@@ -153,13 +154,23 @@ def draw_any_step(axes, report, measure, ylabel=None):
     axes.set_xscale("log", base=2)
     axes.set_yscale("log" if logarithmic else "linear")
     if logarithmic:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))), axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(sorted(steps), map(str, sorted(steps)), fontsize=13)
     axes.minorticks_off()
     axes.tick_params(axis="y", labelsize=13)
-    axes.set_xlabel("steps (network evaluations)", fontsize=15)
+    axes.set_xlabel("steps (network evaluations)" if _one_each(methods) else "steps", fontsize=15)
     axes.set_ylabel(ylabel or measure.replace("_", " "), fontsize=15)
     axes.grid(alpha=0.25)
+
+
+def _one_each(methods):
+    """Does every method take one evaluation a step? A causal one takes them for every chunk, guidance two."""
+    said = {name: each.get("evaluations", [each["nfe"]]) for name, each in methods.items()}
+    return all(
+        not name.startswith("causal") and all(list(row) == list(methods[name]["nfe"]) for row in rows)
+        for name, rows in said.items()
+    )
 
 
 def _curves(value):

@@ -1,6 +1,7 @@
 """Flow maps beside velocity models of flow_matching and torchcfm: same network, targets and CPU seconds.
 
-Needs the extra `peers`: pip install 'minianyflow[peers]'. Takes about (seconds + 10) x 6 / workers a target.
+Needs the extra `peers`: pip install 'minianyflow[peers]'. Takes about (seconds + 30) x 6 / workers seconds a target:
+nine minutes by default. The defaults are those of the run in docs/peers.md.
 """
 
 import sys
@@ -14,8 +15,8 @@ def main(argv=None):
     parser.add_argument(
         "--target", nargs="+", default=["spiral"], metavar="NAME", help="spiral, ring8, checkerboard (default: spiral)"
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of training for each (default: 60)")
-    parser.add_argument("--width", type=int, default=64, help="of every network (default: 64)")
+    parser.add_argument("--seconds", type=float, default=150.0, help="CPU seconds of training for each (default: 150)")
+    parser.add_argument("--width", type=int, default=128, help="of every network (default: 128)")
     parser.add_argument("--seeds", default="0,1,2", help="trained together, as one network (default: 0,1,2)")
     parser.add_argument(
         "--peers",

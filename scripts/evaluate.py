@@ -1,6 +1,7 @@
-"""What more steps buy: sample a run, an export or released weights at 1 to 128 steps, measure, draw, compare.
+"""What more steps buy: sample a run, an export, released weights or Wan2.1 at 1 to 128 steps, measure, draw, compare.
 
-The released AnyFlow weights carry a non-commercial licence.
+Wan2.1 itself, a WanPipeline, is the teacher to compare with, followed by Euler's method. The released AnyFlow weights
+carry a non-commercial licence.
 """
 
 import sys
@@ -17,7 +18,8 @@ def main(argv=None):
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="run folders of distill.py, exported pipelines, names on the hub; ratios are to the first",
+        help="run folders of distill.py, exported pipelines, names on the hub like Wan-AI/Wan2.1-T2V-1.3B-Diffusers or "
+        "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers; ratios are to the first",
     )
     parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, one a line")
     steps = [1, 2, 4, 8, 16, 32, 64, 128]

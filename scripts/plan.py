@@ -14,16 +14,30 @@ from minianyflow.__main__ import Parser, run
 def main(argv=None):
     """Parse, count, print; returns the exit status."""
     parser = Parser("plan.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="as distill.py takes them")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="overlays of scripts/configs in order, as distill.py takes them: wan-14b bidirectional on_policy",
+    )
     parser.add_argument("--gpu", default="h200", help="h200, h100, a100-80, l40s or rtx4090 (default: h200)")
     parser.add_argument("--gpus", type=int, default=1, help="how many (default: 1)")
-    parser.add_argument("--sharded", action="store_true", help="eight_gpus_fsdp2.yaml in place of eight_gpus_ddp.yaml")
-    parser.add_argument("--memory", type=float, help="GB of another GPU")
-    parser.add_argument("--rate", type=float, help="its dense bfloat16 TFLOP/s")
-    parser.add_argument("--price", type=float, help="of one GPU for an hour")
-    parser.add_argument("--share", type=float, default=0.5, help="of the rate that model FLOP reach (default: 0.5)")
+    parser.add_argument(
+        "--sharded", action="store_true", help="with FSDP2 (eight_gpus_fsdp2.yaml), not DDP (eight_gpus_ddp.yaml)"
+    )
+    parser.add_argument("--memory", type=float, help="GB of another GPU, of 10^9 bytes: MiB x 0.001048576")
+    parser.add_argument("--rate", type=float, help="its dense bfloat16 TFLOP/s (both default to those of --gpu)")
+    parser.add_argument(
+        "--price", type=float, help="of one GPU for an hour, in any currency (default: money is left out)"
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="of the rate, which model FLOP are hoped to reach (default: 0.5)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--table", action="store_true", help="print the tables of docs/plan.md")
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of docs/plan.md, two minutes; nothing else counts"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of scripts/configs/base.yaml")
     arguments = parser.parse_args(argv)
     from minianyflow.config import load_config

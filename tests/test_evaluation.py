@@ -7,12 +7,13 @@ import shutil
 import stat
 import sys
 from functools import partial
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 from PIL import Image
 
 from minianyflow import evaluation, sampled
@@ -31,6 +32,7 @@ from minianyflow.vbench_scores import MODELS
 from minianyflow.video_measures import frechet_distance
 from minianyflow.video_stages import WEIGHTS, path_of
 from minianyflow.wan import TextEncoder
+from minianyflow.wan_folders import encode_prompts, make_tiny_wan
 from minianyflow.weights import load_codec, load_network
 from toy_data import blobs
 
@@ -162,6 +164,31 @@ def test_a_teacher_may_be_guided_and_a_student_is_not(folder, networks, evaluate
     methods = report_of(folder / "out_guided")["methods"]
     assert methods["eulerian"]["evaluations"] == [[2, 4]]
     assert methods["teacher"]["evaluations"] == [[3, 6]]  # half of the clips have the null prompt: they are asked once
+
+
+def test_wan_itself_is_followed_by_eulers_method_on_its_own_times(tmp_path, evaluate):
+    """The velocity of the stock class, guided; from noise of our seed, on a grid of the scheduler's own shift."""
+    make_tiny_wan(tmp_path / "wan")
+    (tmp_path / "prompts.txt").write_text("a red disc\n")
+    size = ["--frames", 5, "--height", 16, "--width", 16, "--length", 8, "--batch", 2]
+    asked = [tmp_path / "wan", "--guidance", 4, "--negative", "ugly", *size, "--output", tmp_path / "out"]
+    options = ["--prompts", tmp_path / "prompts.txt", "--videos", 2, "--steps", 1, 3, "--no-vbench", "--device", "cpu"]
+    assert run(lambda: script.main([str(each) for each in [*asked, *options]])) == 0
+    stock = WanPipeline.from_pretrained(tmp_path / "wan")
+    shape = (2, 16, 2, 2)
+    z = torch.stack([torch.randn(shape, generator=generator(0, number)) for number in range(2)]).transpose(1, 2)
+    prompts = encode_prompts(stock.tokenizer, stock.text_encoder, ["a red disc", "ugly"], 8)
+    times = [3 * t / (1 + 2 * t) for t in (1, 2 / 3, 1 / 3, 0)]  # shift 3
+    with torch.no_grad():
+        for t, r in pairwise(times):
+            v, v_null = (
+                stock.transformer(z, torch.full((2,), 1000 * t), each.expand(2, -1, -1), return_dict=False)[0]
+                for each in prompts.split(1)
+            )
+            z = z - (t - r) * (4 * v - 3 * v_null)
+    made = kept(tmp_path / "out", "wan", 3, 2)
+    assert float((made - z.transpose(1, 2)).abs().max()) < 1e-3 * float(z.abs().max())
+    assert report_of(tmp_path / "out")["methods"]["wan"]["evaluations"] == [[2, 6]]
 
 
 def test_a_causal_teacher_keeps_a_cache_for_each_branch(networks):
@@ -530,3 +557,18 @@ def test_where_vbench_stops_the_samples_stay(made, out, python, capsys):
     assert re.search("VBench stopped .RuntimeError: a model is odd.; samples are kept", error)
     assert len(list((out / "eulerian").rglob("*.mp4"))) == len(STEPS) * 2 * VIDEOS
     assert evaluation.STEPS[-1] == 128
+
+
+def test_the_page_quotes_the_committed_report():
+    report = json.loads((ROOT / "docs/video/evaluation.json").read_text())
+    page = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    teacher, student = (report["methods"][name] for name in ("teacher", "eulerian"))
+    first, held_out = student["sliced_w2"][0][0], report["floors"]["data"]["sliced_w2"]
+    for words in (
+        f"One step of the flow map reads {first:.3f} (sliced W2)",
+        f"one of the teacher reads {teacher['sliced_w2'][0][0]:.3f} and other held-out clips {held_out:.3f}",
+        f"the flow map from {student['path_error'][0][0]:.2f} at one step to {student['path_error'][0][-2]:.2f} at 64",
+        f"the teacher from {teacher['path_error'][0][0]:.2f} to {teacher['path_error'][0][-2]:.2f}",
+        f"{student['temporal_roughness'][0][0]:.2f} against {teacher['temporal_roughness'][0][0]:.2f} at one step",
+    ):
+        assert words.replace(" 0.2", " .2").replace(" 0.6", " .6") in page, words

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from minianyflow.errors import InputError
-from minianyflow.movies import COLUMNS, read_video, write_clips
+from minianyflow.movies import COLUMNS, read_video, stills, write_clips
 from minianyflow.pairs import generator
 from minianyflow.wan_folders import moving_shapes
 
@@ -120,6 +120,25 @@ def test_the_stills_are_spread_over_the_clip(tmp_path):
     row = sheet[sheet.shape[0] - 100]
     assert [int(each) for each in (0, 64, 128, 191, 255) if each not in row] == []
     write_clips(tmp_path / "one", {"x": levels[:, :1]}, ["p"])  # an image has one still
+
+
+def test_stills_have_a_row_for_every_label_and_prompts_side_by_side():
+    colours = {("1 step", 0): (255, 0, 0), ("1 step", 1): (0, 255, 0), ("4\nsteps", 0): (0, 0, 255)}
+    clips = {label: torch.zeros(2, 5, 3, 32, 48) for label, _ in colours}
+    for (label, number), colour in colours.items():
+        clips[label][number] = torch.tensor(colour).div(255).view(3, 1, 1)
+    sheet = np.asarray(stills(clips, ["short", "a long prompt " * 20]))
+    for colour in colours.values():
+        assert columns_of(sheet, colour) == 3
+        assert columns_of(sheet.transpose(1, 0, 2), colour) == 1
+    left, right, below = ((np.abs(sheet.astype(int) - each).max(-1) < 30).nonzero() for each in colours.values())
+    assert left[0].min() == right[0].min() < left[0].max() < below[0].min()
+    assert left[1].min() == below[1].min() < left[1].max() < right[1].min()
+    assert sheet[:, -2:].min() == 255  # the long prompt is wrapped
+    apart = np.asarray(stills(clips, ["short", "long"], group=2))
+    assert len(apart) < len(np.asarray(stills(clips, ["short", "long"])))
+    for each in (sheet, apart):  # the last row is at the bottom
+        assert len(each) - 8 < (each < 250).any((1, 2)).nonzero()[0].max() < len(each)
 
 
 def test_pictures_are_one_frame(tmp_path):

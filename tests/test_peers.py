@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -167,10 +168,30 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(problem.value)
 
 
-def test_the_page_quotes_the_committed_run():
-    target = json.loads((ROOT / "docs/peers/peers.json").read_text())["targets"]["spiral"]
-    page = (ROOT / "docs/peers.md").read_text()
-    assert peers.table(target) in page
-    assert peers.ratio_table(target) in page
-    assert peers.ratios(target, "exact velocity")["flow_matching, euler"] > 10  # and midpoint is not, as the page says
-    assert peers.ratios(target, "exact velocity")["flow_matching, midpoint"] < 10
+def committed(name):
+    report = json.loads((ROOT / f"docs/peers/{name}.json").read_text())
+    return report["budget"], report["targets"]
+
+
+def test_the_page_quotes_the_committed_runs():
+    page, parser = (ROOT / "docs/peers.md").read_text(), (ROOT / "scripts/compare.py").read_text()
+    (budget, targets), (_, others) = committed("peers"), committed("others")
+    assert f'"--seconds", type=float, default={budget["cpu_seconds"]},' in parser  # the page's run is the default
+    assert f'"--width", type=int, default={budget["width"]},' in parser
+    for target in (*targets.values(), *others.values()):
+        assert peers.table(target) in page
+        assert peers.ratio_table(target) in page
+    for library, method in product(("flow_matching", "torchcfm"), ("euler", "midpoint")):
+        assert peers.ratios(targets["spiral"], "exact velocity")[f"{library}, {method}"] > 10
+    learnt = peers.ratios(targets["spiral"], "learnt velocity")
+    assert learnt["flow_matching, euler"] > 10 > learnt["flow_matching, midpoint"]  # as the page says
+
+
+def test_the_page_says_what_less_time_reaches():
+    page, (_, targets) = (ROOT / "docs/peers.md").read_text(), committed("short")
+    exact, learnt = (peers.ratios(targets["spiral"], name) for name in ("exact velocity", "learnt velocity"))
+    for ratios, words in (
+        (exact, "{} times closer than `flow_matching` by Euler and {} by midpoint"),
+        (learnt, "{} and {}"),
+    ):
+        assert words.format(ratios["flow_matching, euler"], ratios["flow_matching, midpoint"]) in page

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import astuple
 from itertools import product
 
@@ -17,8 +18,8 @@ from minianyflow.costs import Live, kept_pairs
 from minianyflow.errors import InputError
 from minianyflow.gpus import Gpu
 from minianyflow.install import ROOT
-from minianyflow.plan import SPARE, plan_run, shape_of
-from minianyflow.plan_report import bills, table
+from minianyflow.plan import LARGEST, SPARE, check_split, plan_run, shape_of
+from minianyflow.plan_report import MODELS, RUNS, bills, describe, table
 from minianyflow.prices import Prices
 from minianyflow.questions import Question
 from minianyflow.runs import Networks, draws
@@ -241,6 +242,38 @@ def test_what_does_not_fit_is_told_what_to_change(folder):
     assert min(low.short.values()) <= (1 - SPARE) * low.gpu.memory
     none = plan_run(config, steps=[1], gpu=Gpu("small", 1e3, 1e12, ""))
     assert list(none.short) == ["checkpointing=true", "accumulate=4", "--gpu rtx4090"]
+    said = [line for line in describe(none).splitlines() if line.startswith("    ")]
+    assert [line.endswith("not enough") for line in said] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_several_gpus_without_room_are_told_of_fsdp2(folder, monkeypatch):
+    """Where only sharding makes one clip at a time fit a larger GPU; and with no such GPU it is said."""
+    config = settings(folder, "bidirectional", "forward", "accumulate=2")
+    whole, sharded = (plan_run(config, steps=[1], gpus=2, sharded=each, advise=False).peak for each in (False, True))
+    assert sharded < whole
+    room = (whole + sharded) / 2 / (1 - SPARE)
+    for large, last in ((room, "--gpu large --sharded"), (2e3, LARGEST)):
+        monkeypatch.setattr("minianyflow.plan.GPUS", {"large": Gpu("large", large, 1e12, "")})
+        short = plan_run(config, steps=[1], gpus=2, gpu=Gpu("small", 1e3, 1e12, "")).short
+        assert list(short)[-1] == last
+
+
+def test_numbers_that_an_error_names_work():
+    check_split(16, 8, 2)
+    for batch, gpus in product((1, 16, 24), range(1, 30)):
+        for accumulate in (1, 16):
+            try:
+                check_split(batch, gpus, accumulate)
+                assert batch % (gpus * accumulate) == 0
+            except InputError as problem:
+                named = [int(each) for each in re.findall(r"(?<=--gpus )\d+|(?<=or )\d+", str(problem))]
+                for number in named:
+                    check_split(batch, number, 1)
+                parts = [int(each) for each in re.findall(r"accumulate=(\d+) is", str(problem))]
+                for number in parts:
+                    check_split(batch, gpus, number)
+                assert named or parts
 
 
 @pytest.mark.slow
@@ -258,7 +291,9 @@ def test_several_gpus_share_the_work(folder):
 
 BAD = {
     "gpu": (["--gpu", "h20"], "did you mean"),
-    "gpus": (["--gpus", "3"], "expected parts of equal size"),
+    "gpus": (["--gpus", "3"], "expected equal parts: --gpus 2 or 4, or another batch"),
+    "no gpus": (["--gpus", "0"], "--gpus 0; expected at least 1"),
+    "parts": (["--gpus", "8", "batch=16", "accumulate=16"], "accumulate=2 is one clip at a time on each GPU"),
     "share": (["--share", "2"], "--share 2.0"),
     "price": (["--price", "-1"], "--price -1.0"),
     "memory": (["--memory", "0"], "--memory 0.0"),
@@ -300,8 +335,23 @@ def test_the_script_prints_lines_and_json(folder, capsys):
     assert "optimiser" in out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "made"), [("plan", table), ("bill", bills)])
+def rows_of(name):
+    """Of a table of docs/plan.md."""
+    return (ROOT / "docs/plan.md").read_text().split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [  # what is counted for the first is not counted again; all rows are `plan.py --table`, two minutes
+        ("plan", lambda: table(runs=RUNS[1:2])),
+        pytest.param("plan", lambda: table(runs=[*RUNS[6:9], RUNS[4]]), marks=pytest.mark.slow),
+        pytest.param("bill", lambda: bills(models=MODELS[4:6]), marks=pytest.mark.slow),
+    ],
+)
 def test_the_tables_of_the_docs_are_what_is_planned(name, made):
-    said = (ROOT / "docs/plan.md").read_text().split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0]
-    assert made() == said
+    head, line, *made = made().splitlines()
+    assert rows_of(name)[:2] == [head, line]
+    assert len(rows_of(name)) == 2 + len(RUNS if name == "plan" else MODELS)
+    assert made
+    for row in made:
+        assert row in rows_of(name)

@@ -435,7 +435,10 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
     write_clips(tmp_path / "in", {"x": torch.rand(1, 17, 3, 16, 16)}, ["x"])
     video, image = ["--video", tmp_path / "in/x-0.mp4"], ["--image", tmp_path / "in/sheet.png"]
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    (tmp_path / "odd/model_index.json").write_text('{"_class_name": "LTXPipeline"}')
+    (tmp_path / "next").mkdir()
+    two = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "next/model_index.json").write_text(json.dumps(two))
     unfinished = shutil.copytree(run, tmp_path / "unfinished")
     (unfinished / "run.json").unlink()
     (tmp_path / "cut").mkdir()
@@ -446,7 +449,8 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
         ([tmp_path / "none", *prompt], "no folder .*none; expected a run folder of distill.py, a folder of export.py"),
         (["none", *prompt], "no folder none"),
         ([tmp_path / "in", *prompt], "neither run.json nor model_index.json in .*in; expected a run folder"),
-        ([tmp_path / "odd", *prompt], "holds a WanPipeline; expected"),
+        ([tmp_path / "odd", *prompt], "holds a LTXPipeline; expected"),
+        ([tmp_path / "next", *prompt], "next holds a WanPipeline of Wan2.2; expected"),
         ([tmp_path / "cut", *prompt], "cut does not load"),
         ([unfinished, *prompt], "no run.json in"),
         ([damaged, *prompt], "minianyflow.json is not JSON"),

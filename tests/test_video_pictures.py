@@ -97,6 +97,21 @@ def test_a_floor_of_zero_leaves_the_axis_logarithmic_and_is_named():
 
 
 @pytest.mark.parametrize(
+    ("name", "evaluations", "label"),
+    [
+        ("mixed", None, "steps (network evaluations)"),
+        ("mixed", [[1.0, 4.0, 16.0]], "steps (network evaluations)"),
+        ("guided", [[2.0, 8.0, 32.0]], "steps"),
+        ("causal", None, "steps"),
+    ],
+)
+def test_the_axis_says_evaluations_only_where_steps_are_that(name, evaluations, label):
+    method = REPORT["methods"]["mixed"] | ({"evaluations": evaluations} if evaluations else {})
+    report = REPORT | {"methods": {"teacher": REPORT["methods"]["teacher"], name: method}}
+    assert any_step_curves(report, "sliced_w2").axes[0].get_xlabel() == label
+
+
+@pytest.mark.parametrize(
     ("call", "match"),
     [
         (lambda v: contact_sheet({"data": v[:, :5]}), r"'data' of shape .* T at least 17"),
