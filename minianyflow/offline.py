@@ -19,9 +19,9 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <link rel="icon" href="data:,">
 <style>
-body {{ margin: 0 auto; max-width: 1800px; padding: 8px 16px; background: #fff; color: #1a1a1a; }}
-h1 {{ font: 600 26px/1.3 system-ui, sans-serif; margin: 8px 6px; }}
-.lm-player, .lm-choices {{ font-size: 20px !important; }}
+body {{ margin: 0 auto; padding: 8px 16px; background: #fff; color: #1a1a1a; }}
+h1 {{ font: 600 calc(1.4 * var(--lm-size))/1.3 system-ui, sans-serif; margin: 8px 6px; }}
+body {{ --lm-size: clamp(17px, min(1.3vw, 2.3vh), 40px); }}
 {style}
 </style>
 </head>
@@ -80,7 +80,7 @@ def animate(page, path, frames=36, size=(1180, 700), colours=32, milliseconds=10
     with chromium() as browser, watched(browser, dict(zip(("width", "height"), size, strict=True))) as tab:
         tab.goto(Path(page).resolve().as_uri())
         tab.wait_for_selector(READY)
-        tab.add_style_tag(content=".lm-player { font-size: 16px !important; }")
+        tab.add_style_tag(content="body { --lm-size: 17px; }")
         pictures = []
         for frame in range(frames):
             now = frame / (frames - 1)

@@ -160,8 +160,8 @@ def dropdown(label, options, value=None):
 
 
 def slider(label, options, value):
-    """A control that slides along `options`."""
-    options = [(str(each), each) for each in options]
+    """A control that slides along `options`, numbers."""
+    options = [(f"{each:.3g}", each) for each in options]
     return ipywidgets.SelectionSlider(options=options, value=value, description=label, layout=WIDE, style=STYLE)
 
 

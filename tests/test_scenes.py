@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minianyflow import clip_scenes, course, exposure, plane_scenes, scenes
+from minianyflow import clip_scenes, course, exposure, palette, plane_scenes, scenes
 from minianyflow.demo import load_student, sample
 from minianyflow.errors import InputError
 from minianyflow.flow_map import rollout
@@ -85,6 +85,20 @@ def test_a_scene_leaves_a_small_picture(name, opened):
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L"))
     assert pixels.shape[1] > 600
     assert pixels.std() > 10  # not blank
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_colours_are_those_of_the_palette(name, opened):
+    def colours(told):
+        if isinstance(told, dict):
+            yield from ([told["colour"]] if "colour" in told else [])
+        for each in told.values() if isinstance(told, dict) else told if isinstance(told, list) else ():
+            yield from colours(each)
+
+    found = {colour[:7] for colour in colours(opened(name).player.scene)}
+    assert found or name == "video"
+    greys = {f"#{two * 3}" for two in ("44", "77")}
+    assert found <= {*palette.COLOURS.values()} | greys
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -165,6 +179,17 @@ def test_the_race_shows_the_samplers_of_the_demo(dataset, steps):
         assert told["evaluations"] == str(steps)
 
 
+def test_the_exact_flow_says_what_its_solver_evaluated(monkeypatch):
+    spiral, calls = plane.load("spiral"), []
+    velocity = spiral.velocity
+    plane_scenes.exact_paths.cache_clear()
+    monkeypatch.setattr(plane_scenes.plane, "load", lambda name: spiral)
+    monkeypatch.setattr(spiral, "velocity", lambda z, t: calls.append(len(z)) or velocity(z, t), raising=False)
+    _, evaluations = plane_scenes.exact_paths("spiral", 100, 0)
+    assert calls == [100] * evaluations
+    assert evaluations > 50
+
+
 def test_exact_paths_are_computed_once(monkeypatch):
     scene = scenes.race()
     monkeypatch.setattr(plane_scenes, "sample_ode", None)  # would fail if called
@@ -220,7 +245,10 @@ def test_backward_simulation_stands_for_the_rollout_it_names():
     assert [measures(scene, panel)["evaluations"] for panel in (1, 2)] == ["8", "3"]
     times = backward_simulation_times(number[:1], step[:1])[:, 0].tolist()
     assert scene.player.scene["panels"][0]["chain"] == pytest.approx(times)
-    assert len(scene.player.scene["panels"][3]["bars"]) == 8 + 3
+    bars = scene.player.scene["panels"][3]["bars"]
+    assert [len(bar["colour"]) for bar in bars] == [7] * 8 + [9] * 3  # the jumps' above, half-transparent
+    heights = [bar["height"] for bar in bars[8:]]
+    assert measures(scene, 3)["largest jump's share"] == f"{max(heights) / sum(heights):.0%}"
     scene.set("kept", 0)  # the first jump has no length then
     assert measures(scene, 2)["evaluations"] == "2"
     assert array(scene, 2).shape[0] == 3
@@ -266,6 +294,7 @@ def test_exposure_shows_clips_after_their_own_frames_or_true_ones():
 
 @pytest.mark.slow
 def test_video_shows_what_the_report_samples(opened):
+    from minianyflow.video_measures import FOUND, find_balls
     from minianyflow.video_report import how_sampled
     from minianyflow.video_report import sample as sample_video
     from minianyflow.video_stages import WEIGHTS, path_of
@@ -282,6 +311,12 @@ def test_video_shows_what_the_report_samples(opened):
             assert (array(scene, panel, "clips") - video).abs().max() < 0.04  # 16 shades
     counted = [int(measures(scene, panel)["evaluations"]) for panel in range(10)]
     assert counted == [1, 2, 4, 8, 16, 5, 8, 14, 26, 50]  # chunk by chunk: three chunks, and two are remembered
+    _, amplitudes, _ = find_balls(video)  # four steps a chunk
+    right = (amplitudes > FOUND).sum(2) == torch.tensor([[1], [2]])
+    assert measures(scene, 7)["balls as asked"] == f"{float(right.float().mean()):.0%}"
+    scene.set("whole", "teacher")
+    assert measures(scene, 0)["balls as asked"] != "100%"  # one Euler step: fog
+    scene.set("whole", "on_policy")
 
 
 def test_a_saved_notebook_keeps_the_picture_and_no_widget_that_is_gone(opened):
