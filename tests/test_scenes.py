@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import statistics
 import time
 
@@ -144,6 +145,38 @@ def test_an_error_in_a_callback_is_shown_kept_and_raised(name, opened, monkeypat
     control.value = held
     assert scene.message.value == ""
     scene.errors.clear()
+
+
+QUOTED = [  # (scene, the controls moved, (panel, measure) as the page for instructors quotes it)
+    ("race", {"steps": 1}, [(1, "path error"), (2, "path error"), (3, "path error")]),
+    ("race", {"steps": 2}, [(2, "path error"), (3, "sliced W2 to data"), (0, "evaluations")]),
+    ("race", {"steps": 16}, [(1, "path error"), (2, "path error")]),
+    ("race", {"steps": 64}, [(1, "path error"), (3, "sliced W2 to data")]),
+    ("triangle", {"jumps": 4}, [(1, "path error")]),
+    ("backward_simulation", {}, [(1, "path error"), (2, "path error"), (3, "largest jump's share")]),
+    ("backward_simulation", {"steps": 50}, [(1, "path error"), (2, "path error"), (3, "largest jump's share")]),
+    ("exposure", {}, [(0, "radius error, last frame"), (1, "over that after true frames")]),
+    ("exposure", {"context": clip_scenes.TRUE}, [(0, "radius error, last frame"), (1, "radius error, last frame")]),
+    ("exposure", {"steps": 4}, [(0, "radius error, last frame"), (1, "radius error, last frame")]),
+    ("exposure", {"copy": 2}, [(0, "radius error, last frame"), (1, "over that after true frames")]),
+]
+
+
+@pytest.mark.parametrize(("name", "moved", "quoted"), QUOTED)
+def test_the_page_for_instructors_quotes_what_is_shown(name, moved, quoted, opened):
+    page = (course.NOTEBOOKS / "INSTRUCTOR.md").read_text()
+    place = list(scenes.SCENES).index(name) + 1
+    section = page.split(f"### {place}. ")[1].split("### ")[0]
+    numbers = [(float(each), len(each.partition(".")[2])) for each in re.findall(r"\d*\.\d+|\d+(?=%| eval)", section)]
+    scene = opened(name)
+    held = scene.state()
+    for control, value in moved.items():
+        scene.set(control, value)
+    for panel, measure in quoted:
+        told = float(measures(scene, panel)[measure].removesuffix("%"))
+        assert any(abs(told - each) < 0.51 * 0.1**digits for each, digits in numbers), (panel, measure, told)
+    for control in moved:
+        scene.set(control, held[control])
 
 
 def test_bad_names_and_values_are_one_clear_line(opened):
