@@ -80,7 +80,7 @@ class Exposure(Scene):
             clips, evaluations = made_clips(arm, copy, steps, context, particles, seed)
             error = exposure.radius_error(clips)
             last, lost = float(error[:, -1].mean()), float((error[:, -1] > exposure.LOST).float().mean())
-            panel = {"kind": "plane", "title": arm, "colour": ARM_COLOURS[arm], "limit": 1.8, "trails": 0, "ring": 1}
+            panel = {"kind": "plane", "title": arm, "colour": ARM_COLOURS[arm], "limit": 1.6, "trails": 0, "ring": 1}
             panel |= {"points": pack.add_points(clips.transpose(0, 1)), "times": frames, "followed": [0, 1, 2]}
             panel |= {"exact": pack.add_points(truth.transpose(0, 1))} if context == TRUE else {}
             after_true = made_clips(arm, copy, steps, TRUE, particles, seed)[0]
@@ -145,15 +145,18 @@ def video_student(name):
 
 @cache
 def made_videos(name, steps, seed):
-    """One clip for each prompt, (2, 17, 16, 16), and how many evaluations of the network each took."""
+    """One clip for each prompt, (2, 17, 16, 16), evaluations a clip, share of frames with the balls asked for."""
+    from minianyflow.video_measures import physics
     from minianyflow.video_report import how_sampled, sample
 
     codec, prompts = video_parts()
     network = video_student(name)
     u = Counted(network)
     z = torch.randn(2, 5, 4, 4, 4, generator=generator(seed))
-    latents = sample(how_sampled(name), u, z, prompts, steps)
-    return codec.decode(latents), u.rows // 2
+    clips = codec.decode(sample(how_sampled(name), u, z, prompts, steps))
+    asked = torch.tensor([1, 2])  # balls, by the order of the prompts
+    right = physics(clips, asked)["count"] == asked[:, None]
+    return clips, u.rows // 2, float(right.float().mean())
 
 
 class Counted(EvaluationCounter):
@@ -183,12 +186,14 @@ class Video(Scene):
         panels = []
         for name in (whole, chunks):
             for steps in STEPS:
-                clips, evaluations = made_videos(name, steps, seed)
+                clips, evaluations, right = made_videos(name, steps, seed)
                 unit = " a chunk" if name == chunks else ""
                 title = f"{steps} step{'s' if steps > 1 else ''}{unit}"
                 panel = {"kind": "video", "title": title, "clips": pack.add_video(clips)}
-                panels.append(panel | {"measures": [["evaluations", str(evaluations)]]})
+                measures = [["balls as asked", f"{right:.0%}"], ["evaluations", str(evaluations)]]
+                panels.append(panel | {"measures": measures})
         note = "Above whole clips at once, below chunk by chunk, from the same noise. Asked for: one ball, two balls."
+        note += " Balls as asked: the share of frames in which that many are found."
         axis = time_axis(range(17), "frame", 0)
         return pack.scene(
             self.title, panels, axis, note=note, columns=len(STEPS), duration=2200, loop=True, position=0.5

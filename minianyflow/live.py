@@ -40,6 +40,7 @@ def app(first="race"):
 
     def show(name):
         if name not in built:
+            stage.children = [ipywidgets.Label(f"drawing {TITLES[name][3:]} (some seconds)")]
             try:
                 built[name] = scenes.open_scene(name).widget
             except Exception as problem:  # a class must see why, and can go on with another scene

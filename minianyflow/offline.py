@@ -19,10 +19,13 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <link rel="icon" href="data:,">
 <style>
-body {{ margin: 0 auto; max-width: 1800px; padding: 8px 16px; background: #fff; color: #1a1a1a; }}
-h1 {{ font: 600 26px/1.3 system-ui, sans-serif; margin: 8px 6px; }}
-.lm-player, .lm-choices {{ font-size: 20px !important; }}
 {style}
+body {{ margin: 0 auto; padding: 8px 16px; background: #fff; color: #1a1a1a; }}
+h1 {{ font: 600 calc(1.4 * var(--lm-size))/1.3 system-ui, sans-serif; margin: 8px 6px; }}
+body {{ --lm-size: clamp(17px, min(1.3vw, 2.3vh), 40px); }}
+.lm-player {{ max-width: max(640px, var(--lm-columns) * (100vh - 20em)); margin: 0 auto; }}
+@media (max-width: 640px) {{ .lm-panels {{ grid-template-columns: 1fr 1fr; }}
+  .lm-panels figure:last-child:nth-child(odd) {{ grid-column: 1 / -1; }} }}
 </style>
 </head>
 <body>
@@ -69,7 +72,7 @@ def write_pages(output="outputs/live", names=None, quiet=False):
     return [Path(output) / f"{name}.html" for name in names]
 
 
-def animate(page, path, frames=36, size=(1180, 700), colours=32, milliseconds=100):
+def animate(page, path, frames=36, size=(1180, 700), colours=64, milliseconds=100):
     """A looping GIF of an offline page, from noise to data: every frame a picture taken in the browser."""
     from PIL import Image
 
@@ -80,15 +83,16 @@ def animate(page, path, frames=36, size=(1180, 700), colours=32, milliseconds=10
     with chromium() as browser, watched(browser, dict(zip(("width", "height"), size, strict=True))) as tab:
         tab.goto(Path(page).resolve().as_uri())
         tab.wait_for_selector(READY)
-        tab.add_style_tag(content=".lm-player { font-size: 16px !important; }")
+        tab.add_style_tag(content="body { --lm-size: 17px; }")
         pictures = []
         for frame in range(frames):
             now = frame / (frames - 1)
             tab.evaluate("(to) => player.seek(to)", now)
             tab.wait_for_function("(to) => player.root.dataset.position == to", arg=f"{now:.4f}")
             pictures.append(Image.open(BytesIO(tab.locator(".lm-player").screenshot())).convert("RGB"))
-    palette = pictures[frames // 2].quantize(colours, dither=Image.Dither.NONE)  # one for all: no pixel flickers
-    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    method, plain = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE  # white stays white
+    palette = pictures[-1].quantize(colours, method, dither=plain)  # one for all: no pixel flickers
+    pictures = [picture.quantize(palette=palette, dither=plain) for picture in pictures]
     first, *rest = pictures
     durations = [1200] + [milliseconds] * (frames - 2) + [2500]
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from minianyflow.students import STUDENTS, load_student, sample
 from toy_data import plane
 
 FINE = 64  # steps of the exact paths; the times of the triangle lie on this grid
-LIMIT, TRAILS, FOLLOWED = 2.6, 90, 6
+LIMIT, TRAILS, FOLLOWED = 2.4, 90, 6
 SEEDS = list(range(10))
 DATASETS = ["spiral", "ring8"]  # those that committed students know
 
@@ -39,8 +39,10 @@ def noise(count, seed):
 
 @cache
 def exact_paths(dataset, count, seed):
-    """The exact flow of those noises at FINE + 1 times, (FINE + 1, count, 2)."""
-    return sample_ode(plane.load(dataset).velocity, noise(count, seed), time_grid(FINE))
+    """The exact flow of those noises at FINE + 1 times, (FINE + 1, count, 2), and the solver's evaluations."""
+    u = EvaluationCounter(tangent_of(dataset))
+    paths = sample_ode(lambda z, t: u(z, t, t), noise(count, seed), time_grid(FINE))
+    return paths, u.rows // count
 
 
 @cache
@@ -76,6 +78,11 @@ def plane_panel(pack, title, colour, path, times, exact_end, evaluations, data=N
     return panel | ({"exact": pack.add_points(exact)} if exact is not None else {})
 
 
+def triangle_panel(title, colour, chain, drag=False):
+    """A chain of times in the triangle, dots to be dragged or not."""
+    return {"kind": "triangle", "title": title, "colour": colour, "chain": chain, "snap": FINE, "drag": drag}
+
+
 class Race(Scene):
     """Same noise, exact flow, Euler, flow map, consistency; 1 to 128 steps."""
 
@@ -93,9 +100,10 @@ class Race(Scene):
 
     def draw(self, pack, particles, steps, dataset, flow_map, seed):
         """Four panels."""
-        z, exact, data = noise(particles, seed), exact_paths(dataset, particles, seed), reference(dataset, particles)
+        z, data = noise(particles, seed), reference(dataset, particles)
+        exact, solver = exact_paths(dataset, particles, seed)
         fine, times = time_grid(FINE), time_grid(steps)
-        panels = [plane_panel(pack, "exact flow", COLOURS["exact"], exact, fine, exact[-1], "solver's", data)]
+        panels = [plane_panel(pack, "exact flow", COLOURS["exact"], exact, fine, exact[-1], solver, data)]
         for method in ("euler", flow_map, "consistency"):
             network = None if method == "euler" else EvaluationCounter(student(method, dataset))
             path = sample(method, network, dataset, z, steps, seed)
@@ -143,32 +151,26 @@ class Triangle(Scene):
     def draw(self, pack, particles, jumps, start, target, method, dataset, seed):
         """The triangle, the learned jumps, the exact flow."""
         chain = check_chain(self.chain or spread(start, target, jumps))
-        whole = exact_paths(dataset, particles, seed)
+        whole, solver = exact_paths(dataset, particles, seed)
         first, last = (round(FINE * (1 - time)) for time in (chain[0], chain[-1]))
         exact, between = whole[first : last + 1], time_grid(FINE)[first : last + 1]
         u = EvaluationCounter(tangent_of(dataset) if method == "euler" else student(method, dataset))
         with torch.no_grad():
             path = rollout(u, exact[0], torch.tensor(chain))
         colour, count = COLOURS[method], u.rows // particles
-        dots = {
-            "kind": "triangle",
-            "title": "drag the dots",
-            "colour": colour,
-            "chain": chain,
-            "snap": FINE,
-            "drag": True,
-        }
-        dots["measures"] = [
-            ["times", " > ".join(f"{time:.2f}" for time in chain)] if len(chain) < 6 else ["jumps", str(len(chain) - 1)]
-        ]
+        dots = triangle_panel("drag the dots", colour, chain, drag=True)
+        short = len(chain) < 6  # all times fit below
+        dots["measures"] = [["times", " > ".join(f"{time:.2f}" for time in chain)] if short else ["jumps", str(count)]]
         learned = f"{LABELS[method].replace(chr(10), ' ')}: {count} jump{'s' * (count > 1)}"
         panels = [
             dots,
             plane_panel(pack, learned, colour, path, chain, exact[-1], count, exact=exact),
-            plane_panel(pack, "exact flow", COLOURS["exact"], exact, between, exact[-1], "solver's"),
+            plane_panel(pack, "exact flow", COLOURS["exact"], exact, between, exact[-1], f"{solver} from 1 to 0"),
         ]
         stops = between[:: max(1, len(between) // 32)].tolist()
-        return pack.scene(self.title, panels, time_axis([*stops, chain[-1]] if stops[-1] != chain[-1] else stops))
+        note = "A dot is a jump. All start from exact states. Thick grey: the exact flow of six. Grey dots: its ends."
+        axis = time_axis([*stops, chain[-1]] if stops[-1] != chain[-1] else stops)
+        return pack.scene(self.title, panels, axis, note=note)
 
 
 class BackwardSimulation(Scene):
@@ -196,7 +198,7 @@ class BackwardSimulation(Scene):
     def draw(self, pack, particles, steps, kept, method, dataset, seed):
         """The jumps in the triangle, both rollouts, the gradient through every jump."""
         kept = min(kept, steps - 1)
-        z, exact = noise(particles, seed), exact_paths(dataset, particles, seed)
+        z, (exact, _) = noise(particles, seed), exact_paths(dataset, particles, seed)
         network, all_times = student(method, dataset), time_grid(steps)
         whole, few = EvaluationCounter(network), EvaluationCounter(network)
         number, step = torch.full((particles,), steps), torch.full((particles,), kept)
@@ -207,8 +209,8 @@ class BackwardSimulation(Scene):
         moving = [0, *(k + 1 for k in range(3) if times[k] > times[k + 1])]
         simulated, times = simulated[moving], times[moving]
         colour, grey = COLOURS[method], "#777777"
-        dots = {"kind": "triangle", "title": f"N = {steps}, g = {kept}", "colour": colour, "chain": times.tolist()}
-        dots |= {"dots": [list(pair) for pair in pairwise(all_times.tolist())], "snap": FINE, "drag": False}
+        dots = triangle_panel(f"N = {steps}, g = {kept}", colour, times.tolist())
+        dots["dots"] = [list(pair) for pair in pairwise(all_times.tolist())]
         dots["measures"] = [["grey", f"the {steps} steps"], ["coloured", f"the {len(times) - 1} jumps"]]
         evaluations = [each.rows // particles for each in (whole, few)]
         panels = [
@@ -217,9 +219,10 @@ class BackwardSimulation(Scene):
             plane_panel(
                 pack, f"{len(times) - 1} jumps", colour, simulated, times, exact[-1], evaluations[1], exact=exact
             ),
-            gradient_panel(network, dataset, seed, {colour + "66": times, "#444444": all_times}),
+            gradient_panel(network, dataset, seed, {"#444444": all_times, colour + "55": times}),
         ]
         note = "Bars: the on-policy gradient (its norm) that reaches the weights through each evaluation; 128 samples."
+        note += f" Dark: all {steps} steps. Coloured: the {len(times) - 1} jumps. Thick grey: the exact flow."
         return pack.scene(self.title, panels, time_axis(time_grid(32)), note=note)
 
 
@@ -264,7 +267,7 @@ def gradients(network, mixture, z, times, seed=0):
 
 
 def gradient_panel(network, dataset, seed, rollouts):
-    """Bars of the gradient through every jump of some rollouts, {colour: times}."""
+    """Bars of the gradient through every jump of some rollouts, {colour: times}; the last is drawn above the others."""
     bars = []
     for colour, times in rollouts.items():
         norms = gradients(network, plane.load(dataset), noise(128, seed), times, seed)
@@ -272,13 +275,7 @@ def gradient_panel(network, dataset, seed, rollouts):
             bars.append({"from": t, "to": r, "height": height, "colour": colour})
     top = 1.1 * max(bar["height"] for bar in bars)
     ticks = [0, float(f"{top / 2:.1g}"), float(f"{top / 1.1:.1g}")]
-    panel = {
-        "kind": "chart",
-        "title": "gradient through each jump",
-        "xlabel": "t",
-        "times": [1, 0.5, 0],
-        "ticks": ticks,
-    }
-    of_jumps = [bar["height"] for bar in bars if bar["colour"] == next(iter(rollouts))]
-    measures = [["largest jump's share", f"{max(of_jumps) / sum(of_jumps):.0%}"]]
-    return panel | {"limits": [0, max(top, ticks[-1])], "bars": bars, "aspect": 1, "measures": measures}
+    panel = {"kind": "chart", "title": "gradient through each jump", "xlabel": "t", "times": [1, 0.5, 0], "aspect": 1}
+    panel |= {"ticks": ticks, "limits": [0, max(top, ticks[-1])], "bars": bars}
+    of_jumps = [bar["height"] for bar in bars if bar["colour"] == list(rollouts)[-1]]
+    return panel | {"measures": [["largest jump's share", f"{max(of_jumps) / sum(of_jumps):.0%}"]]}

@@ -79,7 +79,7 @@ class Pack:
         """The JSON of a scene.
 
         axis: {"label", "from", "to", "stops", "digits"}, what is scrubbed; `stops` are where arrow keys halt.
-        more: `note`, a line below; `columns` or `widths` of the grid of panels; `position` to begin at, 0 to 1;
+        more: `note`, a line below; `columns` of the grid of panels; `position` to begin at, 0 to 1;
         `duration` in milliseconds; `loop`.
         """
         for panel in panels:

@@ -6,6 +6,7 @@ such values into what the player shows and touches no widget: so it is tested, e
 
 import base64
 import contextlib
+import html
 import itertools
 import sys
 import traceback
@@ -111,7 +112,7 @@ class Scene:
             self.message.value = ""
         except Exception as problem:
             self.errors.append(problem)
-            self.message.value = f'<pre class="lm-error">{type(problem).__name__}: {_escaped(problem)}</pre>'
+            self.message.value = f'<pre class="lm-error">{type(problem).__name__}: {html.escape(str(problem))}</pre>'
             traceback.print_exc(file=sys.stderr)
             raise
 
@@ -160,8 +161,8 @@ def dropdown(label, options, value=None):
 
 
 def slider(label, options, value):
-    """A control that slides along `options`."""
-    options = [(str(each), each) for each in options]
+    """A control that slides along `options`, numbers."""
+    options = [(f"{each:.3g}", each) for each in options]
     return ipywidgets.SelectionSlider(options=options, value=value, description=label, layout=WIDE, style=STYLE)
 
 
@@ -181,9 +182,3 @@ def _expected(control):
     if options:
         return "one of " + ", ".join(repr(each[1]) for each in options)
     return f"{control.min} to {control.max}" if hasattr(control, "max") else "another value"
-
-
-def _escaped(problem):
-    import html
-
-    return html.escape(str(problem))

@@ -14,6 +14,7 @@ from minianyflow.player import unpacked
 PANEL, CLIPS, GAP, LINE = 290, 210, 14, 22  # pixels: wide a panel, wide a panel of videos, between them, a line of text
 SMOOTH = 2  # a panel is drawn so many times larger, for smooth edges
 INK, GREY = "#1a1a1a", "#777777"
+EXPOSED = "This picture shows all frames of a clip at once, later ones brighter."
 
 
 def still_png(scene, payload, colours=64):
@@ -24,13 +25,16 @@ def still_png(scene, payload, colours=64):
 
 
 def still(scene, payload):
-    """A picture of a scene at the time it ends with; panels and measures as in the player. Video: a long exposure."""
+    """A picture of a scene at its last time; panels, measures and note as in the player. Video: a long exposure."""
     panels, columns = scene["panels"], scene.get("columns", len(scene["panels"]))
     tiles = [_PANELS[panel["kind"]](panel, lambda name: unpacked(scene, payload, name)) for panel in panels]
     wide, tall = (max(each) for each in zip(*(tile.size for tile in tiles), strict=True))
     lines = max(len(panel.get("measures", [])) for panel in panels)
-    row = tall + LINE * (lines + 1) + GAP
-    size = (columns * (wide + GAP) + GAP, 2 * LINE + -(-len(panels) // columns) * row)
+    row, width = tall + LINE * (lines + 1) + GAP, columns * (wide + GAP) + GAP
+    exposed = [EXPOSED] if any(panel["kind"] == "video" for panel in panels) else []
+    note = _wrapped(" ".join([scene.get("note", ""), *exposed]), width - 2 * GAP, 15)
+    below = 2 * LINE + -(-len(panels) // columns) * row  # where the note begins
+    size = (width, below + (len(note) * LINE + GAP if note else 0))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     _text(pen, size[0] / 2, LINE, scene["title"], 20)
@@ -40,11 +44,25 @@ def still(scene, payload):
         sheet.paste(tile, (left, top + LINE))
         for line, words in enumerate(panel.get("measures", [])):
             _text(pen, left + wide / 2, top + LINE * (line + 1.5) + tall, ": ".join(words), 15)
+    for line, words in enumerate(note):
+        _text(pen, GAP, below + LINE * (line + 0.5), words, 15, "lm")
     return sheet
 
 
 def _text(pen, x, y, words, size, anchor="mm", colour=INK):
     pen.text((x, y), words, colour, ImageFont.load_default(size), anchor)
+
+
+def _wrapped(words, width, size):
+    """Lines of words, each at most `width` pixels."""
+    lines, font = [], ImageFont.load_default(size)
+    for word in words.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _canvas(width, height):
@@ -91,7 +109,7 @@ def _plane(panel, array):
     return image.reduce(SMOOTH)
 
 
-def _axes(top, left=52, bottom=44):
+def _axes(top, left=54, bottom=48):
     """An empty panel, its pen, and where the unit square's point (a, b) lies in it."""
     image, pen = _canvas(PANEL, PANEL)
     wide, tall = PANEL - left - 14, PANEL - top - bottom
@@ -101,10 +119,10 @@ def _axes(top, left=52, bottom=44):
 
     def ticks(below, beside, label):
         for a, words in below:
-            _text(pen, placed(a, 0)[0], placed(a, 0)[1] + 18, words, 14 * SMOOTH)
+            _text(pen, placed(a, 0)[0], placed(a, 0)[1] + 32, words, 14 * SMOOTH)
         for b, words in beside:
-            _text(pen, placed(0, b)[0] - 10, placed(0, b)[1], words, 14 * SMOOTH, "rm")
-        _text(pen, placed(0.5, 0)[0], placed(0, 0)[1] + 58, label, 15 * SMOOTH)
+            _text(pen, placed(0, b)[0] - 16, placed(0, b)[1], words, 14 * SMOOTH, "rm")
+        _text(pen, placed(0.5, 0)[0], placed(0, 0)[1] + 72, label, 15 * SMOOTH)
 
     return image, pen, placed, ticks
 
@@ -142,8 +160,16 @@ def _chart(panel, array):
     pen.line([placed(0, 1), placed(0, 0), placed(1, 0)], GREY, 3)
     for bar in panel.get("bars", []):
         (x1, x2), b = sorted(placed(across(bar[end]), 0)[0] for end in ("from", "to")), float(up(bar["height"]))
-        keep = int(bar["colour"][7:] or "ff", 16) / 255  # PNGs of few colours have no half-transparent ones
-        pen.rectangle((x1 + 2, placed(0, b)[1], max(x1 + 4, x2 - 2), placed(0, 0)[1]), _pale(bar["colour"], keep))
+        keep = int(bar["colour"][7:] or "ff", 16) / 255
+        box = (x1 + 2, placed(0, b)[1], max(x1 + 4, x2 - 2), placed(0, 0)[1])
+        if keep < 1:  # half-transparent, with a rim that is not
+            shade = Image.new("RGB", image.size, bar["colour"][:7])
+            mask = Image.new("L", image.size)
+            ImageDraw.Draw(mask).rectangle(box, round(255 * keep))
+            image.paste(shade, mask=mask)
+            pen.rectangle(box, outline=bar["colour"][:7], width=4)
+        else:
+            pen.rectangle(box, bar["colour"])
     for row, line in enumerate(lines):
         heights = up(array(line["points"]))
         _dashed(pen, [placed(across(time), b) for time, b in zip(line["times"], heights, strict=True)], line)

@@ -29,6 +29,7 @@ PIXELS = "() => [...document.querySelectorAll('.lm-player canvas')].map((each) =
 PLAYER, RANGE, CHOICES = ".lm-player", ".lm-bar input[type=range]", ".lm-choices select"
 CONTROLS = ".widget-dropdown, .widget-hslider, .widget-checkbox, .widget-toggle-buttons"
 LABELS = "print(*(control.description for control in _.controls.values()), sep='|')"  # _: what the cell before showed
+MARKED = "document.querySelector('.lm-player').dataset.old = '1'"
 RACE = "from minianyflow import scenes\nscene = scenes.race()\n"
 
 # Nothing more is coming: the screen was drawn three times, ours not once, and the kernel, if there is one, is idle.
@@ -242,7 +243,7 @@ def test_notebook_0_opens_with_its_scene_and_recovers_from_a_kernel_restart(brow
         before = seen(page)
         controls(page)[0].move()
         assert redrawn(page, before)
-        page.evaluate(f"document.querySelector('{PLAYER}').dataset.old = '1'")
+        page.evaluate(MARKED)
         run_cells(page, restart=True)
         page.wait_for_selector(f"{READY}:not([data-old])")
         page.wait_for_selector(f"{PLAYER}[data-old]", state="detached")
@@ -293,17 +294,61 @@ def test_a_page_offers_what_changes_the_picture_and_no_more(browser, pages):
         is_well(page)
 
 
+# How tall every word on a canvas is drawn, in pixels of the window.
+WRITTEN = """() => {
+  window.written = [];
+  const pen = CanvasRenderingContext2D.prototype, fillText = pen.fillText;
+  pen.fillText = function (...words) {
+    const { a, b } = this.getTransform();
+    window.written.push((parseFloat(this.font) * Math.hypot(a, b)) / window.devicePixelRatio);
+    return fillText.apply(this, words);
+  };
+}"""
+# The smallest words beside the canvases, what is cut off inside its box, and how far down the player reaches.
+SEEN = """() => {
+  const all = [...document.querySelectorAll(".live *")].filter((each) => each.offsetParent && each.clientWidth);
+  const says = (each) => [...each.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+  const size = (each) => parseFloat(getComputedStyle(each).fontSize);
+  const tight = (each) => each.scrollWidth > each.clientWidth + 1 || each.scrollHeight > each.clientHeight + 2;
+  const cuts = (each) => getComputedStyle(each).overflow !== "visible" && !each.matches("select, input");
+  return {
+    smallest: Math.min(...window.written, ...all.filter(says).map(size)),
+    cut: all.filter((each) => cuts(each) && tight(each)).map((each) => `${each.className}: ${each.textContent}`),
+    bottom: document.querySelector(".lm-player").getBoundingClientRect().bottom,
+    right: document.documentElement.scrollWidth,
+  };
+}"""
+
+
+def fits(page, name):
+    """On projectors, small and large: all is inside the window, and no word is smaller than 1/50 of its height."""
+    usual = page.viewport_size
+    for size in ((1280, 720), (1280, 800), (1920, 1080)):
+        page.evaluate("window.written = []")
+        page.set_viewport_size(dict(zip(("width", "height"), size, strict=True)))
+        page.evaluate(SETTLED)
+        found = page.evaluate(SEEN)
+        assert found["smallest"] >= size[1] / 50, (name, size, found)
+        assert found["bottom"] <= size[1], (name, size, found)
+        assert found["right"] <= size[0], (name, size, found)
+        assert found["cut"] == [], (name, size)
+    page.set_viewport_size(usual)
+
+
 def test_the_app_shows_every_scene(browser):
     with serve("race") as (address, _), watched(browser) as page:
+        page.add_init_script(f"({WRITTEN})()")
         page.goto(address)
         page.wait_for_selector(READY)
         before = seen(page)
         control = controls(page)[1]  # the first is the menu of scenes
         control.move()
         assert redrawn(page, before), control.label
-        for title in list(TITLES.values())[1:]:
-            before = seen(page)
+        fits(page, "race")
+        for name, title in list(TITLES.items())[1:]:
+            page.evaluate(MARKED)
             page.click(f"button:has-text('{title[3:]}')")
-            assert redrawn(page, before), title
+            page.wait_for_selector("[data-old]", state="detached")
             page.wait_for_selector(READY)
+            fits(page, name)
         is_well(page)

@@ -69,6 +69,7 @@ def test_the_app_has_every_scene_and_builds_only_what_is_shown(monkeypatch):
     assert opened == ["race", "triangle"]  # and what was built is kept
 
     def fails(name):
+        assert "drawing Video" in stage.children[0].value  # what is seen meanwhile
         raise ValueError("weights are missing")
 
     monkeypatch.setattr(scenes, "open_scene", fails)

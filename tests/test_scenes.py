@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import statistics
 import time
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minianyflow import clip_scenes, course, exposure, plane_scenes, scenes
+from minianyflow import clip_scenes, course, exposure, palette, plane_scenes, scenes
 from minianyflow.demo import load_student, sample
 from minianyflow.errors import InputError
 from minianyflow.flow_map import rollout
@@ -88,6 +89,20 @@ def test_a_scene_leaves_a_small_picture(name, opened):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_colours_are_those_of_the_palette(name, opened):
+    def colours(told):
+        if isinstance(told, dict):
+            yield from ([told["colour"]] if "colour" in told else [])
+        for each in told.values() if isinstance(told, dict) else told if isinstance(told, list) else ():
+            yield from colours(each)
+
+    found = {colour[:7] for colour in colours(opened(name).player.scene)}
+    assert found or name == "video"
+    greys = {f"#{two * 3}" for two in ("44", "77")}
+    assert found <= {*palette.COLOURS.values()} | greys
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_offline_page_holds_every_choice_within_three_megabytes(name, opened):
     scene = opened(name)
     page, payload = scene.payloads()
@@ -132,6 +147,38 @@ def test_an_error_in_a_callback_is_shown_kept_and_raised(name, opened, monkeypat
     scene.errors.clear()
 
 
+QUOTED = [  # (scene, the controls moved, (panel, measure) as the page for instructors quotes it)
+    ("race", {"steps": 1}, [(1, "path error"), (2, "path error"), (3, "path error")]),
+    ("race", {"steps": 2}, [(2, "path error"), (3, "sliced W2 to data"), (0, "evaluations")]),
+    ("race", {"steps": 16}, [(1, "path error"), (2, "path error")]),
+    ("race", {"steps": 64}, [(1, "path error"), (3, "sliced W2 to data")]),
+    ("triangle", {"jumps": 4}, [(1, "path error")]),
+    ("backward_simulation", {}, [(1, "path error"), (2, "path error"), (3, "largest jump's share")]),
+    ("backward_simulation", {"steps": 50}, [(1, "path error"), (2, "path error"), (3, "largest jump's share")]),
+    ("exposure", {}, [(0, "radius error, last frame"), (1, "over that after true frames")]),
+    ("exposure", {"context": clip_scenes.TRUE}, [(0, "radius error, last frame"), (1, "radius error, last frame")]),
+    ("exposure", {"steps": 4}, [(0, "radius error, last frame"), (1, "radius error, last frame")]),
+    ("exposure", {"copy": 2}, [(0, "radius error, last frame"), (1, "over that after true frames")]),
+]
+
+
+@pytest.mark.parametrize(("name", "moved", "quoted"), QUOTED)
+def test_the_page_for_instructors_quotes_what_is_shown(name, moved, quoted, opened):
+    page = (course.NOTEBOOKS / "INSTRUCTOR.md").read_text()
+    place = list(scenes.SCENES).index(name) + 1
+    section = page.split(f"### {place}. ")[1].split("### ")[0]
+    numbers = [(float(each), len(each.partition(".")[2])) for each in re.findall(r"\d*\.\d+|\d+(?=%| eval)", section)]
+    scene = opened(name)
+    held = scene.state()
+    for control, value in moved.items():
+        scene.set(control, value)
+    for panel, measure in quoted:
+        told = float(measures(scene, panel)[measure].removesuffix("%"))
+        assert any(abs(told - each) < 0.51 * 0.1**digits for each, digits in numbers), (panel, measure, told)
+    for control in moved:
+        scene.set(control, held[control])
+
+
 def test_bad_names_and_values_are_one_clear_line(opened):
     with pytest.raises(InputError, match=r"unknown scene 'races'.*'race'"):
         scenes.open_scene("races")
@@ -163,6 +210,17 @@ def test_the_race_shows_the_samplers_of_the_demo(dataset, steps):
         assert float(told["path error"]) == pytest.approx(path_error(path[-1], exact), abs=2e-3)
         assert float(told["sliced W2 to data"]) == pytest.approx(sliced_w2(path[-1], data), abs=6e-4)
         assert told["evaluations"] == str(steps)
+
+
+def test_the_exact_flow_says_what_its_solver_evaluated(monkeypatch):
+    spiral, calls = plane.load("spiral"), []
+    velocity = spiral.velocity
+    plane_scenes.exact_paths.cache_clear()
+    monkeypatch.setattr(plane_scenes.plane, "load", lambda name: spiral)
+    monkeypatch.setattr(spiral, "velocity", lambda z, t: calls.append(len(z)) or velocity(z, t), raising=False)
+    _, evaluations = plane_scenes.exact_paths("spiral", 100, 0)
+    assert calls == [100] * evaluations
+    assert evaluations > 50
 
 
 def test_exact_paths_are_computed_once(monkeypatch):
@@ -220,7 +278,10 @@ def test_backward_simulation_stands_for_the_rollout_it_names():
     assert [measures(scene, panel)["evaluations"] for panel in (1, 2)] == ["8", "3"]
     times = backward_simulation_times(number[:1], step[:1])[:, 0].tolist()
     assert scene.player.scene["panels"][0]["chain"] == pytest.approx(times)
-    assert len(scene.player.scene["panels"][3]["bars"]) == 8 + 3
+    bars = scene.player.scene["panels"][3]["bars"]
+    assert [len(bar["colour"]) for bar in bars] == [7] * 8 + [9] * 3  # the jumps' above, half-transparent
+    heights = [bar["height"] for bar in bars[8:]]
+    assert measures(scene, 3)["largest jump's share"] == f"{max(heights) / sum(heights):.0%}"
     scene.set("kept", 0)  # the first jump has no length then
     assert measures(scene, 2)["evaluations"] == "2"
     assert array(scene, 2).shape[0] == 3
@@ -266,6 +327,7 @@ def test_exposure_shows_clips_after_their_own_frames_or_true_ones():
 
 @pytest.mark.slow
 def test_video_shows_what_the_report_samples(opened):
+    from minianyflow.video_measures import FOUND, find_balls
     from minianyflow.video_report import how_sampled
     from minianyflow.video_report import sample as sample_video
     from minianyflow.video_stages import WEIGHTS, path_of
@@ -282,6 +344,12 @@ def test_video_shows_what_the_report_samples(opened):
             assert (array(scene, panel, "clips") - video).abs().max() < 0.04  # 16 shades
     counted = [int(measures(scene, panel)["evaluations"]) for panel in range(10)]
     assert counted == [1, 2, 4, 8, 16, 5, 8, 14, 26, 50]  # chunk by chunk: three chunks, and two are remembered
+    _, amplitudes, _ = find_balls(video)  # four steps a chunk
+    right = (amplitudes > FOUND).sum(2) == torch.tensor([[1], [2]])
+    assert measures(scene, 7)["balls as asked"] == f"{float(right.float().mean()):.0%}"
+    scene.set("whole", "teacher")
+    assert measures(scene, 0)["balls as asked"] != "100%"  # one Euler step: fog
+    scene.set("whole", "on_policy")
 
 
 def test_a_saved_notebook_keeps_the_picture_and_no_widget_that_is_gone(opened):

@@ -81,6 +81,31 @@ def test_bars_and_lines_have_their_heights():
     assert covered[2] == pytest.approx(covered[0] * 2 / 12, rel=0.4)
 
 
+def test_bars_above_others_let_them_be_seen():
+    bars = [
+        {"from": 1.0, "to": 0.0, "height": height, "colour": colour}
+        for height, colour in ((0.5, "#444444"), (1, "#0072b255"))
+    ]
+    panel = {"kind": "chart", "xlabel": "t", "times": [1, 0.5, 0], "ticks": [0, 1], "limits": [0, 1], "bars": bars}
+    pixels = drawn(panel)[: stills.PANEL]
+    assert near(at(pixels, 0.6, 0.8), stills._pale("#0072b2", 1 / 3))
+    blended = [round(0x44 * 2 / 3 + part / 3) for part in BLUE]
+    assert near(at(pixels, 0.6, 0.3), blended)
+    assert not near(blended, stills._pale("#0072b2", 1 / 3))
+
+
+def test_the_note_is_below_and_stays_inside():
+    words = "every word of a note is there "
+    pack = Pack()
+    panel = {"kind": "triangle", "title": "", "colour": "#0072b2", "chain": [1, 0]}
+    scenes = [pack.scene("", [panel], time_axis([1, 0]), note=words * times) for times in (0, 1, 4)]
+    none, one, four = (np.asarray(stills.still(scene, b"")) for scene in scenes)
+    assert len(none) < len(one) < len(four)
+    assert (none == one[: len(none)]).all()
+    assert (four[len(none) :] < 128).sum() > 2.5 * (one[len(none) :] < 128).sum() > 0
+    assert (four[len(none) :, -stills.GAP // 2 :] == 255).all()  # no line reaches the edge
+
+
 def test_later_frames_of_a_video_are_brighter():
     clips = np.zeros((2, 3, 4, 4))
     clips[0, 0, 0, 0] = clips[0, 2, 3, 3] = clips[1, 1, 0, 3] = 1.0

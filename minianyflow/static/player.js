@@ -8,6 +8,7 @@
 // data-drawn (a hash of where everything was drawn), data-position (0 to 1), data-serial (of the scene), data-error.
 
 const PLAYING = 5000; // milliseconds from one end to the other
+const SMALLEST = 17; // font size of the player, in pixels, for which the sizes below are meant
 const PROGRESS = 65000; // the whole way, in the units of when a pixel of a trail appears
 
 function rgb(colour) {
@@ -165,7 +166,7 @@ class Plane {
   }
 }
 
-// ---- pictures drawn with the canvas' own means; width and height in CSS pixels, text no smaller than 16
+// ---- pictures drawn with the canvas' own means; width and height in CSS pixels at the smallest size of text, 16
 
 class Sketch {
   constructor(spec, arrays, player) {
@@ -187,12 +188,16 @@ class Sketch {
     context.setLineDash([]);
   }
 
-  text(words, x, y, align = "center", colour = "#1a1a1a", turn = 0) {
+  text(words, x, y, align = "center", colour = "#1a1a1a", turn = 0, rim = null) {
     const { context } = this;
     context.save();
     context.translate(x, y);
     context.rotate(turn);
     context.textAlign = align;
+    if (rim) {
+      Object.assign(context, { strokeStyle: rim, lineWidth: 5, lineJoin: "round" });
+      context.strokeText(words, 0, 0);
+    }
     context.fillStyle = colour;
     context.fillText(words, 0, 0);
     context.restore();
@@ -227,7 +232,7 @@ class Triangle extends Sketch {
 
   prepare(...arguments_) {
     super.prepare(...arguments_);
-    const left = 62, bottom = 46, top = 26, right = 14;
+    const left = 68, bottom = 54, top = 26, right = 14;
     this.side = Math.min(this.width - left - right, this.height - top - bottom);
     this.x = (t) => left + t * this.side;
     this.y = (r) => top + (1 - r) * this.side;
@@ -285,18 +290,18 @@ class Triangle extends Sketch {
     const { x, y, chain, spec } = this, colour = spec.colour;
     this.path([[x(0), y(0)], [x(1), y(1)], [x(1), y(0)], [x(0), y(0)]], "#777777", 1.5);
     for (const tick of [0, 0.5, 1]) {
-      this.text(String(tick), x(tick), y(0) + 14);
-      this.text(String(tick), x(0) - 10, y(tick), "right");
+      this.text(String(tick), x(tick), y(0) + 22);
+      this.text(String(tick), x(0) - 14, y(tick), "right");
     }
-    this.text("from t (1 is noise)", x(0.5), y(0) + 34);
-    this.text("to r", x(0) - 48, y(0.5), "center", "#1a1a1a", -Math.PI / 2);
-    this.text("diffusion", x(0.34), y(0.34) - 16, "center", "#555555", -Math.PI / 4);
-    this.text("consistency: r = 0", x(0.56), y(0) - 13, "center", "#555555");
+    this.text("from t (1 is noise)", x(0.5), y(0) + 42);
+    this.text("to r", x(0) - 54, y(0.5), "center", "#1a1a1a", -Math.PI / 2);
     for (const [t, r] of spec.dots || []) this.dot(x(t), y(r), 4, spec.dots_colour || "#999999");
     const stairs = [];
     for (let i = 0; i + 1 < chain.length; i++) stairs.push([x(chain[i]), y(chain[i])], [x(chain[i]), y(chain[i + 1])], [x(chain[i + 1]), y(chain[i + 1])]);
     this.path(stairs, colour, 2.5);
     if (at <= 1 && at >= 0) this.path([[x(at), y(0)], [x(at), y(at)]], "#000000", 1.5, [4, 4]);
+    this.text("diffusion", x(0.34), y(0.34) - 16, "center", "#555555", -Math.PI / 4, "#ffffff");
+    if (!spec.dots) this.text("consistency: r = 0", x(0.56), y(0) - 16, "center", "#555555", 0, "#ffffff");
     for (let i = 0; i + 1 < chain.length; i++) {
       this.dot(x(chain[i]), y(chain[i + 1]), spec.drag ? 10 : 7, colour, i === this.chosen && spec.drag ? "#000000" : "#ffffff");
       hash.add(Math.round(4096 * chain[i]) * 65536 + Math.round(4096 * chain[i + 1]));
@@ -329,11 +334,11 @@ class Chart extends Sketch {
     for (const tick of spec.times) this.text(String(tick), x(tick), bottom + 14);
     this.text(spec.xlabel, (left + right) / 2, bottom + 34);
     this.path([[left, top], [left, bottom], [right, bottom]], "#777777", 1);
-    for (const { from, to, height, colour, label } of spec.bars || []) {
+    for (const { from, to, height, colour } of spec.bars || []) {
       const [a, b] = [x(from), x(to)].sort((one, other) => one - other);
-      context.fillStyle = colour;
+      Object.assign(context, { fillStyle: colour, strokeStyle: colour.slice(0, 7), lineWidth: 2 }); // a rim shows through others
       context.fillRect(a + 1, y(height), Math.max(2, b - a - 2), bottom - y(height));
-      if (label) this.text(label, (a + b) / 2, y(height) - 10);
+      if (colour.length > 7) context.strokeRect(a + 1, y(height), Math.max(2, b - a - 2), bottom - y(height));
       hash.add(Math.round(y(height)));
     }
     let row = 0;
@@ -439,15 +444,16 @@ export function mountPlayer(element, content, options = {}) {
     waiting = 0;
     if (!scene || !panels.clientWidth) return;
     const began = performance.now(), ratio = window.devicePixelRatio || 1, hash = new Hash();
+    const unit = parseFloat(getComputedStyle(root).fontSize) / SMALLEST; // what is drawn grows with the words around it
     const at = player.axis.from + position * (player.axis.to - player.axis.from);
     for (const part of parts) {
       const wide = part.canvas.clientWidth, size = Math.max(1, Math.round(wide * ratio));
-      if (part.size !== size || part.ratio !== ratio) {
+      if (part.size !== size || part.ratio !== ratio || part.unit !== unit) {
         const tall = Math.max(1, Math.round(size * part.aspect));
         Object.assign(part.canvas, { width: size, height: tall });
         part.canvas.style.aspectRatio = `${size} / ${tall}`;
-        part.drawing.prepare(part.canvas.getContext("2d", { willReadFrequently: true }), size, ratio, tall);
-        Object.assign(part, { size, ratio });
+        part.drawing.prepare(part.canvas.getContext("2d", { willReadFrequently: true }), size, ratio * unit, tall);
+        Object.assign(part, { size, ratio, unit });
       }
       part.drawing.draw(at, position, hash);
       part.canvas.dataset.frames = String(frames + 1);
@@ -466,8 +472,7 @@ export function mountPlayer(element, content, options = {}) {
     player.axis = told.axis;
     const old = parts, same = old.length === told.panels.length && old.every((part, k) => part.kind === told.panels[k].kind);
     if (!same) panels.replaceChildren();
-    panels.style.gridTemplateColumns = `repeat(${told.columns || told.panels.length}, minmax(0, 1fr))`;
-    if (told.widths) panels.style.gridTemplateColumns = told.widths.map((width) => `minmax(0, ${width}fr)`).join(" ");
+    root.style.setProperty("--lm-columns", told.columns || told.panels.length);
     parts = told.panels.map((spec, k) => {
       const Kind = KINDS[spec.kind];
       if (!Kind) throw new Error(`a panel of kind ${spec.kind}; known: ${Object.keys(KINDS).join(", ")}`);
