@@ -124,8 +124,8 @@ def draw_any_step(axes, report, measure, ylabel=None):
 
     report: {"methods": {name: {"nfe": [...], measure: [a list for each seed]}}, "floors": {name: {measure: value}}}.
     Methods and floors without the measure are left out; InputError if no method has it. The axis of the measure is
-    logarithmic where it covers more than a factor of eight; the legend names a floor of 0, which has no place there. Steps
-    are called evaluations, too, where they are: a method that has "evaluations", as it has measures, says so itself.
+    logarithmic where it covers more than a factor of eight; the legend names a floor of 0, which has no place there.
+    Steps are called evaluations, too, where they are: a method with "evaluations", as it has measures, says so itself.
     """
     methods = {name: each for name, each in report["methods"].items() if measure in each}
     if not methods:
