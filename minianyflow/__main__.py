@@ -56,10 +56,11 @@ def weights(arguments):
 
 
 def video(arguments):
-    """Sample the trained video students at 1 to 128 steps and measure them; writes any_step.json and pictures."""
+    """Measure the trained video students at 1 to 128 steps, about 40 minutes; writes any_step.json and pictures."""
     from minianyflow.video_report import run, table
 
-    report = run(arguments.weights, arguments.output, workers=arguments.workers, quiet=arguments.quiet)
+    nfes = whole_numbers(arguments.nfe, "step counts")
+    report = run(arguments.weights, arguments.output, None, nfes, arguments.workers, arguments.quiet)
     print(f"\n{table(report)}\n")
     print(f"written to {arguments.output}: any_step.json, any_step.png, from_ideal.png, contact_sheet.png")
     return 0
@@ -181,12 +182,12 @@ def check(arguments):
     return lint or test(arguments)
 
 
-def whole_numbers(text):
+def whole_numbers(text, what="seeds"):
     """'0,1,2' to (0, 1, 2)."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"seeds {text!r}; expected whole numbers with commas between, like 0,1,2") from None
+        raise InputError(f"{what} {text!r}; expected whole numbers with commas between, like 0,1,2") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -235,6 +236,7 @@ def parse(argv):
         each.add_argument("--quiet", action="store_true", help="no progress bars")
         if function is video:
             each.add_argument("--weights", default=str(ROOT / "toy_data/video"), help="folder of the trained networks")
+            each.add_argument("--nfe", default="1,2,4,8,16,32,64,128", help="step counts; fewer take less time")
     add(lab)
     each = add(live)
     each.add_argument("--scene", default="race", help="the one that is drawn first")

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from minianyflow.causal import CausalNetwork, causal_rollout
+from minianyflow.errors import InputError
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import guided
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
@@ -149,6 +150,10 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
     from_ideal.png and contact_sheet.png. Written whole or not at all.
     """
     names = [name for name, stage in STAGES.items() if stage.kind != "codec"] if names is None else list(names)
+    if min(nfes, default=0) < 1 or not {*nfes} & {*CAUSAL_NFE}:
+        raise InputError(
+            f"step counts {(*nfes,)}; expected 1 or more, one of {CAUSAL_NFE} among them: causal take those"
+        )
     codec = load_codec(path_of(weights, "codec"))
     (reference, other), balls = held_out(codec)
 

@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
         (["demo", "--seeds", "1,1"], "different"),
         (["demo", "--workers", "0"], "at least 1"),
         (["demo", "--steps", "many"], "--help"),
+        (["video", "--nfe", "1,four"], "step counts '1,four'"),
+        (["video", "--nfe", "0,1"], "expected 1 or more"),
+        (["video", "--nfe", "32,64"], "causal take those"),
         (["dmeo"], "invalid choice"),
         ([], "required"),
     ],
@@ -37,6 +40,16 @@ def test_bad_input_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
     assert len(printed.err.strip().splitlines()) == 1
     assert words in printed.err
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_video_takes_every_step_count_of_its_report_unless_told(monkeypatch):
+    from minianyflow import video_report
+
+    asked = []
+    monkeypatch.setattr(video_report, "run", lambda *given: asked.append(given[3]))
+    monkeypatch.setattr(video_report, "table", lambda report: "")
+    assert main(["video"]) == main(["video", "--nfe", "1,4"]) == 0
+    assert asked == [video_report.NFE, (1, 4)]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(capsys, tmp_path):
