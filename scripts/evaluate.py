@@ -24,7 +24,7 @@ def main(argv=None):
     parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, one a line")
     steps = [1, 2, 4, 8, 16, 32, 64, 128]
     parser.add_argument("--steps", nargs="+", type=int, default=steps, help="step counts (default: 1 to 128, doubling)")
-    parser.add_argument("--data", metavar="SHARDS", help="held-out latents (default: none, and no distance from data)")
+    parser.add_argument("--data", metavar="SHARDS", help="folder of held-out latents (default: none, and no distance)")
     parser.add_argument("--videos", type=int, default=5, help="clips of each prompt (default: 5, as VBench wants)")
     for name, what in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the source's, or Wan2.1's)")
@@ -32,9 +32,16 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=1, help="clips sampled and decoded together (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale, for teachers alone (default: 1, none)")
     parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data)")
-    parser.add_argument("--vbench", nargs="+", metavar="DIMENSION", help="(default: all whose parts are there)")
+    parser.add_argument(
+        "--vbench", nargs="+", metavar="DIMENSION", help="what VBench scores (default: all it can here)"
+    )
     parser.add_argument("--no-vbench", action="store_true", help="do not look for VBench")
-    parser.add_argument("--vbench-python", default=sys.executable, metavar="PYTHON", help="one with the package vbench")
+    parser.add_argument(
+        "--vbench-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="one that has the package vbench (default: this)",
+    )
     parser.add_argument("--output", default="outputs/evaluation", metavar="OUT", help="(default: outputs/evaluation)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on a GPU, fp32 on a CPU)")

@@ -15,10 +15,13 @@ def main(argv=None):
     parser = Parser("gpu_check.py", description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=["1.3b", "14b"], help="1.3b, 14b, tiny (default: 1.3b 14b)")
     parser.add_argument(
-        "--architectures", nargs="+", default=["bidirectional", "causal"], help="(default: bidirectional causal)"
+        "--architectures", nargs="+", default=["bidirectional", "causal"], help="bidirectional, causal (default: both)"
     )
     parser.add_argument(
-        "--stages", nargs="+", default=["teacher", "forward", "on_policy"], help="(default: teacher forward on_policy)"
+        "--stages",
+        nargs="+",
+        default=["teacher", "forward", "on_policy"],
+        help="teacher, forward, on_policy (default: all three)",
     )
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each, after one that is not (default: 3)")
     parser.add_argument("--batch", type=int, default=2, help="clips a step, one after another (default: 2)")

@@ -36,7 +36,7 @@ def main(argv=None):
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--table", action="store_true", help="print the tables of docs/plan.md, two minutes; nothing else counts"
+        "--table", action="store_true", help="print the tables of docs/plan.md, at --share and --price: two minutes"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of scripts/configs/base.yaml")
     arguments = parser.parse_args(argv)

@@ -489,7 +489,7 @@ def test_released_weights_come_with_a_word_on_their_licence(capsys, monkeypatch)
     with pytest.raises(SystemExit):
         sampling.main(["--help"])
     assert "commercial licence" in " ".join(capsys.readouterr().out.split())  # it may break at the hyphen
-    monkeypatch.setattr("minianyflow.sources._architecture", lambda name: "bidirectional")
+    monkeypatch.setattr("minianyflow.sources._kind", lambda name: ("bidirectional", "forward"))
 
     def load(*arguments, **options):
         raise InputError("as far as this goes")
