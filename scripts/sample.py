@@ -1,6 +1,7 @@
 """Sample at any step counts: a run of distill.py, a pipeline of export.py, or NVIDIA's released AnyFlow weights.
 
-The released weights carry a non-commercial licence.
+The released weights carry a non-commercial licence. Wan2.1 itself and other teachers are sampled without guidance here;
+evaluate.py has --guidance.
 """
 
 import sys
