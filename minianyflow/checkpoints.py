@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from minianyflow.errors import InputError
 from minianyflow.faults import on_any
-from minianyflow.running import UNFINISHED, hold, sweep
+from minianyflow.running import LOCK, UNFINISHED, hold, sweep
 from minianyflow.training import remembered
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -183,8 +183,13 @@ class Checkpoints:
         return state["step"], state["history"]
 
     def remove(self):
-        """Remove all of them: what a finished run leaves says the same in less room."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all of them: what a finished run leaves says the same in less room. What is not theirs stays."""
+        for folder in self.found():
+            shutil.rmtree(folder, ignore_errors=True)
+        sweep(self.folder)
+        with contextlib.suppress(OSError):  # not empty, or a link to another disk
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _finish(self, part, manifest):
         """Give a whole checkpoint its name, then let old ones and what was never finished go."""

@@ -75,6 +75,11 @@ def read_captions(file, limit=None):
         if not isinstance(name, str) or not isinstance(caption, str) or not name:
             has = ", ".join(map(str, row)) or "nothing"
             raise InputError(f"line {number} of {path} has {has}; expected texts file and caption")
+        try:
+            f"{name}{caption}".encode()
+        except UnicodeEncodeError as problem:  # what was cut to a length may end in half an emoji
+            half = f"half a character ({problem.object[problem.start]!r})"
+            raise InputError(f"line {number} of {path} has {half}; expected whole ones: take it out") from None
         if name in seen:
             raise InputError(f"{name} is in lines {seen[name]} and {number} of {path}; expected each file once")
         seen[name] = number

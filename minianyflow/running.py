@@ -122,11 +122,13 @@ def staged(output):
         why = f"cannot write to {output} ({problem.strerror})"
         raise InputError(f"{why}; name a folder you may write to with --output") from None
     try:
-        yield folder
-        for file in list(folder.iterdir()):
-            if file.is_dir() and (output / file.name).is_dir():  # of a killed run; a folder replaces none that is full
-                os.replace(output / file.name, Path(tempfile.mkdtemp(dir=folder, prefix="old-")))
-            os.replace(file, output / file.name)
+        with _claimed(folder):
+            yield folder
+            for file in sorted(folder.iterdir()):  # run.json, null.safetensors last: they say that all is there
+                place = output / file.name
+                if file.is_dir() and place.is_dir():  # of a killed run; a folder replaces none that is full
+                    os.replace(place, Path(tempfile.mkdtemp(dir=folder, prefix="old-")))
+                os.replace(file, place)
     except OSError as problem:
         why = f"cannot write {problem.filename2 or problem.filename or output} ({problem.strerror})"
         raise InputError(f"{why}; make room, or name another folder with --output") from None
@@ -135,9 +137,28 @@ def staged(output):
 
 
 def sweep(folder):
-    """Remove what killed processes left unfinished in a folder that nobody is writing to."""
+    """Remove what killed processes left unfinished in a folder; what a living one is still writing stays."""
     for left in Path(folder).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True)
+        with _claimed(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _claimed(folder):
+    """Whether nobody else is writing into an unfinished folder, and nobody sweeps it as long as this lasts."""
+    number, free = None, True
+    try:
+        if fcntl:
+            number = os.open(folder, os.O_RDONLY)
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        free = problem.errno != errno.EWOULDBLOCK  # other errors: there are no locks here
+    try:
+        yield free
+    finally:
+        if number is not None:
+            os.close(number)
 
 
 @contextlib.contextmanager
@@ -153,12 +174,13 @@ def whole_folder(folder):
         inside = unfinished / folder.name
         inside.mkdir()
         mode = inside.stat().st_mode & 0o666
-        yield inside
-        for file in inside.rglob("*.safetensors"):  # written for their owner alone; make them as the rest is
-            file.chmod(mode)
-        if folder.exists():
-            folder.rmdir()
-        inside.rename(folder)
+        with _claimed(unfinished):
+            yield inside
+            for file in inside.rglob("*.safetensors"):  # written for their owner alone; make them as the rest is
+                file.chmod(mode)
+            if folder.exists():
+                folder.rmdir()
+            inside.rename(folder)
     except OSError as problem:
         raise InputError(f"cannot write {folder} ({problem.strerror}); name a folder you may write to") from None
     finally:

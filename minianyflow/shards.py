@@ -35,10 +35,10 @@ class LatentShards:
     """The rows of all shards in `folder`, in the order of their names.
 
     shape: (F, C, H, W) of a row. null: (1, L, D), float32. skip: how many broken shards may be left out, each with a
-    line on stderr; `broken` has the paths of those that this process has met. A manifest tells what should be there;
-    sizes are checked at once, digests by `verify`. With one, rows of broken shards keep their numbers and have
-    stand-ins, whenever they were found out; without one, nobody knows how many there were, and those broken from the
-    start have none.
+    line on stderr, and so has one whose size changes while it is in use; `broken` has the paths of those that this
+    process has met. A manifest tells what should be there; sizes are checked at once, digests by `verify`. With one,
+    rows of broken shards keep their numbers and have stand-ins, whenever they were found out; without one, nobody
+    knows how many there were, and those broken from the start have none.
     Raises InputError for an empty or unfinished folder, one more broken shard, shards that do not fit together, no
     null prompt.
     """
@@ -58,6 +58,7 @@ class LatentShards:
         if len(self.broken) == len(paths):
             raise InputError(f"all {len(paths)} shards in {folder} are broken; {AGAIN}")
         self.paths = list(shapes)
+        self.sizes = [listed[path.stem]["bytes"] if manifest else path.stat().st_size for path in self.paths]
         self.shape = shapes[self.paths[0]][0][1:]
         self.starts = (0, *accumulate(rows for (rows, *_), _ in shapes.values()))
         for path, shape in shapes.items():
@@ -137,7 +138,9 @@ class LatentShards:
         """
         path = self.paths[shard]
         try:
-            return _read(path, row, careful)
+            found = _read(path, row, careful)
+            self._check_unchanged(shard)
+            return found
         except InputError as problem:
             self._leave_out(path, problem)
         if {*self.paths} <= {*self.broken}:
@@ -145,13 +148,22 @@ class LatentShards:
         following = (shard + 1) % len(self.paths)
         return self._row(following, row % (self.starts[following + 1] - self.starts[following]), careful)
 
+    def _check_unchanged(self, shard):
+        """Rows move when a shard is made again, and nothing else would tell; after reading, or one may come between."""
+        path, expected = self.paths[shard], self.sizes[shard]
+        size = path.stat().st_size if path.exists() else 0
+        if size != expected:
+            why = f"{path} was changed while it was in use: it has {size} bytes; expected {expected}"
+            raise InputError(f"{why}, as at the start: put it back, or begin another run")
+
     def files(self, indices):
         """The names of the shards that these rows are in, a list."""
         return [self.paths[shard].name for shard, _ in (self._place(int(index)) for index in indices)]
 
     def captions(self, indices):
         """The captions of these rows, a list."""
-        return [_captions(self.paths[shard])[row] for shard, row in map(self._place, map(int, indices))]
+        places = [self._place(int(index)) for index in indices]
+        return [_captions(self.paths[shard], _changed(self.paths[shard]))[row] for shard, row in places]
 
     def draw(self, step, rows, seed=0, part=(0, 1), **pairs):
         """The batch of `step`, for `objectives.FlowMapLoss`: it depends on nothing but the arguments.
@@ -184,8 +196,9 @@ class LatentShards:
 
 
 def write_shards(folder, latents, prompts, null, captions, size=64, null_text=""):
-    """Write rows to `folder`, `size` of them a shard, kept in the dtype they have; all files whole, or none.
+    """Write rows to `folder`, `size` of them a shard, kept in the dtype they have.
 
+    Files take their place when all are whole, the null prompt last: killed before, they are no set.
     latents (N, F, C, H, W), normalised; prompts (N, L, D); null (1, L, D), and its text; captions: N texts.
     Raises InputError for counts that differ, or a folder that has shards already.
     """
@@ -320,11 +333,17 @@ def _open(path, *names):
     return file
 
 
-@lru_cache(maxsize=16)
-def _captions(path):
+def _changed(path):
+    """When the captions beside a shard were written, or None."""
     beside = path.with_suffix(".jsonl")
-    try:
-        lines = [json.loads(line)["caption"] for line in beside.read_text(encoding="utf-8").splitlines()]
+    return beside.stat().st_mtime_ns if beside.exists() else None
+
+
+@lru_cache(maxsize=16)
+def _captions(path, changed):
+    beside = path.with_suffix(".jsonl")
+    try:  # not splitlines: captions may hold U+2028, which ends no line of JSON
+        lines = [json.loads(line)["caption"] for line in beside.read_text(encoding="utf-8").strip().split("\n")]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f'no captions in {beside}; expected a line {{"caption": ...}} for every row') from None
     rows = _open(path, "latents").get_slice("latents").get_shape()[0]

@@ -129,6 +129,19 @@ def test_the_last_few_are_kept_and_nothing_else(tmp_path):
     assert not tmp_path.exists()
 
 
+def test_what_is_not_the_runs_stays_when_its_checkpoints_go(tmp_path):
+    """A copy that somebody made, what was put aside to be mended; and checkpoints may lie on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=2)
+    checkpoints.hold(Accelerator(cpu=True))
+    run(tmp_path / "checkpoints")
+    for name in ("000004-best", "not-whole-000002"):
+        (tmp_path / "disk" / name).mkdir()
+    checkpoints.remove()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["000004-best", "not-whole-000002"]
+
+
 def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_taken(tmp_path, capsys):
     whole = run(None)
     run(tmp_path, stop=7)

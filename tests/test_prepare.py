@@ -425,6 +425,10 @@ CAPTIONS = {
     "no json": (GOOD + "a.mp4,a\n", r"line 2 of .* is not a JSON object; expected .*for a csv name the file \.csv"),
     "twice": (GOOD + GOOD, r"a\.mp4 is in lines 1 and 2 of .*; expected each file once"),
     "empty": ("\n", r"no clips in .*; expected a line for each"),
+    "half an emoji": (
+        '{"file": "a.mp4", "caption": "\\ud83d"}\n',
+        r"line 1 of .* has half a character \('.ud83d'\); expec",
+    ),
     "number": ('{"file": "a.mp4", "caption": 3}\n', r"line 1 of .* has file, caption; expected texts"),
 }
 

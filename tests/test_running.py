@@ -3,11 +3,12 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from minianyflow.errors import InputError
-from minianyflow.running import ahead, run_jobs, share_waited, staged, sweep
+from minianyflow.running import ahead, run_jobs, share_waited, staged, sweep, whole_folder
 
 
 def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
@@ -69,6 +70,38 @@ def test_what_killed_processes_left_is_swept_away_and_nothing_else(tmp_path):
         sweep(tmp_path)
         assert list((tmp_path / "other").iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"student", ".lock", "other"}
+
+
+def test_what_a_living_process_writes_is_not_swept_away(tmp_path):
+    with whole_folder(tmp_path / "export") as inside, staged(tmp_path) as folder:
+        for each in (inside, folder):
+            (each / "weights").write_text("new")
+        sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"export", "weights"}
+    assert (tmp_path / "export/weights").read_text() == "new"
+
+
+def test_a_sweep_follows_no_links(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").touch()
+    (tmp_path / "run/.unfinished-1").mkdir(parents=True)
+    for link in ("run/.unfinished-link", "run/.unfinished-1/link"):
+        (tmp_path / link).symlink_to(tmp_path / "mine")
+    sweep(tmp_path / "run")
+    assert not (tmp_path / "run/.unfinished-1").exists()
+    assert (tmp_path / "mine/file").exists()
+
+
+@pytest.mark.parametrize("names", [("config.yaml", "run.json"), ("00000.safetensors", "null.safetensors")])
+def test_what_says_that_all_is_there_comes_last(tmp_path, monkeypatch, names):
+    """Folders list their files in any order, and a process may be killed between two of them."""
+    came, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (came.append(target.name), replace(source, target)))
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / name for name in reversed(names)]))
+    with staged(tmp_path) as folder:
+        for name in names:
+            (folder / name).touch()
+    assert tuple(came) == names
 
 
 def test_what_is_staged_takes_the_place_of_what_a_killed_run_left(tmp_path):

@@ -396,6 +396,31 @@ def test_rows_that_are_not_there_or_not_finite(folder):
         LatentShards(folder).rows([ROWS])
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_shard_that_is_made_again_while_it_is_in_use_is_named(tmp_path, listed):
+    """Its rows are others, and nothing else would tell: say prepare_latents.py --retry beside a run."""
+    data = LatentShards((prepared if listed else write)(tmp_path / "data"))
+    data.rows(range(ROWS))
+    write(tmp_path / "more", size=5)
+    (tmp_path / "more/00000.safetensors").replace(tmp_path / "data/00000.safetensors")
+    with pytest.raises(InputError, match=r"00000\.safetensors was changed while it was in use: it has \d+ bytes; exp"):
+        data.rows([0])
+    assert len(data.rows([4])[0]) == 1
+
+
+def test_captions_with_all_kinds_of_line_ends(tmp_path):
+    """In a line of JSON they may stand as they are."""
+    texts = ["a\u2028b", "a\x85b", "a\x0cb\n", *map(str, range(ROWS - 3))]
+    write(tmp_path, captions=texts)
+    assert LatentShards(tmp_path).captions(range(ROWS)) == texts
+    for name in ("00000.safetensors", "00000.jsonl"):
+        (tmp_path / name).unlink()
+    write_shards(tmp_path / "new", *marked(), -torch.ones(1, 5, 6), [f"new {row}" for row in range(ROWS)], 4)
+    for name in ("00000.safetensors", "00000.jsonl"):
+        (tmp_path / "new" / name).replace(tmp_path / name)
+    assert LatentShards(tmp_path).captions([1, 4]) == ["new 1", texts[4]]  # none of before is remembered
+
+
 def test_captions_must_fit_their_rows(folder):
     beside = folder / "00000.jsonl"
     beside.write_text(json.dumps({"caption": "alone"}) + "\n")
