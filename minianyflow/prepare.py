@@ -184,7 +184,7 @@ class Preparation:
         for number, record in records.items():
             if record and (record["skipped"] or found["finished"]):
                 again = {"again": True} if record["skipped"] else {}
-                self._write(self.work / f"{number:05d}.json", _json(record | again))
+                self._note(number, record | again)
         if found["finished"]:
             self._write(self.output / MANIFEST, _json(self.head | {"finished": False, "shards": {}}))
 
@@ -216,6 +216,9 @@ class Preparation:
             return json.loads((self.work / f"{number:05d}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+    def _note(self, number, record):
+        self._write(self.work / f"{number:05d}.json", _json(record))
 
     def clips_in(self, shards):
         """The clips of these shards."""
@@ -344,23 +347,31 @@ class Preparation:
             prompts, captions = load_file(self._waiting(number)), self._captions(number)
             rows = [prompts[f"{captions.index(clip.caption)}"] for clip in kept]
             tensors = {"latents": torch.stack(latents), "prompts": torch.nn.utils.rnn.pad_sequence(rows, True)}
-            name = self.output / f"{number:05d}"
-            record["captions"] = self._write(name.with_suffix(".jsonl"), b"".join(map(_line, kept)))
-            record |= self._write(name.with_suffix(".safetensors"), save(tensors))
+            files = {".jsonl": b"".join(map(_line, kept)), ".safetensors": save(tensors)}
+            record |= {"captions": _entry(files[".jsonl"])} | _entry(files[".safetensors"])
             record |= {key: [*each.shape] for key, each in tensors.items()}
-        self._write(self.work / f"{number:05d}.json", _json(record))
+            before = self._noted(number) or {}
+            if "again" in before:  # what takes the place of the old shard must be known for whole, too
+                self._note(number, before | {"next": record})
+            for suffix, data in files.items():
+                self._write(self.output / f"{number:05d}{suffix}", data)
+        self._note(number, record)
         self._waiting(number).unlink()
 
     def _made_before(self, number):
-        """{file: latents} that a shard which is made again holds, if it is as it was written."""
-        record = self._noted(number) or {}
-        if "again" not in record or not record["rows"]:
+        """{file: latents} that a shard to be made again holds, if it is as it was written; their videos may be gone."""
+        record, path = self._noted(number) or {}, self.output / f"{number:05d}.safetensors"
+        if "again" not in record or not path.exists():
             return {}
         try:
-            data = (self.output / f"{number:05d}.safetensors").read_bytes()
-        except OSError:
-            return {}
-        if hashlib.sha256(data).hexdigest() != record["sha256"]:
+            data = path.read_bytes()
+        except OSError as problem:
+            expected = "mend the disk, then run the same command again"
+            raise InputError(f"{path} cannot be read ({problem.strerror}); {expected}") from None
+        if record.get("next", {}).get("sha256") == _entry(data)["sha256"]:  # a process was killed just after writing it
+            record = record["next"] | {"again": True}
+            self._note(number, record)
+        if record.get("sha256") != _entry(data)["sha256"]:
             return {}
         lacking = self._lacking(number)
         files = [clip.file for clip in self._in_shard(number) if clip not in lacking]
@@ -441,7 +452,7 @@ class Preparation:
             "finished": True,
             "rows": rows,
             "skipped": entry | {"count": len(skipped)},
-            "null": {"bytes": len(null), "sha256": hashlib.sha256(null).hexdigest()},
+            "null": _entry(null),
             "shards": shards,
         }
         self._write(self.output / MANIFEST, _json(manifest))
@@ -462,7 +473,12 @@ class Preparation:
             part.unlink(missing_ok=True)
             todo = "make room (finished shards are kept) and run the same command again"
             raise InputError(f"cannot write {path} ({problem.strerror}); {todo}") from None
-        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return _entry(data)
+
+
+def _entry(data):
+    """What the manifest says of a file."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _end(prompt):

@@ -27,7 +27,7 @@ from minianyflow.install import ROOT
 from minianyflow.movies import read_video, write_clips
 from minianyflow.pairs import generator
 from minianyflow.prepare import Preparation
-from minianyflow.shards import LatentShards
+from minianyflow.shards import LatentShards, verify
 from minianyflow.wan_folders import encode_prompts, encode_video, load_parts, make_tiny_wan, moving_shapes
 
 COUNT, SIZE, LENGTH = 9, 2, 32
@@ -654,6 +654,56 @@ def test_stopped_while_it_tries_again_it_goes_on(here, mended, tmp_path, monkeyp
     assert after > 7 or LatentShards(tmp_path / "out")  # still finished, as it was
     finish(mended, tmp_path / "out", retry=after < 8)
     assert made(tmp_path / "out") == made(mended / "whole")
+
+
+@pytest.mark.parametrize("after", range(11, 22))
+def test_clips_whose_videos_are_gone_stay_wherever_it_is_stopped(here, mended, tmp_path, monkeypatch, after):
+    """Somebody has removed what was encoded, and kept what was skipped; it is stopped, and soon again."""
+    (tmp_path / "videos").mkdir()
+    for name in ("wan", "captions.jsonl"):
+        (tmp_path / name).symlink_to(here / name)
+    for name in BAD:
+        shutil.copy(mended / "videos" / name, tmp_path / "videos" / name)
+    shutil.copytree(here / "whole", tmp_path / "out")
+    replace, left = os.replace, []
+
+    def stop(source, target):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        replace(source, target)
+
+    for writes in (after, 2):
+        monkeypatch.setattr(prepare.os, "replace", stop)
+        left[:] = range(writes)
+        with pytest.raises(KeyboardInterrupt):
+            finish(tmp_path, tmp_path / "out", retry=writes == after)
+    monkeypatch.setattr(prepare.os, "replace", replace)
+    finish(tmp_path, tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    assert shards_in(tmp_path / "out") == shards_in(mended / "whole")
+
+
+def shards_in(folder):
+    """What is in a prepared folder, but for the manifest: it has the name of the model."""
+    return {name: data for name, data in made(folder).items() if name != "manifest.json"}
+
+
+def test_a_disk_that_fails_while_it_tries_again_costs_no_clip(here, mended, tmp_path, monkeypatch):
+    shutil.copytree(here / "whole", tmp_path / "out")
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    job = work(mended, tmp_path / "out")
+    job._note(0, {"rows": 1, "skipped": [], "again": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Path, "read_bytes", fail)
+        with pytest.raises(
+            InputError, match=r"00000\.safetensors cannot be read \(Input/output error\); mend the disk"
+        ):
+            job._made_before(0)
+    assert made(here / "whole").items() <= made(tmp_path / "out").items()
 
 
 def test_a_shard_that_is_broken_is_encoded_anew_when_it_is_made_again(here, mended, tmp_path):
