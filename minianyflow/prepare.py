@@ -128,7 +128,7 @@ class Preparation:
     def begin(self, write=True, retry=False):
         """See that the folder is of this work, or make it; on the main process. Returns whether it is finished.
 
-        retry: clips that were skipped before are tried again.
+        retry: clips that were skipped before are tried again, and shards that are missing or cut short made again.
         """
         lines = "\n".join(json.dumps(dataclasses.astuple(clip), ensure_ascii=False) for clip in self.clips)
         self.head = {
@@ -138,7 +138,7 @@ class Preparation:
             "clips": {"count": len(self.clips), "sha256": hashlib.sha256(lines.encode()).hexdigest()},
         }
         found = read_manifest(self.output, unfinished=True)
-        retry = retry and bool(found) and (not found["finished"] or found["skipped"]["count"] > 0)
+        retry = retry and bool(found) and not (found["finished"] and self._complete(found))
         if found:
             self._check_same(found, self.head)
         elif any(self.output.glob("*.safetensors")):
@@ -188,13 +188,21 @@ class Preparation:
         if found["finished"]:
             self._write(self.output / MANIFEST, _json(self.head | {"finished": False, "shards": {}}))
 
+    def _complete(self, manifest):
+        """Whether a finished folder has every clip, and every shard in its size; digests are for `shards.verify`."""
+        wanted = {f"{name}.safetensors": entry for name, entry in manifest["shards"].items()}
+        wanted |= {f"{name}.jsonl": entry["captions"] for name, entry in manifest["shards"].items()}
+        sizes = {path.name: path.stat().st_size for path in self.output.iterdir()}
+        there = NULL in sizes and all(sizes.get(name) == wanted[name]["bytes"] for name in wanted)
+        return there and not manifest["skipped"]["count"]
+
     def _records_of(self, manifest):
         """The records of a finished folder, {number: record}."""
         path = self.output / SKIPPED
         data = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(data).hexdigest() != manifest["skipped"]["sha256"]:
             raise InputError(f"{path} is not what {MANIFEST} lists; expected it as it was written: put it back")
-        skipped = {each["file"]: each for each in map(json.loads, data.strip().split(b"\n"))}
+        skipped = {each["file"]: each for each in map(json.loads, filter(None, data.split(b"\n")))}
         records = {}
         for number in range(self.shards):
             entry = manifest["shards"].get(f"{number:05d}", {"latents": [0]})
@@ -208,8 +216,8 @@ class Preparation:
         if record is None or "again" in record:
             return None
         files = [self.output / f"{number:05d}{suffix}" for suffix in (".safetensors", ".jsonl")]
-        whole = not record["rows"] or all(path.is_file() for path in files)
-        return record if whole and (not record["rows"] or files[0].stat().st_size == record["bytes"]) else None
+        sizes = [path.stat().st_size if path.is_file() else None for path in files]
+        return record if not record["rows"] or sizes == [record["bytes"], record["captions"]["bytes"]] else None
 
     def _noted(self, number):
         try:

@@ -134,7 +134,9 @@ def main(argv=None):
         metavar="SHARE",
         help="stop if more is skipped (default: 0.1 of the clips)",
     )
-    parser.add_argument("--retry", action="store_true", help="try again what was skipped before, in a finished OUT too")
+    parser.add_argument(
+        "--retry", action="store_true", help="try again what was skipped or lost, in a finished OUT too"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say how much disk and time it takes, and stop")
     parser.add_argument("--verify", action="store_true", help="check a finished OUT; with --base the model, too")
     arguments = parser.parse_args(argv)

@@ -714,6 +714,22 @@ def test_a_shard_that_is_broken_is_encoded_anew_when_it_is_made_again(here, mend
     assert made(tmp_path / "out") == made(mended / "whole")
 
 
+@pytest.mark.parametrize("how", ["gone", "cut", "captions"])
+def test_a_shard_that_was_lost_is_made_again_where_nothing_was_skipped(here, tmp_path, how):
+    lines = (here / "captions.jsonl").read_text().splitlines()
+    (tmp_path / "captions.jsonl").write_text("\n".join(line for line in lines if not any(bad in line for bad in BAD)))
+    for name in ("wan", "videos"):
+        (tmp_path / name).symlink_to(here / name)
+    finish(tmp_path, tmp_path / "out")
+    whole = made(tmp_path / "out")
+    path = tmp_path / "out" / ("00001.jsonl" if how == "captions" else "00001.safetensors")
+    path.unlink() if how == "gone" else os.truncate(path, 9)
+    assert finish(tmp_path, tmp_path / "out").encoded["videos"] == 0  # only when asked
+    assert finish(tmp_path, tmp_path / "out", retry=True).encoded["videos"] == SIZE
+    assert made(tmp_path / "out") == whole
+    assert finish(tmp_path, tmp_path / "out", retry=True).encoded == {"texts": 0, "videos": 0}
+
+
 def test_a_list_of_what_was_skipped_that_is_not_the_one_written_is_refused(here, mended, tmp_path):
     shutil.copytree(here / "whole", tmp_path / "out")
     flip(tmp_path / "out/skipped.jsonl")
