@@ -120,7 +120,7 @@ def staged(output):
         folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=output))
     except OSError as problem:
         why = f"cannot write to {output} ({problem.strerror})"
-        raise InputError(f"{why}; name a folder you may write to with --output") from None
+        raise InputError(f"{why}; name a folder you may write to") from None
     try:
         with _claimed(folder):
             yield folder
@@ -131,7 +131,7 @@ def staged(output):
                 os.replace(file, place)
     except OSError as problem:
         why = f"cannot write {problem.filename2 or problem.filename or output} ({problem.strerror})"
-        raise InputError(f"{why}; make room, or name another folder with --output") from None
+        raise InputError(f"{why}; make room and run the same again, or name another folder") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
