@@ -314,8 +314,8 @@ LARGEST = "the largest GPU of the table, one clip at a time"
 def advice(plan, prices, shape, steps):
     """{changes, as plan.py takes them: bytes of the peak} where a plan does not fit, in order of cost, until one does.
 
-    Each is whole: what costs no quality (checkpointing, of attention too, fewer clips at once, FSDP2 on several GPUs) is
-    kept once it was tried, and named again in what follows. That a lower rank makes activations smaller is not counted.
+    Each is whole: what costs no quality (checkpointing, of attention too, fewer clips at once, FSDP2 on several GPUs)
+    is kept once tried, and named again in what follows. That a lower rank makes activations smaller is not counted.
     """
     found, config, gpus, sharded, kept = {}, plan.config, plan.gpus, plan.sharded, []
 
