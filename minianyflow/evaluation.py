@@ -28,6 +28,7 @@ from minianyflow.wan_folders import decode_latents, load_parts
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 DECODED = 64  # held-out clips whose frames are looked at, at most
 SHOWN = (1, 4)  # step counts of the sheet, beside the most
+DISTANCES = ("frechet", "sliced_w2")  # from held-out latents
 MEASURES = {  # in the order of the picture and of the table: what the axis says
     "frechet": "Frechet distance of latents",
     "sliced_w2": "sliced W2 of latents",
@@ -286,7 +287,8 @@ def table(report):
     lines = []
     for name in _measures(report):
         floor = report["floors"].get("data", {}).get(name)
-        lines += ["", _axis(report, name) + (f" (data: {_number(floor)})" if floor is not None else "")]
+        clips = f"{report['measure']['compared']} clips; " * (name in DISTANCES)  # a reading depends on how many
+        lines += ["", _axis(report, name) + (f" ({clips}data: {_number(floor)})" if floor is not None else "")]
         lines.append("steps".rjust(6) + "".join(head.rjust(width) for head, width in zip(heads, wide, strict=True)))
         for place, nfe in enumerate(methods[first]["nfe"]):
             values = [_mean(each[name], place) for each in methods.values()]

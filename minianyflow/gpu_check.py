@@ -38,6 +38,7 @@ SIZES = {  # name: (shape, clip, overlays before and after architecture and stag
     "tiny": (TINY, {"frames": 17, "height": 64, "width": 64, "length": TINY_LENGTH}, [], ["tiny"]),
 }
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+REPORT = "gpu_check.json"
 WARM_UP = 1  # steps that are not timed: allocations, choices of kernels, compilation
 
 
@@ -67,6 +68,9 @@ class Request:
                 choose(name, each, dict.fromkeys(CHOICES[name]))
         if min(self.steps, self.batch) < 1:
             raise InputError(f"{self.steps} steps of {self.batch} clips; expected at least one of each")
+        for name, value in (self.clip or {}).items():
+            if value < 1 or (value % 4 != 1 if name == "frames" else value % 16):
+                raise InputError(f"{name} {value}; expected {'4 n + 1 frames' if name == 'frames' else '16 n pixels'}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError(
                 "torch finds no GPU here; expected one: look at nvidia-smi, or try --device cpu --sizes tiny"
@@ -85,8 +89,12 @@ def check(request, output, tell=print):
     """Measure every case that fits; returns the report, which is written to `output` after each.
 
     tell: is given a line before each case and for what is left out.
-    Raises InputError where no case fits.
+    Raises InputError where no case fits; and first of all for a folder that cannot be written or has a report.
     """
+    if (Path(output) / REPORT).exists():
+        raise InputError(f"{output} holds a report, which may have cost hours; name another --output, or remove it")
+    with staged(Path(output)):  # or it would be told after the first case
+        pass
     device = torch.device(request.device)
     report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **machine(device), "matrix": matrix_rate(device)}
     report |= {"steps": request.steps, "batch": request.batch, "options": list(request.options)}
@@ -322,7 +330,7 @@ def _free(device):
 def write(report, output):
     """gpu_check.json and gpu_check.md in the folder `output`."""
     with staged(Path(output)) as folder:
-        (folder / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         (folder / "gpu_check.md").write_text(markdown(report))
 
 
@@ -335,7 +343,7 @@ def markdown(report):
         "",
         f"torch {report['torch']}, CUDA {report['cuda'] or 'none'}. Matrices of {matrix['size']}^2 in bfloat16: "
         f"{matrix['tflops']:.4g} TFLOP/s, the median of {matrix['repeats']}. Random weights; the mean of "
-        f"{report['steps']} steps of {batch} clips, one after another"
+        f"{report['steps']} step{'s' * (report['steps'] > 1)} of {batch} clip{'s, one after another' * (batch > 1)}"
         + (f"; {' '.join(report['options'])}." if report["options"] else "."),
         "",
     ]

@@ -1,6 +1,7 @@
 """GPUs as their makers describe them: memory, and the rate of dense bfloat16 matrix products."""
 
 from dataclasses import dataclass
+from math import inf
 
 from minianyflow.errors import InputError, choose
 
@@ -30,7 +31,7 @@ GPUS = {
 def find_gpu(name="h200", memory=None, rate=None):
     """The GPU called `name`, or another of `memory` GB and `rate` TFLOP/s where both are given."""
     for what, value in (("memory", memory), ("rate", rate)):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < inf:
             raise InputError(f"--{what} {value}; expected more than 0, in {'GB' if what == 'memory' else 'TFLOP/s'}")
     if memory and rate:
         return Gpu(f"{memory:g} GB", 1e9 * memory, 1e12 * rate, "the command line")

@@ -80,7 +80,7 @@ class Plan:
 
     flop: of one GPU in one step, of the model alone; flop_with_recompute: what is really done with checkpointing;
     slowest: how much longer than the mean process the last one takes. evaluations: {role: (forwards, backwards)} a
-    sample. roles: FLOP by role. short: what to change where it does not fit, {change: peak bytes}.
+    sample. roles: FLOP by role. short: what to change where it does not fit, {changes: peak bytes}, each line whole.
     """
 
     config: object
@@ -108,7 +108,7 @@ class Plan:
 
     def enough(self, change):
         """Whether a change in `short` is all that it takes; where it names a larger GPU, it is."""
-        return change.startswith("--gpu") or self.short[change] <= (1 - SPARE) * self.gpu.memory
+        return change.startswith("--gpu ") or self.short[change] <= (1 - SPARE) * self.gpu.memory
 
     def seconds(self, share=0.5):
         """Of one step, where model FLOP reach `share` of the GPU's rate."""
@@ -139,6 +139,8 @@ def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, adv
     clip_shape, length = _clip(config, clip)
     gpu = gpu if hasattr(gpu, "rate") else find_gpu(gpu or "h200")
     check_split(config.batch, gpus, config.accumulate)
+    if sharded and gpus == 1:
+        raise InputError("--sharded with --gpus 1; expected several to share the weights: --gpus 8, or no --sharded")
     prices = prices_of(config, shape, clip_shape, length, shape["text_dim"])
     exact, steps = steps is not None, list(range(STEPS) if steps is None else steps)
     plan = _plan(config, prices, shape, gpu, gpus, steps, sharded, exact)
@@ -310,42 +312,44 @@ LARGEST = "the largest GPU of the table, one clip at a time"
 
 
 def advice(plan, prices, shape, steps):
-    """{change: bytes of the peak} where a plan does not fit, in order of what they cost, until one does.
+    """{changes, as plan.py takes them: bytes of the peak} where a plan does not fit, in order of cost, until one does.
 
-    Checkpointing, of attention too, and fewer clips at once add up; the others are tried one by one on top of these.
-    That a lower rank makes activations a little smaller is not counted.
+    Each is whole: what costs no quality (checkpointing, of attention too, fewer clips at once, FSDP2 on several GPUs)
+    is kept once tried, and named again in what follows. That a lower rank makes activations smaller is not counted.
     """
-    found, config, gpus = {}, plan.config, plan.gpus
+    found, config, gpus, sharded, kept = {}, plan.config, plan.gpus, plan.sharded, []
 
-    def fits(change, config, gpus=gpus, sharded=plan.sharded):
+    def fits(change, config, gpus=gpus, sharded=sharded):
         each = _plan(config, prices, shape, plan.gpu, gpus, steps, sharded)
-        found[change] = each.peak
+        found[" ".join(change)] = each.peak
         return each.fits
 
     for name, least in (("checkpointing", True), ("keep_attention", False)):
         if getattr(config, name) != least:
-            config = replace(config, **{name: least})
+            config, kept = replace(config, **{name: least}), [*kept, f"{name}={least}".lower()]
             prices = prices_of(config, shape, prices.clip, *prices.prompt)
-            if fits(f"{name}={least}".lower(), config):
+            if fits(kept, config):
                 return found
-    most = config.batch // gpus
+    plain, most = kept, config.batch // gpus
     if config.accumulate < most:
-        if fits(f"accumulate={most}", replace(config, accumulate=most)):
+        if fits([*kept, f"accumulate={most}"], replace(config, accumulate=most)):
             fewer = [n for n in range(config.accumulate + 1, most) if config.batch % (n * gpus) == 0]
-            any(fits(f"accumulate={n}", replace(config, accumulate=n)) for n in fewer)
+            any(fits([*kept, f"accumulate={n}"], replace(config, accumulate=n)) for n in fewer)
             return found
-        config = replace(config, accumulate=most)
+        config, kept = replace(config, accumulate=most), [*kept, f"accumulate={most}"]
+    if gpus > 1 and not sharded:
+        sharded, kept = True, ["--sharded", *kept]
+        if fits(kept, config, sharded=True):
+            return found
     for rank in (128, 64, 32) if config.trained == "lora" else ():
-        if rank < config.rank and fits(f"rank={rank}", replace(config, rank=rank, alpha=rank)):
+        lower = replace(config, rank=rank, alpha=rank)
+        if rank < config.rank and fits([*kept, f"rank={rank}"], lower, sharded=sharded):
             return found
-    if (gpus < 8 or (gpus == 8 and not plan.sharded)) and config.batch % 8 == 0:
+    if gpus < 8 and config.batch % 8 == 0:
         spread = replace(config, accumulate=config.batch // 8)
-        if fits("8 GPUs, eight_gpus_fsdp2.yaml", spread, 8, True):
+        if fits(["--gpus 8 --sharded", *plain, f"accumulate={spread.accumulate}"], spread, 8, True):
             return found
+    alone = _plan(config, prices, shape, plan.gpu, gpus, steps, sharded).peak
     larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > plan.gpu.memory), key=lambda gpu: gpu.memory)
-    for sharded in dict.fromkeys((plan.sharded, gpus > 1)):  # as it is, or, on several, with FSDP2
-        alone = _plan(config, prices, shape, plan.gpu, gpus, steps, sharded).peak
-        enough = next((gpu.name for gpu in larger if alone <= (1 - SPARE) * gpu.memory), None)
-        if enough:
-            return found | {f"--gpu {enough}{' --sharded' * sharded}": alone}
-    return found | {LARGEST: alone}
+    enough = next((gpu.name for gpu in larger if alone <= (1 - SPARE) * gpu.memory), None)
+    return found | {" ".join([f"--gpu {enough}", *kept]) if enough else LARGEST: alone}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from math import inf
 
 from tqdm import tqdm
 
@@ -17,10 +18,10 @@ PRICE = 3.0  # of a GPU-hour, an example for the docs: no offer of anybody's
 
 
 def check_share(share, price=None):
-    """Raise InputError for a share of the rate that is none, or a negative price."""
+    """Raise InputError for a share of the rate that is none, or a price that is no number of at least 0."""
     if not 0 < share <= 1:
         raise InputError(f"--share {share}; expected a share of the GPU's rate, above 0 and at most 1")
-    if price is not None and price < 0:
+    if price is not None and not 0 <= price < inf:
         raise InputError(f"--price {price}; expected what one GPU costs for an hour")
 
 
@@ -35,6 +36,7 @@ def describe(plan, share=0.5, price=None):
         *(f"  {name:42}{size / 1e9:9.2f}" for name, size in plan.memory.items() if size),
         f"  {'in all':42}{plan.peak / 1e9:9.2f}   of {gpu.memory / 1e9:g}: {'fits' if plan.fits else 'does not fit'}"
         f" ({SPARE:.0%} are left for what is not counted)",
+        *(["  what to change, each line whole (--sharded is eight_gpus_fsdp2.yaml):"] if plan.short else []),
         *(
             f"    {change}: {size / 1e9:.1f} GB{'' if plan.enough(change) else ', not enough'}"
             for change, size in plan.short.items()

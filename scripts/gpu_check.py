@@ -27,7 +27,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=2, help="clips a step, one after another (default: 2)")
     for name, default in (("frames", 81), ("height", 480), ("width", 832)):
         parser.add_argument(f"--{name}", type=int, help=f"of the clip (default: {default}; less for tiny)")
-    parser.add_argument("--output", default="outputs/gpu_check", help="folder (default: outputs/gpu_check)")
+    parser.add_argument("--output", default="outputs/gpu_check", help="a new folder (default: outputs/gpu_check)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tiny alone (default: cuda)")
     parser.add_argument(
         "--profile", action="store_true", help="profile one more step: the longest operations, a file a case"
@@ -39,7 +39,8 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     from minianyflow.gpu_check import Request, check, markdown
 
-    clip = {name: getattr(arguments, name) for name in ("frames", "height", "width") if getattr(arguments, name)}
+    clip = {name: getattr(arguments, name) for name in ("frames", "height", "width")}
+    clip = {name: value for name, value in clip.items() if value is not None}
     request = Request(
         tuple(arguments.sizes),
         tuple(arguments.architectures),

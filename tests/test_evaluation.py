@@ -249,6 +249,7 @@ def test_two_sources_stand_in_one_table_with_their_ratio(made):
     text = table(report_of(made))
     methods = report_of(made)["methods"]
     block = text.split("sliced W2 of latents")[1].split("\n\n")[0].splitlines()
+    assert block[0].startswith(f" ({2 * VIDEOS} clips; data: ")
     assert block[1].split() == ["steps", "teacher", "eulerian", "eulerian", "/", "teacher"]
     one, other = (methods[name]["sliced_w2"][0][0] for name in ("teacher", "eulerian"))
     assert block[2].split() == ["1", f"{one:.4g}", f"{other:.4g}", f"{other / one:.2f}"]

@@ -177,6 +177,9 @@ def test_running_out_of_memory_is_a_row_of_the_table(monkeypatch, tmp_path):
         ({"stages": ("on-policy",)}, "on_policy"),
         ({"architectures": ("casual",)}, "causal"),
         ({"steps": 0}, "at least one of each"),
+        ({"clip": {"frames": 16}}, "frames 16; expected 4 n"),
+        ({"clip": {"frames": 0}}, "frames 0; expected 4 n"),
+        ({"clip": {"height": 100}}, "height 100; expected 16 n pixels"),
         ({"sizes": ("1.3b",)}, "expected --sizes tiny"),
     ],
 )
@@ -184,6 +187,19 @@ def test_what_is_refused(changes, message):
     given = {"sizes": ("tiny",), "device": "cpu"} | changes
     with pytest.raises(InputError, match=message):
         Request(**given)
+
+
+@pytest.mark.parametrize(("made", "message"), [("a file", "cannot write"), ("a report", "holds a report")])
+def test_a_folder_that_is_no_place_for_a_report_is_told_first(made, message, monkeypatch, tmp_path):
+    where = tmp_path / "here"
+    if made == "a file":
+        where.touch()
+    else:
+        where.mkdir()
+        (where / "gpu_check.json").write_text("{}")
+    monkeypatch.setattr(gpu_check, "matrix_rate", None)  # the first that is measured
+    with pytest.raises(InputError, match=message):
+        check(tiny("teacher"), where)
 
 
 def test_no_gpu_is_one_line(monkeypatch, capsys):

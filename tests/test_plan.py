@@ -241,7 +241,10 @@ def test_what_does_not_fit_is_told_what_to_change(folder):
     assert next(iter(low.short)) == "checkpointing=true"
     assert min(low.short.values()) <= (1 - SPARE) * low.gpu.memory
     none = plan_run(config, steps=[1], gpu=Gpu("small", 1e3, 1e12, ""))
-    assert list(none.short) == ["checkpointing=true", "accumulate=4", "--gpu rtx4090"]
+    both = "checkpointing=true accumulate=4"  # each is whole: alone accumulate=4 would not lead to that peak
+    assert list(none.short) == ["checkpointing=true", both, f"--gpu rtx4090 {both}"]
+    changed = settings(folder, "bidirectional", "forward", *both.split())
+    assert plan_run(changed, steps=[1]).peak == none.short[both]
     said = [line for line in describe(none).splitlines() if line.startswith("    ")]
     assert [line.endswith("not enough") for line in said] == [True, True, False]
 
@@ -296,7 +299,10 @@ BAD = {
     "parts": (["--gpus", "8", "batch=16", "accumulate=16"], "accumulate=2 is one clip at a time on each GPU"),
     "share": (["--share", "2"], "--share 2.0"),
     "price": (["--price", "-1"], "--price -1.0"),
+    "no price": (["--price", "nan"], "--price nan"),
     "memory": (["--memory", "0"], "--memory 0.0"),
+    "rate": (["--rate", "inf"], "--rate inf"),
+    "sharded": (["--sharded"], "--sharded with --gpus 1"),
     "base": (["--config", "wan-1.3b", "base=someone/else"], "the size of someone/else is not known here"),
     "no folder": (["--config", "wan-1.3b", "base=./nowhere"], "the size of ./nowhere is not known here"),
     "cast": (["--config", "wan-1.3b", "trained=full"], "cannot be planned"),

@@ -6,17 +6,21 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from minianyflow.config import load_config
 from minianyflow.install import ROOT
 from minianyflow.movies import write_clips
 from minianyflow.pairs import generator
+from minianyflow.plan import plan_run
 from minianyflow.runs import load_run
 from minianyflow.shards import LatentShards
 from minianyflow.wan_folders import make_tiny_wan, moving_shapes
+from minianyflow.wan_shapes import CLIP
 
 PAGE = (ROOT / "docs/scaling.md").read_text()
 BLOCKS = {
@@ -26,7 +30,8 @@ BLOCKS = {
 COUNT, PROCESSES = 6, {"eight_gpus_ddp": 2, "eight_gpus_fsdp2": 2}  # test_distill.py launches all eight
 TINY = {
     "prepare_latents.py": "--base={wan} --frames=17 --height=64 --width=64 --length=32 --shard-size=2 --device=cpu",
-    "distill.py": "base={wan} data=data/wan-1.3b runs=outputs/wan-1.3b steps=4 samples.every=4 samples.steps=[1]",
+    "distill.py": "base={wan} data=data/wan-1.3b runs=outputs/wan-1.3b accumulate=2 steps=4 "
+    "samples.every=4 samples.steps=[1]",
     "sample.py": "--device=cpu",
     "export.py": "",
 }
@@ -43,6 +48,16 @@ def test_the_page_has_a_block_for_one_gpu_and_for_eight():
     ]
     assert all(line.startswith("accelerate launch --config_file") or "--dry-run" in line for line in launched)
     assert all(line.startswith("python ") for line in BLOCKS["On one GPU"])  # a launcher of one passes no SIGTERM on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gpus"), zip(BLOCKS, (1, 8), strict=True))
+def test_the_commands_fit_the_gpus_they_are_for(name, gpus):
+    for line in [line for line in BLOCKS[name] if "distill.py" in line]:
+        words = shlex.split(line.split("--config ")[1])
+        config = load_config([word for word in words if "=" not in word], [word for word in words if "=" in word])
+        plan = plan_run(replace(config, data=""), CLIP, gpus=gpus, sharded="fsdp2" in line, steps=[0], advise=False)
+        assert plan.fits, f"{line}: {plan.peak / 1e9:.0f} GB"
 
 
 def at_tiny_size(line, wan):
@@ -80,7 +95,8 @@ def test_the_commands_lead_from_videos_to_a_model_that_stock_diffusers_loads(tmp
         elif "prepare_latents.py" in line:
             assert len(LatentShards(tmp_path / "data/wan-1.3b")) == COUNT
         elif "distill.py" in line:
-            run = tmp_path / f"outputs/wan-1.3b/{'-'.join(line.split()[-2:])}"
+            overlays = [word for word in line.split("--config ")[1].split() if "=" not in word]
+            run = tmp_path / f"outputs/wan-1.3b/{'-'.join(overlays[1:])}"
             made, kind = json.loads((run / "run.json").read_text()), "MULTI_CPU" if processes > 1 else "NO"
             assert (made["processes"], made["distribution"]) == (processes, kind)
     assert list((tmp_path / "samples").glob("*.mp4"))
