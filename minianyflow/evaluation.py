@@ -91,6 +91,8 @@ def _sampled(arguments, label, name, prompts, steps, data, device):
         expected = f"{data.shape}, as {arguments.data} has: ask for --frames, --height and --width, or other --data"
         raise InputError(f"{name} makes latents {shape}; expected {expected}")
     guidance = arguments.guidance if source.config.stage == "teacher" else 1.0  # a student has it inside
+    if source.config.stage == "teacher" and guidance == 1 and PartialState().is_main_process:
+        print(f"note: {label} is a teacher, sampled without guidance; students have theirs inside", file=sys.stderr)
     negative = "" if guidance == 1 else null_text(data) if arguments.negative is None else arguments.negative
     settings = {"source": fingerprint(name), "prompts": prompts, "videos": arguments.videos, "clip": clip}
     settings |= {"seed": arguments.seed, "precision": precision, "guidance": guidance, "negative": negative}
