@@ -120,7 +120,7 @@ def staged(output):
         folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=output))
     except OSError as problem:
         why = f"cannot write to {output} ({problem.strerror})"
-        raise InputError(f"{why}; name a folder you may write to") from None
+        raise InputError(f"{why}; name a folder you may write to (commands: with --output)") from None
     try:
         with _claimed(folder):
             yield folder

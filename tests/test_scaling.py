@@ -51,7 +51,7 @@ def test_the_page_has_a_block_for_one_gpu_and_for_eight():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "gpus"), zip(BLOCKS, (1, 8), strict=True))
+@pytest.mark.parametrize(("name", "gpus"), list(zip(BLOCKS, (1, 8), strict=True)))
 def test_the_commands_fit_the_gpus_they_are_for(name, gpus):
     for line in [line for line in BLOCKS[name] if "distill.py" in line]:
         words = shlex.split(line.split("--config ")[1])
