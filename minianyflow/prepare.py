@@ -115,6 +115,9 @@ class Preparation:
         if not 0 <= skip <= 1:
             raise InputError(f"skip={skip}; expected a share of the clips, from 0 to 1")
         self.base, self.source = base, fetch(base)
+        for name, key in (("vae", "z_dim"), ("text_encoder", "d_model")):
+            if key not in _config(self.source / name):
+                raise InputError(f"the {name} of {base} has no {key}; expected a pipeline of Wan's family")
         self.clips, self.videos, self.output, self.options = clips, Path(videos), Path(output), options
         self.device, (self.index, self.parts) = device, part
         self.work, self.shards = self.output / WORK, -(-len(clips) // options.shard_size)
@@ -255,6 +258,8 @@ class Preparation:
         total = 0
         for number in pending:
             clips = self._lacking(number)
+            if not clips:  # a run ended between the shard and its record
+                continue
             longest = max(map(len, tokenizer([clip.caption for clip in clips]).input_ids))
             numbers = len(clips) * (cells + min(longest, self.options.length) * width)
             total += numbers * DTYPES[self.options.dtype].itemsize + sum(len(_line(clip)) for clip in clips) + HEADER
@@ -276,8 +281,11 @@ class Preparation:
     def time_of(self, pending):
         """Seconds that these shards will take one process; what is encoded to know it is kept for `encode`.
 
-        Of the first shard all prompts are encoded, and a few videos.
+        Of the first shard that lacks clips all prompts are encoded, and a few videos.
         """
+        pending = [number for number in pending if self._lacking(number)]
+        if not pending:
+            return 0.0
         clips, texts = self._lacking(pending[0]), self.encoded["texts"]
         times = [time.perf_counter()]
         for clip, latents in self._latents(clips[:TIMED]):
@@ -358,9 +366,9 @@ class Preparation:
             files = {".jsonl": b"".join(map(_line, kept)), ".safetensors": save(tensors)}
             record |= {"captions": _entry(files[".jsonl"])} | _entry(files[".safetensors"])
             record |= {key: [*each.shape] for key, each in tensors.items()}
-            before = self._noted(number) or {}
-            if "again" in before:  # what takes the place of the old shard must be known for whole, too
-                self._note(number, before | {"next": record})
+            before = self._noted(number)
+            if before:  # what takes the place of the old shard must be known for whole, too
+                self._note(number, before | {"next": record, "again": True})
             for suffix, data in files.items():
                 self._write(self.output / f"{number:05d}{suffix}", data)
         self._note(number, record)
@@ -368,8 +376,8 @@ class Preparation:
 
     def _made_before(self, number):
         """{file: latents} that a shard to be made again holds, if it is as it was written; their videos may be gone."""
-        record, path = self._noted(number) or {}, self.output / f"{number:05d}.safetensors"
-        if "again" not in record or not path.exists():
+        record, path = self._noted(number), self.output / f"{number:05d}.safetensors"
+        if not record or not path.exists():
             return {}
         try:
             data = path.read_bytes()
@@ -381,8 +389,8 @@ class Preparation:
             self._note(number, record)
         if record.get("sha256") != _entry(data)["sha256"]:
             return {}
-        lacking = self._lacking(number)
-        files = [clip.file for clip in self._in_shard(number) if clip not in lacking]
+        skipped = {each["file"] for each in record["skipped"]}
+        files = [clip.file for clip in self._in_shard(number) if clip.file not in skipped]
         return dict(zip(files, load(data)["latents"], strict=True))
 
     def _check_skipped(self, count, of, last):

@@ -102,13 +102,21 @@ def hold(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("w")
+    except OSError as problem:
+        raise InputError(f"cannot write to {folder} ({problem.strerror}); name one that you may write to") from None
+    if not _locked(file):
+        raise InputError(f"another run is at work in {folder}; wait for it, or name another folder")
+    return file
+
+
+def _locked(file):
+    """Whether an open file is locked for this process alone, or there are no locks here."""
+    try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
-        if problem.errno == errno.EWOULDBLOCK:
-            raise InputError(f"another run is at work in {folder}; wait for it, or name another folder") from None
-        raise InputError(f"cannot write to {folder} ({problem.strerror}); name one that you may write to") from None
-    return file
+        return problem.errno != errno.EWOULDBLOCK
+    return True
 
 
 @contextlib.contextmanager
@@ -147,15 +155,12 @@ def sweep(folder):
 @contextlib.contextmanager
 def _claimed(folder):
     """Whether nobody else is writing into an unfinished folder, and nobody sweeps it as long as this lasts."""
-    number, free = None, True
     try:
-        if fcntl:
-            number = os.open(folder, os.O_RDONLY)
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        free = problem.errno != errno.EWOULDBLOCK  # other errors: there are no locks here
+        number = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError:  # gone meanwhile
+        number = None
     try:
-        yield free
+        yield number is None or _locked(number)
     finally:
         if number is not None:
             os.close(number)

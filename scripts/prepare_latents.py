@@ -57,7 +57,7 @@ def announce(work, pending, kind):
     processes = f"{work.parts} processes ({kind})" if work.parts > 1 else "1 process"
     say(True, f"{clips}: {len(pending)} shards to make, {done} are there; {processes}")
     seconds = work.time_of(pending)
-    took = f"about {duration(seconds / work.parts)}, {seconds / count:.2g} s a clip on one process"
+    took = f"about {duration(seconds / work.parts)}, {seconds / max(count, 1):.2g} s a clip on one process"
     say(True, f"disk: {gigabytes(size)} of {gigabytes(free)} that are free; time: {took}")
 
 

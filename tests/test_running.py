@@ -1,5 +1,6 @@
 """Jobs in processes of their own, and batches ahead of their time: order, results, and what stops them."""
 
+import errno
 import os
 import threading
 import time
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from minianyflow import running
 from minianyflow.errors import InputError
-from minianyflow.running import ahead, run_jobs, share_waited, staged, sweep, whole_folder
+from minianyflow.running import ahead, hold, run_jobs, share_waited, staged, sweep, whole_folder
 
 
 def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
@@ -79,6 +81,22 @@ def test_what_a_living_process_writes_is_not_swept_away(tmp_path):
         sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"export", "weights"}
     assert (tmp_path / "export/weights").read_text() == "new"
+
+
+def test_a_folder_is_held_by_one_where_there_are_locks(tmp_path, monkeypatch):
+    held = hold(tmp_path)
+    with pytest.raises(InputError, match="another run is at work"):
+        hold(tmp_path)
+    held.close()
+    hold(tmp_path).close()
+
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(running.fcntl, "flock", flock)
+    with hold(tmp_path), hold(tmp_path), staged(tmp_path) as folder:  # some network disks have none
+        (folder / "file").touch()
+    assert (tmp_path / "file").exists()
 
 
 def test_a_sweep_follows_no_links(tmp_path):
