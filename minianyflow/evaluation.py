@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from safetensors import safe_open
 
+from minianyflow.clips import WAN_NULL
 from minianyflow.config import find_device
 from minianyflow.errors import InputError
 from minianyflow.measures import path_error, sliced_w2
@@ -19,13 +20,12 @@ from minianyflow.movies import WAN_CLIP, read_video, stills
 from minianyflow.running import staged
 from minianyflow.sampled import Samples, costs, fingerprint, motion, roughness, sample_all
 from minianyflow.shards import NULL, LatentShards
-from minianyflow.sources import check_clip, check_source, find_source, read_prompts
+from minianyflow.sources import check_clip, find_source, known_clip, read_prompts
 from minianyflow.vbench_scores import VIDEOS, VBenchScores
 from minianyflow.video_measures import frechet_distance
 from minianyflow.video_report import rounded
 from minianyflow.wan_folders import decode_latents, load_parts
 
-STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 DECODED = 64  # held-out clips whose frames are looked at, at most
 SHOWN = (1, 4)  # step counts of the sheet, beside the most
 DISTANCES = ("frechet", "sliced_w2")  # from held-out latents
@@ -47,8 +47,11 @@ def evaluate(arguments):
     """
     steps, names = check_arguments(arguments), labelled(arguments.sources)
     prompts = list(dict.fromkeys(read_prompts(None, arguments.prompts)))
-    for name in names.values():
-        check_source(name)
+    clips = {name: _clip(arguments, known_clip(name)) for name in names.values()}
+    sizes = {name: "{frames} x {height} x {width}".format(**clip) for name, clip in clips.items()}
+    if len({*sizes.values()}) > 1:
+        told = ", ".join(f"{size} ({name})" for name, size in sizes.items())
+        raise InputError(f"clips of {told}; expected one size: ask for --frames, --height and --width")
     data = LatentShards(arguments.data) if arguments.data else None
     if data and (min(len(prompts) * arguments.videos, len(data) // 2)) < 2:
         counts = f"{len(prompts) * arguments.videos} clips asked for and {len(data)} held-out latents"
@@ -83,8 +86,7 @@ def _sampled(arguments, label, name, prompts, steps, data, device):
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     source = find_source(name, dtype, "cpu")
-    given = {key: getattr(arguments, key) for key in WAN_CLIP}
-    clip = source.clip | {key: value for key, value in given.items() if value is not None}
+    clip = _clip(arguments, source.clip)
     check_clip(source, clip, 0)
     shape = source.shape(clip)
     if data and shape != data.shape:
@@ -99,6 +101,12 @@ def _sampled(arguments, label, name, prompts, steps, data, device):
     samples, base = Samples(Path(arguments.output) / label, settings), source.config.base
     sample_all(samples, source, shape, steps, dtype, device, arguments.batch, guidance, negative, clip["length"])
     return samples, shape, base
+
+
+def _clip(arguments, known):
+    """The size that is asked for; what is not is the source's."""
+    given = {key: getattr(arguments, key) for key in WAN_CLIP}
+    return known | {key: value for key, value in given.items() if value is not None}
 
 
 def _tell(scorer, videos):
@@ -138,11 +146,14 @@ def labelled(sources):
 
 
 def null_text(data):
-    """The text of the null prompt of a set of shards; empty where there is none."""
+    """The text of the null prompt of a set of shards; without one, Wan's negative prompt."""
     if data is None:
-        return ""
+        return WAN_NULL
     with safe_open(data.folder / NULL, "pt") as file:
-        return (file.metadata() or {}).get("text", "")
+        text = (file.metadata() or {}).get("text")
+    if text is None:
+        raise InputError(f"{data.folder} does not say of which text its null prompt is; give it by --negative")
+    return text
 
 
 # Measures

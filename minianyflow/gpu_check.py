@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minianyflow.config import CHOICES, load_config
 from minianyflow.errors import InputError, choose
+from minianyflow.movies import WAN_CLIP
 from minianyflow.plan import plan_run
 from minianyflow.prices import ShapeNetworks
 from minianyflow.questions import stages
@@ -29,12 +30,12 @@ from minianyflow.runs import draws, guard, prepare
 from minianyflow.shards import write_shards
 from minianyflow.training import train
 from minianyflow.wan_folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
-from minianyflow.wan_shapes import CLIP, SHAPES, SHARED, build_transformer, latent_shape
+from minianyflow.wan_shapes import SHAPES, SHARED, build_transformer, latent_shape
 
 TINY = SHARED | TINY_TRANSFORMER | {"text_dim": TINY_TEXT["d_model"], "freq_dim": 64}  # what make_tiny_wan makes
 SIZES = {  # name: (shape, clip, overlays before and after architecture and stage)
-    "1.3b": (SHAPES["1.3b"], CLIP, ["wan-1.3b"], []),
-    "14b": (SHAPES["14b"], CLIP, ["wan-14b"], []),
+    "1.3b": (SHAPES["1.3b"], WAN_CLIP, ["wan-1.3b"], []),
+    "14b": (SHAPES["14b"], WAN_CLIP, ["wan-14b"], []),
     "tiny": (TINY, {"frames": 17, "height": 64, "width": 64, "length": TINY_LENGTH}, [], ["tiny"]),
 }
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}

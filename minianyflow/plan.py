@@ -13,10 +13,11 @@ import torch
 
 from minianyflow.errors import InputError
 from minianyflow.gpus import GPUS, find_gpu
+from minianyflow.movies import WAN_CLIP
 from minianyflow.prices import ShapeNetworks, prices_of
 from minianyflow.questions import Question, trace
 from minianyflow.shards import LatentShards
-from minianyflow.wan_shapes import CLIP, SHAPES, build_transformer, latent_shape
+from minianyflow.wan_shapes import SHAPES, build_transformer, latent_shape
 
 STEPS = 16  # whose draws are counted, unless told which
 SPARE = 0.05  # of a GPU's memory, for what is not counted: CUDA's own, workspaces, fragments
@@ -124,7 +125,7 @@ class Plan:
 
 
 def plan_run(config, clip=None, gpu=None, gpus=1, steps=None, sharded=False, advise=True):
-    """The Plan of a configuration. clip: as wan_shapes.CLIP; None: that of its data, if there are any, or CLIP.
+    """The Plan of a configuration. clip: as movies.WAN_CLIP; None: that of its data, if there are any, or that.
 
     gpu: a Gpu, or a name. steps: those whose draws are counted, these very ones; None: STEPS steps like them. sharded:
     FSDP2 where there are several GPUs, else DDP. advise: whether what would fit is worked out where this does not.
@@ -301,7 +302,7 @@ def _clip(config, clip):
     if clip is None and Path(config.data).is_dir():
         data = LatentShards(config.data)
         return tuple(data.shape), data.null.shape[1]
-    clip = CLIP | (clip or {})
+    clip = WAN_CLIP | (clip or {})
     return latent_shape(clip["frames"], clip["height"], clip["width"]), clip["length"]
 
 

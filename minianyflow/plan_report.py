@@ -9,8 +9,8 @@ from tqdm import tqdm
 from minianyflow.config import load_config
 from minianyflow.errors import InputError
 from minianyflow.gpus import GPUS
+from minianyflow.movies import WAN_CLIP
 from minianyflow.plan import SPARE, plan_run
-from minianyflow.wan_shapes import CLIP
 
 SIZES, ARCHITECTURES = {"wan-1.3b": "1.3B", "wan-14b": "14B"}, ("bidirectional", "causal")
 STAGES = ("teacher", "forward", "on_policy")
@@ -136,4 +136,4 @@ def published(size, kind, stage, gpu=None, gpus=1, sharded=False):
     """The Plan of a stage with the recipe's steps and batch, one clip at a time on every GPU."""
     config = load_config([size, kind, stage])
     config = replace(config, accumulate=config.batch // gpus, data="")
-    return plan_run(config, CLIP, gpu, gpus, sharded=sharded, advise=False)
+    return plan_run(config, WAN_CLIP, gpu, gpus, sharded=sharded, advise=False)

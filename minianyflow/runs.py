@@ -14,13 +14,14 @@ import json
 import math
 import os
 import time
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -61,6 +62,7 @@ from minianyflow.wan import Autocast, WanNetwork
 from minianyflow.wan_folders import decode_latents, encode_prompts, load_parts, load_transformer
 from minianyflow.weights import fingerprint
 
+PATIENCE = timedelta(days=1)  # one process samples while the others wait, longer than the ten minutes of NCCL
 ROLLOUTS, CONTEXT, SAMPLES = 3, 4, 5  # keys (seed, which, step) of random numbers, beside those of shards.py
 
 
@@ -347,7 +349,7 @@ def prepare(config):
         mixed_precision="no",  # wan.Autocast, where weights are float32
         log_with=tracker,
         project_dir=config.output,
-        kwargs_handlers=[unused],
+        kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     checkpoints.hold(accelerator)
     _check_unfinished(output)  # another run may have been at work, and done with it
@@ -380,6 +382,7 @@ def sampler(config, data, student, accelerator):
         tokenizer, text_encoder = load_parts(config.base, "tokenizer", "text_encoder", dtype=dtype)
         prompt = encode_prompts(tokenizer, text_encoder.to(device), prompts, data.null.shape[1]).float()
         del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
+        (vae,) = load_parts(config.base, "vae")  # now, or a missing one would be found hours later
         noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
 
     def on_step(step):
@@ -390,11 +393,12 @@ def sampler(config, data, student, accelerator):
         if isinstance(network, FSDPModule):
             network.unshard()  # all processes must ask, though one samples
         if accelerator.is_main_process:
-            vae = load_parts(config.base, "vae")[0].to(device)
             clips = {}
+            vae.to(device)
             for steps in config.samples.steps:
                 latents = sample(config, network.network, noise, prompt, steps)  # not counted
                 clips[f"{steps} step{'s' * (steps > 1)}"] = decode_latents(vae, latents).cpu()
+            vae.cpu()
             write_clips(Path(config.output) / "samples" / f"{step + 1:06}", clips, prompts)
         if isinstance(network, FSDPModule):
             network.reshard()
@@ -471,7 +475,11 @@ def read_run(folder):
     for name in ("config.yaml", "run.json"):
         if not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}; expected a run folder, which distill.py writes when it is done")
-    return load_config([folder / "config.yaml"]), json.loads((folder / "run.json").read_text())
+    try:
+        made = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise InputError(f"{folder / 'run.json'} is not JSON ({problem}); expected it as distill.py wrote it") from None
+    return load_config([folder / "config.yaml"]), made
 
 
 def load_run(folder, role="student", dtype=torch.float32, device="cpu"):

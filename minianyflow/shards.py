@@ -195,11 +195,12 @@ class LatentShards:
         return torch.randperm(len(self), generator=generator(seed, ORDER, epoch))
 
 
-def write_shards(folder, latents, prompts, null, captions, size=64, null_text=""):
+def write_shards(folder, latents, prompts, null, captions, size=64, null_text=None):
     """Write rows to `folder`, `size` of them a shard, kept in the dtype they have.
 
     Files take their place when all are whole, the null prompt last: killed before, they are no set.
-    latents (N, F, C, H, W), normalised; prompts (N, L, D); null (1, L, D), and its text; captions: N texts.
+    latents (N, F, C, H, W), normalised; prompts (N, L, D); null (1, L, D), and its text if that is known;
+    captions: N texts.
     Raises InputError for counts that differ, or a folder that has shards already.
     """
     folder = Path(folder)
@@ -211,7 +212,7 @@ def write_shards(folder, latents, prompts, null, captions, size=64, null_text=""
     if any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} holds shards already; expected a new folder: name another")
     with staged(folder) as unfinished:
-        save_file({"prompt": null.contiguous()}, unfinished / NULL, {"text": null_text})
+        save_file({"prompt": null.contiguous()}, unfinished / NULL, None if null_text is None else {"text": null_text})
         for number, start in enumerate(range(0, len(latents), size)):
             part, path = slice(start, start + size), unfinished / f"{number:05d}.safetensors"
             save_file({"latents": latents[part].contiguous(), "prompts": prompts[part].contiguous()}, path)

@@ -73,17 +73,19 @@ def find_source(name, dtype, device):
     return _pipeline(name, *known, dtype, device)
 
 
+def known_clip(name):
+    """The clips that a source knows, as its `clip`, before its weights are loaded."""
+    known = check_source(name)
+    return known[1]["clip"] if _is_run(name) else WAN_CLIP | _beside(name).get("clip", {})
+
+
 def _is_run(name):
     return any((Path(name) / file).is_file() for file in ("config.yaml", "run.json"))
 
 
 def _pipeline(name, architecture, stage, dtype, device):
-    beside = Path(name) / "minianyflow.json"
     tell(name)
-    try:
-        known = json.loads(beside.read_text()) if beside.is_file() else {}
-    except ValueError as problem:
-        raise InputError(f"{beside} is not JSON ({problem}); export the run again") from None
+    known = _beside(name)
     transformer = load_transformer(name, architecture, dtype, device=device)
     (scheduler,) = load_parts(name, "scheduler")
     config = load_config([architecture])
@@ -96,6 +98,15 @@ def _pipeline(name, architecture, stage, dtype, device):
     network = network_of(transformer, config)
     network.timesteps = float(scheduler.config.num_train_timesteps)  # tiny ones count to 5: wan.TINY_TIMESTEPS
     return Source(network, config, clip, codec_factor(name))
+
+
+def _beside(name):
+    """What export.py wrote beside a pipeline; {} for others."""
+    beside = Path(name) / "minianyflow.json"
+    try:
+        return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError as problem:
+        raise InputError(f"{beside} is not JSON ({problem}); export the run again") from None
 
 
 def _kind(name):

@@ -25,7 +25,6 @@ SHAPES = {
     "1.3b": SHARED | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "14b": SHARED | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
-CLIP = {"frames": 81, "height": 480, "width": 832, "length": 512}  # pixels, and tokens of a prompt, as published
 
 
 def latent_shape(frames=81, height=480, width=832, channels=16):

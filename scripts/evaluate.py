@@ -31,7 +31,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for all sources (default: 0)")
     parser.add_argument("--batch", type=int, default=1, help="clips sampled and decoded together (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale, for teachers alone (default: 1, none)")
-    parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data)")
+    parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)")
     parser.add_argument(
         "--vbench", nargs="+", metavar="DIMENSION", help="what VBench scores (default: all it can here)"
     )

@@ -14,13 +14,12 @@ import torch
 
 from minianyflow.config import load_config
 from minianyflow.install import ROOT
-from minianyflow.movies import write_clips
+from minianyflow.movies import WAN_CLIP, write_clips
 from minianyflow.pairs import generator
 from minianyflow.plan import plan_run
 from minianyflow.runs import load_run
 from minianyflow.shards import LatentShards
 from minianyflow.wan_folders import make_tiny_wan, moving_shapes
-from minianyflow.wan_shapes import CLIP
 
 PAGE = (ROOT / "docs/scaling.md").read_text()
 BLOCKS = {
@@ -56,7 +55,7 @@ def test_the_commands_fit_the_gpus_they_are_for(name, gpus):
     for line in [line for line in BLOCKS[name] if "distill.py" in line]:
         words = shlex.split(line.split("--config ")[1])
         config = load_config([word for word in words if "=" not in word], [word for word in words if "=" in word])
-        plan = plan_run(replace(config, data=""), CLIP, gpus=gpus, sharded="fsdp2" in line, steps=[0], advise=False)
+        plan = plan_run(replace(config, data=""), WAN_CLIP, gpus=gpus, sharded="fsdp2" in line, steps=[0], advise=False)
         assert plan.fits, f"{line}: {plan.peak / 1e9:.0f} GB"
 
 

@@ -441,6 +441,8 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
     (tmp_path / "next/model_index.json").write_text(json.dumps(two))
     unfinished = shutil.copytree(run, tmp_path / "unfinished")
     (unfinished / "run.json").unlink()
+    broken = shutil.copytree(run, tmp_path / "broken")
+    (broken / "run.json").write_text('{"steps": 1')
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/model_index.json").write_text("{")
     damaged = shutil.copytree(exported / "causal", tmp_path / "damaged")
@@ -453,6 +455,7 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
         ([tmp_path / "next", *prompt], "next holds a WanPipeline of Wan2.2; expected"),
         ([tmp_path / "cut", *prompt], "cut does not load"),
         ([unfinished, *prompt], "no run.json in"),
+        ([broken, *prompt], "run.json is not JSON"),
         ([damaged, *prompt], "minianyflow.json is not JSON"),
         ([run], "give either --prompt TEXT ... or --prompts FILE"),
         ([run, *prompt, "--prompts", tmp_path / "empty.txt"], "give either --prompt"),
