@@ -40,6 +40,7 @@ SIZES = {  # name: (shape, clip, overlays before and after architecture and stag
 }
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 REPORT = "gpu_check.json"
+OWN = ("architecture", "stage", "steps", "batch", "accumulate", "base", "data", "runs", "output", "device")
 WARM_UP = 1  # steps that are not timed: allocations, choices of kernels, compilation
 
 
@@ -72,6 +73,9 @@ class Request:
         for name, value in (self.clip or {}).items():
             if value < 1 or (value % 4 != 1 if name == "frames" else value % 16):
                 raise InputError(f"{name} {value}; expected {'4 n + 1 frames' if name == 'frames' else '16 n pixels'}")
+        for given in self.options:
+            if (name := given.split("=")[0]) in OWN:
+                raise InputError(f"{name} among other options; this command sets it itself: leave it out")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError(
                 "torch finds no GPU here; expected one: look at nvidia-smi, or try --device cpu --sizes tiny"
@@ -117,7 +121,7 @@ def check(request, output, tell=print):
             if case[0] not in report["attention"]:
                 report["attention"][case[0]] = attention_rates(SIZES[case[0]][0], clip, device)
             try:
-                entry |= measure(request, case, config, clip, stages()[config.stage], Path(output))
+                entry |= measure(request, case, config, stages()[config.stage], Path(output))
             except torch.OutOfMemoryError:
                 entry["left_out"] = "out of memory where the plan had room"
                 tell(f"{name}: {entry['left_out']}")
@@ -203,7 +207,7 @@ class Meter:
         return peak
 
 
-def measure(request, case, config, clip, roles_of, output):
+def measure(request, case, config, roles_of, output):
     """Build the case and train it: memory by part in bytes, seconds of each timed step, rows evaluated."""
     device = torch.device(request.device)
     meter, memory = Meter(device), {}

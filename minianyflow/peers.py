@@ -250,6 +250,8 @@ def run(
     check_peers(peers)
     for dataset in datasets:
         plane.load(dataset)
+    if budget.width < 1:
+        raise InputError(f"width {budget.width}; expected at least 1")
     if not (seeds and datasets and seconds > 0) or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {list(seeds)}, {seconds} seconds; expected different seeds, and seconds above 0")
     with staged(output) as folder:

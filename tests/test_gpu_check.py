@@ -181,6 +181,7 @@ def test_running_out_of_memory_is_a_row_of_the_table(monkeypatch, tmp_path):
         ({"clip": {"frames": 0}}, "frames 0; expected 4 n"),
         ({"clip": {"height": 100}}, "height 100; expected 16 n pixels"),
         ({"sizes": ("1.3b",)}, "expected --sizes tiny"),
+        ({"options": ("compiled=true", "steps=1")}, "steps among other options; .* leave it out"),
     ],
 )
 def test_what_is_refused(changes, message):

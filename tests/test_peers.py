@@ -151,6 +151,7 @@ def test_a_ratio_is_of_means_at_equal_evaluations():
         ({"peers": ("torchcmf",)}, "unknown peer 'torchcmf'.*did you mean 'torchcfm'"),
         ({"datasets": ("spirals",), "peers": ()}, "unknown dataset 'spirals'.*did you mean 'spiral'"),
         ({"seconds": 0.0, "peers": ()}, "0.0 seconds; expected different seeds, and seconds above 0"),
+        ({"budget": Budget(width=0), "peers": ()}, "width 0; expected at least 1"),
         ({"seeds": (1, 1), "peers": ()}, r"seeds \[1, 1\]"),
     ],
 )
