@@ -142,6 +142,8 @@ class Triangle(Scene):
 
     def picked(self, chain):
         """A dot was moved: the controls of the first and the last time follow."""
+        if len(chain) != self.controls["jumps"].value + 1:  # the slider was moved while it was on its way
+            return
         for name, value in (("start", chain[0]), ("target", chain[-1])):
             with self.quiet(name):
                 self.controls[name].value = value

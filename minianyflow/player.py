@@ -23,7 +23,8 @@ GREYS = 15  # a video needs no more, and its bytes squeeze well
 
 
 class Player(anywidget.AnyWidget):
-    """scene: JSON, what to draw. payload: the bytes of its arrays. picked: a chain of times moved by hand."""
+    """scene: JSON, what to draw. payload: the bytes of its arrays. picked: a chain of times moved by hand; empty again
+    once it is heard."""
 
     _esm = STATIC / "player.js"
     _css = STATIC / "player.css"

@@ -92,7 +92,9 @@ class Scene:
 
     def on_pick(self, change):
         """A dot was moved in the picture."""
-        self.guarded(lambda: self.picked(list(change["new"])))
+        if chain := list(change["new"]):
+            self.player.picked = []  # or the same again would be no change
+            self.guarded(lambda: self.picked(chain))
 
     @contextlib.contextmanager
     def quiet(self, *names):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
 from minianyflow.browser import (
@@ -19,7 +20,8 @@ from minianyflow.browser import (
     write_notebook,
 )
 from minianyflow.live import TITLES, serve
-from minianyflow.offline import write_pages
+from minianyflow.offline import page_text, write_pages
+from minianyflow.player import Pack, time_axis
 from minianyflow.scenes import SCENES
 
 pytestmark = pytest.mark.slow
@@ -275,6 +277,118 @@ def test_a_page_from_a_file_scrubs_and_switches(browser, pages, name):
         assert redrawn(page, before)
         assert position(page) < 1
         is_well(page)
+
+
+HAND = "canvas.lm-drag"
+
+
+def drag(page, start, end):
+    """By hand over the triangle, from and to fractions of its width and height."""
+    box = page.locator(HAND).bounding_box()
+    for k, (across, down) in enumerate((start, end)):
+        page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=5)
+        page.mouse.up() if k else page.mouse.down()
+
+
+def times(page):
+    """Below the triangle: '1.00 > 0.00'."""
+    page.evaluate(SETTLED)
+    return page.locator(".lm-measures b").first.inner_text()
+
+
+def test_the_hand_and_the_keys_move_a_jump(stage):
+    page = run_in(stage, "from minianyflow import scenes\nscene = scenes.triangle()\nscene")
+    assert times(page) == "1.00 > 0.00"
+    target = next(control for control in controls(page) if control.label == "to r")
+    placed = []
+    for _ in range(2):  # to the same place again
+        drag(page, (0.95, 0.85), (0.8, 0.5))
+        placed.append(times(page))
+        before = seen(page)
+        page.mouse.move(5, 5)  # it does not stick to the hand
+        assert seen(page) == before
+        target.element.locator(".noUi-handle").press("Home")
+        assert times(page).endswith("> 0.00")
+    assert placed[0] == placed[1] != "1.00 > 0.00"
+    page.focus(HAND)
+    for _ in range(20):  # faster than the kernel draws
+        page.keyboard.press("ArrowUp")
+    assert times(page).endswith(f"> {20 / 64:.2f}")
+    is_well(page)
+
+
+def test_a_page_shows_the_jump_it_draws(browser, pages):
+    """Held are a few chains alone: a dot that is let go is where the picture is, and a key goes to the next of them."""
+    with watched(browser, offline=True) as page:
+        page.goto(pages["triangle"].as_uri())
+        page.wait_for_selector(READY)
+
+        def chosen():
+            return [choice.locator("option:checked").inner_text() for choice in page.locator(CHOICES).all()]
+
+        assert chosen() == ["1", "1", "0"]
+        drag(page, (0.95, 0.85), (0.83, 0.7))
+        assert chosen() == ["1", "0.75", "0.25"]
+        assert times(page) == "0.75 > 0.25"
+        moved = seen(page)
+        start = page.locator(CHOICES).nth(1)
+        for label in ("1", "0.75"):
+            start.select_option(label=label)
+        assert seen(page) == moved
+        page.focus(HAND)
+        page.keyboard.press("ArrowDown")
+        assert times(page) == "0.75 > 0.00"
+        page.keyboard.press("ArrowRight")
+        assert times(page) == "1.00 > 0.00"
+        page.keyboard.press("ArrowRight")  # there is none
+        assert times(page) == "1.00 > 0.00"
+        page.keyboard.press("Control+ArrowUp")
+        page.locator(HAND).click(button="right", position={"x": 100, "y": 100})
+        assert times(page) == "1.00 > 0.00"
+        is_well(page)
+
+
+def test_the_plane_is_drawn_where_the_data_says(browser, tmp_path):
+    pack = Pack()
+    path = np.array([[[-1.0, 1.5], [1.0, -0.5]], [[1.0, 0.5], [-1.0, -1.5]]])  # (T, n, 2): to the right, to the left
+    exact = np.array([[[-1.5, 0.25], [0.0, 0.0]], [[1.5, 0.25], [0.0, 0.0]]])
+    panel = {"kind": "plane", "title": "two", "colour": "#0072b2", "times": [1.0, 0.0], "limit": 2, "followed": [0]}
+    panel |= {
+        "points": pack.add_points(path),
+        "exact": pack.add_points(exact),
+        "ghosts": pack.add_points([[0.5, -1.75]]),
+    }
+    page = {"title": "two", "controls": [], "scenes": {"": pack.scene("two", [panel], time_axis([1.0, 0.0]))}}
+    (tmp_path / "two.html").write_text(page_text(page, pack.payload), encoding="utf-8")
+
+    def colour(x, y):
+        return tab.evaluate(
+            """([x, y]) => {
+              const canvas = document.querySelector(".lm-player canvas"), size = canvas.width;
+              const at = (value) => Math.round(size / 2 + (value * size) / 4);
+              return [...canvas.getContext("2d").getImageData(at(x), at(-y), 1, 1).data].slice(0, 3);
+            }""",
+            [x, y],
+        )
+
+    blue, white = [0, 114, 178], [255, 255, 255]
+    with watched(browser, offline=True) as tab:
+        tab.goto((tmp_path / "two.html").as_uri())
+        tab.wait_for_selector(READY)
+        tab.evaluate("player.seek(0.5)")
+        tab.evaluate(SETTLED)
+        assert colour(0, 1) == [0, 0, 0]  # the one that is followed, half of the way
+        assert colour(0, -1) == blue
+        assert colour(-0.5, 1.25) == blue  # where it came from
+        assert colour(0.5, 0.75) == white  # where it goes
+        assert colour(0.5, -0.75) not in (blue, white)  # the other's trail, paler
+        assert colour(-0.5, -1.25) == white
+        assert colour(1, 0.25) == [165, 165, 165]  # the exact path
+        assert colour(0.5, -1.75) == [200, 200, 200]  # a grey dot
+        tab.evaluate("player.seek(1)")
+        tab.evaluate(SETTLED)
+        assert (colour(1, 0.5), colour(-1, -1.5), colour(0.5, 0.75)) == ([0, 0, 0], blue, blue)
+        is_well(tab)
 
 
 def test_a_page_offers_what_changes_the_picture_and_no_more(browser, pages):

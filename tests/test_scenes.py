@@ -263,8 +263,19 @@ def test_the_triangle_jumps_from_exact_states_and_follows_the_hand():
     assert scene.player.scene["panels"][0]["chain"] == [1.0, 0.125, 0.0]  # what the hand placed stays
     scene.set("jumps", 4)
     assert scene.player.scene["panels"][0]["chain"] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    scene.player.picked = [1.0, 0.125, 0.0]  # of two jumps, from before the slider was moved
+    assert scene.player.scene["panels"][0]["chain"] == [1.0, 0.75, 0.5, 0.25, 0.0]
     with pytest.raises(InputError, match="expected falling ones"):
-        scene.player.picked = [0.25, 0.5]
+        scene.player.picked = [0.25, 0.5, 0.2, 0.1, 0.0]
+
+
+def test_the_hand_is_followed_to_where_it_was_before():
+    scene = scenes.triangle()
+    for _ in range(2):
+        scene.player.picked = [1.0, 0.5]
+        assert scene.player.scene["panels"][0]["chain"] == [1.0, 0.5]
+        scene.set("target", 0.0)
+        assert scene.player.scene["panels"][0]["chain"] == [1.0, 0.0]
 
 
 def test_backward_simulation_stands_for_the_rollout_it_names():

@@ -83,7 +83,8 @@ class Plane {
     this.large = disc(4 * ratio);
     this.rim = disc(5.4 * ratio);
     const { paths, spec } = this, followed = new Set(spec.followed || []);
-    if (spec.ring) for (let k = 0; k < 2000; k++) this.onBack(spec.ring * Math.cos(k * 0.0031416), spec.ring * Math.sin(k * 0.0031416), disc(0.8 * ratio), [150, 150, 150]);
+    const pen = disc(0.8 * ratio);
+    if (spec.ring) for (let k = 0; k < 2000; k++) this.onBack(spec.ring * Math.cos(k * 0.0031416), spec.ring * Math.sin(k * 0.0031416), pen, [150, 150, 150]);
     if (this.ghosts) {
       const dot = disc(1.4 * ratio), { values, scale } = this.ghosts;
       for (let i = 0; i < values.length; i += 2) this.onBack(values[i] * scale, values[i + 1] * scale, dot, [200, 200, 200]);
@@ -230,6 +231,15 @@ class Sketch {
 class Triangle extends Sketch {
   static aspect = 1;
 
+  // hand: the chain that is shown, which dot is chosen, whether it is held. It is the same object in the next drawing; its
+  // chain gives way to the scene's, unless the dot is held or the kernel is still to hear of it.
+  constructor(spec, arrays, player, before) {
+    super(spec, arrays, player);
+    this.hand = before?.hand ?? { chain: [], chosen: 0, dragging: false };
+    const { chain, dragging, chosen } = this.hand, kept = chain.length === spec.chain.length && (dragging || player.expects());
+    if (!kept) Object.assign(this.hand, { chain: [...spec.chain], dragging: false, chosen: chosen < spec.chain.length - 1 ? chosen : 0 });
+  }
+
   prepare(...arguments_) {
     super.prepare(...arguments_);
     const left = 68, bottom = 54, top = 26, right = 14;
@@ -237,15 +247,11 @@ class Triangle extends Sketch {
     this.x = (t) => left + t * this.side;
     this.y = (r) => top + (1 - r) * this.side;
     this.toTime = (px, py) => [(px - left) / this.side, 1 - (py - top) / this.side];
-    this.chain ??= [...this.spec.chain];
-    this.chosen ??= 0;
-    const { canvas } = this.context;
-    if (this.spec.drag) this.listen(canvas);
+    if (this.spec.drag) this.listen(this.context.canvas);
   }
 
   listen(canvas) {
-    if (this.listening) return;
-    this.listening = true;
+    const { hand } = this;
     canvas.classList.add("lm-drag");
     canvas.tabIndex = 0;
     canvas.setAttribute("aria-label", "jumps in the triangle of times: drag a dot; arrow keys move it, digits choose one");
@@ -253,41 +259,51 @@ class Triangle extends Sketch {
       const box = canvas.getBoundingClientRect();
       return this.toTime(((event.clientX - box.left) * this.width) / box.width, ((event.clientY - box.top) * this.height) / box.height);
     };
-    canvas.onpointerdown = (event) => {
-      const [t, r] = where(event), far = (i) => Math.hypot(this.chain[i] - t, this.chain[i + 1] - r);
-      this.chosen = [...this.chain.keys()].slice(0, -1).reduce((a, b) => (far(b) < far(a) ? b : a));
-      canvas.setPointerCapture(event.pointerId);
-      this.dragging = true;
-      this.move(this.chosen, t, r);
+    const release = () => {
+      if (!hand.dragging) return;
+      hand.dragging = false;
+      this.player.settled();
     };
-    canvas.onpointermove = (event) => this.dragging && this.move(this.chosen, ...where(event));
-    canvas.onpointerup = canvas.onpointercancel = () => (this.dragging = false);
+    canvas.onpointerdown = (event) => {
+      if (event.button) return;
+      const [t, r] = where(event), far = (i) => Math.hypot(hand.chain[i] - t, hand.chain[i + 1] - r);
+      hand.chosen = [...hand.chain.keys()].slice(0, -1).reduce((a, b) => (far(b) < far(a) ? b : a));
+      canvas.setPointerCapture(event.pointerId);
+      hand.dragging = true;
+      this.move(t, r);
+    };
+    canvas.onpointermove = (event) => {
+      if (!event.buttons) release();
+      if (hand.dragging) this.move(...where(event));
+    };
+    canvas.onpointerup = canvas.onpointercancel = release;
     canvas.onkeydown = (event) => {
-      const step = 1 / this.spec.snap, [t, r] = [this.chain[this.chosen], this.chain[this.chosen + 1]];
+      if (event.altKey || event.ctrlKey || event.metaKey) return;
+      const step = 1 / this.spec.snap, [t, r] = hand.chain.slice(hand.chosen);
       const to = { ArrowLeft: [t - step, r], ArrowRight: [t + step, r], ArrowUp: [t, r + step], ArrowDown: [t, r - step] }[event.key];
       const digit = parseInt(event.key, 10);
-      if (digit >= 1 && digit < this.chain.length) this.chosen = digit - 1;
+      if (digit >= 1 && digit < hand.chain.length) hand.chosen = digit - 1;
       else if (!to) return;
       event.preventDefault();
       event.stopPropagation();
-      if (to) this.move(this.chosen, ...to);
+      if (to) this.move(...to);
       else this.player.dirty();
     };
   }
 
-  // Dot i is the jump from chain[i] to chain[i + 1]; both stay between their neighbours, on the grid.
-  move(i, t, r) {
-    const { chain } = this, { snap } = this.spec, grid = (value) => Math.round(value * snap) / snap, least = 1 / snap;
+  // The chosen dot, i, is the jump from chain[i] to chain[i + 1]; both stay between their neighbours, on the grid.
+  move(t, r) {
+    const { chain, chosen: i, dragging } = this.hand, { snap } = this.spec, grid = (value) => Math.round(value * snap) / snap, least = 1 / snap;
     const before = [...chain];
     chain[i + 1] = clamp(grid(r), i + 2 < chain.length ? chain[i + 2] + least : 0, (i ? chain[i - 1] : 1) - (i ? 2 : 1) * least);
     chain[i] = clamp(grid(t), chain[i + 1] + least, i ? chain[i - 1] - least : 1);
-    if (chain.some((value, k) => value !== before[k])) this.player.picked([...chain]);
+    if (chain.some((value, k) => value !== before[k])) this.player.picked([...chain], dragging ? null : before);
     this.player.dirty();
   }
 
   draw(at, progress, hash) {
     this.begin();
-    const { x, y, chain, spec } = this, colour = spec.colour;
+    const { x, y, spec } = this, { chain, chosen } = this.hand, { colour } = spec;
     this.path([[x(0), y(0)], [x(1), y(1)], [x(1), y(0)], [x(0), y(0)]], "#777777", 1.5);
     for (const tick of [0, 0.5, 1]) {
       this.text(String(tick), x(tick), y(0) + 22);
@@ -295,7 +311,7 @@ class Triangle extends Sketch {
     }
     this.text("from t (1 is noise)", x(0.5), y(0) + 42);
     this.text("to r", x(0) - 54, y(0.5), "center", "#1a1a1a", -Math.PI / 2);
-    for (const [t, r] of spec.dots || []) this.dot(x(t), y(r), 4, spec.dots_colour || "#999999");
+    for (const [t, r] of spec.dots || []) this.dot(x(t), y(r), 4, "#999999");
     const stairs = [];
     for (let i = 0; i + 1 < chain.length; i++) stairs.push([x(chain[i]), y(chain[i])], [x(chain[i]), y(chain[i + 1])], [x(chain[i + 1]), y(chain[i + 1])]);
     this.path(stairs, colour, 2.5);
@@ -303,7 +319,7 @@ class Triangle extends Sketch {
     this.text("diffusion", x(0.34), y(0.34) - 16, "center", "#555555", -Math.PI / 4, "#ffffff");
     if (!spec.dots) this.text("consistency: r = 0", x(0.56), y(0) - 16, "center", "#555555", 0, "#ffffff");
     for (let i = 0; i + 1 < chain.length; i++) {
-      this.dot(x(chain[i]), y(chain[i + 1]), spec.drag ? 10 : 7, colour, i === this.chosen && spec.drag ? "#000000" : "#ffffff");
+      this.dot(x(chain[i]), y(chain[i + 1]), spec.drag ? 10 : 7, colour, i === chosen && spec.drag ? "#000000" : "#ffffff");
       hash.add(Math.round(4096 * chain[i]) * 65536 + Math.round(4096 * chain[i + 1]));
     }
     hash.add(Math.round(1000 * at));
@@ -312,8 +328,6 @@ class Triangle extends Sketch {
 
 // Lines or bars over time, with a cursor where we are.
 class Chart extends Sketch {
-  static aspect = 0.78;
-
   prepare(...arguments_) {
     super.prepare(...arguments_);
     const { spec, width, height } = this, [low, high] = spec.limits, [from, to] = [this.player.axis.from, this.player.axis.to];
@@ -401,7 +415,9 @@ function make(kind, parent, name, words) {
   return element;
 }
 
-/** Draw a scene into `element`. options: onPick(chain), what to do when a dot of the triangle has been moved.
+/** Draw a scene into `element`. options, of the triangle:
+ *  onPick(chain, before), a dot was moved, `before` by a key or null by hand; onSettle(), it was let go; expects(), whether
+ *  a moved chain waits to be sent.
  *  Returns { update(content), seek(position), play(), pause(), destroy(), root }. */
 export function mountPlayer(element, content, options = {}) {
   const root = make("div", element, "lm-player");
@@ -423,7 +439,9 @@ export function mountPlayer(element, content, options = {}) {
     axis: null,
     progressOf: (at) => clamp((at - player.axis.from) / (player.axis.to - player.axis.from || 1), 0, 1),
     dirty: () => (waiting ||= requestAnimationFrame(guarded(draw))),
-    picked: (chain) => options.onPick?.(chain),
+    picked: (chain, before) => options.onPick?.(chain, before),
+    settled: () => options.onSettle?.(),
+    expects: () => options.expects?.() ?? false,
   };
 
   function guarded(work) {
@@ -443,7 +461,7 @@ export function mountPlayer(element, content, options = {}) {
   function draw() {
     waiting = 0;
     if (!scene || !panels.clientWidth) return;
-    const began = performance.now(), ratio = window.devicePixelRatio || 1, hash = new Hash();
+    const ratio = window.devicePixelRatio || 1, hash = new Hash();
     const unit = parseFloat(getComputedStyle(root).fontSize) / SMALLEST; // what is drawn grows with the words around it
     const at = player.axis.from + position * (player.axis.to - player.axis.from);
     for (const part of parts) {
@@ -456,13 +474,12 @@ export function mountPlayer(element, content, options = {}) {
         Object.assign(part, { size, ratio, unit });
       }
       part.drawing.draw(at, position, hash);
-      part.canvas.dataset.frames = String(frames + 1);
     }
     clock.textContent = `${player.axis.label} = ${at.toFixed(player.axis.digits)}`;
     if (document.activeElement !== range || Math.abs(range.value - position) > 1e-3) range.value = position;
     frames += 1;
     const seen = { ready: "1", frames, drawn: (hash.value >>> 0).toString(16), position: position.toFixed(4), serial: scene.serial ?? 0 };
-    Object.assign(root.dataset, seen, { drawMs: (performance.now() - began).toFixed(1) });
+    Object.assign(root.dataset, seen);
   }
 
   function update({ scene: told, payload }) {
@@ -486,9 +503,7 @@ export function mountPlayer(element, content, options = {}) {
       for (const [name, value] of spec.measures || []) make("span", table, "", name), make("b", table, "", value);
       const aspect = typeof Kind.aspect === "function" ? Kind.aspect(spec, arrays) : spec.aspect || Kind.aspect;
       canvas.style.aspectRatio = `1 / ${aspect}`;
-      const drawing = new Kind(spec, arrays, player);
-      if (same && old[k].drawing.dragging) Object.assign(drawing, { chain: old[k].drawing.chain, chosen: old[k].drawing.chosen, dragging: true });
-      else if (same && old[k].drawing.chosen < (spec.chain?.length ?? 0) - 1) drawing.chosen = old[k].drawing.chosen;
+      const drawing = new Kind(spec, arrays, player, same ? old[k].drawing : null);
       return { kind: spec.kind, figure, canvas, drawing, aspect };
     });
     note.textContent = told.note || "";
@@ -557,7 +572,7 @@ export function mountPlayer(element, content, options = {}) {
 
 /** Choices above a player, all scenes held. page: { controls: [{ name, label, values, labels, value }], scenes: { key: scene } },
  *  key: the chosen values joined by "|". What a choice offers may depend on those before it. A dot moved in a triangle
- *  chooses the held scene whose chain is nearest. */
+ *  chooses the held scene whose chain is nearest; by a key, the nearest in that direction. */
 export function mountPage(element, page, payload) {
   const row = make("div", element, "lm-choices"), chosen = {};
   const content = () => ({ scene: page.scenes[page.controls.map(({ name }) => chosen[name]).join("|")], payload });
@@ -586,14 +601,15 @@ export function mountPage(element, page, payload) {
     }
   }
   offer();
-  const player = mountPlayer(element, content(), { onPick: (chain) => nearest(chain) });
-  function nearest(chain) {
-    const far = (scene) => {
-      const held = scene.panels.find(({ kind }) => kind === "triangle").chain;
-      return held.length === chain.length ? Math.hypot(...held.map((value, k) => value - chain[k])) : Infinity;
+  const player = mountPlayer(element, content(), { onPick: nearest, onSettle: () => player.update(content()) });
+  function nearest(chain, before) {
+    const onTheWay = (held) => !before || held.reduce((sum, value, k) => sum + (value - before[k]) * (chain[k] - before[k]), 0) > 0;
+    const far = ([, { panels }]) => {
+      const held = panels.find(({ kind }) => kind === "triangle").chain;
+      return held.length === chain.length && onTheWay(held) ? Math.hypot(...held.map((value, k) => value - chain[k])) : Infinity;
     };
-    const [key] = Object.entries(page.scenes).reduce((a, b) => (far(b[1]) < far(a[1]) ? b : a));
-    key.split("|").forEach((value, k) => {
+    const best = Object.entries(page.scenes).reduce((a, b) => (far(b) < far(a) ? b : a));
+    if (far(best) < Infinity) best[0].split("|").forEach((value, k) => {
       const { name, values } = page.controls[k], index = values.findIndex((each) => String(each) === value);
       chosen[name] = values[index];
       row.querySelector(`select[name="${name}"]`).value = index;
@@ -622,8 +638,13 @@ function render({ model, el }) {
     next = null;
     if (chain) send(chain);
   };
-  const player = mountPlayer(el, content(), { onPick: send });
-  const show = () => (player.update(content()), answered());
+  const player = mountPlayer(el, content(), { onPick: send, expects: () => next !== null });
+  const show = () => {
+    const triangle = model.get("scene").panels.find(({ kind }) => kind === "triangle");
+    if (next?.length !== triangle?.chain.length) next = null; // a control has changed the number of jumps since
+    player.update(content());
+    answered();
+  };
   model.on("change:scene", show);
   return () => {
     model.off("change:scene", show);
