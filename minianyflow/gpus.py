@@ -1,6 +1,6 @@
 """GPUs as their makers describe them: memory, and the rate of dense bfloat16 matrix products."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from minianyflow.errors import InputError, choose
@@ -29,12 +29,13 @@ GPUS = {
 
 
 def find_gpu(name="h200", memory=None, rate=None):
-    """The GPU called `name`, or another of `memory` GB and `rate` TFLOP/s where both are given."""
+    """The GPU called `name`; memory (GB) and rate (TFLOP/s) stand in place of its own."""
     for what, value in (("memory", memory), ("rate", rate)):
         if value is not None and not 0 < value < inf:
             raise InputError(f"--{what} {value}; expected more than 0, in {'GB' if what == 'memory' else 'TFLOP/s'}")
     if memory and rate:
         return Gpu(f"{memory:g} GB", 1e9 * memory, 1e12 * rate, "the command line")
     gpu = choose("GPU", str(name).lower(), GPUS)
-    source = gpu.source if not (memory or rate) else f"{gpu.source}; the command line"
-    return Gpu(gpu.name, 1e9 * memory if memory else gpu.memory, 1e12 * rate if rate else gpu.rate, source)
+    if memory:
+        return replace(gpu, name=f"{memory:g} GB at {gpu.name}'s rate", memory=1e9 * memory)
+    return replace(gpu, name=f"{gpu.name} at {rate:g} TFLOP/s", rate=1e12 * rate) if rate else gpu

@@ -16,7 +16,7 @@ from minianyflow.causal import causal_mask
 from minianyflow.config import load_config
 from minianyflow.costs import Live, kept_pairs
 from minianyflow.errors import InputError
-from minianyflow.gpus import Gpu
+from minianyflow.gpus import GPUS, Gpu, find_gpu
 from minianyflow.install import ROOT
 from minianyflow.plan import LARGEST, SPARE, check_split, plan_run, shape_of
 from minianyflow.plan_report import MODELS, RUNS, bills, describe, table
@@ -290,6 +290,14 @@ def test_several_gpus_share_the_work(folder):
     assert two.seconds() >= one.seconds() / 2
     assert two.memory["optimiser"] == one.memory["optimiser"] == 2 * sharded.memory["optimiser"]
     assert two.memory["base weights"] == sharded.memory["base weights"]
+
+
+def test_another_gpu_has_no_others_name():
+    own, other = GPUS["a100-80"], find_gpu("a100-80", memory=96)
+    assert find_gpu("A100-80") == own
+    assert (other.name, other.memory, other.rate) == ("96 GB at a100-80's rate", 96e9, own.rate)
+    assert find_gpu("l40s", rate=100).name == "l40s at 100 TFLOP/s"
+    assert find_gpu("l40s", 96, 100).name == "96 GB"
 
 
 BAD = {
