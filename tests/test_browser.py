@@ -290,30 +290,39 @@ def drag(page, start, end):
         page.mouse.up() if k else page.mouse.down()
 
 
-def times(page):
-    """Below the triangle: '1.00 > 0.00'."""
-    page.evaluate(SETTLED)
-    return page.locator(".lm-measures b").first.inner_text()
+# The times of the jump at fractions of the triangle's width and height, whose margins are player.js's.
+THERE = """([across, down]) => {
+  const canvas = document.querySelector("canvas.lm-drag");
+  const unit = parseFloat(getComputedStyle(canvas.closest(".lm-player")).fontSize) / 17;
+  const [width, height] = [canvas.clientWidth / unit, canvas.clientHeight / unit];
+  const side = Math.min(width - 68 - 14, height - 54 - 26);
+  return [(across * width - 68) / side, 1 - (down * height - 26) / side];
+}"""
+
+
+def shows(page, times):
+    """Wait until '1.00 > 0.00' or the like stands below the triangle."""
+    read = "(words) => document.querySelector('.lm-measures b').textContent === words"
+    page.wait_for_function(read, arg=" > ".join(f"{time:.2f}" for time in times))
 
 
 def test_the_hand_and_the_keys_move_a_jump(stage):
     page = run_in(stage, "from minianyflow import scenes\nscene = scenes.triangle()\nscene")
-    assert times(page) == "1.00 > 0.00"
+    shows(page, (1, 0))
     target = next(control for control in controls(page) if control.label == "to r")
-    placed = []
     for _ in range(2):  # to the same place again
         drag(page, (0.95, 0.85), (0.8, 0.5))
-        placed.append(times(page))
+        start, end = (round(64 * time) / 64 for time in page.evaluate(THERE, [0.8, 0.5]))
+        shows(page, (start, end))
         before = seen(page)
         page.mouse.move(5, 5)  # it does not stick to the hand
         assert seen(page) == before
         target.element.locator(".noUi-handle").press("Home")
-        assert times(page).endswith("> 0.00")
-    assert placed[0] == placed[1] != "1.00 > 0.00"
+        shows(page, (start, 0))
     page.focus(HAND)
     for _ in range(20):  # faster than the kernel draws
         page.keyboard.press("ArrowUp")
-    assert times(page).endswith(f"> {20 / 64:.2f}")
+    shows(page, (start, 20 / 64))
     is_well(page)
 
 
@@ -329,7 +338,7 @@ def test_a_page_shows_the_jump_it_draws(browser, pages):
         assert chosen() == ["1", "1", "0"]
         drag(page, (0.95, 0.85), (0.83, 0.7))
         assert chosen() == ["1", "0.75", "0.25"]
-        assert times(page) == "0.75 > 0.25"
+        shows(page, (0.75, 0.25))
         moved = seen(page)
         start = page.locator(CHOICES).nth(1)
         for label in ("1", "0.75"):
@@ -337,14 +346,14 @@ def test_a_page_shows_the_jump_it_draws(browser, pages):
         assert seen(page) == moved
         page.focus(HAND)
         page.keyboard.press("ArrowDown")
-        assert times(page) == "0.75 > 0.00"
+        shows(page, (0.75, 0))
         page.keyboard.press("ArrowRight")
-        assert times(page) == "1.00 > 0.00"
+        shows(page, (1, 0))
+        before = seen(page)
         page.keyboard.press("ArrowRight")  # there is none
-        assert times(page) == "1.00 > 0.00"
         page.keyboard.press("Control+ArrowUp")
         page.locator(HAND).click(button="right", position={"x": 100, "y": 100})
-        assert times(page) == "1.00 > 0.00"
+        assert seen(page) == before
         is_well(page)
 
 
