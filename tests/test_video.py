@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minianyflow import (
     causal,
@@ -28,7 +29,7 @@ from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.pairs import generator
 from minianyflow.teacher_forcing import TeacherForced, in_turn
 from minianyflow.video_stages import STAGES, WEIGHTS, path_of
-from minianyflow.weights import KINDS, load_codec, load_network, read_weights
+from minianyflow.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from toy_data import blobs
 
 torch.set_num_threads(1)
@@ -133,6 +134,33 @@ def test_stages_come_after_what_they_start_from(small, monkeypatch):
     ((jobs, after),) = asked  # the codec is there
     assert set(jobs) == {(name, 0) for name in STAGES if name != "codec"}
     assert after == {(name, 0): (STAGES[name].parent, 0) for name, _ in jobs if STAGES[name].parent != "codec"}
+
+
+def test_latents_of_another_codec_or_of_other_clips_are_made_again(small, monkeypatch):
+    """A run may stop after the codec was trained anew and before its latents were made."""
+    monkeypatch.setattr(video_stages, "run_jobs", lambda *jobs: None)
+    place, path = small / video_stages.LATENTS, path_of(small, "codec")
+
+    def held_after_a_run():
+        video_stages.train_all(small, quiet=True)
+        return load_file(place)["latents"]
+
+    def encoded():
+        return load_codec(path).encode(blobs.sample(video_stages.CLIPS, generator(100)).video)
+
+    first, written = load_file(place)["latents"], place.stat()
+    assert torch.equal(held_after_a_run(), first)
+    assert place.stat().st_ino == written.st_ino  # what fits is left alone
+    again = load_codec(path)
+    for weight in again.parameters():
+        weight.mul_(1.02)
+    save_weights(path, again.state_dict(), read_weights(path, "codec")[2] | describe(again))
+    assert torch.equal(held_after_a_run(), encoded())
+    assert not torch.allclose(encoded(), first, atol=1e-2)
+    monkeypatch.setattr(video_stages, "CLIPS", 40)
+    assert torch.equal(held_after_a_run(), encoded())
+    save_file({"latents": first, "balls": torch.ones(32)}, place)  # from before their file said what it is from
+    assert torch.equal(held_after_a_run(), encoded())
 
 
 @pytest.fixture
