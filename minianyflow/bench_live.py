@@ -127,12 +127,11 @@ def table(figures):
     """The figures beside their bars, as text; with what the machine was doing."""
     width = max(len(what) for what, *_ in BARS.values())
     lines = [f"{'median of several':<{width}}  {'measured':>16}  bar"]
+    short = missed(figures)
     for name, (what, unit, word, bar) in BARS.items():
         middle, spread = statistics.median(figures[name]), f"{min(figures[name]):.3g} to {max(figures[name]):.3g}"
-        holds = middle >= bar if word == "at least" else middle <= bar
-        lines += [
-            f"{what:<{width}}  {middle:>7.3g} {unit:<8}  {word} {bar}: {'holds' if holds else 'MISSED'} ({spread})"
-        ]
+        verdict = "MISSED" if name in short else "holds"
+        lines += [f"{what:<{width}}  {middle:>7.3g} {unit:<8}  {word} {bar}: {verdict} ({spread})"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return "\n".join([*lines, f"{cores} of {os.cpu_count()} cores{load} (of the whole machine)"])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minianyflow.causal import CausalNetwork, causal_backward_simulation, causal_from
@@ -101,7 +102,20 @@ def make_latents(folder):
     clips = blobs.sample(CLIPS, generator(100))
     latents = load_codec(folder / "codec-0.safetensors").encode(clips.video)
     with staged(folder) as unfinished:
-        save_file({"latents": latents, "balls": clips.balls}, unfinished / LATENTS)
+        save_file({"latents": latents, "balls": clips.balls}, unfinished / LATENTS, _made_from(folder))
+
+
+def _made_from(folder):
+    """What decides the latents, as their file says it: the codec that is there today, and how many clips."""
+    return {"codec": _digest(folder / "codec-0.safetensors"), "clips": str(CLIPS)}
+
+
+def _has_latents(folder):
+    """Whether the latents are there, of the codec and as many clips as today."""
+    if not (folder / LATENTS).exists():
+        return False
+    with safe_open(folder / LATENTS, "pt") as file:
+        return file.metadata() == _made_from(folder)
 
 
 class Latents:
@@ -290,13 +304,12 @@ def train_all(folder="outputs/weights", workers=2, quiet=False):
     """Train every stage that `folder` does not have yet, each once its parent is there, `workers` at a time.
 
     Each is kept as soon as it is done: an interrupted run goes on from there. One that is there with other settings, or
-    from another parent, is trained again.
+    from another parent, is trained again; so are the latents of another codec made again.
     """
     folder = Path(folder)
     if not _is_done(folder, "codec", 0):
         run_jobs({"codec": (train_stage, ("codec", 0, folder, quiet))}, workers)
-        make_latents(folder)
-    elif not (folder / LATENTS).exists():
+    if not _has_latents(folder):
         make_latents(folder)
     jobs, after = {}, {}
     for name, stage in STAGES.items():  # parents stand before what starts from them
@@ -322,4 +335,8 @@ def _is_done(folder, name, seed):
 def _parent(folder, name, seed):
     """A digest of the weights that a stage starts from."""
     parent = STAGES[name].parent
-    return parent and hashlib.sha256(path_of(folder, parent, seed).read_bytes()).hexdigest()[:16]
+    return parent and _digest(path_of(folder, parent, seed))
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minianyflow import (
     causal,
@@ -24,11 +25,13 @@ from minianyflow import (
     wan,
 )
 from minianyflow.errors import InputError
+from minianyflow.interpolant import interpolate
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.pairs import generator
 from minianyflow.teacher_forcing import TeacherForced, in_turn
-from minianyflow.video_stages import STAGES, WEIGHTS, path_of
-from minianyflow.weights import KINDS, load_codec, load_network, read_weights
+from minianyflow.video_stages import BUILDERS, GUIDANCE, STAGES, WEIGHTS, Earlier, Latents, path_of
+from minianyflow.wan import TextEncoder
+from minianyflow.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from toy_data import blobs
 
 torch.set_num_threads(1)
@@ -110,18 +113,162 @@ def test_teacher_forced_hands_the_context_to_the_network_alone():
 
 
 def test_what_distribution_matching_scores_is_at_time_zero():
-    """If all data is 0 then u(z, t, r) = z / t and Phi(z; t -> r) = (r / t) z: only a whole journey ends at 0."""
+    """If all data is 0 then u(z, t, r) = z / t and Phi(z; t -> r) = (r / t) z: only a whole journey ends at 0.
+
+    What the scores are asked about, the end noised to t, is then t eps and nothing else.
+    """
 
     def u(z, t, r, prompt, cache=(), remember=False):
         return () if remember else z / t[:, None, None, None, None]
 
     source, simulate = generator(0), causal.causal_backward_simulation()
-    lengths, step = on_policy.draw_rollouts(16, source)
-    z, prompt = torch.randn(16, 5, 4, 2, 2, generator=source), torch.zeros(16, 1, 1)
-    path = simulate(u, z, lengths, step, 5.0, prompt=prompt)
+    real, fake = Recorder(), Recorder()
+    batch = on_policy.draw_on_policy((5, 4, 2, 2), 16, source) | {"condition": {"prompt": torch.zeros(16, 1, 1)}}
+    z, lengths, step, t = (batch[name] for name in ("noise", "lengths", "step", "score_t"))
+    on_policy.OnPolicyLoss(real, fake, None, shift=5.0, simulate=simulate)(u, batch)
+    on_policy.FakeScoreLoss(u, 5.0, simulate)(fake, batch)
+    asked = [*real.asked, *fake.asked]
+    assert len(asked) == 3  # the teacher once; the fake score to be matched, and to learn
+    for scored, at in asked:
+        assert torch.equal(at, t)
+        assert torch.allclose(scored, t[:, None, None, None, None] * batch["score_eps"], atol=1e-6)
+    path = simulate(u, z, lengths, step, 5.0, **batch["condition"])
     assert torch.equal(path[0], z)
-    assert path[-1].abs().max() < 1e-6
     assert path[-2].abs().amax((1, 2, 3, 4))[step < lengths - 1].min() > 1e-3  # the one before is still noisy
+
+
+class Recorder(torch.nn.Module):
+    """A velocity or network in the place of `inner` that remembers the states and times it was asked about."""
+
+    def __init__(self, inner=lambda z, *times, **condition: 0 * z):
+        super().__init__()
+        self.inner, self.asked = inner, []
+
+    def forward(self, z, t, *r, **condition):
+        self.asked.append((z.detach(), t))
+        return self.inner(z, t, *r, **condition)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder where any stage may begin: the committed weights, and latents that hold nothing but their own number."""
+    folder = tmp_path_factory.mktemp("begun")
+    for name in ("teacher", "eulerian", "causal_teacher", "causal"):
+        path_of(folder, name).write_bytes(path_of(WEIGHTS, name).read_bytes())
+    latents = torch.arange(10.0)[:, None, None, None, None].expand(10, 5, 4, 4, 4).contiguous()
+    save_file({"latents": latents, "balls": torch.arange(10) % 2 + 1}, folder / video_stages.LATENTS)
+    return folder
+
+
+def prompts_of(data, batch):
+    """Of every row of a batch of `begun`: whether it has the null prompt, and whether that of its own latents."""
+    prompt, balls = batch["condition"]["prompt"], data.balls[batch["x"][:, 0, 0, 0, 0].long()]
+    return [(prompt == expected).flatten(1).all(1) for expected in (TextEncoder()([""]), data.prompts[balls])]
+
+
+def test_a_dropped_prompt_is_the_null_prompt_and_changes_nothing_else(begun):
+    data = Latents(begun)
+    assert torch.equal(data.prompts[1:], TextEncoder()(blobs.PROMPTS))
+    kept, half, dropped = (data.batch(64, generator(0), drop) for drop in (0, 0.5, 1))
+    for batch, share in ((kept, 0), (half, 0.5), (dropped, 1)):
+        null, own = prompts_of(data, batch)
+        assert torch.equal(own, ~null)
+        assert float(null.float().mean()) == pytest.approx(share, abs=0.2 * (share == 0.5))
+        assert all(torch.equal(batch[name], kept[name]) for name in kept if name != "condition")
+
+
+def noisy(rows):
+    """States of rows, their times, and their prompts, of which the first is the null prompt."""
+    source = generator(1)
+    z, t = torch.randn(rows, 5, 4, 4, 4, generator=source), torch.rand(rows, generator=source)
+    return z, t, TextEncoder()(["", *blobs.PROMPTS, *blobs.PROMPTS])[:rows]
+
+
+def context(teacher):
+    """What a teacher has to know of the rows of `noisy` beside their prompts: a causal one takes them as one chunk."""
+    return {"whole": torch.zeros(4)} if teacher == "causal_teacher" else {}
+
+
+@torch.no_grad()
+def by_hand(folder, name, scale):
+    """The guided velocity of a teacher at the rows of `noisy`, from two passes over all of them."""
+    z, t, prompt = noisy(4)
+    network = load_network(path_of(folder, name))
+    v, v_null = (network(z, t, t, each, **context(name)) for each in (prompt, TextEncoder()([""]).expand_as(prompt)))
+    return v_null + scale * (v - v_null)
+
+
+@torch.no_grad()
+def test_a_teacher_is_asked_with_its_guidance_and_counted(begun):
+    z, t, prompt = noisy(4)
+    for scale, rows in ((2.0, 4 + 3), (1.0, 4)):  # the null prompt needs no second forward
+        earlier = Earlier(begun)
+        v = earlier.velocity("teacher", scale)(z, t, prompt=prompt)
+        assert torch.allclose(v, by_hand(begun, "teacher", scale), atol=1e-5)
+        assert [each.rows for each in earlier.asked] == [rows]
+    assert not torch.allclose(v, by_hand(begun, "teacher", 2.0), atol=1e-2)
+
+
+def velocities_in(loss):
+    """The teachers' velocities that a loss asks for."""
+    if isinstance(loss, TeacherForced):
+        return velocities_in(loss.loss)
+    if isinstance(loss, on_policy.OnPolicyLoss):
+        return {"real": loss.real} | velocities_in(loss.forward)
+    return {"forward": loss.velocity}
+
+
+@pytest.mark.parametrize("name", ["eulerian", "consistency", "on_policy", "causal", "causal_on_policy"])
+@torch.no_grad()
+def test_students_learn_from_the_teacher_guided_as_their_stage_says(name, begun):
+    """What scores is always the bidirectional teacher; the forward loss beside it is that of the parent."""
+    stage = dataclasses.replace(STAGES[name], guidance=3.0)
+    roles, _ = BUILDERS[stage.kind](stage, 0, Earlier(begun))
+    found, (z, t, prompt) = velocities_in(roles["student"].loss), noisy(4)
+    teacher = "causal_teacher" if name.startswith("causal") else "teacher"
+    expected = {"forward": by_hand(begun, teacher, 3.0)}
+    if "on_policy" in name:
+        forward = by_hand(begun, teacher, STAGES[stage.parent].guidance)
+        expected = {"forward": forward, "real": by_hand(begun, "teacher", 3.0)}
+    assert set(found) == set(expected)
+    for place, v in found.items():
+        known = context(teacher) if place == "forward" else {}
+        assert torch.allclose(v(z, t, prompt=prompt, **known), expected[place], atol=1e-5), place
+
+
+def test_every_student_is_guided_and_no_teacher():
+    for name, stage in STAGES.items():
+        assert stage.guidance == (1.0 if name in ("codec", "teacher", "causal_teacher") else GUIDANCE), name
+
+
+@pytest.mark.parametrize(
+    "name", ["teacher", "causal_teacher", "eulerian", "consistency", "on_policy", "causal", "causal_on_policy"]
+)
+def test_teachers_drop_a_tenth_of_their_prompts_and_students_none(name, begun):
+    _, draw = BUILDERS[STAGES[name].kind](dataclasses.replace(STAGES[name], rows=512), 0, Earlier(begun))
+    null, own = prompts_of(Latents(begun), draw(0))
+    assert torch.equal(own, ~null)
+    assert float(null.float().mean()) == pytest.approx(0.1 if "teacher" in name else 0, abs=0.04 * ("teacher" in name))
+
+
+@pytest.mark.parametrize("name", ["on_policy", "causal_on_policy"])
+@torch.no_grad()
+def test_on_policy_stages_score_what_their_student_makes(name, begun):
+    """The end of its backward simulation, chunk by chunk if it is causal, noised; for the fake score to learn, too."""
+    stage = dataclasses.replace(STAGES[name], rows=4)
+    roles, draw = BUILDERS[stage.kind](stage, 0, Earlier(begun))
+    student, fake, batch = roles["student"], roles["fake"], draw(0)
+    student.loss.real, student.loss.fake = Recorder(student.loss.real), Recorder(student.loss.fake)
+    learner = Recorder(fake.network)
+    student.loss(student.network, batch)
+    fake.loss(learner, batch)
+    simulate = causal.causal_backward_simulation() if "causal" in name else on_policy.backward_simulation
+    network, (noise, lengths, step) = student.network.network, (batch[each] for each in ("noise", "lengths", "step"))
+    end = simulate(network, noise, lengths, step, **batch["condition"])[-1]
+    for asked in (student.loss.real.asked, student.loss.fake.asked, learner.asked):
+        ((scored, t),) = asked
+        assert torch.equal(t, batch["score_t"])
+        assert torch.allclose(scored, interpolate(end, batch["score_eps"], t), atol=1e-5)
 
 
 def test_stages_come_after_what_they_start_from(small, monkeypatch):
@@ -133,6 +280,33 @@ def test_stages_come_after_what_they_start_from(small, monkeypatch):
     ((jobs, after),) = asked  # the codec is there
     assert set(jobs) == {(name, 0) for name in STAGES if name != "codec"}
     assert after == {(name, 0): (STAGES[name].parent, 0) for name, _ in jobs if STAGES[name].parent != "codec"}
+
+
+def test_latents_of_another_codec_or_of_other_clips_are_made_again(small, monkeypatch):
+    """A run may stop after the codec was trained anew and before its latents were made."""
+    monkeypatch.setattr(video_stages, "run_jobs", lambda *jobs: None)
+    place, path = small / video_stages.LATENTS, path_of(small, "codec")
+
+    def held_after_a_run():
+        video_stages.train_all(small, quiet=True)
+        return load_file(place)["latents"]
+
+    def encoded():
+        return load_codec(path).encode(blobs.sample(video_stages.CLIPS, generator(100)).video)
+
+    first, written = load_file(place)["latents"], place.stat()
+    assert torch.equal(held_after_a_run(), first)
+    assert place.stat().st_ino == written.st_ino  # what fits is left alone
+    again = load_codec(path)
+    for weight in again.parameters():
+        weight.mul_(1.02)
+    save_weights(path, again.state_dict(), read_weights(path, "codec")[2] | describe(again))
+    assert torch.equal(held_after_a_run(), encoded())
+    assert not torch.allclose(encoded(), first, atol=1e-2)
+    monkeypatch.setattr(video_stages, "CLIPS", 40)
+    assert torch.equal(held_after_a_run(), encoded())
+    save_file({"latents": first, "balls": torch.ones(32)}, place)  # from before their file said what it is from
+    assert torch.equal(held_after_a_run(), encoded())
 
 
 @pytest.fixture

@@ -105,30 +105,55 @@ def rows_of(tag):
 
 def test_the_tables_say_what_the_report_says():
     tables = rows_of("any_step")
-    assert set(tables) == {name.replace("_", "-") for name in REPORT["methods"] if "causal" not in name} | {DATA}
-    for name, cells in tables.items():
-        if (name := name.replace("-", "_")) in REPORT["methods"]:
-            said = [float(re.match(r"[\d.]+", cell)[0]) for cell in cells]
-            measured = [1000 * mean(at(name, nfe)) for nfe in REPORT["methods"][name]["nfe"]]
-            assert said == pytest.approx(measured, abs=0.051), name
+    assert tables.pop(DATA) == [f"{1000 * FLOOR['sliced_w2']:.1f}"]
+    assert set(tables) == {name.replace("_", "-") for name in REPORT["methods"] if "causal" not in name}
+    for shown, cells in tables.items():
+        name = shown.replace("-", "_")
+        steps, seeds = REPORT["methods"][name]["nfe"], len(REPORT["methods"][name]["seeds"])
+        assert f"over seeds) | {' | '.join(map(str, steps))} |" in TEXT
+        label = f"{shown}, {seeds} seeds" if seeds > 1 else shown
+        assert f"| {label} | {cells[0]} |" in TEXT
+        for nfe, cell in zip(steps, cells, strict=True):
+            said = re.fullmatch(r"([\d.]+)(?: \(([\d.]+)\))?", cell).groups()
+            assert float(said[0]) == pytest.approx(1000 * mean(at(name, nfe)), abs=0.051), (name, nfe)
+            assert (said[1] is None) == (seeds == 1), (name, nfe)
+            assert float(said[1] or 0) == pytest.approx(1000 * spread(at(name, nfe)), abs=0.051), (name, nfe)
     costs = rows_of("costs")
     assert set(costs) == {name.replace("_", "-") for name in REPORT["costs"]}
-    for name, cells in costs.items():
-        cost = REPORT["costs"][name.replace("-", "_")]
-        thousands = [float(cell.removesuffix(" k")) for cell in cells[1:3]]
-        assert thousands == pytest.approx([cost["forwards"] / 1000, cost["backwards"] / 1000], abs=0.51), name
-        assert [float(cells[0]), float(cells[3])] == pytest.approx([cost["steps"], cost["seconds"]], abs=0.51), name
-    for name, cells in rows_of("causal").items():
-        seeds = at(name.replace("-", "_"), 4, "by_chunk")
-        for cell, measure in zip(cells, ("prompt_obeyed", "light_kept", "obeyed_and_kept"), strict=False):
+    for shown, (steps, *thousands, seconds, gain) in costs.items():
+        name = shown.replace("-", "_")
+        cost = REPORT["costs"][name]
+        counted = [float(cell.removesuffix(" k")) for cell in thousands]
+        assert counted == pytest.approx([cost["forwards"] / 1000, cost["backwards"] / 1000], abs=0.51), name
+        assert [float(steps), float(seconds)] == pytest.approx([cost["steps"], cost["seconds"]], abs=0.51), name
+        reached = [1000 * mean(at(name, nfe)) for nfe in (1, 4)] if name != "codec" else []
+        assert [float(cell) for cell in gain.split("/") if cell != "-"] == pytest.approx(reached, abs=0.051), name
+    looks = rows_of("causal")
+    assert set(looks) == {name.replace("_", "-") for name in REPORT["methods"] if "causal" in name}
+    for shown, (*cells, law) in looks.items():
+        name = shown.replace("-", "_")
+        for cell, measure in zip(cells, ("prompt_obeyed", "light_kept", "obeyed_and_kept"), strict=True):
             said = [float(share.strip(" %")) for share in cell.split("/")]
-            measured = [100 * mean([chunks[k][measure] for chunks in seeds]) for k in range(3)]
+            measured = [100 * mean([chunks[k][measure] for chunks in at(name, 4, "by_chunk")]) for k in range(3)]
             assert said == pytest.approx(measured, abs=0.51), name
-    for name, cells in rows_of("padding").items():
+        assert float(law) == pytest.approx(1000 * mean(at(name, 4)), abs=0.051), name
+    padding = rows_of("padding")
+    assert set(padding) == {"ours", "stock"}
+    for name, cells in padding.items():
         said = REPORT["padding"]["causal"][name]
         shares = [100 * said[measure] for measure in ("prompt_obeyed", "light_kept")]
         assert float(cells[0]) == pytest.approx(1000 * said["sliced_w2"], abs=0.051)
         assert [float(cell.strip("%")) for cell in cells[1:]] == pytest.approx(shares, abs=0.51)
+
+
+def test_what_is_said_of_long_clips_is_measured():
+    text, long = " ".join(TEXT.split()), REPORT["long"]["causal"]
+    shares = re.search(r"the balls are right in ([\d /]+)% of clips, chunk by chunk", text)[1].split(" / ")
+    obeyed = [100 * chunk["prompt_obeyed"] for chunk in long["by_chunk"]]
+    assert [float(share) for share in shares] == pytest.approx(obeyed, abs=0.51)
+    laws = re.search(r"the sliced W2 of a chunk is ([\d., ]+), and of data ([\d., ]+)\. So", text).groups()
+    for said, measure in zip(laws, ("drift", "drift_of_data"), strict=True):
+        assert [float(law) for law in said.split(", ")] == pytest.approx(long[measure], abs=0.00051), measure
 
 
 def test_the_page_for_instructors_says_what_the_report_says():
@@ -150,7 +175,8 @@ def test_the_page_for_instructors_says_what_the_report_says():
     assert [round(1000 * mean(at(name, 2))) for name in ("on_policy", "forward_only")] == [int(each) for each in two]
 
 
-EXPOSURE = json.loads((DOCS / "video/exposure.json").read_text())["arms"]
+EXPOSED = json.loads((DOCS / "video/exposure.json").read_text())
+EXPOSURE, START = EXPOSED["arms"], EXPOSED["start"][-1]
 
 
 def exposed(arm, point, nfe, what="free_running"):
@@ -195,9 +221,19 @@ def test_the_table_of_exposure_bias_says_what_its_report_says():
         "on-policy, gradient, forward loss x 4": "on-policy, forward x 4",
     }
     assert set(named.values()) == set(EXPOSURE)
+    columns = [(1, "free_running"), (4, "free_running"), (4, "sliced_w2")]
+
+    def row(label):
+        return re.search(rf"^\| {re.escape(label)} \| (.*) \|$", TEXT, re.M)[1].split(" | ")
+
     for label, arm in named.items():
-        cells = re.search(rf"^\| {re.escape(label)} \| (.*) \|$", TEXT, re.M)[1].split(" | ")
-        columns = [(1, "free_running"), (4, "free_running"), (4, "sliced_w2")]
-        for cell, (nfe, what) in zip(cells, columns, strict=False):
+        *cells, seconds = row(label)
+        for cell, (nfe, what) in zip(cells, columns, strict=True):
             measured = [mean(exposed(arm, point, nfe, what)) for point in range(3)]
             assert [float(figure) for figure in cell.split(", ")] == pytest.approx(measured, abs=0.00101), label
+        assert float(seconds) == pytest.approx(EXPOSURE[arm][-1]["cost"]["cpu_seconds"], abs=0.51), label
+    *cells, seconds = row("start")
+    measured = [mean([seed[-1] for seed in START["nfe"][nfe]["free_running"]]) for nfe in ("1", "4")]
+    measured += [mean(START["nfe"]["4"]["sliced_w2"])]
+    assert [float(cell) for cell in cells] == pytest.approx(measured, abs=0.00101)
+    assert float(seconds) == pytest.approx(START["cost"]["cpu_seconds"], abs=0.51)
