@@ -11,13 +11,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from minianyflow.errors import InputError
-from minianyflow.install import ROOT, browser, setup
+from minianyflow.support.errors import InputError
+from minianyflow.support.install import ROOT, browser, setup
 
 
 def demo(arguments):
     """Race every method against the exact answer; writes any_step.json and any_step.png."""
-    from minianyflow.demo import run, table
+    from minianyflow.plane.race import run, table
 
     report = run(**experiment(arguments))
     floors = (
@@ -37,8 +37,8 @@ def demo(arguments):
 
 def ablate(arguments):
     """Change one thing at a time in the mixed flow map and in the baseline, twenty minutes; writes ablation.json."""
-    from minianyflow.ablation import run
-    from minianyflow.demo import table
+    from minianyflow.plane.ablation import run
+    from minianyflow.plane.race import table
 
     report = run(**experiment(arguments))
     print(f"\n{table(report)}\n\n{table(report, 'path_error')}\n\nwritten: {arguments.output}/ablation.json")
@@ -47,8 +47,8 @@ def ablate(arguments):
 
 def weights(arguments):
     """Train the video codec, teacher and students, an hour; says how they compare with those in toy_data/video."""
-    from minianyflow.video_report import comparison
-    from minianyflow.video_stages import train_all
+    from minianyflow.video.report import comparison
+    from minianyflow.video.stages import train_all
 
     train_all(arguments.output, arguments.workers, arguments.quiet)
     print(comparison(arguments.output, arguments.workers, arguments.quiet))
@@ -57,7 +57,7 @@ def weights(arguments):
 
 def video(arguments):
     """Measure the trained video students at 1 to 128 steps, about 40 minutes; writes any_step.json and pictures."""
-    from minianyflow.video_report import run, table
+    from minianyflow.video.report import run, table
 
     nfes = whole_numbers(arguments.nfe, "step counts")
     report = run(arguments.weights, arguments.output, None, nfes, arguments.workers, arguments.quiet)
@@ -68,7 +68,7 @@ def video(arguments):
 
 def exposure(arguments):
     """Exposure bias on the circle process, where it is exact, six minutes; writes exposure.json and exposure.png."""
-    from minianyflow.exposure import run
+    from minianyflow.plane.exposure import run
 
     run(whole_numbers(arguments.seeds), output=arguments.output, workers=arguments.workers, quiet=arguments.quiet)
     print(f"\nwritten: {arguments.output}/exposure.json, {arguments.output}/exposure.png")
@@ -77,7 +77,7 @@ def exposure(arguments):
 
 def experiment(arguments):
     """What the commands that train take, as their functions take it."""
-    from minianyflow.demo import BUDGET
+    from minianyflow.plane.race import BUDGET
 
     return {
         "dataset": arguments.dataset,
@@ -99,14 +99,14 @@ def lab(arguments):
 
 def live(arguments):
     """Serve the scenes as a full-window app for a class, offline, with the first one drawn before it is opened."""
-    from minianyflow.live import run
+    from minianyflow.live.app import run
 
     return run(arguments.scene, arguments.port, not arguments.no_browser)
 
 
 def live_html(arguments):
     """Write each scene as one page that needs no server and no network; with --animation a GIF of the first instead."""
-    from minianyflow.offline import animate, write_pages
+    from minianyflow.live.pages import animate, write_pages
 
     if arguments.animation:
         browser(install=True)
@@ -120,7 +120,7 @@ def live_html(arguments):
 
 def bench_live(arguments):
     """Measure in a headless browser how quickly the scenes answer, a minute or two; fails if a bar is missed."""
-    from minianyflow.bench_live import report
+    from benchmarks.scene_speed import report
 
     browser(install=True)
     return report(arguments.repeats, arguments.quiet)
@@ -131,7 +131,7 @@ def course(arguments):
     import nbformat
     from tqdm import tqdm
 
-    from minianyflow.course import compare, execute, notebooks
+    from minianyflow.course.notebooks import compare, execute, notebooks
 
     chosen = [path for path in notebooks() if not arguments.only or path.name.startswith(arguments.only)]
     if not chosen:
@@ -155,7 +155,7 @@ def course(arguments):
 
 def exercises(arguments):
     """Write the student's exercise files from the solutions."""
-    from minianyflow.exercises import write_exercises
+    from minianyflow.course.exercises import write_exercises
 
     print("\n".join(str(path.relative_to(ROOT)) for path in write_exercises()))
     return 0

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from minianyflow.errors import InputError, choose
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.interpolant import broadcast_time, interpolate
 from minianyflow.objectives import DELTA, adaptive_weight, eulerian_target
+from minianyflow.support.errors import InputError, choose
 
 
 def time_weight(t):

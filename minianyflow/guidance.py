@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.flow_map import pick_rows
+from minianyflow.support.errors import InputError
 
 
 def guided_velocity(v, v_null, scale):

@@ -10,7 +10,7 @@ Shapes, here and in every module:
 
 import torch
 
-from minianyflow.errors import InputError
+from minianyflow.support.errors import InputError
 
 
 def broadcast_time(t, z):

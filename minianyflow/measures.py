@@ -7,8 +7,8 @@ noises are scrambled Sobol points, the reference is stratified over components, 
 import numpy as np
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.interpolant import check_finite
+from minianyflow.support.errors import InputError
 
 
 def sobol_noise(count, shape, seed=0):

@@ -7,8 +7,8 @@ Where every row has weights of its own (a conditional law: given the frames so f
 
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.interpolant import broadcast_time, check_finite, check_times
+from minianyflow.support.errors import InputError
 
 
 class GaussianMixture:

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minianyflow.errors import InputError, choose
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times, data_velocity, interpolate
 from minianyflow.schedules import time_grid
+from minianyflow.support.errors import InputError, choose
 
 DELTA = 2e-3  # half the width of a central difference: flat between 1e-3 and 5e-3 on the plane, in float32
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from minianyflow.errors import InputError, choose
 from minianyflow.flow_map import rollout, velocity
 from minianyflow.interpolant import broadcast_time, clean_from_velocity, interpolate
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.schedules import time_shift
+from minianyflow.support.errors import InputError, choose
 
 STEPS = (2, 4, 8, 16, 50)  # the rollouts that AnyFlow simulates
 

@@ -7,8 +7,8 @@ import hashlib
 
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.schedules import time_shift
+from minianyflow.support.errors import InputError
 
 
 def generator(*key):

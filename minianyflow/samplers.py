@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.flow_map import end_point, rollout
 from minianyflow.interpolant import interpolate
 from minianyflow.schedules import check_grid
+from minianyflow.support.errors import InputError
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import torch
 
-from minianyflow.errors import InputError
+from minianyflow.support.errors import InputError
 
 
 def time_shift(s, shift=1.0):

@@ -14,8 +14,8 @@ from minianyflow.__main__ import Parser, run
 
 def teacher(config, networks, null):
     """Flow matching: rows r = t alone."""
-    from minianyflow.runs import forward_loss, optimiser
-    from minianyflow.training import Role
+    from minianyflow.train import Role
+    from minianyflow.wan.run import forward_loss, optimiser
 
     student = networks.trained("student", config.student)
     return {"student": Role(student, forward_loss(config, networks, null), **optimiser(config))}
@@ -27,8 +27,8 @@ forward = teacher  # with rows r < t, and the objective of the configuration, it
 def on_policy(config, networks, null):
     """Backward simulation, distribution matching against a fake score, and the forward loss beside."""
     from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss
-    from minianyflow.runs import forward_loss, guided_teacher, optimiser, simulation
-    from minianyflow.training import Role
+    from minianyflow.train import Role
+    from minianyflow.wan.run import forward_loss, guided_teacher, optimiser, simulation
 
     student = networks.trained("student", config.student)
     fake = networks.trained("fake", config.teacher)
@@ -52,9 +52,9 @@ STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 def distil(config):
     """Train the stage of `config`, from where it was broken off, and leave a run folder; returns run.json."""
-    from minianyflow.running import ahead
-    from minianyflow.runs import Clock, Networks, draws, guard, prepare, sampler, save_run
-    from minianyflow.training import train
+    from minianyflow.support.running import ahead
+    from minianyflow.train import train
+    from minianyflow.wan.run import Clock, Networks, draws, guard, prepare, sampler, save_run
 
     accelerator, data, checkpoints = prepare(config)
     networks = Networks(config, data.shape[0], accelerator.device)
@@ -82,8 +82,8 @@ def main(argv=None):
     """Parse, print or train, say what was written; returns the exit status."""
     from accelerate import PartialState
 
-    from minianyflow.config import as_yaml, load_config
-    from minianyflow.faults import TERMINATED, Stopped
+    from minianyflow.wan.config import as_yaml, load_config
+    from minianyflow.wan.guard import TERMINATED, Stopped
 
     parser = Parser("distill.py", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -91,10 +91,10 @@ def main(argv=None):
         nargs="+",
         default=[],
         metavar="FILE",
-        help="overlays of scripts/configs in order: model, architecture, stage; or paths of your own",
+        help="overlays of minianyflow/wan/configs in order: model, architecture, stage; or paths of your own",
     )
     parser.add_argument("--print-config", action="store_true", help="show every option as it stands, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of scripts/configs/base.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of configs/base.yaml")
     arguments = parser.parse_args(argv)
     files = [each for each in arguments.config if "=" not in each]
     pairs = [each for each in arguments.config if "=" in each]  # those that follow --config
@@ -120,7 +120,7 @@ def main(argv=None):
 if __name__ == "__main__":
     status = run(main)
     if status == 143:  # then torch is there
-        from minianyflow.faults import leave
+        from minianyflow.wan.guard import leave
 
         leave()
     sys.exit(status)

@@ -48,7 +48,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     from accelerate import PartialState
 
-    from minianyflow.evaluation import evaluate, table
+    from minianyflow.wan.evaluate import evaluate, table
 
     report = evaluate(arguments)
     PartialState().destroy_process_group()  # one that is left to the end of Python may abort it

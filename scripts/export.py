@@ -3,7 +3,7 @@
 import sys
 
 from minianyflow.__main__ import Parser, run
-from minianyflow.errors import InputError
+from minianyflow.support.errors import InputError
 
 
 def main(argv=None):
@@ -17,7 +17,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.lora and arguments.dtype:
         raise InputError("--dtype with --lora; an adapter is written in float32, as trained: leave out --dtype")
-    from minianyflow.exports import export_lora, export_pipeline
+    from minianyflow.wan.export import export_lora, export_pipeline
 
     if arguments.lora:
         export_lora(arguments.run, arguments.output, arguments.role)

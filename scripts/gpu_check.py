@@ -34,10 +34,10 @@ def main(argv=None):
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON in place of the table")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="key=value", help="options of scripts/configs/base.yaml"
+        "--set", nargs="+", default=[], metavar="key=value", help="options of minianyflow/wan/configs/base.yaml"
     )
     arguments = parser.parse_args(argv)
-    from minianyflow.gpu_check import Request, check, markdown
+    from minianyflow.planner.gpu_check import Request, check, markdown
 
     clip = {name: getattr(arguments, name) for name in ("frames", "height", "width")}
     clip = {name: value for name, value in clip.items() if value is not None}

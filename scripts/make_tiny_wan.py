@@ -7,8 +7,8 @@ from minianyflow.__main__ import Parser, run
 
 def main(argv=None):
     """Parse, make, say what was written; returns the exit status."""
-    from minianyflow.shards import LatentShards
-    from minianyflow.wan_folders import make_tiny_wan
+    from minianyflow.wan.data.shards import LatentShards
+    from minianyflow.wan.folders import make_tiny_wan
 
     parser = Parser("make_tiny_wan.py", description=__doc__)
     parser.add_argument("output", metavar="OUT", help="a new folder")

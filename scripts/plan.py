@@ -19,7 +19,7 @@ def main(argv=None):
         nargs="+",
         default=[],
         metavar="FILE",
-        help="overlays of scripts/configs in order, as distill.py takes them: wan-14b bidirectional on_policy",
+        help="overlays of minianyflow/wan/configs in order, as distill.py takes them: wan-14b bidirectional on_policy",
     )
     parser.add_argument("--gpu", default="h200", help="h200, h100, a100-80, l40s or rtx4090 (default: h200)")
     parser.add_argument("--gpus", type=int, default=1, help="how many (default: 1)")
@@ -38,12 +38,12 @@ def main(argv=None):
     parser.add_argument(
         "--table", action="store_true", help="print the tables of docs/plan.md, at --share and --price: two minutes"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of scripts/configs/base.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of configs/base.yaml")
     arguments = parser.parse_args(argv)
-    from minianyflow.config import load_config
-    from minianyflow.gpus import find_gpu
-    from minianyflow.plan import plan_run
-    from minianyflow.plan_report import PRICE, as_json, bills, check_share, describe, table
+    from minianyflow.planner.gpus import find_gpu
+    from minianyflow.planner.plan import plan_run
+    from minianyflow.planner.report import PRICE, as_json, bills, check_share, describe, table
+    from minianyflow.wan.config import load_config
 
     check_share(arguments.share, arguments.price)
     if arguments.table:

@@ -17,9 +17,9 @@ def prepare(arguments):
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from minianyflow.clips import Options, read_captions
-    from minianyflow.config import find_device
-    from minianyflow.prepare import Preparation
+    from minianyflow.wan.config import find_device
+    from minianyflow.wan.data.clips import Options, read_captions
+    from minianyflow.wan.data.prepare import Preparation
 
     options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
     clips = read_captions(arguments.captions, arguments.limit)
@@ -82,8 +82,8 @@ def check(arguments):
     """Compare a finished folder with its manifest, and the model if one is named; returns the exit status."""
     from tqdm import tqdm
 
-    from minianyflow.prepare import verify_model
-    from minianyflow.shards import read_manifest, verify
+    from minianyflow.wan.data.prepare import verify_model
+    from minianyflow.wan.data.shards import read_manifest, verify
 
     lines = verify(arguments.output, lambda shards: tqdm(shards, desc="verifying", unit="shard", mininterval=0.5))
     if arguments.base:
@@ -147,7 +147,7 @@ def main(argv=None):
             parser.error(f"--{name} is missing; expected --videos FOLDER --captions FILE, or --verify")
     if arguments.retry and arguments.dry_run:
         parser.error("--retry changes what is there; expected it without --dry-run")
-    from minianyflow.clips import WAN_NULL
+    from minianyflow.wan.data.clips import WAN_NULL
 
     arguments.base = arguments.base or "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     arguments.null = WAN_NULL if arguments.null is None else arguments.null

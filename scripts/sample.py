@@ -33,7 +33,7 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on a GPU, fp32 on a CPU)")
     arguments = parser.parse_args(argv)
-    from minianyflow.sources import sample_clips
+    from minianyflow.wan.sample import sample_clips
 
     sample_clips(arguments)
     print(f"written: {arguments.output}, clips and sheet.png")

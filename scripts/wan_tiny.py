@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from minianyflow.__main__ import Parser, run
-from minianyflow.errors import InputError
+from minianyflow.support.errors import InputError
 
 SCRIPTS = Path(__file__).parent
 ARCHITECTURES, STAGES = ("bidirectional", "causal"), ("teacher", "forward", "on_policy")

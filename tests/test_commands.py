@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minianyflow.__main__ import main
-from minianyflow.demo import METHODS, NFE
+from minianyflow.plane.race import METHODS, NFE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,7 @@ def test_bad_input_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
 
 
 def test_video_takes_every_step_count_of_its_report_unless_told(monkeypatch):
-    from minianyflow import video_report
+    from minianyflow.video import report as video_report
 
     asked = []
     monkeypatch.setattr(video_report, "run", lambda *given: asked.append(given[3]))

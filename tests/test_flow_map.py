@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.flow_map import displace, end_point, jump, rollout, velocity
 from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate, score_from_velocity
 from minianyflow.measures import path_error, sobol_noise
@@ -20,6 +19,7 @@ from minianyflow.samplers import (
     sample_ode,
 )
 from minianyflow.schedules import time_grid, time_shift
+from minianyflow.support.errors import InputError
 from toy_data import plane
 from toy_data.gaussians import Gaussian
 

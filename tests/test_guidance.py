@@ -1,7 +1,7 @@
 import torch
 
 from minianyflow.guidance import guided
-from minianyflow.networks import EvaluationCounter
+from minianyflow.networks.mlp import EvaluationCounter
 
 
 def network(z, t, r, *, prompt, other):

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.measures import (
     component_mass,
     directions,
@@ -18,6 +17,7 @@ from minianyflow.measures import (
 from minianyflow.pairs import generator
 from minianyflow.samplers import sample_euler
 from minianyflow.schedules import time_grid
+from minianyflow.support.errors import InputError
 from toy_data import plane
 from toy_data.circle import CircleProcess
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.guidance import Guidance
-from minianyflow.networks import MLP, EvaluationCounter
+from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import (
     FlowMapLoss,
     adaptive_weight,
@@ -18,6 +17,7 @@ from minianyflow.objectives import (
 from minianyflow.pairs import draw_pairs, generator, stratified_uniform
 from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
+from minianyflow.support.errors import InputError
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)

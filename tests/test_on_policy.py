@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.flow_map import rollout
 from minianyflow.interpolant import interpolate
 from minianyflow.measures import sliced_w2
-from minianyflow.networks import MLP, EvaluationCounter
+from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import (
     STEPS,
@@ -21,6 +20,7 @@ from minianyflow.on_policy import (
 )
 from minianyflow.pairs import draw_pairs, generator
 from minianyflow.schedules import time_grid
+from minianyflow.support.errors import InputError
 from toy_data.gaussians import Gaussian
 
 EVERY = [(steps, step) for steps in STEPS for step in range(steps)]

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from minianyflow.errors import InputError
-from minianyflow.faults import Guard, begin_trackers, end_trackers, track
-from minianyflow.networks import MLP
+from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.pairs import generator
-from minianyflow.training import Role, batches, part_of, train
+from minianyflow.support.errors import InputError
+from minianyflow.train import Role, batches, part_of, train
+from minianyflow.wan.guard import Guard, begin_trackers, end_trackers, track
 from toy_data import plane
 
 RING = plane.ring8()

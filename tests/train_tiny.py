@@ -6,9 +6,9 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from minianyflow.networks import MLP
+from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
-from minianyflow.training import Role, batches, train
+from minianyflow.train import Role, batches, train
 from toy_data import plane
 
 

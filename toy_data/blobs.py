@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minianyflow.errors import InputError
+from minianyflow.support.errors import InputError
 
 SIZE, SIGMA = 16, 1.1  # pixels
 WALLS = (3.0, 12.0)  # where centres turn round: no light is lost beyond the edge

@@ -8,8 +8,8 @@ import math
 
 import torch
 
-from minianyflow.errors import InputError
 from minianyflow.mixtures import GaussianMixture
+from minianyflow.support.errors import InputError
 
 SPEEDS = (-0.6, -0.4, -0.2, 0.2, 0.4, 0.6)  # radians a frame
 

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from minianyflow.errors import choose
 from minianyflow.mixtures import GaussianMixture
+from minianyflow.support.errors import choose
 
 
 def ring8():

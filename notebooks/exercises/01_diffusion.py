@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from minianyflow.exercises import check, finish
+from minianyflow.course.exercises import check, finish
 from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate
 from minianyflow.measures import path_error, sobol_noise
 from minianyflow.samplers import sample_ode

@@ -2,7 +2,7 @@
 
 import torch
 
-from minianyflow.exercises import check, finish
+from minianyflow.course.exercises import check, finish
 from minianyflow.flow_map import end_point
 from minianyflow.measures import sobol_noise
 from minianyflow.samplers import sample_consistency

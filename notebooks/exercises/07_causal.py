@@ -2,15 +2,15 @@
 
 import torch
 
-from minianyflow.causal import attend, causal_backward_simulation, causal_mask, causal_rollout
-from minianyflow.exercises import check, finish
+from minianyflow.course.exercises import check, finish
 from minianyflow.flow_map import rollout
-from minianyflow.networks import EvaluationCounter
+from minianyflow.networks.causal import attend, causal_backward_simulation, causal_mask, causal_rollout
+from minianyflow.networks.mlp import EvaluationCounter
+from minianyflow.networks.weights import load_codec, load_network
 from minianyflow.pairs import generator
 from minianyflow.schedules import time_grid
-from minianyflow.video_report import prompts_for
-from minianyflow.video_stages import WEIGHTS, path_of
-from minianyflow.weights import load_codec, load_network
+from minianyflow.video.report import prompts_for
+from minianyflow.video.stages import WEIGHTS, path_of
 from toy_data import blobs
 
 student, codec = load_network(path_of(WEIGHTS, "causal")), load_codec(path_of(WEIGHTS, "codec"))

@@ -2,12 +2,12 @@
 
 import torch
 
-from minianyflow.exercises import check, finish
+from minianyflow.course.exercises import check, finish
 from minianyflow.guidance import Guidance
+from minianyflow.networks.lora_roles import Adapter, add_role, merge_role
+from minianyflow.networks.wan import tiny_transformer
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.pairs import draw_pairs, generator
-from minianyflow.roles import Adapter, add_role, merge_role
-from minianyflow.wan import tiny_transformer
 
 
 def both(answers):

@@ -2,7 +2,7 @@
 
 import torch
 
-from minianyflow.exercises import check, finish
+from minianyflow.course.exercises import check, finish
 from minianyflow.measures import sobol_noise
 from minianyflow.samplers import sample_euler
 from minianyflow.schedules import time_grid

@@ -2,7 +2,7 @@
 
 import torch
 
-from minianyflow.exercises import check, finish
+from minianyflow.course.exercises import check, finish
 from minianyflow.objectives import eulerian_target, semigroup_target
 from minianyflow.schedules import time_grid
 from toy_data import plane

@@ -2,9 +2,9 @@
 
 import torch
 
-from minianyflow.exercises import check, finish
+from minianyflow.course.exercises import check, finish
 from minianyflow.interpolant import clean_from_velocity
-from minianyflow.networks import MLP, EvaluationCounter
+from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.on_policy import backward_simulation, backward_simulation_times
 from toy_data.gaussians import Gaussian
 

@@ -4,18 +4,18 @@ import torch
 
 from minianyflow import flow_map
 from minianyflow.consistency import ConsistencyLoss
-from minianyflow.exercises import check, finish
+from minianyflow.course.exercises import check, finish
 from minianyflow.measures import sobol_noise
-from minianyflow.networks import MLP, EvaluationCounter
+from minianyflow.networks.mlp import MLP, EvaluationCounter
+from minianyflow.networks.wan import TextEncoder
+from minianyflow.networks.weights import load_codec, load_network
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.pairs import draw_pairs, generator
 from minianyflow.samplers import sample_flow_map
 from minianyflow.schedules import time_grid
-from minianyflow.video_measures import physics
-from minianyflow.video_stages import WEIGHTS, path_of
-from minianyflow.wan import TextEncoder
-from minianyflow.weights import load_codec, load_network
+from minianyflow.video.measures import physics
+from minianyflow.video.stages import WEIGHTS, path_of
 from toy_data import blobs
 
 codec, student = load_codec(path_of(WEIGHTS, "codec")), load_network(path_of(WEIGHTS, "eulerian"))

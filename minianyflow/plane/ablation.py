@@ -1,0 +1,60 @@
+"""What limits the mixed flow map on the plane, what moves it, and how the baseline was tuned: one change at a time."""
+
+import json
+from dataclasses import replace
+
+from minianyflow.consistency import time_weight
+from minianyflow.plane.race import BUDGET, check, exact_flow, in_report, run_method
+from minianyflow.support.running import run_jobs, staged
+from toy_data import plane
+
+# Factors on the budget, and settings of the loss or of the pairs drawn; all else as in the demo.
+CHANGES = {
+    "mixed": {
+        "": ({}, {}),
+        "steps x 2": ({"steps": 2}, {}),
+        "steps / 2": ({"steps": 1 / 2}, {}),
+        "width x 2": ({"width": 2}, {}),
+        "width / 2": ({"width": 1 / 2}, {}),
+        "depth / 2": ({"depth": 1 / 2}, {}),
+        "lr / 3": ({"lr": 1 / 3}, {}),
+        "squares": ({}, {"adaptive": 0.0}),
+        "1/4 on r = t": ({}, {"diagonal": 0.25, "end": 0.375}),
+        "3/4 on r = t": ({}, {"diagonal": 0.75, "end": 0.125}),
+        "none at r = 0": ({}, {"end": 0.0}),
+        "jvp": ({}, {"derivative": "jvp"}),
+        "data velocity": ({}, {"velocity": None, "adaptive": 0.0}),
+    },
+    "consistency": {
+        "": ({}, {}),
+        "steps x 2": ({"steps": 2}, {}),
+        "EMA .99": ({}, {"ema": 0.99}),
+        "EMA 0": ({}, {"ema": 0.0}),
+        "8 times": ({}, {"grid": 8}),
+        "32 times": ({}, {"grid": 32}),
+        "64 times": ({}, {"grid": 64}),
+        "Euler": ({}, {"solver": "euler"}),
+        "weight t": ({}, {"weight": time_weight}),
+        "squares": ({}, {"adaptive": 0.0}),
+        "continuous": ({"lr": 1 / 3}, {"form": "continuous", "weight": time_weight, "adaptive": 0.0}),
+    },
+}
+
+
+def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/ablation", workers=2, quiet=False):
+    """Train each method once for each of its CHANGES; writes `ablation.json`, in the form of the demo's."""
+    plane.load(dataset)
+    check(seeds, budget)
+    with staged(output) as folder:
+        jobs = {"exact": (exact_flow, (dataset,))}
+        for method, changes in CHANGES.items():
+            for name, (factors, options) in changes.items():
+                changed = {key: type(old := getattr(budget, key))(old * factor) for key, factor in factors.items()}
+                arguments = (method, dataset, tuple(seeds), replace(budget, **changed), options, quiet)
+                jobs[f"{method}, {name}" if name else method] = (run_method, arguments)
+        results = run_jobs(jobs, workers)
+        ends = results.pop("exact")[0]
+        methods = {name: in_report(result, seeds, ends) for name, result in results.items()}
+        report = {"dataset": dataset, "seeds": list(seeds), "methods": methods}
+        (folder / "ablation.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report

@@ -1,0 +1,394 @@
+"""Exposure bias where it is exact: a causal student of the circle process, trained on true pasts or on its own.
+
+A causal student u(z, t, r, past, frame) is the average velocity of one frame, given the frames before it. Trained on
+true pasts (teacher forcing) it meets its own errors only when it runs free. On-policy training (Self-Forcing,
+arXiv 2506.08009; AnyFlow, section 4) lets it make whole clips, each frame by three jumps, and matches their joint law.
+Shapes: B clips, F frames, S seeds; z, x of one frame (B, 2), clips and their noise (B, F, 2), frame (B,) from 0.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from minianyflow.measures import sliced_w2, sobol_noise
+from minianyflow.networks.mlp import MLP, EvaluationCounter
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
+from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
+from minianyflow.pairs import generator, stratified_uniform
+from minianyflow.samplers import sample_flow_map
+from minianyflow.schedules import time_grid
+from minianyflow.support.errors import InputError, choose
+from minianyflow.support.running import run_jobs, staged
+from minianyflow.train import Role, batches, train
+from toy_data import circle
+from toy_data.circle import CircleProcess
+
+STUDENTS = Path(circle.__file__).parent / "exposure" / "students.safetensors"  # of the committed run
+FRESH = 1_000_000  # where the batches of an arm begin: it must not see those of the start again
+WINDOW = 4  # frames: enough to tell the speed (4.5 sigma); exact conditionals on a window keep every window's law
+
+
+class CausalMLP(nn.Module):
+    """u(z, t, r, past, frame): an MLP that sees the last WINDOW of `frame` past frames, and which of them exist."""
+
+    def __init__(self, width=64, depth=4, seeds=(0,)):
+        super().__init__()
+        self.mlp = MLP((2 + 3 * WINDOW,), width, depth, seeds)
+
+    def forward(self, z, t, r, past, frame, copy=None):
+        """z (B, 2), past (B, n, 2) with n >= frame (B,): later frames are not looked at. Returns (B, 2)."""
+        if past.ndim != 3 or len(past) != len(z) or past.shape[1] < int(frame.max()):
+            raise InputError(
+                f"past {tuple(past.shape)} of {len(z)} clips at frame {int(frame.max())}; expected (B, n, 2) and n no "
+                "less than the frame's number, counted from 0"
+            )
+        place = frame[:, None] + torch.arange(WINDOW)  # in a past that WINDOW empty frames precede
+        seen = nn.functional.pad(past, (0, 0, WINDOW, 0)).gather(1, place[..., None].expand(-1, -1, 2))
+        inputs = torch.cat([z, seen.flatten(1), (place >= WINDOW).to(z)], 1)
+        return self.mlp(inputs, t, r, copy)[:, :2]
+
+
+def conditional_velocity(process):
+    """The exact velocity(z, t, past, frame) of the next frame given all frames before it."""
+
+    def velocity(z, t, past, frame, copy=None):
+        out = torch.empty_like(z)
+        for index in frame.unique().tolist():
+            rows = (frame == index).nonzero().squeeze(1)
+            weights = process.log_weights(past[rows, :index])
+            out[rows] = process.frame(index).velocity(z[rows], t[rows], weights)
+        return out
+
+    return velocity
+
+
+class ClipScore(nn.Module):
+    """A fake score u(z, t, r) of whole clips: the exact joint velocity and what an MLP adds to it, at first nothing.
+
+    Fake scores start as the teacher (DMD2; AnyFlow); here the teacher is a formula.
+    """
+
+    def __init__(self, exact, shape, width=128, depth=4, seeds=(0,)):
+        super().__init__()
+        self.exact, self.mlp = exact, MLP(shape, width, depth, seeds)
+        nn.init.zeros_(getattr(self.mlp, f"weight{depth}"))
+
+    def forward(self, z, t, r, copy=None):
+        """z (B, F, 2); returns the same shape."""
+        return self.exact(z, t) + self.mlp(z, t, r, copy)
+
+
+def frame_by_frame(walk, z, truth=None, detach=False, **condition):
+    """Clips (B, F, 2) from noise `z` (B, F, 2): x = walk(z_k, past=, frame=, **condition) for frame after frame.
+
+    The past is what was made so far, with gradient or, if `detach`, without; or that of the clips `truth`.
+    """
+    made, past = [], z[:, :0]
+    for index in range(z.shape[1]):
+        x = walk(z[:, index], past=past, frame=torch.full((len(z),), index), **condition)
+        made.append(x)
+        seen = x.detach() if detach else x
+        past = torch.cat([past, (seen if truth is None else truth[:, index])[:, None]], 1)
+    return torch.stack(made, 1)
+
+
+def simulate(detach):
+    """Backward simulation of clips, frame by frame, for `OnPolicyLoss`: (1, B, F, 2), all at t = 0."""
+
+    def backward_simulation_of_clips(u, z, lengths, step, shift=1.0, **condition):
+        def walk(z, **condition):
+            return backward_simulation(u, z, lengths, step, shift, **condition)[-1]
+
+        return frame_by_frame(walk, z, detach=detach, **condition)[None]
+
+    return backward_simulation_of_clips
+
+
+def sample_clips(u, z, nfe, truth=None, **condition):
+    """Clips (B, F, 2) by any-step sampling, `nfe` evaluations a frame: free-running, or every frame after true ones."""
+    times = time_grid(nfe)
+    return frame_by_frame(lambda z, **there: sample_flow_map(u, z, times, **there)[-1], z, truth, **condition)
+
+
+@dataclass
+class FrameLoss:
+    """Teacher forcing: the forward loss on one frame of every clip, the condition its true past."""
+
+    forward: Callable
+
+    def __call__(self, u, batch):
+        """As FlowMapLoss; batch: `x`, `eps` (B, F, 2) and `frame` (B,), besides the pairs."""
+        rows, frame = torch.arange(len(batch["x"])), batch["frame"]
+        condition = {**batch.get("condition", {}), "past": batch["x"], "frame": frame}
+        one = {name: batch[name][rows, frame] for name in ("x", "eps")}
+        return self.forward(u, batch | one | {"condition": condition})
+
+
+FORCING = {"teacher forcing": False, "teacher forcing, exact velocity": True}  # whether the velocity is the exact one
+ON_POLICY = {  # weight of the forward loss, whether the past is detached
+    "on-policy": (1.0, False),
+    "on-policy, detached": (1.0, True),
+    "on-policy, forward x 4": (4.0, False),
+}
+KEPT = ("teacher forcing", "on-policy", "on-policy, detached")  # what a scene shows
+ARMS = tuple(FORCING | ON_POLICY)  # each goes on from the same start, until it has cost the same
+COLOURS = ("#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
+NFE, CLIPS, TRUE = (1, 4, 16), 4096, 1024  # of the measure: step counts, clips made, clips that give a true context
+LOST = 0.3  # a clip whose last radius is six sigmas off
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a seed spends: evaluations (see `spent`) on the start, teacher forcing, and on every arm after it.
+
+    rows, clips: of a batch, for each seed, of teacher forcing and of on-policy training. simulated: the rollouts.
+    """
+
+    start: int = 1_280_000
+    after: int = 2_560_000
+    rows: int = 128
+    clips: int = 32
+    simulated: tuple[int, ...] = (1, 2, 4, 16)
+    lr: float = 1e-2
+    lr_on_policy: float = 1e-3
+    lr_fake: float = 3e-3
+    width: int = 64
+    points: int = 3  # of a curve
+
+
+BUDGET = Budget()
+
+
+def draw_clips(process, rows, seeds, simulated=None):
+    """`draw(step)` for `train`: clips, a frame of each, and with `simulated` what on-policy training draws.
+
+    Frames, times and rollouts are shared by the seeds, as `training.batches` does it; data and noise are not.
+    """
+    data, shape = batches(process.clips.sample, rows, seeds), (process.frames, 2)
+
+    def draw(step):
+        drawn = {"frame": (process.frames * stratified_uniform(rows, generator(step, 1))).long()}
+        if simulated is None:
+            return data(step) | {"frame": drawn["frame"].repeat_interleave(len(seeds))}
+        each = [draw_on_policy(shape, rows, generator(seed, step, 2), simulated) for seed in seeds]
+        own = {name: torch.stack([one.pop(name) for one in each], 1).flatten(0, 1) for name in ("noise", "score_eps")}
+        shared = {name: value.repeat_interleave(len(seeds)) for name, value in (drawn | each[0]).items()}
+        return data(step) | own | shared
+
+    return draw
+
+
+def counted(velocity):
+    """An exact velocity(z, t, **condition) that counts its evaluations, and the counter."""
+    counter = EvaluationCounter(lambda z, t, r, **condition: velocity(z, t, **condition))
+    return lambda z, t, **condition: counter(z, t, t, **condition), counter
+
+
+def teacher_forcing(network, process, seeds, budget, exact=False):
+    """The roles, the draws and the evaluation counters of teacher forcing, on the data velocity or the exact one."""
+    velocity, counter = counted(conditional_velocity(process)) if exact else (None, None)
+    student = EvaluationCounter(network)
+    loss = FrameLoss(FlowMapLoss(FLOW_MAPS["mixed"], velocity, adaptive=0.5 if exact else 0.0))
+    role = Role(student, loss, lr=budget.lr)
+    counters = {"student": student, "exact": counter} if exact else {"student": student}
+    return {"student": role}, draw_clips(process, budget.rows, seeds), counters
+
+
+def on_policy(network, process, seeds, budget, forward_weight=1.0, detach=False):
+    """The same for on-policy training: student and fake score; the real score is that of the joint law, exact."""
+    real, counter = counted(lambda z, t, copy=None: process.clips.velocity(z, t))
+    student, make = EvaluationCounter(network), simulate(detach)
+    fake = EvaluationCounter(ClipScore(real, (process.frames, 2), seeds=seeds))
+    loss = OnPolicyLoss(real, fake, FrameLoss(FlowMapLoss(FLOW_MAPS["mixed"])), forward_weight, simulate=make)
+    options = {"betas": (0.0, 0.999), "warmup": 50}
+    roles = {
+        "student": Role(student, loss, lr=budget.lr_on_policy, ema=0.99, **options),
+        "fake_score": Role(fake, FakeScoreLoss(student, simulate=make), lr=budget.lr_fake, **options),
+    }
+    draw = draw_clips(process, budget.clips, seeds, budget.simulated)
+    return roles, draw, {"student": student, "fake_score": fake, "exact": counter}
+
+
+def make_arm(arm, *arguments):
+    """`teacher_forcing` or `on_policy`, by the name of the arm."""
+    choose("arm", arm, dict.fromkeys(ARMS))
+    return teacher_forcing(*arguments, FORCING[arm]) if arm in FORCING else on_policy(*arguments, *ON_POLICY[arm])
+
+
+def spent(counters):
+    """What was evaluated so far, for all seeds: by name, and the sum, where a backward counts as two forwards."""
+    by_name = {name: {"forwards": each.rows, "backwards": each.with_grad} for name, each in counters.items()}
+    total = sum(each["forwards"] + 2 * each["backwards"] for each in by_name.values())
+    return {"evaluations": total, **by_name}
+
+
+def step_cost(roles, draw, counters, probes=8):
+    """The mean evaluations of a step, from the losses of a few; the counters start again at zero."""
+    for role in roles.values():
+        for step in range(probes):
+            role.loss(role.network, draw(step))
+    cost = spent(counters)["evaluations"] / probes
+    for each in counters.values():
+        each.rows = each.with_grad = 0
+    return cost
+
+
+@torch.no_grad()
+def measure(network, process, copies, nfe=NFE):
+    """By NFE: radius errors free-running and with true context, (copies, F); share of clips lost; sliced W2 of clips.
+
+    A clip is lost if its last radius is six sigmas off, or more. The copies start from the same noises.
+    """
+    z = sobol_noise(CLIPS, (process.frames, 2)).repeat_interleave(copies, 0)
+    truth = process.clips.sample(TRUE, generator(1)).repeat_interleave(copies, 0)
+    reference = process.clips.sample_stratified(CLIPS, generator(0))
+
+    def made(z, count, truth=None):  # (clips, copies, F, 2)
+        condition = {"copy": torch.arange(len(z)) % copies} if copies > 1 else {}
+        return sample_clips(network, z, count, truth, **condition).reshape(-1, copies, process.frames, 2)
+
+    figures = {}
+    for count in nfe:
+        free, true = made(z, count), made(z[: len(truth)], count, truth)
+        figures[str(count)] = {
+            "free_running": rounded(radius_error(free).mean(0)),
+            "true_context": rounded(radius_error(true).mean(0)),
+            "lost": rounded((radius_error(free)[..., -1] > LOST).float().mean(0)),
+            "sliced_w2": [round(sliced_w2(free[:, copy], reference), 4) for copy in range(copies)],
+        }
+    return figures
+
+
+def radius_error(clips):
+    """| |x| - 1 | of every frame: (..., 2) to (...)."""
+    return (clips.norm(dim=-1) - 1).abs()
+
+
+def rounded(values):
+    """A tensor as nested lists of four decimals."""
+    return [rounded(each) for each in values] if values.ndim else round(float(values), 4)
+
+
+def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0):
+    """Train one arm from the weights `start` (None: from scratch) until it has cost so many `evaluations` a seed.
+
+    Returns its curve, [{"cost", "nfe"}] at equal distances, and the averaged weights at the end.
+    """
+    torch.set_num_threads(1)
+    process, network = CircleProcess(), CausalMLP(budget.width, seeds=seeds)
+    if start is not None:
+        network.load_state_dict(start)
+    roles, draw, counters = make_arm(arm, network, process, seeds, budget)
+    steps = max(1, round(evaluations * len(seeds) / step_cost(roles, draw, counters)))
+    stops = {round(steps * (point + 1) / budget.points) for point in range(budget.points)}
+    average, curve, spare, began = roles["student"].average.module.network, [], 0.0, time.process_time()
+
+    def look(step):
+        nonlocal spare
+        if step + 1 in stops:
+            now = time.process_time()
+            cost = {"steps": step + 1, "cpu_seconds": round(now - began - spare, 1), **spent(counters)}
+            nfe = NFE if step + 1 == steps else NFE[:-1]
+            curve.append({"cost": cost, "nfe": measure(average, process, len(seeds), nfe)})
+            spare += time.process_time() - now
+
+    bar = {"desc": arm, "position": position, "disable": quiet or None}
+    fresh = 0 if start is None else FRESH
+    train(roles, lambda step: draw(fresh + step), steps, accelerator=Accelerator(cpu=True), progress=bar, on_step=look)
+    return curve, average.state_dict()
+
+
+def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", workers=2, quiet=False):
+    """The whole experiment; writes `exposure.json` and `exposure.png`, whole or not at all, and returns the report.
+
+    With them go the students of the arms KEPT, `students.safetensors`, in half precision, which `load_student` opens.
+    """
+    if not seeds or len(set(seeds)) < len(seeds) or min(budget.start, budget.after, budget.points) < 1:
+        raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, one at least, and positive numbers")
+    for arm in arms:
+        choose("arm", arm, dict.fromkeys(ARMS))
+    process, common = CircleProcess(), (tuple(seeds), budget, quiet)
+    reference, other = (process.clips.sample_stratified(CLIPS, generator(seed)) for seed in range(2))
+    with staged(output) as folder:
+        first = (train_arm, ("teacher forcing", None, budget.start, *common))
+        start, weights = run_jobs({"start": first}, workers)["start"]
+        results = run_jobs({arm: (train_arm, (arm, weights, budget.after, *common)) for arm in reversed(arms)}, workers)
+        report = {
+            "seeds": list(seeds),
+            "budget": asdict(budget),
+            "measure": {"clips": CLIPS, "true_contexts": TRUE, "lost": LOST, "window": WINDOW},
+            "data": {
+                "radius_error": rounded(radius_error(reference).mean()),
+                "sliced_w2": round(sliced_w2(other, reference), 4),
+                "sliced_w2_fresh": round(sliced_w2(process.clips.sample(CLIPS, generator(2)), reference), 4),
+            },
+            "start": start,
+            "arms": {arm: results[arm][0] for arm in arms},
+        }
+        made = {"budget": json.dumps(report["budget"]), "seeds": json.dumps(report["seeds"])}
+        trained = {arm: results[arm][1] for arm in KEPT if arm in arms}
+        halves = {f"{arm}/{name}": value.half() for arm, each in trained.items() for name, value in each.items()}
+        save_file(halves, folder / STUDENTS.name, made)
+        from minianyflow.plane.figures import save_figure
+
+        save_figure(exposure_figure(report), folder / "exposure.png")
+        (folder / "exposure.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def load_student(arm, copy=0, path=STUDENTS):
+    """The trained CausalMLP of one of the arms KEPT and one seed, from what `run` wrote; by default in toy_data/."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"no {path.name} in {path.parent}; make it: python -m minianyflow exposure --output FOLDER")
+    with safe_open(path, "pt") as file:
+        made, names = file.metadata(), list(file.keys())
+        arms = dict.fromkeys(name.split("/")[0] for name in names)
+        choose("arm", arm, arms)
+        weights = {n.split("/")[1]: file.get_tensor(n).float() for n in names if n.startswith(f"{arm}/")}
+    seeds, budget = json.loads(made["seeds"]), json.loads(made["budget"])
+    if not 0 <= copy < len(seeds):
+        raise InputError(f"copy {copy} of a student with {len(seeds)} copies; expected 0 to {len(seeds) - 1}")
+    network = CausalMLP(budget["width"], seeds=seeds[copy : copy + 1])
+    network.load_state_dict({name: value[copy : copy + 1] for name, value in weights.items()})
+    return network.eval().requires_grad_(False)
+
+
+def exposure_figure(report):
+    """A row an NFE. Columns: last radius error, sliced W2, both against total cost; radius error by frame at the end.
+
+    Solid: free-running; dashed: with true context; dotted: the data's own. Lines are means over seeds.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.ticker import LogLocator
+
+    figure, grid = plt.subplots(2, 3, figsize=(15, 8), layout="constrained", sharex="col", sharey="col")
+    begun = report["start"][-1]
+    for row, nfe in zip(grid, map(str, NFE), strict=False):
+        for (arm, points), colour in zip(report["arms"].items(), COLOURS, strict=False):
+            path, style = [begun, *points], {"color": colour, "marker": "o", "markersize": 4}
+            cost = np.array([0, *(point["cost"]["evaluations"] for point in points)]) + begun["cost"]["evaluations"]
+            for name, line in (("free_running", "-"), ("true_context", "--")):
+                values = np.mean([point["nfe"][nfe][name] for point in path], 1)  # (points, F)
+                row[0].plot(cost / 1e6, values[:, -1], line, label=arm if line == "-" else None, **style)
+                row[2].plot(values[-1], line, color=colour)
+            row[1].plot(cost / 1e6, np.mean([point["nfe"][nfe]["sliced_w2"] for point in path], 1), **style)
+        labels = "last frame's radius error", "sliced W2 of clips", "radius error by frame"
+        for axes, label, floor in zip(row, labels, ("radius_error", "sliced_w2", "radius_error"), strict=True):
+            axes.axhline(report["data"][floor], color="black", linestyle=":")
+            axes.set(yscale="log", title=f"{label}, NFE {nfe}", xlabel="million evaluations")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))), axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+            axes.grid(alpha=0.25)
+        row[2].set(xlabel="frame")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS))
+    return figure

@@ -1,0 +1,130 @@
+"""Figures for the README, the notebooks and slides: fixed axes, equal aspect, one colour a method."""
+
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from minianyflow.support.palette import COLOURS, LABELS, MARKERS
+
+
+def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):
+    """Trajectories (steps + 1, n, 2) as lines, noise to data; `samples` (m, 2) as points, `exact` ones grey below."""
+    paths = np.asarray(paths)
+    if len(paths) > 1 and paths.shape[1]:
+        length = np.linalg.norm(np.diff(paths, axis=0), axis=-1).sum(0).mean()
+        alpha = 0.4 / max(1.0, 0.4 * length)  # long, tangled ones are drawn fainter
+        axes.plot(*np.moveaxis(paths, -1, 0), color=colour, alpha=alpha, linewidth=0.6, zorder=1)
+    for points, shade, size, order in ((exact, "0.75", 4, 0), (samples, colour, 2, 2)):
+        if points is not None:
+            axes.scatter(*np.asarray(points).T, s=size, color=shade, linewidths=0, zorder=order)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+    for side in axes.spines.values():
+        side.set_color("0.8")
+
+
+def draw_curves(axes, report, figure, ylabel, floors=None):
+    """One figure of the demo's report (`sliced_w2` or `path_error`) against steps; the line is the mean over seeds.
+
+    floors: {method: value}, dotted lines in that method's colour, below which the measure shows no error.
+    """
+    for name, method in report["methods"].items():
+        values = np.array(method.get(f"{figure}_pooled", method[figure]))
+        style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
+        axes.plot(method["nfe"], values.mean(0), label=LABELS[name].replace("\n", " "), linewidth=1.8, **style)
+        axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
+    for name, floor in (floors or {}).items():
+        axes.axhline(floor, color=COLOURS[name], linestyle=":", linewidth=1.4, zorder=0)
+    nfe = next(iter(report["methods"].values()))["nfe"]
+    axes.set(xscale="log", yscale="log", xlabel="steps (network evaluations)", ylabel=ylabel)
+    axes.xaxis.label.set_size(13)
+    axes.yaxis.label.set_size(13)
+    axes.tick_params(labelsize=11)
+    axes.set_xticks(nfe, map(str, nfe))
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+
+
+def any_step_figure(report, trajectories, exact_paths, shown=(1, 4, 16, 64), lines=60):
+    """Methods as rows, steps as columns, with the sliced W2 of each; the exact flow and the two curves beside.
+
+    trajectories: {method: {nfe: (nfe + 1, n, 2)}}; exact_paths (times, n, 2), from the same n noises.
+    """
+    figure = plt.figure(figsize=(15, 11.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.42, 1])
+    grid = left.subplots(len(trajectories), len(shown))
+    for row, (name, by_steps) in zip(grid, trajectories.items(), strict=True):
+        for axes, steps in zip(row, shown, strict=True):
+            draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1], exact_paths[-1])
+            method = report["methods"][name]
+            distances = np.array(method.get("sliced_w2_pooled", method["sliced_w2"]))  # (seeds, step counts)
+            distance = distances[:, method["nfe"].index(steps)].mean()
+            axes.annotate(f"{1000 * distance:.0f}", (0.97, 0.04), xycoords="axes fraction", ha="right", fontsize=14)
+        row[0].set_ylabel(LABELS[name], fontsize=15)
+    for axes, steps in zip(grid[0], shown, strict=True):
+        axes.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=17)
+    exact, w2, path = right.subplots(3, 1, height_ratios=[1.25, 1, 1])
+    draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1])
+    exact.set_title(f"{report['dataset']}: the exact flow, same noise\n(grey in every panel)", fontsize=15)
+    floors = {"exact": report["exact_flow"]["sliced_w2"], "consistency": report["fresh_noise"]["sliced_w2_pooled"]}
+    draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", floors)
+    w2.set_title("x 1000 in the panels; dotted: its floors,\nexact flow (black) and fresh noise (orange)", fontsize=13)
+    draw_curves(path, report, "path_error", "path error")
+    w2.legend(fontsize=11)
+    return figure
+
+
+PEERS = {  # colour, marker, width: the first two learn the same by much the same, and one shows below the other
+    "flow_matching": ("#CC79A7", "s", 6),
+    "torchcfm": ("#D55E00", "v", 2),
+    "torchcfm, OT": ("#E69F00", "^", 2.4),
+}
+DASHES = {"exact velocity": "-", "learnt velocity": "--", "data velocity": ":", "euler": "-", "midpoint": "--"}
+
+
+def peers_figure(report):
+    """Sliced W2 against evaluations, ours and the peers', a panel for each target of the report of `peers.run`."""
+    targets = report["targets"]
+    size = 6.4 * len(targets) + 4.2, 5.8
+    figure, panels = plt.subplots(1, len(targets), figsize=size, layout="constrained", squeeze=False)
+    for axes, (dataset, target) in zip(panels[0], targets.items(), strict=True):
+        for label, method in target["methods"].items():
+            name, kind = label.rsplit(", ", 1)
+            values = np.array(method["sliced_w2"])
+            colour, marker, width = PEERS.get(name, (COLOURS["mixed"], MARKERS["mixed"], 2.4))
+            style = {"color": colour, "linestyle": DASHES[kind], "linewidth": width, "marker": marker}
+            axes.plot(method["nfe"], values.mean(0), label=label, markersize=7, alpha=0.5 if width > 3 else 1, **style)
+            axes.fill_between(method["nfe"], values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        exact = target["exact_flow"]["sliced_w2"]
+        axes.axhline(exact, color="black", linestyle=(0, (1, 3)), linewidth=1.6, zorder=0, label="exact flow")
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(dataset, fontsize=17)
+        axes.set_xlabel("network evaluations", fontsize=15)
+        axes.set_xticks((1, 2, 4, 8, 16, 32, 64), map(str, (1, 2, 4, 8, 16, 32, 64)))
+        axes.minorticks_off()
+        axes.tick_params(labelsize=13)
+        axes.grid(alpha=0.25)
+    panels[0][0].set_ylabel("sliced W2 to the data", fontsize=15)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "frameon": False}
+    panels[0][-1].legend(fontsize=13, handlelength=3.6, labelspacing=0.8, **beside)
+    return figure
+
+
+def small_png(figure, dpi=110, colours=64):
+    """A PNG of at most `colours` colours, small enough to commit; bytes."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels, file = np.asarray(canvas.buffer_rgba())[..., :3], io.BytesIO()
+    Image.fromarray(pixels).quantize(colours, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return file.getvalue()
+
+
+def save_figure(figure, path, dpi=110, colours=64):
+    """Write a small PNG and close the figure; returns the path."""
+    Path(path).write_bytes(small_png(figure, dpi, colours))
+    plt.close(figure)
+    return path

@@ -1,0 +1,41 @@
+"""GPUs as their makers describe them: memory, and the rate of dense bfloat16 matrix products."""
+
+from dataclasses import dataclass, replace
+from math import inf
+
+from minianyflow.support.errors import InputError, choose
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory: bytes. rate: dense bfloat16 FLOP a second, sums in float32. source: where the two are from."""
+
+    name: str
+    memory: float
+    rate: float
+    source: str
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h200", 141e9, 989e12, "NVIDIA H200 data sheet, SXM; dense is half of the rate with sparsity"),
+        Gpu("h100", 80e9, 989e12, "NVIDIA H100 data sheet, SXM; dense is half of the rate with sparsity"),
+        Gpu("a100-80", 80e9, 312e12, "NVIDIA A100 80GB data sheet"),
+        Gpu("l40s", 48e9, 362e12, "NVIDIA L40S data sheet; dense is half of the rate with sparsity"),
+        Gpu("rtx4090", 24e9, 165e12, "NVIDIA Ada GPU architecture white paper, RTX 4090, FP32 accumulate, dense"),
+    )
+}
+
+
+def find_gpu(name="h200", memory=None, rate=None):
+    """The GPU called `name`; memory (GB) and rate (TFLOP/s) stand in place of its own."""
+    for what, value in (("memory", memory), ("rate", rate)):
+        if value is not None and not 0 < value < inf:
+            raise InputError(f"--{what} {value}; expected more than 0, in {'GB' if what == 'memory' else 'TFLOP/s'}")
+    if memory and rate:
+        return Gpu(f"{memory:g} GB", 1e9 * memory, 1e12 * rate, "the command line")
+    gpu = choose("GPU", str(name).lower(), GPUS)
+    if memory:
+        return replace(gpu, name=f"{memory:g} GB at {gpu.name}'s rate", memory=1e9 * memory)
+    return replace(gpu, name=f"{gpu.name} at {rate:g} TFLOP/s", rate=1e12 * rate) if rate else gpu

@@ -1,0 +1,304 @@
+"""Wan2.1 as diffusers keeps it, from a folder or the hub; and a tiny one of the same layout, to try everything on.
+
+Wan and released AnyFlow weights load into the two-time classes; what Wan does not have, the embedder of the target time
+and a causal model's coarse patches, starts from what it has, so that at r = t nothing changes. Shapes:
+    video      (B, T, 3, H, W) in [0, 1], T = 4 n + 1 frames
+    latents    (B, F, C, H / 8, W / 8), F = n + 1, normalised by the mean and spread in the codec's configuration
+"""
+
+import contextlib
+import inspect
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import torch
+import transformers
+from diffusers import (
+    AnyFlowFARTransformer3DModel,
+    AnyFlowTransformer3DModel,
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.configuration_utils import FrozenDict
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from minianyflow.networks.causal import coarse_patches
+from minianyflow.pairs import generator
+from minianyflow.support.errors import InputError, choose
+from minianyflow.support.running import whole_folder
+from minianyflow.wan.data.shards import write_shards
+
+LENGTH = 512  # tokens of a prompt, in Wan's pipelines and its training
+CLASSES = {"bidirectional": AnyFlowTransformer3DModel, "causal": AnyFlowFARTransformer3DModel}
+SOURCES = {"WanTransformer3DModel": "Wan"} | {kind.__name__: name for name, kind in CLASSES.items()}
+NEW_TIME, NEW_PATCH = "condition_embedder.delta_embedder.", "far_patch_embedding."
+PARTS = {
+    "tokenizer": AutoTokenizer,
+    "text_encoder": UMT5EncoderModel,
+    "vae": AutoencoderKLWan,
+    "scheduler": None,  # whichever its configuration names
+}
+
+
+# Loading
+
+
+def load_transformer(source, architecture, dtype=None, full_chunk_limit=None, partition=None, device=None):
+    """The transformer in `source`, of the class with two times for `architecture`, in eval mode.
+
+    source: a pipeline folder, a transformer's own or a name on the hub, of Wan2.1 text to video or AnyFlow. dtype: of
+    the weights; those that the class keeps in float32 stay so, and the target time's embedder with its twin.
+    full_chunk_limit, partition: of a causal one; None takes the source's, or what AnyFlow published.
+    Raises InputError for another architecture (Wan and bidirectional weights may become causal, nothing else changes)
+    and for weights that lack or add more than a new embedder and coarse patches.
+    """
+    kind = choose("architecture", architecture, CLASSES)
+    place = _place(source, "transformer")
+    config = _reading(source, "transformer", lambda: kind.load_config(**place))
+    have = _source_kind(source, config)
+    if have == "causal" != architecture:
+        raise InputError(f"{source} is causal; expected Wan or a bidirectional one: set architecture=causal")
+    chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": partition} if architecture == "causal" else {}
+    options = {name: value for name, value in chunks.items() if value is not None} | {"torch_dtype": dtype}
+    transformer, found = _reading(
+        source, "transformer", lambda: kind.from_pretrained(**place, **options, output_loading_info=True)
+    )
+    new = (NEW_TIME,) * (have == "Wan") + (NEW_PATCH,) * (architecture == "causal" != have)
+    _check_whole(source, found, config["_class_name"], new)
+    _start_new(transformer, new)
+    _forget_other_options(transformer)
+    return transformer.to(device) if device else transformer
+
+
+def _source_kind(source, config):
+    """Wan, bidirectional or causal."""
+    name = config.get("_class_name")
+    if name not in SOURCES:
+        raise InputError(f"{source} holds a {name}; expected one of {', '.join(SOURCES)}")
+    if config.get("image_dim"):
+        raise InputError(f"{source} takes an image beside the text; expected a text-to-video model")
+    return SOURCES[name]
+
+
+def _forget_other_options(transformer):
+    """Drop what diffusers keeps of Wan's configuration and the class does not take: the rest builds the class anew."""
+    taken = inspect.signature(type(transformer).__init__).parameters
+    known = {*taken, "_class_name", "_diffusers_version"}  # nor where it was loaded from: folders are passed on
+    transformer._internal_dict = FrozenDict({k: value for k, value in transformer.config.items() if k in known})
+
+
+@torch.no_grad()
+def _start_new(transformer, new):
+    """Give weights that a source does not have their start; they hold no numbers until then."""
+    start = {}
+    if NEW_TIME in new:
+        embedder = transformer.condition_embedder.time_embedder.state_dict()
+        dtype = transformer.patch_embedding.weight.dtype  # the class does not keep it in float32 as it does its twin
+        start = {NEW_TIME + name: value.to(dtype, copy=True) for name, value in embedder.items()}
+    if NEW_PATCH in new:
+        start |= coarse_patches(transformer.patch_embedding, transformer.config.compressed_patch_size)
+    transformer.load_state_dict(start, strict=False, assign=True)
+
+
+def load_parts(source, *names, dtype=None):
+    """The parts of a pipeline that are named, in that order: tokenizer, text_encoder, vae, scheduler.
+
+    dtype: of the text encoder; the codec is always float32, as Wan's is. Modules are frozen and in eval mode.
+    """
+    return [_load_part(source, name, dtype) for name in names]
+
+
+def _load_part(source, name, dtype):
+    kind, place = choose("part", name, PARTS), _place(source, name, bare=False)
+    if name == "scheduler":
+        config = _reading(source, name, lambda: UniPCMultistepScheduler.load_config(**place))
+        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        if kind is None:
+            raise InputError(
+                f"the scheduler in {source} is a {config.get('_class_name')}, which diffusers does not have"
+            )
+    if name in ("tokenizer", "scheduler"):
+        return _reading(source, name, lambda: kind.from_pretrained(**place))
+    options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
+    part, found = _reading(source, name, lambda: kind.from_pretrained(**place, **options, output_loading_info=True))
+    _check_whole(source, found, type(part).__name__)
+    return part.eval().requires_grad_(False)
+
+
+def codec_factor(source):
+    """Pixels to a side of a latent, as the configuration of a source's codec says; its weights are not loaded."""
+    place = _place(source, "vae", bare=False)
+    return _reading(source, "vae", lambda: AutoencoderKLWan.load_config(**place)).get("scale_factor_spatial", 8)
+
+
+def _check_whole(source, found, kind, new=()):
+    """Raise InputError for weights that lack or add something, but for those whose names start with `new`."""
+    lacking = [name for name in found["missing_keys"] if not name.startswith(tuple(new))]
+    for verb, names in (("lack", lacking), ("add", found["unexpected_keys"])):
+        if names:
+            what = f"{verb} {min(names)} ({len(names)} in all)"
+            raise InputError(f"the weights in {source} {what}; expected those of a {kind}")
+
+
+def _place(source, name, bare=True):
+    """Where diffusers finds a part: {pretrained_model_name_or_path, subfolder}. bare: a part's own folder will do."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or str(source).count("/") != 1 or str(source)[0] in "./~":
+            raise InputError(f"no folder {source}; expected a pipeline folder, or a name on the hub like owner/model")
+        return {"pretrained_model_name_or_path": str(source), "subfolder": name}
+    if (folder / name).is_dir():
+        return {"pretrained_model_name_or_path": str(folder), "subfolder": name}
+    if bare and (folder / "config.json").is_file():
+        return {"pretrained_model_name_or_path": str(folder), "subfolder": None}
+    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folders"
+    raise InputError(f"no {name} in {source}; expected a pipeline folder, which has it beside others; found {there}")
+
+
+def _reading(source, name, load):
+    """load(), quiet; whatever diffusers, transformers and the hub raise for a broken source becomes one line."""
+    try:
+        with _quiet():
+            return load()
+    except Exception as problem:
+        why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        todo = "fetch or make it again" if Path(source).is_dir() else "check the name and the network, or give a folder"
+        raise InputError(f"the {name} of {source} does not load ({why}); {todo}") from None
+
+
+@contextlib.contextmanager
+def _quiet():
+    """What we check ourselves (weights that are missing, options that are unknown) is not warned of, too."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging, huggingface_hub.utils.logging)
+    levels = [each.get_verbosity() for each in loggers]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    for each in loggers:
+        each.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+# Text and video to and from what the transformer sees
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, text_encoder, prompts, length=LENGTH):
+    """Embeddings (B, length, D) as Wan's pipelines make them: cleaned, cut at `length` tokens, zero beyond the end."""
+    if not prompts or isinstance(prompts, str):
+        raise InputError(f"prompts {prompts!r}; expected a list of at least one text")
+    tokens = tokenizer(
+        [prompt_clean(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    return text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
+
+
+@torch.no_grad()
+def encode_video(vae, video):
+    """Video (B, T, 3, H, W) in [0, 1] to normalised latents (B, F, C, h, w), clip by clip."""
+    mean, std = _scale(vae)
+    return torch.cat([(_moments(vae, clip) - mean) / std for clip in video.split(1)]).transpose(1, 2).contiguous()
+
+
+@torch.no_grad()
+def decode_latents(vae, latents, batch=1):
+    """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W), clipped to [0, 1], `batch` clips at a time."""
+    mean, std = _scale(vae)
+    clips = [vae.decode(clip.transpose(1, 2).to(mean) * std + mean).sample for clip in latents.split(batch)]
+    return ((torch.cat(clips) + 1) / 2).clamp(0, 1).transpose(1, 2)
+
+
+def _moments(vae, clip):
+    shape, factor = clip.shape, vae.config.scale_factor_spatial
+    if len(shape) != 5 or shape[2] != 3 or shape[1] % 4 != 1 or shape[3] % factor or shape[4] % factor:
+        raise InputError(
+            f"video {tuple(shape)}; expected (B, T, 3, H, W) with T = 4 n + 1, H and W multiples of {factor}"
+        )
+    return vae.encode((2 * clip - 1).transpose(1, 2).to(vae.dtype)).latent_dist.mode()
+
+
+def _scale(vae):
+    """Mean and spread of raw latents, (1, C, 1, 1, 1) each."""
+    pair = (vae.config.latents_mean, vae.config.latents_std)
+    return [torch.tensor(each, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1) for each in pair]
+
+
+# A tiny Wan, of random weights
+
+TINY_LENGTH = 32  # tokens of a prompt
+TINY_TRANSFORMER = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 2}
+TINY_TEXT = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
+TINY_CODEC = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}  # 16 channels and all factors are Wan's
+COLOURS = {"red": (1, 0.2, 0.2), "green": (0.2, 1, 0.2), "blue": (0.2, 0.2, 1), "yellow": (1, 1, 0.2)}
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+def make_tiny_wan(folder, seed=0, clips=16, null=""):
+    """Write a pipeline folder in Wan2.1's layout, tiny and random, and `latents/` in it: shards of `clips` clips.
+
+    Every caption works; TINY_LENGTH is the prompt length of the shards. null: the text of the null prompt, which for
+    Wan itself is its long negative prompt. `folder` must not exist or be empty; whole or not at all.
+    """
+    with whole_folder(folder) as inside, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        captions, video = moving_shapes(clips, generator(seed))
+        tokenizer = _tokenizer(captions)
+        text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TINY_TEXT)).eval()
+        vae = AutoencoderKLWan(**TINY_CODEC, latents_mean=[0.0] * 16, latents_std=[1.0] * 16).eval()
+        raw = encode_video(vae, video)
+        mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        latents = (raw - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        transformer = WanTransformer3DModel(text_dim=TINY_TEXT["d_model"], freq_dim=64, **TINY_TRANSFORMER)
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        with _quiet():
+            WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(inside)
+        prompts = encode_prompts(tokenizer, text_encoder, [*captions, null], TINY_LENGTH)
+        write_shards(inside / "latents", latents, prompts[:-1], prompts[-1:], captions, 8, null)
+
+
+def moving_shapes(count, source, frames=17, size=64):
+    """Captions, and videos (count, frames, 3, size, size) of a square or a disc that crosses a grey picture."""
+    kind, colour, way = (torch.randint(n, (count,), generator=source).tolist() for n in (2, len(COLOURS), len(WAYS)))
+    start = torch.rand(count, 2, generator=source) * 0.4 - 0.2
+    pixel = torch.linspace(-1, 1, size)
+    captions, videos = [], []
+    for number in range(count):
+        name, step = list(WAYS.items())[way[number]]
+        shade, paint = list(COLOURS.items())[colour[number]]
+        path = start[number] + torch.linspace(-0.5, 0.5, frames)[:, None] * torch.tensor(step)  # (T, 2)
+        apart = (pixel - path[..., None]).abs()  # (T, 2, size)
+        x, y = apart[:, 0, None, :], apart[:, 1, :, None]
+        reach = (x.square() + y.square()).sqrt() if kind[number] else torch.maximum(x, y)
+        inside = (20 * (0.35 - reach)).sigmoid()[:, None]  # (T, 1, size, size), soft at the edge
+        videos.append(0.3 + inside * (torch.tensor(paint).view(3, 1, 1) - 0.3))
+        captions.append(f"a {shade} {('square', 'disc')[kind[number]]} moves {name}")
+    return captions, torch.stack(videos)
+
+
+def _tokenizer(captions):
+    """Bytes, and merges of them that are common in `captions`: every text is known, these are short."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted(captions), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -1,0 +1,54 @@
+"""The sizes of Wan2.1's text-to-video transformers, and transformers of these sizes with random weights, or none.
+
+The numbers are those of `transformer/config.json` in Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers; what both
+share and diffusers has as its default (patches of 1 x 2 x 2, text of 4096 numbers a token) is written out all the same.
+"""
+
+import torch
+
+from minianyflow.networks.wan import copy_time_embedder
+from minianyflow.support.errors import choose
+from minianyflow.wan.folders import CLASSES
+
+SHARED = {
+    "patch_size": (1, 2, 2),
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+    "rope_max_seq_len": 1024,
+    "attention_head_dim": 128,
+}
+SHAPES = {
+    "1.3b": SHARED | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "14b": SHARED | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+}
+
+
+def latent_shape(frames=81, height=480, width=832, channels=16):
+    """(F, C, H, W) of a clip's latents: a frame for every four after the first, a pixel for every 8 x 8."""
+    return (frames - 1) // 4 + 1, channels, height // 8, width // 8
+
+
+def build_transformer(shape, architecture, device="meta", dtype=torch.float32, **changes):
+    """A transformer as wan_folders.load_transformer makes it, of random weights; on "meta" of none at all.
+
+    shape: a name in SHAPES, or a dict of arguments. dtype: of the weights, but for those that the class keeps in
+    float32. changes: other arguments; for a causal one full_chunk_limit, chunk_partition, compressed_patch_size.
+    """
+    kind = choose("architecture", architecture, CLASSES)
+    options = (choose("shape", shape, SHAPES) if isinstance(shape, str) else dict(shape)) | changes
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a copy in float32 first would be twice as large
+    try:
+        with torch.device(device):
+            transformer = kind(**options)
+    finally:
+        torch.set_default_dtype(before)
+    for name, weight in transformer.named_parameters():
+        if set(name.split(".")) & set(kind._keep_in_fp32_modules):
+            weight.data = weight.data.float()
+    copy_time_embedder(transformer)
+    return transformer.eval()

@@ -1,0 +1,198 @@
+"""The comparison with other libraries: its measure, clock and direction of time, with stand-ins and with those here."""
+
+import importlib.util
+import json
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import peers
+from benchmarks.peers import PEERS, Forwards, measure, solver_of, train_for, velocity_loss, velocity_sampler
+from minianyflow.networks.mlp import MLP
+from minianyflow.objectives import FlowMapLoss
+from minianyflow.plane.race import Budget
+from minianyflow.support.errors import InputError
+from minianyflow.train import batches
+from toy_data import plane
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = json.loads((ROOT / "docs/plane/any_step.json").read_text())
+INSTALLED = [name for name, packages in PEERS.items() if all(map(importlib.util.find_spec, packages))]
+QUIET = {"disable": True}
+SMALL = Budget(rows=16, width=16, depth=2)
+
+
+def straight(noise, x, t):
+    """A stand-in for a peer: the line from noise (0) to data (1) and its slope."""
+    t = t[:, None]
+    return (1 - t) * noise + t * x, x - noise
+
+
+def exact(z, t, r):
+    return plane.spiral().velocity(z, t)
+
+
+@pytest.mark.parametrize(
+    "peer", sorted({"torchcfm", *INSTALLED})
+)  # torchcfm has torchdiffeq's solvers, which are always here
+def test_the_measure_of_the_exact_velocity_is_the_demos(peer):
+    """The peers' direction of time, solver and step count against our own Euler row, committed."""
+    rows = dict(zip(COMMITTED["methods"]["euler"]["nfe"], COMMITTED["methods"]["euler"]["sliced_w2"][0], strict=True))
+    distances = measure(velocity_sampler(exact, solver_of(peer), "euler"), "spiral", nfe=(1, 4))
+    assert distances == [[pytest.approx(rows[nfe], rel=1e-3) for nfe in (1, 4)]]
+
+
+@pytest.mark.parametrize("peer", sorted({"torchcfm", *INSTALLED}))
+def test_evaluations_are_equal_whatever_the_solver(peer):
+    calls, z = [], torch.randn(5, 2)
+
+    def counted(z, t, r):
+        calls.append(float(t[0]))
+        return 3 * t[:, None].square().expand_as(z)
+
+    for method in ("euler", "midpoint"):
+        for nfe in (2, 8):
+            calls.clear()
+            end = velocity_sampler(counted, solver_of(peer), method)(z, nfe)
+            assert len(calls) == nfe
+            assert calls[0] == 1.0  # from noise
+            if method == "midpoint" and nfe == 8:  # whose error on t^2 is h^2 / 4
+                assert torch.allclose(z - end, torch.full_like(z, 1 - 1 / 64), atol=1e-5)
+
+
+def test_their_loss_is_our_flow_matching_in_the_other_direction():
+    """The very errors of FlowMapLoss({}) on the same batch, with a stand-in and with every peer that is installed."""
+    network, mixture = MLP(width=16, depth=2, seeds=(0, 1)), plane.ring8()
+    batch = batches(mixture.sample, 8, (0, 1), diagonal=1.0, end=0.0)(0)
+    ours, raw = FlowMapLoss({}, weight=torch.ones_like)(network, batch)
+    for flow in (straight, *(peers.conditional_flow(each) for each in INSTALLED if "OT" not in each)):
+        theirs, error = velocity_loss(flow, 2)(network, batch)
+        assert torch.allclose(theirs, ours, atol=1e-5)
+        assert float(error["velocity"]) == pytest.approx(float(raw["tangent"]), rel=1e-5)
+    for flow in (peers.conditional_flow(each) for each in INSTALLED if "OT" in each):  # it pairs anew
+        state, target = flow(batch["eps"], batch["x"], torch.ones(16))
+        assert torch.cdist(state, batch["x"]).amin(1).max() < 1e-4
+        assert float(target.norm(dim=1).mean()) < float((batch["x"] - batch["eps"]).norm(dim=1).mean())
+
+
+def test_each_copy_is_paired_by_itself():
+    seen = []
+
+    def flow(noise, x, t):
+        seen.append(x)
+        return straight(noise, x, t)
+
+    batch = batches(plane.ring8().sample, 4, (0, 1), diagonal=1.0, end=0.0)(0)
+    velocity_loss(flow, 2)(MLP(width=16, depth=2, seeds=(0, 1)), batch)
+    assert [len(each) for each in seen] == [4, 4]
+    for copy, each in enumerate(seen):
+        assert torch.equal(each, batch["x"][batch["condition"]["copy"] == copy])
+
+
+def test_the_clock_ends_a_training_and_brings_the_rate_down_to_zero():
+    role = peers.make_role((0,), SMALL, 0.4, velocity_loss(straight, 1))
+    before = time.process_time()
+    train_for(role, batches(plane.ring8().sample, 16, diagonal=1.0, end=0.0), QUIET)
+    assert 0.4 <= time.process_time() - before < 2.0
+    assert role.steps > 5
+    assert role.schedule(10**6, 1) < 1e-9
+    half = peers.make_role((0,), SMALL, 1e9, velocity_loss(straight, 1))
+    assert half.schedule(10**6, 1) == pytest.approx(SMALL.lr)
+
+
+def test_the_time_of_a_solver_is_turned_round():
+    network = nn.Module()
+    network.forward = lambda z, t, r: torch.stack([t, r], 1)
+    assert torch.equal(Forwards(network.forward)(torch.zeros(3, 2), torch.tensor(0.25)), torch.full((3, 2), -0.75))
+
+
+def test_a_comparison_is_written_whole(tmp_path, monkeypatch):
+    """Ours, and the peers that are here, at two step counts, in this process."""
+    monkeypatch.setattr(peers, "NFE", (1, 4))
+    monkeypatch.setattr(peers, "POINTS", 1024)
+    monkeypatch.setattr(peers, "references", lambda name: plane.load(name).sample(2048).split(1024))
+    monkeypatch.setattr(
+        peers, "run_jobs", lambda jobs, workers: {name: function(*rest) for name, (function, rest) in jobs.items()}
+    )
+    monkeypatch.setattr(peers, "exact_flow", lambda name: (plane.load(name).sample(1024), None))
+    report = peers.run(("ring8",), (0, 1), 0.2, tuple(INSTALLED), tmp_path, 1, True, SMALL)
+    assert json.loads((tmp_path / "peers.json").read_text()) == report
+    assert (tmp_path / "peers.png").stat().st_size > 1000
+    methods = report["targets"]["ring8"]["methods"]
+    assert len(methods) == 3 + 2 * len(INSTALLED)
+    for label, method in methods.items():
+        assert method["nfe"] == ([4] if label.endswith("midpoint") else [1, 4])
+        assert len(method["sliced_w2"]) == 2
+        assert method["network_evaluations"] > method["steps"] > 0
+        assert method["train_seconds"] == pytest.approx(0.2)
+    assert len(peers.table(report["targets"]["ring8"]).splitlines()) == 2 + len(methods)
+
+
+def test_a_ratio_is_of_means_at_equal_evaluations():
+    ours = {"nfe": [2, 4], "sliced_w2": [[9.0, 0.1], [9.0, 0.3]], "steps": 1}
+    target = {"methods": {f"flow map, {name}": ours for name in peers.OURS}}
+    target["methods"] |= {
+        "torchcfm, euler": {"nfe": [2, 4], "sliced_w2": [[9.0, 1.0], [9.0, 5.0]], "steps": 1},
+        "torchcfm, midpoint": {"nfe": [2], "sliced_w2": [[1.8], [1.8]], "steps": 1},
+    }
+    assert peers.ratios(target, "data velocity") == {"torchcfm, euler": 15.0}
+    assert peers.ratios(target, "data velocity", 2) == {"torchcfm, euler": 1.0, "torchcfm, midpoint": 0.2}
+    assert "| torchcfm, euler | 15.0 | 15.0 | 15.0 |" in peers.ratio_table(target)
+    assert "| torchcfm, midpoint | 1800.0 (0.0) | - |" in peers.table(target).replace("| - | 1800", "| 1800")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peers": ("torchcmf",)}, "unknown peer 'torchcmf'.*did you mean 'torchcfm'"),
+        ({"datasets": ("spirals",), "peers": ()}, "unknown dataset 'spirals'.*did you mean 'spiral'"),
+        ({"seconds": 0.0, "peers": ()}, "0.0 seconds; expected different seeds, and seconds above 0"),
+        ({"budget": Budget(width=0), "peers": ()}, "width 0; expected at least 1"),
+        ({"seeds": (1, 1), "peers": ()}, r"seeds \[1, 1\]"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(arguments, message, tmp_path):
+    with pytest.raises(InputError, match=message) as problem:
+        peers.run(output=tmp_path / "out", **arguments)
+    assert "\n" not in str(problem.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"flow_matching is not installed here; pip install .*\[peers\]") as problem:
+        peers.run(output=tmp_path / "out")
+    assert "\n" not in str(problem.value)
+
+
+def committed(name):
+    report = json.loads((ROOT / f"docs/peers/{name}.json").read_text())
+    return report["budget"], report["targets"]
+
+
+def test_the_page_quotes_the_committed_runs():
+    page, parser = (ROOT / "docs/peers.md").read_text(), (ROOT / "benchmarks/compare.py").read_text()
+    (budget, targets), (_, others) = committed("peers"), committed("others")
+    assert f'"--seconds", type=float, default={budget["cpu_seconds"]},' in parser  # the page's run is the default
+    assert f'"--width", type=int, default={budget["width"]},' in parser
+    for target in (*targets.values(), *others.values()):
+        assert peers.table(target) in page
+        assert peers.ratio_table(target) in page
+    for library, method in product(("flow_matching", "torchcfm"), ("euler", "midpoint")):
+        assert peers.ratios(targets["spiral"], "exact velocity")[f"{library}, {method}"] > 10
+    learnt = peers.ratios(targets["spiral"], "learnt velocity")
+    assert learnt["flow_matching, euler"] > 10 > learnt["flow_matching, midpoint"]  # as the page says
+
+
+def test_the_page_says_what_less_time_reaches():
+    page, (_, targets) = (ROOT / "docs/peers.md").read_text(), committed("short")
+    exact, learnt = (peers.ratios(targets["spiral"], name) for name in ("exact velocity", "learnt velocity"))
+    for ratios, words in (
+        (exact, "{} times closer than `flow_matching` by Euler and {} by midpoint"),
+        (learnt, "{} and {}"),
+    ):
+        assert words.format(ratios["flow_matching, euler"], ratios["flow_matching, midpoint"]) in page

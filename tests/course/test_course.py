@@ -1,0 +1,252 @@
+"""The course: what the committed notebooks hold, the exercises solved and unsolved, and what a mistake is answered."""
+
+import base64
+import io
+import re
+import statistics
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+
+from minianyflow.course import exercises
+from minianyflow.course import notebooks as course
+from minianyflow.support.errors import InputError
+
+NOTEBOOKS = course.notebooks()
+SOLUTIONS = sorted(exercises.SOLUTIONS.glob("[0-9]*.py"))
+
+
+def test_the_course_is_whole():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(9)]
+    assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SOLUTIONS]
+    index = (course.NOTEBOOKS / "README.md").read_text()
+    for path in NOTEBOOKS:
+        assert f"({path.name})" in index
+    assert "(notebooks/README.md)" in (course.ROOT / "README.md").read_text()  # the course in one click
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    committed = nbformat.read(request.param, as_version=4)
+    committed.name = request.param.stem
+    return committed
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def pictures(notebook):
+    for cell in code(notebook):
+        for output in cell.outputs:
+            if png := output.get("data", {}).get("image/png"):
+                yield base64.b64decode(png)
+
+
+def test_it_ran_in_order_without_error_or_warning(notebook):
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert "Traceback" not in str(notebook.metadata.get("widgets", ""))  # nor in an Output area
+    assert not re.search(r"Warning\b|/(home|root|work|tmp|Users|usr)/|\\Users\\", nbformat.writes(notebook))
+
+
+def test_its_cells_are_short(notebook):
+    lines = [len(list(filter(str.strip, cell.source.splitlines()))) for cell in code(notebook)]
+    plain = [re.sub(r"\$\$.*?\$\$|\$.*?\$|^\|.*$", "", source, flags=re.S | re.M) for source in text(notebook)]
+    words = [len(source.split()) for source in plain]  # without equations and tables
+    assert max(lines) <= 30
+    assert statistics.median(lines) <= 9
+    assert max(words) <= 100
+    assert statistics.median(words) <= 46
+
+
+def test_its_first_cell_says_what_it_takes(notebook):
+    first = code(notebook)[0].source
+    assert f'course.start("{notebook.name}"' in first
+    assert "make lab" in first
+    minutes, needs = re.search(r"about ([\d.]+) minutes? on two cores.*; needs (.+)", course.printed(notebook)).groups()
+    assert 0 < float(minutes) <= (2 if notebook.name < "06" else 4)  # videos take longer
+    assert needs
+
+
+def test_its_figures_are_there_and_small(notebook):
+    assert len(nbformat.writes(notebook)) < 1e6
+    images = [Image.open(io.BytesIO(png)) for png in pictures(notebook)]
+    assert all(image.mode == "L" for image in images if image.is_animated)  # a player: grey, like its videos
+    images = [image for image in images if not image.is_animated]
+    assert len(images) >= 3
+    for image in images:
+        assert image.mode == "P"
+        assert len(image.getcolors()) <= 64
+
+
+def test_it_predicts_answers_and_claims(notebook):
+    everything = "\n".join(text(notebook))
+    for word in ("**Predict", "## Exercises", f"exercises/{notebook.name}.py"):
+        assert word in everything
+    assert len(course.claims_of(notebook)) >= 4
+    assert "FAILS" not in course.printed(notebook)
+    assert "course.claim(" in code(notebook)[-1].source
+
+
+def test_the_figures_in_its_text_are_those_of_its_outputs(notebook):
+    printed = course.printed(notebook)
+    quoted = re.findall(r"\*\*(-?\d[\d.]*)\*\*", "\n".join(text(notebook)))
+    assert not [number for number in quoted if not re.search(rf"(?<![\d.]){re.escape(number)}", printed)]
+
+
+# The exercises
+
+
+@pytest.mark.parametrize("solution", SOLUTIONS, ids=lambda path: path.stem)
+def test_student_files_are_made_from_the_solutions(solution):
+    student = (exercises.EXERCISES / solution.name).read_text()
+    assert student == exercises.student_copy(solution.read_text())
+    assert student.count(exercises.GAP) == solution.read_text().count("# SOLUTION") >= 3
+
+
+def run(path):
+    return subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solution", SOLUTIONS, ids=lambda path: path.stem)
+def test_solved_exercises_pass(solution):
+    done = run(solution)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solution", SOLUTIONS, ids=lambda path: path.stem)
+def test_unsolved_exercises_fail_helpfully(solution):
+    done = run(exercises.EXERCISES / solution.name)
+    assert done.returncode == 1
+    assert not done.stderr
+    unsolved = done.stdout.count("not solved yet")
+    assert unsolved >= 3
+    assert done.stdout.count("hint: ") == unsolved
+    assert re.search(rf"^0 of {unsolved} solved$", done.stdout, re.M)
+
+
+def broken():
+    raise ZeroDivisionError("division by zero")
+
+
+@pytest.mark.parametrize(
+    ("yours", "words"),
+    [
+        (lambda: None, "not solved yet"),
+        (lambda: ..., "not solved yet"),
+        (lambda: torch.zeros(3, 2), "shape (3, 2), where (2, 2) was expected"),
+        (lambda: "a guess", "a str, where numbers were expected"),
+        (lambda: {1: 2}, "a dict, where numbers were expected"),
+        (lambda: [[1.0], [2.0, 3.0]], "a list, where numbers were expected"),
+        (lambda: torch.full((2, 2), float("nan")), "NaN in your answer"),
+        (lambda: torch.ones(2, 2), "off by 1 at most"),
+        (broken, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_wrong_answer_is_explained(yours, words, capsys, monkeypatch):
+    monkeypatch.setattr(exercises, "_solved", {})
+    assert not exercises.check("1", yours, torch.zeros(2, 2), "think")
+    shown = capsys.readouterr().out
+    assert words in shown
+    assert "hint: think" in shown
+    assert "yours" in shown
+    assert "expected" in shown
+    with pytest.raises(SystemExit):
+        exercises.finish()
+
+
+@pytest.mark.parametrize(
+    ("yours", "expected"), [(2, 2.00001), ("Flow map ", "flow map"), ([1, 2], torch.tensor([1.0, 2.0])), (True, 1)]
+)
+def test_a_right_answer_is_right(yours, expected, capsys, monkeypatch):
+    monkeypatch.setattr(exercises, "_solved", {})
+    assert exercises.check("1", lambda: yours, expected, "think")
+    assert "hint" not in capsys.readouterr().out
+    exercises.finish()
+
+
+def test_marks_out_of_place_are_named():
+    with pytest.raises(InputError, match="line 2"):
+        exercises.student_copy("x = 1\n# END\n")
+    with pytest.raises(InputError, match="without # END"):
+        exercises.student_copy("# SOLUTION\nx = 1\n")
+
+
+def test_work_begun_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(exercises, "EXERCISES", tmp_path)
+    written = exercises.write_exercises()
+    assert len(written) == len(SOLUTIONS)
+    written[0].write_text("my own answer")
+    with pytest.raises(InputError, match="has been changed"):
+        exercises.write_exercises()
+    assert written[0].read_text() == "my own answer"
+
+
+# Mistakes in a notebook
+
+
+def test_a_claim_is_asked_of_every_seed(capsys):
+    course.claim("error", [0.1, 0.2], at_most=0.2)
+    assert "holds  error: 0.15 (0.1 to 0.2, 2 runs), at most 0.2" in capsys.readouterr().out
+    for figures, bounds in (([0.1, 0.3], {"at_most": 0.2}), (float("nan"), {"at_most": 1}), ([], {"at_least": 0})):
+        with pytest.raises(AssertionError, match="FAILS"):
+            course.claim("error", figures, **bounds)
+
+
+def test_claims_are_read_back(capsys):
+    course.claim("exact map, 8 steps: error, e.g. of", [2e-5, 4e-5], at_most=1)
+    course.claim("slope", -0.98, at_most=-0.9)
+    notebook = small_notebook("")
+    notebook.cells[0].outputs = [nbformat.v4.new_output("stream", text=capsys.readouterr().out)]
+    assert course.claims_of(notebook) == {"exact map, 8 steps: error, e.g. of": 3e-5, "slope": -0.98}
+
+
+def small_notebook(*sources):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+
+
+def test_a_cell_run_out_of_order_says_which_it_needs(tmp_path, monkeypatch):
+    path = tmp_path / "09_small.ipynb"
+    nbformat.write(small_notebook("import math", "z = math.pi\nw = 2", "print(w)"), path)
+    assert course.where_defined(path, "w") == "z = math.pi\nw = 2"
+    assert course.where_defined(path, "math") == "import math"
+    assert course.where_defined(path, "unknown") is None
+
+
+@pytest.mark.slow
+def test_the_kernel_explains_what_is_missing():
+    first = code(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
+    notebook = small_notebook(first, "print(spiral)", "import nosuchpackage")
+    NotebookClient(notebook, allow_errors=True, kernel_name="python3").execute(cwd=str(course.NOTEBOOKS))
+    assert "`spiral` comes from an earlier cell" in course.printed(notebook)
+    assert "nosuchpackage is missing: run `make lab`" in course.printed(notebook)
+
+
+@pytest.mark.slow
+def test_a_failing_notebook_is_one_line_and_what_it_says_is_compared(tmp_path):
+    path = tmp_path / "09_small.ipynb"
+    start = "from minianyflow.course import notebooks as course\ncourse.start('09_small', 1)"
+    nbformat.write(small_notebook(start, "course.claim('a', 0.5, at_most=1)"), path)
+    fresh = course.execute(path)
+    assert course.claims_of(fresh) == {"a": 0.5}
+    assert course.compare(fresh, fresh) == []
+    other = small_notebook("")
+    other.cells[0].outputs = [nbformat.v4.new_output("stream", text="holds  a: 0.9, at most 1\nholds  b: 1, at most 2")]
+    assert len(course.compare(other, fresh)) == 2
+    nbformat.write(small_notebook(start, "print(missing_name)"), path)
+    with pytest.raises(InputError, match=r"09_small\.ipynb fails: NameError"):
+        course.execute(path)

@@ -1,0 +1,477 @@
+"""The scenes in a real browser: in JupyterLab, as pages opened from a file, as the app. Nothing leaves the machine."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from minianyflow.live.app import TITLES, serve
+from minianyflow.live.browser import (
+    KERNEL,
+    READY,
+    chromium,
+    jupyter_lab,
+    open_notebook,
+    run_cells,
+    shut_down,
+    watched,
+    write_notebook,
+)
+from minianyflow.live.pages import page_text, write_pages
+from minianyflow.live.player import Pack, time_axis
+from minianyflow.live.scenes import SCENES
+
+pytestmark = pytest.mark.slow
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+PIXELS = "() => [...document.querySelectorAll('.lm-player canvas')].map((each) => each.toDataURL()).join()"
+PLAYER, RANGE, CHOICES = ".lm-player", ".lm-bar input[type=range]", ".lm-choices select"
+CONTROLS = ".widget-dropdown, .widget-hslider, .widget-checkbox, .widget-toggle-buttons"
+LABELS = "print(*(control.description for control in _.controls.values()), sep='|')"  # _: what the cell before showed
+MARKED = "document.querySelector('.lm-player').dataset.old = '1'"
+RACE = "from minianyflow.live import scenes\nscene = scenes.race()\n"
+
+# Nothing more is coming: the screen was drawn three times, ours not once, and the kernel, if there is one, is idle.
+SETTLED = f"""async () => {{
+  const drawn = () => [...document.querySelectorAll(".lm-player")].map((each) => each.dataset.frames).join();
+  const idle = () => ({KERNEL}?.status ?? "idle") === "idle";
+  for (let quiet = 0, before = drawn(); quiet < 3; quiet++) {{
+    await new Promise(requestAnimationFrame);
+    if (drawn() !== before || !idle()) [quiet, before] = [-1, drawn()];
+  }}
+}}"""
+REPLACE = """(sources) => {
+  const notebook = jupyterapp.shell.currentWidget.content.model.sharedModel;
+  notebook.deleteCellRange(0, notebook.cells.length);
+  notebook.insertCells(0, sources.map((source) => ({ cell_type: "code", source, metadata: {}, outputs: [] })));
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as opened:
+        yield opened
+
+
+def scene_cells():
+    """{scene: (the notebook it has its place in, the number of its cell)}."""
+    found = {}
+    for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
+        for number, cell in enumerate(nbformat.read(path, 4).cells):
+            for name in SCENES:
+                if cell.cell_type == "code" and f"scenes.{name}(" in cell.source:
+                    found[name] = (path, number)
+    return found
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab with an empty notebook and the beginning of notebook 0, up to its scene; its address."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    write_notebook(folder / "stage.ipynb", "")
+    path, number = scene_cells()["race"]
+    notebook = nbformat.read(path, 4)
+    notebook.cells = notebook.cells[: number + 1]
+    nbformat.write(notebook, folder / path.name)
+    with jupyter_lab(folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def stage(browser, lab):
+    """One notebook with one kernel, open for every test: `run_in` gives it other cells."""
+    with watched(browser) as page:
+        open_notebook(page, lab, "stage.ipynb")
+        yield page
+        shut_down(page)
+
+
+def run_in(page, *cells):
+    """Replace all cells of the notebook, run them, and wait until the picture of the new ones is there."""
+    page.complaints.clear()
+    page.evaluate(REPLACE, list(cells))
+    page.wait_for_selector(PLAYER, state="detached")
+    run_cells(page)
+    page.wait_for_selector(READY)
+    return page
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    return dict(zip(SCENES, write_pages(folder, quiet=True), strict=True))
+
+
+@dataclass
+class Control:
+    """A control as the page shows it; `move` does what a hand would."""
+
+    label: str
+    element: object
+
+    def move(self):
+        kind = self.element.get_attribute("class")
+        if "dropdown" in kind:
+            step(self.element.locator("select"))
+        elif "checkbox" in kind:
+            self.element.locator("input").click()
+        elif "toggle" in kind:
+            self.element.locator("button:not(.mod-active)").first.click()
+        else:
+            handle = self.element.locator(".noUi-handle")
+            at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+            handle.press("ArrowLeft" if at_end else "ArrowRight")
+
+
+def step(select):
+    """Choose the next option."""
+    index = select.evaluate("(each) => (each.selectedIndex + 1) % each.options.length")
+    select.select_option(index=index)
+
+
+def controls(page):
+    found = [each for each in page.locator(CONTROLS).all() if each.is_visible()]
+    return [Control(each.locator("label").first.inner_text().strip(), each) for each in found]
+
+
+def seen(page):
+    """The pixels of all canvases, once nothing moves."""
+    page.evaluate(SETTLED)
+    return page.evaluate(PIXELS)
+
+
+def redrawn(page, before):
+    """Wait until the canvases' pixels are others than `before`."""
+    from playwright.sync_api import TimeoutError as TookTooLong
+
+    try:
+        page.wait_for_function(f"(before) => ({PIXELS})() !== before", arg=before, polling=100)
+    except TookTooLong:
+        return False
+    return True
+
+
+def position(page):
+    return float(page.get_attribute(PLAYER, "data-position"))
+
+
+def is_well(page):
+    """No error on the page, in the console, below the player; nothing asked for beyond loopback."""
+    assert page.complaints == []
+    assert page.blocked == []
+    assert not [each.inner_text() for each in page.locator(".lm-error").all() if each.is_visible()]
+
+
+def test_every_scene_has_its_place_in_the_course():
+    assert {name: path.name[:2] for name, (path, _) in scene_cells().items()} == {
+        "race": "00",
+        "triangle": "03",
+        "backward_simulation": "05",
+        "video": "06",
+        "exposure": "07",
+    }
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name):
+    path, number = scene_cells()[name]
+    page = run_in(stage, nbformat.read(path, 4).cells[number].source, LABELS)
+    page.wait_for_selector(".jp-OutputArea-output pre")
+    expected = page.locator(".jp-OutputArea-output pre").last.inner_text().strip().split("|")
+    assert [control.label for control in controls(page)] == expected
+    for control in controls(page):
+        before = seen(page)
+        control.move()
+        assert redrawn(page, before), control.label
+    before = seen(page)
+    page.locator(RANGE).evaluate("(each) => { each.value = 0.4; each.dispatchEvent(new Event('input')); }")
+    assert redrawn(page, before), "time"
+    is_well(page)
+
+
+def test_a_disconnected_control_is_noticed(stage):
+    loose = "for control in scene.controls.values():\n    control.unobserve(scene.on_change, 'value')\n"
+    heard = "    control.observe(lambda it: setattr(scene.message, 'value', it.owner.description), 'value')\n"
+    page = run_in(stage, RACE + loose + heard + "scene")
+    for control in controls(page):
+        before = seen(page)
+        control.move()
+        page.wait_for_selector(f".widget-html-content:text-is({json.dumps(control.label)})")  # the kernel has heard
+        assert seen(page) == before, control.label
+
+
+def test_an_error_in_a_callback_is_shown(stage):
+    wrong = "def draw(*args, **state):\n    raise ValueError('nothing to draw')\nscene.draw = draw\n"
+    page = run_in(stage, RACE + wrong + "scene")
+    controls(page)[0].move()
+    page.wait_for_selector("pre.lm-error")
+    assert "nothing to draw" in page.inner_text("pre.lm-error")
+
+
+def test_keys_move_time_and_not_the_notebook(stage):
+    page = run_in(stage, RACE + "scene", "scene.state()")
+    cells = page.locator(".jp-Cell").count()
+    for focused in (PLAYER, RANGE):
+        page.focus(focused)
+        page.keyboard.press("End")
+        page.wait_for_function("document.querySelector('.lm-player').dataset.position == '1.0000'")
+        for key, moved in (("ArrowLeft", -1), ("ArrowLeft", -1), ("ArrowRight", 1)):
+            at, before = position(page), seen(page)
+            page.keyboard.press(key)
+            assert redrawn(page, before)
+            assert (position(page) - at) * moved > 0
+        page.keyboard.type("ddx")  # in JupyterLab: delete the cell, cut the cell
+        assert page.locator(".jp-Cell").count() == cells
+    at = position(page)
+    page.focus(PLAYER)
+    page.keyboard.press(" ")
+    page.wait_for_function("(at) => Number(document.querySelector('.lm-player').dataset.position) != at", arg=at)
+    page.keyboard.press(" ")
+    assert page.inner_text(".lm-bar button") == "Play"
+    is_well(page)
+    page.locator(".jp-InputPrompt").last.click()
+    page.keyboard.type("dd")  # the same keys where JupyterLab has the focus
+    page.wait_for_function("(cells) => document.querySelectorAll('.jp-Cell').length < cells", arg=cells)
+
+
+def test_notebook_0_opens_with_its_scene_and_recovers_from_a_kernel_restart(browser, lab):
+    with watched(browser) as page:
+        open_notebook(page, lab, scene_cells()["race"][0].name)
+        run_cells(page)
+        page.wait_for_selector(READY)
+        before = seen(page)
+        controls(page)[0].move()
+        assert redrawn(page, before)
+        page.evaluate(MARKED)
+        run_cells(page, restart=True)
+        page.wait_for_selector(f"{READY}:not([data-old])")
+        page.wait_for_selector(f"{PLAYER}[data-old]", state="detached")
+        before = seen(page)
+        controls(page)[0].move()
+        assert redrawn(page, before)
+        is_well(page)
+        shut_down(page)
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_page_from_a_file_scrubs_and_switches(browser, pages, name):
+    assert pages[name].stat().st_size < 3e6
+    with watched(browser, offline=True) as page:
+        page.goto(pages[name].as_uri())
+        page.wait_for_selector(READY)
+        assert page.locator(CHOICES).count() > 0
+        for choice in page.locator(CHOICES).all():
+            before = seen(page)
+            chosen = choice.input_value()
+            step(choice)
+            assert redrawn(page, before), choice.get_attribute("name")
+            after = seen(page)
+            choice.select_option(chosen)  # back: what one choice offers may depend on another
+            assert redrawn(page, after)
+        before = seen(page)
+        page.focus(PLAYER)
+        page.keyboard.press("ArrowLeft")
+        assert redrawn(page, before)
+        assert position(page) < 1
+        is_well(page)
+
+
+HAND = "canvas.lm-drag"
+
+
+def drag(page, start, end):
+    """By hand over the triangle, from and to fractions of its width and height."""
+    box = page.locator(HAND).bounding_box()
+    for k, (across, down) in enumerate((start, end)):
+        page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=5)
+        page.mouse.up() if k else page.mouse.down()
+
+
+# The times of the jump at fractions of the triangle's width and height, whose margins are player.js's.
+THERE = """([across, down]) => {
+  const canvas = document.querySelector("canvas.lm-drag");
+  const unit = parseFloat(getComputedStyle(canvas.closest(".lm-player")).fontSize) / 17;
+  const [width, height] = [canvas.clientWidth / unit, canvas.clientHeight / unit];
+  const side = Math.min(width - 68 - 14, height - 54 - 26);
+  return [(across * width - 68) / side, 1 - (down * height - 26) / side];
+}"""
+
+
+def shows(page, times):
+    """Wait until '1.00 > 0.00' or the like stands below the triangle."""
+    read = "(words) => document.querySelector('.lm-measures b').textContent === words"
+    page.wait_for_function(read, arg=" > ".join(f"{time:.2f}" for time in times))
+
+
+def test_the_hand_and_the_keys_move_a_jump(stage):
+    page = run_in(stage, "from minianyflow.live import scenes\nscene = scenes.triangle()\nscene")
+    shows(page, (1, 0))
+    target = next(control for control in controls(page) if control.label == "to r")
+    for _ in range(2):  # to the same place again
+        drag(page, (0.95, 0.85), (0.8, 0.5))
+        start, end = (round(64 * time) / 64 for time in page.evaluate(THERE, [0.8, 0.5]))
+        shows(page, (start, end))
+        before = seen(page)
+        page.mouse.move(5, 5)  # it does not stick to the hand
+        assert seen(page) == before
+        target.element.locator(".noUi-handle").press("Home")
+        shows(page, (start, 0))
+    page.focus(HAND)
+    for _ in range(20):  # faster than the kernel draws
+        page.keyboard.press("ArrowUp")
+    shows(page, (start, 20 / 64))
+    is_well(page)
+
+
+def test_a_page_shows_the_jump_it_draws(browser, pages):
+    """Held are a few chains alone: a dot that is let go is where the picture is, and a key goes to the next of them."""
+    with watched(browser, offline=True) as page:
+        page.goto(pages["triangle"].as_uri())
+        page.wait_for_selector(READY)
+
+        def chosen():
+            return [choice.locator("option:checked").inner_text() for choice in page.locator(CHOICES).all()]
+
+        assert chosen() == ["1", "1", "0"]
+        drag(page, (0.95, 0.85), (0.83, 0.7))
+        assert chosen() == ["1", "0.75", "0.25"]
+        shows(page, (0.75, 0.25))
+        moved = seen(page)
+        start = page.locator(CHOICES).nth(1)
+        for label in ("1", "0.75"):
+            start.select_option(label=label)
+        assert seen(page) == moved
+        page.focus(HAND)
+        page.keyboard.press("ArrowDown")
+        shows(page, (0.75, 0))
+        page.keyboard.press("ArrowRight")
+        shows(page, (1, 0))
+        before = seen(page)
+        page.keyboard.press("ArrowRight")  # there is none
+        page.keyboard.press("Control+ArrowUp")
+        page.locator(HAND).click(button="right", position={"x": 100, "y": 100})
+        assert seen(page) == before
+        is_well(page)
+
+
+def test_the_plane_is_drawn_where_the_data_says(browser, tmp_path):
+    pack = Pack()
+    path = np.array([[[-1.0, 1.5], [1.0, -0.5]], [[1.0, 0.5], [-1.0, -1.5]]])  # (T, n, 2): to the right, to the left
+    exact = np.array([[[-1.5, 0.25], [0.0, 0.0]], [[1.5, 0.25], [0.0, 0.0]]])
+    panel = {"kind": "plane", "title": "two", "colour": "#0072b2", "times": [1.0, 0.0], "limit": 2, "followed": [0]}
+    panel |= {
+        "points": pack.add_points(path),
+        "exact": pack.add_points(exact),
+        "ghosts": pack.add_points([[0.5, -1.75]]),
+    }
+    page = {"title": "two", "controls": [], "scenes": {"": pack.scene("two", [panel], time_axis([1.0, 0.0]))}}
+    (tmp_path / "two.html").write_text(page_text(page, pack.payload), encoding="utf-8")
+
+    def colour(x, y):
+        return tab.evaluate(
+            """([x, y]) => {
+              const canvas = document.querySelector(".lm-player canvas"), size = canvas.width;
+              const at = (value) => Math.round(size / 2 + (value * size) / 4);
+              return [...canvas.getContext("2d").getImageData(at(x), at(-y), 1, 1).data].slice(0, 3);
+            }""",
+            [x, y],
+        )
+
+    blue, white = [0, 114, 178], [255, 255, 255]
+    with watched(browser, offline=True) as tab:
+        tab.goto((tmp_path / "two.html").as_uri())
+        tab.wait_for_selector(READY)
+        tab.evaluate("player.seek(0.5)")
+        tab.evaluate(SETTLED)
+        assert colour(0, 1) == [0, 0, 0]  # the one that is followed, half of the way
+        assert colour(0, -1) == blue
+        assert colour(-0.5, 1.25) == blue  # where it came from
+        assert colour(0.5, 0.75) == white  # where it goes
+        assert colour(0.5, -0.75) not in (blue, white)  # the other's trail, paler
+        assert colour(-0.5, -1.25) == white
+        assert colour(1, 0.25) == [165, 165, 165]  # the exact path
+        assert colour(0.5, -1.75) == [200, 200, 200]  # a grey dot
+        tab.evaluate("player.seek(1)")
+        tab.evaluate(SETTLED)
+        assert (colour(1, 0.5), colour(-1, -1.5), colour(0.5, 0.75)) == ([0, 0, 0], blue, blue)
+        is_well(tab)
+
+
+def test_a_page_offers_what_changes_the_picture_and_no_more(browser, pages):
+    with watched(browser, offline=True) as page:
+        page.goto(pages["backward_simulation"].as_uri())
+        page.wait_for_selector(READY)
+        steps, kept = page.locator(CHOICES).all()
+        kept.select_option(label="7")
+        steps.select_option(label="4")
+        assert kept.locator("option:enabled").all_inner_texts() == ["0", "1", "3"]  # of a rollout of four steps
+        before = seen(page)
+        assert kept.locator("option:checked").inner_text() == "3"
+        kept.select_option(label="0")
+        assert redrawn(page, before)
+        steps.select_option(label="8")
+        assert kept.locator("option:enabled").all_inner_texts() == ["0", "1", "3", "7"]
+        is_well(page)
+
+
+# How tall every word on a canvas is drawn, in pixels of the window.
+WRITTEN = """() => {
+  window.written = [];
+  const pen = CanvasRenderingContext2D.prototype, fillText = pen.fillText;
+  pen.fillText = function (...words) {
+    const { a, b } = this.getTransform();
+    window.written.push((parseFloat(this.font) * Math.hypot(a, b)) / window.devicePixelRatio);
+    return fillText.apply(this, words);
+  };
+}"""
+# The smallest words beside the canvases, what is cut off inside its box, and how far down the player reaches.
+SEEN = """() => {
+  const all = [...document.querySelectorAll(".live *")].filter((each) => each.offsetParent && each.clientWidth);
+  const says = (each) => [...each.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+  const size = (each) => parseFloat(getComputedStyle(each).fontSize);
+  const tight = (each) => each.scrollWidth > each.clientWidth + 1 || each.scrollHeight > each.clientHeight + 2;
+  const cuts = (each) => getComputedStyle(each).overflow !== "visible" && !each.matches("select, input");
+  return {
+    smallest: Math.min(...window.written, ...all.filter(says).map(size)),
+    cut: all.filter((each) => cuts(each) && tight(each)).map((each) => `${each.className}: ${each.textContent}`),
+    bottom: document.querySelector(".lm-player").getBoundingClientRect().bottom,
+    right: document.documentElement.scrollWidth,
+  };
+}"""
+
+
+def fits(page, name):
+    """On projectors, small and large: all is inside the window, and no word is smaller than 1/50 of its height."""
+    usual = page.viewport_size
+    for size in ((1280, 720), (1280, 800), (1920, 1080)):
+        page.evaluate("window.written = []")
+        page.set_viewport_size(dict(zip(("width", "height"), size, strict=True)))
+        page.evaluate(SETTLED)
+        found = page.evaluate(SEEN)
+        assert found["smallest"] >= size[1] / 50, (name, size, found)
+        assert found["bottom"] <= size[1], (name, size, found)
+        assert found["right"] <= size[0], (name, size, found)
+        assert found["cut"] == [], (name, size)
+    page.set_viewport_size(usual)
+
+
+def test_the_app_shows_every_scene(browser):
+    with serve("race") as (address, _), watched(browser) as page:
+        page.add_init_script(f"({WRITTEN})()")
+        page.goto(address)
+        page.wait_for_selector(READY)
+        before = seen(page)
+        control = controls(page)[1]  # the first is the menu of scenes
+        control.move()
+        assert redrawn(page, before), control.label
+        fits(page, "race")
+        for name, title in list(TITLES.items())[1:]:
+            page.evaluate(MARKED)
+            page.click(f"button:has-text('{title[3:]}')")
+            page.wait_for_selector("[data-old]", state="detached")
+            page.wait_for_selector(READY)
+            fits(page, name)
+        is_well(page)

@@ -1,0 +1,274 @@
+"""Trained here, sampled there: stock diffusers loads the folders, and its samples are ours."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AnyFlowFARPipeline, AnyFlowPipeline
+from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalAttnProcessor
+from PIL import Image
+
+from minianyflow.networks.causal import CausalAttention, CausalNetwork, causal_rollout, tiny_causal
+from minianyflow.networks.codec import Codec
+from minianyflow.networks.pipelines import load_pipeline, save_pipeline
+from minianyflow.networks.wan import PROMPT_LENGTH, TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
+from minianyflow.samplers import sample_flow_map
+from minianyflow.schedules import time_grid
+from minianyflow.support.errors import InputError
+
+PROMPTS = ["one ball", "two balls"]
+CLIP = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}
+MADE = {"command": "make weights", "seeds": [7]}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Codec and text encoder; the codec's latents have a mean and a spread, which decoding must undo."""
+    torch.manual_seed(0)
+    codec = Codec().eval().requires_grad_(False)
+    codec.vae.register_to_config(latents_mean=[0.3, -0.2, 0.1, 0.0], latents_std=[1.5, 0.7, 1.1, 0.9])
+    return codec, TextEncoder()
+
+
+@pytest.fixture(scope="module")
+def network():
+    return trained(WanNetwork(tiny_transformer()))  # time to 1000, as Wan's; the causal one to 5
+
+
+@pytest.fixture(scope="module")
+def causal():
+    return trained(CausalNetwork(tiny_causal(), timesteps=TINY_TIMESTEPS))
+
+
+def trained(network):
+    """As after training: the target time has an embedder of its own."""
+    with torch.no_grad():
+        for weight in network.transformer.condition_embedder.delta_embedder.parameters():
+            weight.add_(0.05)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def folder(network, parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "blobs"
+    save_pipeline(folder, network, *parts, made=MADE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def causal_folder(causal, parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "causal"
+    save_pipeline(folder, causal, *parts, shift=5.0, made=MADE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def z():
+    return torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def stock(kind, folder):
+    """As anybody loads it, without a line of ours."""
+    return quiet(kind.from_pretrained(folder))
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline, z, steps, output_type="latent", **options):
+    options = CLIP | options
+    out = pipeline(
+        PROMPTS, latents=z.transpose(1, 2), num_inference_steps=steps, output_type=output_type, **options
+    ).frames
+    return out.transpose(1, 2) if output_type == "latent" else out
+
+
+def distance(one, other):
+    assert one.shape == other.shape
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_stock_diffusers_samples_what_our_sampler_does(folder, network, parts, z, steps):
+    expected = sample_flow_map(network, z, time_grid(steps), prompt=parts[1](PROMPTS))[-1]
+    assert distance(sample(stock(AnyFlowPipeline, folder), z, steps), expected) < 1e-5
+    assert distance(expected[:1], expected[1:]) > 0.1
+
+
+def test_and_along_a_shifted_grid(network, parts, z, tmp_path):
+    save_pipeline(tmp_path / "shifted", network, *parts, shift=5)
+    pipeline, prompt = stock(AnyFlowPipeline, tmp_path / "shifted"), parts[1](PROMPTS)
+    for steps in (1, 3, 8):
+        ends = [sample_flow_map(network, z, time_grid(steps, shift), prompt=prompt)[-1] for shift in (5, 1)]
+        assert distance(sample(pipeline, z, steps), ends[0]) < 1e-5
+        assert steps == 1 or distance(*ends) > 1e-3
+
+
+def test_frames_are_what_the_codec_decodes(folder, network, parts, z):
+    codec, text = parts
+    pipeline = stock(AnyFlowPipeline, folder)
+    expected = codec.decode(sample_flow_map(network, z, time_grid(3), prompt=text(PROMPTS))[-1])  # (B, T, H, W)
+    colour = torch.as_tensor(sample(pipeline, z, 3, "np"))  # (B, T, H, W, 3)
+    assert colour.shape == (2, 17, 16, 16, 3)
+    inside = ((colour > 0) & (colour < 1)).all(-1)  # a clipped channel no longer counts in the mean
+    assert float(inside.float().mean()) > 0.9
+    assert distance(colour.mean(-1)[inside], expected[inside]) < 1e-4
+    clips = sample(pipeline, z, 3, "pil")
+    assert [len(clip) for clip in clips] == [17, 17]
+    assert isinstance(clips[0][0], Image.Image)
+    assert clips[0][0].size == (16, 16)
+
+
+def test_prompts_are_embedded_as_ours(folder, parts):
+    prompts = [*PROMPTS, "", "three moving left"]
+    with torch.no_grad():
+        theirs = stock(AnyFlowPipeline, folder).encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=PROMPT_LENGTH
+        )[0]
+    assert distance(theirs, parts[1](prompts)) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_causal_pipeline_with_our_attention_is_our_rollout(causal_folder, causal, parts, z, steps):
+    expected = causal_rollout(causal, z, time_grid(steps, 5), parts[1](PROMPTS))[-1]
+    assert distance(sample(quiet(load_pipeline(causal_folder)), z, steps), expected) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_causal_pipeline_untouched_is_our_rollout_with_its_padding(causal_folder, causal, parts, z, steps):
+    padded = CausalNetwork(copy.deepcopy(causal.transformer), timesteps=TINY_TIMESTEPS, padded=True)
+    ends = [causal_rollout(each, z, time_grid(steps, 5), parts[1](PROMPTS))[-1] for each in (padded, causal)]
+    assert distance(sample(stock(AnyFlowFARPipeline, causal_folder), z, steps), ends[0]) < 1e-5
+    assert distance(*ends) > 1e-3  # the padding is seen
+
+
+def test_an_image_or_clip_to_go_on_from_is_seen_alike(causal_folder, causal, parts, z):
+    prefix = z[:, :1].flip(0)
+    expected = causal_rollout(causal, z, time_grid(3, 5), parts[1](PROMPTS), prefix=prefix)[-1]
+    ours = sample(quiet(load_pipeline(causal_folder)), z, 3, video_latents=prefix)
+    assert distance(ours, expected) < 1e-5
+    assert torch.equal(ours[:, :1], prefix)
+
+
+def test_clips_longer_than_trained_on(causal_folder, causal, parts):
+    z = torch.randn(2, 9, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected = causal_rollout(causal, z, time_grid(2, 5), parts[1](PROMPTS))[-1]
+    longer = {"num_frames": 33, "chunk_partition": [1, 2, 2, 2, 2]}
+    assert distance(sample(quiet(load_pipeline(causal_folder)), z, 2, **longer), expected) < 1e-5
+
+
+def test_the_file_knows_nothing_of_our_attention(causal_folder, causal):
+    theirs, ours = stock(AnyFlowFARPipeline, causal_folder), load_pipeline(causal_folder)
+    kinds = [{type(block.attn1.processor) for block in each.transformer.blocks} for each in (theirs, ours, causal)]
+    assert kinds == [{AnyFlowCausalAttnProcessor}, {CausalAttention}, {CausalAttention}]
+    assert not [file for file in causal_folder.rglob("*.json") if "minianyflow" in file.read_text()]
+
+
+def test_the_networks_own_chunks_are_saved(parts, z, tmp_path):
+    network = trained(CausalNetwork(tiny_causal(), first=2, rest=3))
+    save_pipeline(tmp_path / "chunks", network, *parts)
+    assert tuple(network.transformer.config.chunk_partition) == (1, 2, 2)  # left as it was
+    pipeline = quiet(load_pipeline(tmp_path / "chunks"))
+    assert tuple(pipeline.transformer.config.chunk_partition) == (2, 3)
+    expected = causal_rollout(network, z, time_grid(2), parts[1](PROMPTS), first=2, rest=3)[-1]
+    assert distance(sample(pipeline, z, 2), expected) < 1e-5
+
+
+def python_in(folder):
+    """The lines of its README."""
+    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
+
+
+@pytest.mark.parametrize("kind", ["folder", "causal_folder"])
+def test_the_readme_samples_as_it_says(request, kind, monkeypatch):
+    folder = request.getfixturevalue(kind)
+    monkeypatch.chdir(folder.parent)
+    names = {}
+    exec(python_in(folder), names)
+    assert names["video"].shape == (17, 16, 16, 3)
+    attention = names["pipeline"].transformer.blocks[0].attn1.processor
+    assert isinstance(attention, CausalAttention) == (kind == "causal_folder")
+    made = re.search(r"```json\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
+    assert json.loads(made) == MADE
+
+
+@pytest.mark.slow
+def test_it_needs_nothing_of_ours(folder):
+    code = f"{python_in(folder)}\nimport sys; print(video.shape, 'minianyflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(17, 16, 16, 3) False"
+
+
+def refused(message, function, *arguments, **options):
+    with pytest.raises(InputError, match=message) as problem:
+        function(*arguments, **options)
+    assert "\n" not in str(problem.value)
+
+
+def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
+    target = tmp_path / "new"
+    for shift in (0, -1):
+        refused("time shift .* is not positive", save_pipeline, target, network, *parts, shift=shift)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minianyflow.networks.pipelines._readme", full)  # the last thing written
+    refused(r"cannot write .*new \(No space left on device\)", save_pipeline, target, network, *parts)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    target.mkdir()
+    save_pipeline(target, network, *parts)  # an empty folder is welcome
+    assert [each.name for each in tmp_path.iterdir()] == ["new"]
+    assert len({file.stat().st_mode for file in target.rglob("*") if file.is_file()}) == 1  # others may read all of it
+    before = sorted(target.rglob("*"))
+    refused("new exists and is not an empty folder; expected a new one", save_pipeline, target, network, *parts)
+    assert sorted(target.rglob("*")) == before
+    (tmp_path / "file").write_text("")
+    refused("file exists and is not an empty folder", save_pipeline, tmp_path / "file", network, *parts)
+    refused("cannot write", save_pipeline, tmp_path / "file/inside", network, *parts)
+
+
+def test_parts_that_do_not_fit_are_one_line(network, parts, tmp_path):
+    codec, text = parts
+    refused(
+        "a Sequential; expected a WanNetwork", save_pipeline, tmp_path / "a", torch.nn.Sequential(network), codec, text
+    )
+    other = WanNetwork(tiny_transformer(in_channels=8))
+    refused("for 8 latent channels; expected 4", save_pipeline, tmp_path / "a", other, codec, text)
+    other = WanNetwork(tiny_transformer(text_dim=32))
+    refused("for 32 wide prompt embeddings; expected 16", save_pipeline, tmp_path / "a", other, codec, text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_no_pipeline_are_one_line(folder, tmp_path):
+    refused("no model_index.json in .*; expected a folder that save_pipeline wrote", load_pipeline, tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = broken / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused("broken does not load .*; save it again", load_pipeline, broken)
+    weights.unlink()
+    refused("broken does not load .*; save it again", load_pipeline, broken)
+    (broken / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    refused("broken holds a WanPipeline; expected AnyFlowPipeline or AnyFlowFARPipeline", load_pipeline, broken)
+    (broken / "model_index.json").write_text("{")
+    refused("broken does not load", load_pipeline, broken)
+
+
+def test_time_that_a_scheduler_cannot_count_is_refused(parts, tmp_path):
+    with pytest.raises(InputError, match=r"time counted to 2\.5; expected a whole number"):
+        save_pipeline(tmp_path / "odd", WanNetwork(tiny_transformer(), timesteps=2.5), *parts)
+
+
+def test_chunks_that_five_frames_do_not_make_are_saved_for_the_next_longer_clip(parts, tmp_path):
+    save_pipeline(tmp_path / "pairs", trained(CausalNetwork(tiny_causal(), first=2, rest=2)), *parts)
+    config = json.loads((tmp_path / "pairs/transformer/config.json").read_text())
+    assert config["chunk_partition"] == [2, 2, 2]

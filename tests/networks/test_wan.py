@@ -1,0 +1,152 @@
+"""Wan transformers as u(z, t, r, prompt): Wan itself on the diagonal, and off it only what training puts there."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from minianyflow.flow_map import velocity
+from minianyflow.networks.wan import (
+    PROMPT_LENGTH,
+    TINY,
+    WORDS,
+    TextEncoder,
+    WanNetwork,
+    copy_time_embedder,
+    tiny_transformer,
+)
+from minianyflow.support.errors import InputError
+
+PROMPTS = ["one ball", "two balls"]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return TextEncoder()
+
+
+@pytest.fixture(scope="module")
+def network():
+    return WanNetwork(tiny_transformer()).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def z():
+    return torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+T, R = torch.tensor([0.95, 0.4]), torch.tensor([0.3, 0.0])
+
+
+def test_on_the_diagonal_it_is_stock_wan(network, text, z):
+    """Embedder copied, r = t: diffusers' WanTransformer3DModel with the same weights, which has no target time."""
+    stock = WanTransformer3DModel(**TINY).eval()
+    shared = {name: value for name, value in network.transformer.state_dict().items() if "delta_embedder" not in name}
+    stock.load_state_dict(shared)  # strict: nothing else differs
+    prompt = text(PROMPTS)
+    with torch.no_grad():
+        expected = stock(z.transpose(1, 2), 1000 * T, prompt, return_dict=False)[0].transpose(1, 2)
+    out = velocity(network, z, T, prompt=prompt)
+    assert out.shape == z.shape
+    assert float((out - expected).abs().max()) < 1e-5
+    assert float(out.abs().max()) > 0.1
+
+
+def test_only_the_copy_makes_it_so(network, text, z):
+    """A target-time embedder of its own moves the diagonal, and copying puts it back."""
+    other = WanNetwork(tiny_transformer()).requires_grad_(False)
+    prompt = text(PROMPTS)
+    expected = network(z, T, T, prompt)
+    assert torch.equal(other(z, T, T, prompt), expected)  # the same seed
+    for weight in other.transformer.condition_embedder.delta_embedder.parameters():
+        weight.add_(0.1)
+    assert float((other(z, T, T, prompt) - expected).abs().max()) > 1e-3
+    copy_time_embedder(other.transformer)
+    assert torch.equal(other(z, T, T, prompt), expected)
+
+
+def test_the_target_time_matters_through_its_embedder_alone(network, text, z):
+    prompt = text(PROMPTS)
+    assert float((network(z, T, R, prompt) - network(z, T, T, prompt)).abs().max()) > 1e-3
+    deaf = WanNetwork(tiny_transformer()).requires_grad_(False)
+    deaf.transformer.condition_embedder.delta_embedder.linear_1.weight.zero_()
+    assert torch.equal(deaf(z, T, R, prompt), deaf(z, T, T, prompt))
+
+
+def test_gradient_reaches_both_embedders(text, z):
+    fresh = WanNetwork(tiny_transformer())
+    fresh(z, T, R, text(PROMPTS)).square().mean().backward()
+    assert all(weight.grad is not None and bool(weight.grad.any()) for weight in fresh.parameters())
+
+
+def test_a_time_for_a_sample_is_that_time_for_each_of_its_frames(network, text, z):
+    prompt = text(PROMPTS)
+    frames = (T[:, None].expand(2, 5), R[:, None].expand(2, 5))
+    one = network(z, T, R, prompt)
+    assert torch.allclose(one, network(z, *frames, prompt), atol=1e-6)
+    assert torch.allclose(one, network(z, T, frames[1], prompt), atol=1e-6)
+    later = frames[0].clone()
+    later[:, 2] = 0.1
+    assert not torch.allclose(one, network(z, later, frames[1], prompt), atol=1e-3)  # and frames may differ
+
+
+def test_rows_do_not_see_each_other_and_prompts_matter(network, text, z):
+    one, two = network(z, T, R, text(PROMPTS)), network(z, T, R, text(PROMPTS[::-1]))
+    assert torch.allclose(network(z[1:], T[1:], R[1:], text(PROMPTS[1:])), one[1:], atol=1e-5)
+    assert not torch.allclose(one, two, atol=1e-4)
+
+
+def test_text_is_padded_with_zeros_and_always_the_same(text):
+    every = [*PROMPTS, "", "three moving left"]
+    embeddings = text(every)
+    assert embeddings.shape == (4, PROMPT_LENGTH, TINY["text_dim"])
+    for prompt, rows in zip(every, embeddings, strict=True):
+        length = len(prompt.split()) + 1  # the end token
+        assert bool((rows[:length].norm(dim=1) > 0.1).all())
+        assert not bool(rows[length:].any())
+    assert torch.equal(TextEncoder()(every), embeddings)
+    assert torch.allclose(text(every[1:2]), embeddings[1:2], atol=1e-6)
+    words = text(list(WORDS)).flatten(1)
+    assert float((torch.cdist(words, words) + 10 * torch.eye(len(WORDS))).min()) > 0.1  # all told apart
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 5, 3, 4, 4), r"latents \(2, 5, 3, 4, 4\); expected \(B, F, 4, H, W\)"),
+        ((2, 4, 5, 4, 4), r"expected \(B, F, 4, H, W\)"),  # frames and channels exchanged
+        ((2, 4, 4, 4), r"expected \(B, F, 4, H, W\)"),
+        ((2, 5, 4, 5, 4), "latents of 5 x 4; expected a size that patches 2 x 2 divide"),
+        ((2, 5, 4, 4, 7), "latents of 4 x 7; expected a size that patches 2 x 2 divide"),
+    ],
+)
+def test_latents_that_do_not_fit_are_one_line(network, text, shape, message):
+    with pytest.raises(InputError, match=message) as problem:
+        network(torch.zeros(shape), T, R, text(PROMPTS))
+    assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 4), (2, 5, 1)])
+def test_times_that_do_not_fit_are_one_line(network, text, z, shape):
+    for times in ((torch.zeros(shape), R), (T, torch.zeros(shape))):
+        with pytest.raises(InputError, match=r"for latents \(2, 5, 4, 4, 4\); expected \(B,\) or \(B, F\)"):
+            network(z, *times, text(PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("one dog", "prompt 'one dog': the word 'dog' is not known; expected at most 3 of the words one, two"),
+        ("One ball", "the word 'One' is not known"),
+        ("one ball one ball", "4 words; expected at most 3"),
+    ],
+)
+def test_prompts_it_does_not_know_are_one_line(text, prompt, message):
+    with pytest.raises(InputError, match=message) as problem:
+        text(["one ball", prompt])
+    assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("prompts", ["one ball", [None], ["one ball", 2]])
+def test_what_is_no_list_of_texts_is_one_line(text, prompts):
+    with pytest.raises(InputError, match=r"^prompts .*; expected a list of texts, such as \['one ball'\]$"):
+        text(prompts)

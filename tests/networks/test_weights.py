@@ -1,0 +1,267 @@
+"""Trained networks as files: they come back whole, or one line says why not."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from minianyflow.networks.causal import CausalNetwork, tiny_causal
+from minianyflow.networks.codec import Codec
+from minianyflow.networks.wan import PROMPT_LENGTH, TINY, WanNetwork, tiny_transformer
+from minianyflow.networks.weights import (
+    describe,
+    fingerprint,
+    load_codec,
+    load_into,
+    load_network,
+    read_weights,
+    save_weights,
+)
+from minianyflow.support.errors import InputError
+
+COST = {"forwards": 3, "backwards": 1, "seconds": 0.5}
+MADE = {"command": "make weights", "seeds": [0], "cost": COST, "figures": {"sliced_w2": 0.25}}
+
+
+def wan(**changes):
+    return WanNetwork(tiny_transformer(**{"num_layers": 1} | changes))
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A small network and the file that keeps it."""
+    network, path = wan(), tmp_path / "student.safetensors"
+    save_weights(path, network.state_dict(), describe(network) | MADE)
+    return network, path
+
+
+def refused(message, function, *arguments):
+    with pytest.raises(InputError, match=message) as problem:
+        function(*arguments)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_network_comes_back(kept):
+    network, path = kept
+    assert sorted(file.name for file in path.parent.iterdir()) == ["student.json", "student.safetensors"]
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    assert len({file.stat().st_mode for file in path.parent.iterdir()}) == 1  # others may read the weights too
+    before = torch.get_rng_state()
+    again = load_network(path)
+    assert torch.equal(before, torch.get_rng_state())  # loading draws no random numbers
+    assert type(again) is WanNetwork
+    assert not again.training
+    assert not any(weight.requires_grad for weight in again.parameters())
+    for name, value in network.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value.half().float()), name
+    z, t, prompt = torch.randn(2, 5, 4, 4, 4), torch.tensor([0.9, 0.3]), torch.randn(2, PROMPT_LENGTH, 16)
+    network.load_state_dict(again.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(z, t, t / 2, prompt), network(z, t, t / 2, prompt))
+
+
+def test_another_size_comes_back_as_that_size(tmp_path):
+    network, path = wan(num_layers=2, patch_size=(1, 4, 4), gate_value=0.5), tmp_path / "other.safetensors"
+    save_weights(path, network.state_dict(), describe(network) | MADE)
+    config = load_network(path).transformer.config
+    assert (config.num_layers, tuple(config.patch_size), config.gate_value) == (2, (1, 4, 4), 0.5)
+
+
+def test_a_codec_comes_back_with_its_scale(tmp_path):
+    torch.manual_seed(0)
+    codec, path = Codec().eval(), tmp_path / "codec.safetensors"
+    codec.normalise(torch.rand(2, 5, 16, 16))
+    codec.load_state_dict({name: value.half().float() for name, value in codec.state_dict().items()})
+    save_weights(path, codec.state_dict(), describe(codec) | MADE)
+    again, video = load_codec(path), torch.rand(2, 9, 16, 16)
+    assert list(again.vae.config.latents_mean) == list(codec.vae.config.latents_mean) != [0.0] * 4
+    assert list(again.vae.config.latents_std) == list(codec.vae.config.latents_std)
+    assert torch.equal(again.encode(video), codec.encode(video))
+    latents = torch.randn(2, 3, 4, 4, 4)
+    assert torch.equal(again.decode(latents), codec.decode(latents))
+
+
+@pytest.mark.parametrize(("first", "rest"), [(1, 2), (2, 3)])
+def test_a_causal_network_comes_back_with_its_chunks(tmp_path, first, rest):
+    network, path = CausalNetwork(tiny_causal(), first, rest), tmp_path / "causal.safetensors"
+    network.load_state_dict({name: value.half().float() for name, value in network.state_dict().items()})
+    save_weights(path, network.state_dict(), describe(network) | MADE)
+    again = load_network(path)
+    assert type(again) is CausalNetwork
+    assert (again.first, again.rest, again.training) == (first, rest, False)
+    z, t, prompt = torch.randn(1, first + rest, 4, 4, 4), torch.tensor([0.9]), torch.randn(1, PROMPT_LENGTH, 16)
+    with torch.no_grad():
+        assert torch.equal(again(z, t, t / 2, prompt), network(z, t, t / 2, prompt))
+
+
+def test_the_provenance_says_where_it_is_from(kept):
+    _, path = kept
+    state, config, provenance = read_weights(path, "wan")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert config["num_layers"] == 1
+    assert config["ffn_dim"] == TINY["ffn_dim"]
+    assert not any(name.startswith("_") for name in config)
+    assert MADE.items() <= provenance.items()
+    assert set(provenance["versions"]) == {"torch", "diffusers"}
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == provenance["format"] == "minianyflow 1"
+    path.with_suffix(".json").unlink()
+    assert read_weights(path, "wan")[2] == {}  # weights do without
+
+
+def test_integers_stay_as_they_are_and_shared_weights_are_no_obstacle(tmp_path):
+    shared, path = torch.arange(6.0).half().view(2, 3), tmp_path / "mixed.safetensors"
+    state = {
+        "count": torch.tensor([70_000]),
+        "one": shared,
+        "same": shared,
+        "low": shared.to(torch.bfloat16),
+        "turned": shared.T,
+    }
+    save_weights(path, state, {"kind": "wan", "config": {}} | MADE)
+    again = read_weights(path, "wan")[0]
+    assert again["count"].dtype == torch.int64
+    assert int(again["count"]) == 70_000
+    assert all(torch.equal(again[name], shared.float()) for name in ("one", "same", "low"))
+    assert torch.equal(again["turned"], shared.T.float())
+
+
+def test_what_is_not_whole_is_not_written(kept, monkeypatch):
+    network, path = kept
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    made = describe(network) | MADE
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("minianyflow.networks.weights.save", full)
+    refused("No space left", save_weights, path, network.state_dict(), made)
+    monkeypatch.undo()
+    state = network.state_dict() | {"transformer.proj_out.bias": torch.full((16,), 1e5)}
+    refused(r"proj_out\.bias is not finite in half precision", save_weights, path, state, made)
+    refused("is not finite", save_weights, path, {"one": torch.tensor([torch.nan])}, made)
+    refused("weights without seeds, cost; expected kind", save_weights, path, {}, without(made, "seeds", "cost"))
+    refused("kind 'gan'; expected one of wan, causal, codec", save_weights, path, {}, made | {"kind": "gan"})
+    refused("nothing is ever unpickled", save_weights, path.with_suffix(".pt"), {}, made)
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+def without(made, *names):
+    return {name: value for name, value in made.items() if name not in names}
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, 4000, -1])
+def test_a_truncated_file_says_how_many_bytes(kept, left):
+    _, path = kept
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    expected = f"{len(whole)} bytes, by its own header" if left == -1 else "expected"
+    refused(f"has {len(whole[:left])} bytes; .*{expected}", load_network, path)
+    refused("student.safetensors has", load_codec, path)
+
+
+def test_a_file_that_is_something_else_is_named(kept, tmp_path):
+    network, path = kept
+    refused(
+        r"no weights teacher\.safetensors in .*; those there are: student$",
+        load_network,
+        tmp_path / "teacher.safetensors",
+    )
+    refused("those there are: none", load_network, tmp_path / "nowhere/student.safetensors")
+    refused("kind 'wan'; expected 'codec'", load_codec, path)
+    refused("kind 'wan'; expected 'codec' or 'causal'", read_weights, path, "codec", "causal")
+    path.write_bytes(b"\x40\0\0\0\0\0\0\0not json" * 100)
+    refused("has 1600 bytes; expected a safetensors file", load_network, path)
+    save_file(network.state_dict(), path)
+    refused("has format 'unknown'; expected 'minianyflow 1'", load_network, path)
+    save_file(network.state_dict(), path, {"format": "minianyflow 2", "kind": "wan", "config": "{}"})
+    refused("has format 'minianyflow 2'; expected 'minianyflow 1'", load_network, path)
+
+
+def test_a_provenance_that_is_not_json_is_named(kept):
+    _, path = kept
+    path.with_suffix(".json").write_text('{"command": ')
+    refused(r"student\.json is not JSON", read_weights, path, "wan")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    for name in ("weights.pt", "weights.bin", "weights.safetensors"):
+        (tmp_path / name).write_bytes(pickle.dumps(Trap()))
+        refused(
+            "unpickled" if name != "weights.safetensors" else "expected a safetensors file",
+            load_network,
+            tmp_path / name,
+        )
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_weights_that_do_not_fit_are_named():
+    state = wan().state_dict()
+    shape = r"proj_out\.weight in file has shape \(16, 64\); expected \(64, 64\)"
+    refused(shape, load_into, wan(patch_size=(1, 4, 4)), without(state, *FIRST) | wide(state), "file")
+    refused(r"lack transformer\.blocks\.1\..* \(27 in all\)", load_into, wan(num_layers=2), state, "file")
+    refused(
+        r"add extra \(1 in all\); expected those of a WanNetwork", load_into, wan(), state | {"extra": state}, "file"
+    )
+    both = without(state, "transformer.proj_out.bias") | {"extra": torch.zeros(1)}
+    refused(r"lack transformer\.proj_out\.bias \(1 in all\) and add extra \(1 in all\)", load_into, wan(), both, "file")
+
+
+FIRST = ("transformer.patch_embedding.weight",)
+
+
+def wide(state):
+    return {"transformer.patch_embedding.weight": torch.zeros(64, 4, 1, 4, 4)}
+
+
+def test_only_what_can_be_rebuilt_is_described():
+    refused("a Linear; expected a WanNetwork", describe, torch.nn.Linear(1, 1))
+    config = json.loads(json.dumps(describe(Codec())["config"]))
+    assert AutoencoderKLWan(**config).config.z_dim == 4
+
+
+def test_a_configuration_of_another_version_is_one_line(tmp_path):
+    path = tmp_path / "odd.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"format": "minianyflow 1", "kind": "wan", "config": '{"colour": 1}'})
+    with pytest.raises(InputError, match="does not say how to build what it holds"):
+        load_network(path)
+    save_file({"a": torch.zeros(1)}, path, {"format": "minianyflow 1"})
+    with pytest.raises(InputError, match="expected 'minianyflow 1': make it again"):
+        load_network(path)
+
+
+def test_a_fingerprint_is_of_what_a_folder_holds_and_not_of_its_place(tmp_path):
+    tiny_transformer().save_pretrained(tmp_path / "a/transformer")
+    before = fingerprint(tmp_path / "a")
+    shutil.copytree(tmp_path / "a/transformer", tmp_path / "b")
+    assert fingerprint(tmp_path / "b") == before  # elsewhere, and a transformer's own folder
+    (file,) = (tmp_path / "b").glob("*.safetensors")
+    state = load_file(file)
+    names = sorted(state)
+    for part in range(2):  # the same tensors, in two files
+        save_file({name: state[name] for name in names[part::2]}, tmp_path / f"b/part-{part}.safetensors")
+    file.unlink()
+    assert fingerprint(tmp_path / "b") == before
+    name = max(names, key=lambda each: state[each].numel())
+    for change in (state[name] + 1e-6, state[name].half(), state[name].flatten()):
+        save_file({name: change}, tmp_path / "b/part-9.safetensors")  # read last
+        assert fingerprint(tmp_path / "b") != before
+    (tmp_path / "b/part-9.safetensors").unlink()
+    told = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps(told | {"_diffusers_version": "0"}))
+    assert fingerprint(tmp_path / "b") == before
+    (tmp_path / "b/config.json").write_text(json.dumps(told | {"eps": 1}))
+    assert fingerprint(tmp_path / "b") != before
+    assert fingerprint("owner/model") == "owner/model"
+    (tmp_path / "b/part-0.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"the weights in .*b cannot be read \(.*\); fetch or make them again"):
+        fingerprint(tmp_path / "b")

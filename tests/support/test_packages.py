@@ -1,0 +1,108 @@
+"""What is installed, pinned and imported agrees with what is said."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from minianyflow.support.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
+UNPINNED = {"peers"}  # for benchmarks/compare.py alone: torchcfm brings lightning and a torchvision that must fit torch
+EXTRAS = [needed for extra, needed in PROJECT["optional-dependencies"].items() if extra not in UNPINNED]
+NEEDED = [Requirement(line) for line in sum(EXTRAS, PROJECT["dependencies"])]
+FILES = [path for folder in ("minianyflow", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_dependency_is_pinned_inside_its_range():
+    pins = {canonical(name): value for name, value in PINS.items()}
+    for needed in NEEDED:
+        assert Version(pins[canonical(needed.name)]) in needed.specifier, needed
+    assert pins["torch"] == "2.13.0"
+    torch = next(needed for needed in NEEDED if needed.name == "torch")
+    assert torch.specifier.contains("2.12.0")  # a range, not a pin
+
+
+def test_what_is_installed_is_what_is_pinned():
+    for name, pin in PINS.items():
+        assert Version(version(name)).public == pin, name
+
+
+def test_conda_gets_the_same_packages():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda[-1] == {"pip": ["-r requirements.txt", "-e ."]}
+    python = next(line for line in conda[:-1] if line.startswith("python"))
+    assert python.removeprefix("python") == PROJECT["requires-python"]
+    assert {line.split(">")[0] for line in conda[:-1]} == {"python", "pip"}  # nothing but the pins decides a version
+
+
+def test_only_what_nothing_else_needs_goes_unpinned():
+    """An extra without pins: not installed by `make`, imported by one module, inside its functions."""
+    pins = {canonical(name) for name in PINS}
+    unpinned = [Requirement(line).name for extra in UNPINNED for line in PROJECT["optional-dependencies"][extra]]
+    for name in unpinned:
+        assert canonical(name) not in pins, name
+        importing = re.compile(rf"^( *)(?:from|import) {name.replace('-', '_')}\b", re.M)
+        found = {path.stem: importing.findall(path.read_text()) for path in FILES}
+        assert {module for module, lines in found.items() if lines} == {"peers"}
+        assert all(found["peers"]), f"{name} is imported at the top of peers.py"
+
+
+def in_a_fresh_interpreter(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_is_light():
+    """The mathematics and the plane without its pictures: no diffusers, no matplotlib, two seconds beyond torch."""
+    rooms = [path.stem for path in (ROOT / "minianyflow").glob("*.py") if path.stem[0] != "_"]
+    rooms += ["networks.mlp", "plane.race", "plane.exposure", "plane.ablation", "plane.students"]
+    imports = "; ".join(f"import minianyflow.{name}" for name in rooms)
+    code = (
+        f"import time, sys, torch; start = time.process_time(); {imports}; "
+        "print(time.process_time() - start, *{'diffusers', 'matplotlib', 'ipywidgets', 'anywidget'} & set(sys.modules))"
+    )
+    runs = [in_a_fresh_interpreter(code).split() for _ in range(3)]  # the first may find a cold disk
+    assert [heavy for _, *heavy in runs] == [[]] * 3
+    assert min(float(seconds) for seconds, *_ in runs) < 2
+
+
+def test_the_package_itself_needs_only_python():
+    """`python -m minianyflow setup` runs before anything is installed."""
+    loaded = in_a_fresh_interpreter("import sys; import minianyflow.__main__; print(*sys.modules)").split()
+    assert not {"torch", "numpy", "tqdm"} & set(loaded)
+
+
+def test_set_up_does_nothing_where_it_is_done_and_names_what_failed(tmp_path, monkeypatch):
+    from minianyflow.support import install
+
+    calls = []
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install.venv, "create", lambda folder, with_pip: folder.mkdir(exist_ok=True))
+    monkeypatch.setattr(install.subprocess, "call", lambda command: calls.append(command) or 0)
+    for name in ("requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_text("")
+    assert install.setup() == 0
+    assert len(calls) == 2
+    install.setup()
+    assert len(calls) == 2  # done once
+    (tmp_path / "requirements.txt").write_text("numpy==2.0.0")
+    monkeypatch.setattr(install.subprocess, "call", lambda command: 1)
+    with pytest.raises(InputError, match=r"pip could not install .*requirements\.txt"):
+        install.setup()
+    monkeypatch.setattr(install.sys, "version_info", (3, 10, 0))
+    with pytest.raises(InputError, match=r"expected 3\.11 or newer"):
+        install.setup()

@@ -1,0 +1,310 @@
+"""Configurations: the published recipe in numbers, layers in their order, and every way to be wrong in one line."""
+
+import re
+from dataclasses import asdict, replace
+from itertools import product
+
+import pytest
+import torch
+import yaml
+
+from minianyflow.support.errors import InputError
+from minianyflow.wan import config as module
+from minianyflow.wan.config import CONFIGS, LAYERS, Config, as_yaml, check_config, find_device, identity, load_config
+
+MODELS, ARCHITECTURES = LAYERS["model"], LAYERS["architecture"]
+
+# recipe.md, section 2, written out once
+OF_ALL = {"shift": 5.0, "clip": 1.0, "weight_decay": 0.0, "precision": "bf16", "trained": "lora", "rank": 256}
+OF_ALL |= {"alpha": 256.0, "drop": 0.1, "accumulate": 1, "adaptive": 0.0}
+FIRST_TWO = {"lr": 5e-5, "betas": [0.9, 0.95], "warmup": 1000, "ema": 0.999, "ema_after": 1000}
+FLOW_MAP = {"objective": "eulerian", "velocity": "data", "delta": 5e-3, "diagonal": 0.5}
+FLOW_MAP |= {"end": 0.25, "guidance": {"scale": 3.0, "published": True}, "weight": "anyflow", "rebalance": True}
+LAST = {"lr": 2e-6, "betas": [0.0, 0.999], "warmup": 0, "ema": 0.99, "ema_after": 200, "steps": 1200}
+SIMULATED = {"rollouts": [2, 4, 8, 16, 50], "real_guidance": 4.0, "fake_lr": 2e-6}
+SIMULATED |= {"forward_weight": 1.0, "context_gradient": False, "score_time": "logit_normal"}
+CHUNKS = {"first": 1, "rest": 3, "full_chunks": 3, "long_context": 0.5, "bidirectional": 0.1}
+SIZES = {"wan-1.3b": {"steps": 6000, "batch": 32}, "wan-14b": {"steps": 4000, "batch": 16}}
+PUBLISHED = {
+    "teacher": FIRST_TWO | {"stage": "teacher", "diagonal": 1.0, "end": 0.0, "guidance": {"scale": 1.0}},
+    "forward-published": FIRST_TWO | FLOW_MAP | {"stage": "forward"},
+    "on_policy-published": FLOW_MAP | {"stage": "on_policy", "on_policy": SIMULATED},
+}
+
+
+def agrees(given, expected):
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            agrees(given[name], value)
+        else:
+            assert given[name] == value, name
+            assert type(given[name]) is type(value), name
+
+
+@pytest.mark.parametrize(("model", "architecture", "stage"), list(product(MODELS, ARCHITECTURES, PUBLISHED)))
+def test_three_overlays_are_the_published_recipe(model, architecture, stage):
+    expected = OF_ALL | SIZES[model] | PUBLISHED[stage]
+    if stage == "on_policy-published":
+        expected |= LAST
+    if architecture == "causal":
+        expected |= {"causal": CHUNKS}
+    config = load_config([model, architecture, stage])
+    agrees(asdict(config), expected | {"architecture": architecture})
+    assert (
+        config.base
+        == {"wan-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}[model]
+    )
+
+
+def test_ours_is_the_published_one_but_for_what_is_said():
+    """Objective, guidance, rebalancing, the fake score's times; and where runs lie."""
+
+    def differ(ours, published):
+        one, other = (flat(asdict(load_config(["wan-1.3b", "causal", name]))) for name in (ours, published))
+        return {name: one[name] for name in one if one[name] != other[name] and name not in ("output", "student")}
+
+    ours = {"objective": "mixed", "guidance.published": False, "rebalance": False}
+    assert differ("forward", "forward-published") == ours
+    assert differ("on_policy", "on_policy-published") == ours | {"on_policy.score_time": "uniform"}
+
+
+def flat(given, prefix=""):
+    out = {}
+    for name, value in given.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def test_stages_of_one_model_find_each_other():
+    runs = {stage: load_config(["wan-14b", "causal", stage]) for stage in LAYERS["stage"]}
+    assert runs["on_policy"].student == runs["forward"].output == "outputs/wan-14b/causal-forward"
+    assert runs["on_policy-published"].student == runs["forward-published"].output
+    teacher = load_config(["wan-14b", "bidirectional", "teacher"])
+    assert runs["on_policy"].teacher == runs["on_policy-published"].teacher == teacher.output
+    assert len({config.output for config in runs.values()}) == len(runs)  # none overwrites another's
+
+
+@pytest.mark.parametrize("layers", list(product(ARCHITECTURES, LAYERS["stage"])))
+def test_tiny_is_small_after_any_stage(layers):
+    config = load_config([*layers, "tiny"])
+    assert (config.steps, config.batch, config.warmup, config.ema_after) == (6, 4, 0, 0)
+    assert (config.causal.rest, config.causal.full_chunks) == (2, 2)
+    assert (config.device, config.lr, config.on_policy.fake_lr) == ("cpu", 1e-3, 1e-3)
+    assert config.stage == layers[1].partition("-")[0]  # a size, nothing else
+
+
+def test_base_alone_says_everything_there_is():
+    """Every option, in base.yaml, with a comment; and no other file sets what does not exist there."""
+    text = (CONFIGS / "base.yaml").read_text()
+    assert set(flat(yaml.safe_load(text))) == set(module._option_names(Config))
+    options = [line for line in text.splitlines() if re.match(r" *\w+: *[^ #]", line)]
+    undocumented = [line.split(":")[0].strip() for line in options if "#" not in line]
+    assert set(undocumented) <= {"seed", "rank", "alpha", "lr", "betas", "weight_decay", "warmup", "ema", "fake_lr"}
+    assert load_config().stage == "forward"
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"base"}.union(*LAYERS.values())
+
+
+def test_the_whole_of_it_prints_and_reads_back(tmp_path):
+    config = load_config(
+        ["wan-14b", "causal", "on_policy"], ["seed=3", "samples.prompts=[a cat, 'a dog: one']", "clip=null"]
+    )
+    text = as_yaml(config)
+    assert "${" not in text  # resolved
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert load_config([path]) == load_config([str(path)]) == config
+    assert config.samples.prompts == ["a cat", "a dog: one"]
+    assert (config.seed, config.clip) == (3, None)
+
+
+def test_later_layers_win(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("steps: 50\nwarmup: 5\nema_after: 0\nguidance: {scale: 2}\n")
+    config = load_config(["wan-14b", mine], ["steps=60", "guidance.scale=1.5"])
+    assert (config.steps, config.warmup, config.batch, config.guidance.scale) == (60, 5, 16, 1.5)
+    assert config.guidance.published is False  # the rest of a section stays
+    assert load_config(["wan-14b", mine]).guidance.scale == 2.0
+
+
+def test_the_velocity_is_what_the_objective_can_use():
+    assert load_config().velocity == "data"
+    assert load_config(overrides=["velocity=base"]).velocity == "base"
+    assert load_config(overrides=["objective=lagrangian"]).velocity == "base"
+
+
+def one_line(files=(), overrides=()):
+    with pytest.raises(InputError) as problem:
+        load_config(files, overrides)
+    assert "\n" not in str(problem.value)
+    return str(problem.value)
+
+
+UNKNOWN = {
+    "stepz=3": "unknown option 'stepz' in the command line; did you mean 'steps'",
+    "guidance.scal=2": "unknown option 'guidance.scal' .*; did you mean 'guidance.scale'",
+    "guidence.scale=2": "unknown option 'guidence' .*; did you mean 'guidance.scale'",
+    "scale=3": "unknown option 'scale' .*; did you mean 'guidance.scale'",
+    "log.lr=3": "unknown option 'log.lr' .*; did you mean 'lr'",
+    "xyzzy=1": "unknown option 'xyzzy' .*; base.yaml has all there are",
+    "steps.x=1": "unknown option steps.x .*; steps is no section",
+    "guidance=3": "guidance=3 .*; it is a section: set one of guidance.scale, guidance.published",
+    "lr": "'lr' on the command line; expected key=value",
+    "=3": "'=3' on the command line; expected key=value",
+    "samples.prompts=[a, b": "cannot be read .*; quote values",
+}
+TYPES = {
+    "steps=many": "steps=many in the command line; expected a whole number",
+    "steps=3.5": "steps=3.5 .*; expected a whole number",
+    "rank=true": "rank=True .*; expected a whole number",
+    "lr=fast": "lr=fast .*; expected a number",
+    "lr=": "lr=None .*; expected a number",
+    "clip=no way": "clip=no way .*; expected a number or null",
+    "rebalance=perhaps": "rebalance=perhaps .*; expected true or false",
+    "betas=3": "betas=3 .*; expected a list of numbers",
+    "on_policy.rollouts=[2,x]": "on_policy.rollouts=.*; expected a list of whole numbers",
+    "base=null": "base=None .*; expected text",
+    "student=[a]": "student=.*; expected text or null",
+    "output=${nowhere}": "does not resolve: Interpolation key 'nowhere' not found",
+}
+RANGES = {
+    "steps=0": "steps=0; expected at least 1",
+    "batch=0": "batch=0; expected at least 1",
+    "accumulate=0": "accumulate=0; expected at least 1",
+    "guidance.scale=0.5": "guidance.scale=0.5; expected at least 1",
+    "lr=0": "lr=0.0; expected more than 0",
+    "shift=-1": "shift=-1.0; expected more than 0",
+    "drop=1.5": "drop=1.5; expected a share",
+    "end=-0.1": "end=-0.1; expected at least 0",
+    "ema=2": "ema=2.0; expected a share",
+    "ema=1": "ema=1; the average would never move",
+    "betas=[0.9]": r"betas=\[0.9\]; expected two numbers",
+    "betas=[0.9,1]": r"betas=\[0.9, 1.0\]; expected two numbers",
+    "samples.steps=[0]": r"samples.steps=\[0\]; expected step counts",
+    "on_policy.rollouts=[]": r"on_policy.rollouts=\[\]; expected step counts",
+    "stage=techer": "unknown stage 'techer'; known: teacher, forward, on_policy; did you mean 'teacher'",
+    "objective=eulerean": "unknown objective 'eulerean'.*did you mean 'eulerian'",
+    "log.tracker=wandb": "unknown log.tracker 'wandb'; known: tensorboard, none",
+    "device=gpu": "unknown device 'gpu'; known: auto, cpu, cuda",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), (UNKNOWN | TYPES | RANGES).items())
+def test_a_wrong_option_is_one_line(override, message):
+    assert re.search(message, one_line(overrides=[override]))
+
+
+def test_a_wrong_option_in_a_file_names_the_file(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    for text, message in {
+        "steps: 5\nsteos: 6\n": r"unknown option 'steos' in mine\.yaml; did you mean 'steps'",
+        "guidance:\n  scala: 2\n": r"unknown option 'guidance\.scala' in mine\.yaml; did you mean 'guidance\.scale'",
+        "steps: soon\n": r"steps=soon in mine\.yaml; expected a whole number",
+        "guidance: 3\n": r"guidance=3 in mine\.yaml; it is a section",
+        "steps: [\n": r"mine\.yaml is not YAML",
+        "- a\n- b\n": r"mine\.yaml holds no options",
+    }.items():
+        mine.write_text(text)
+        assert re.search(message, one_line([mine]))
+
+
+CONTRADICTIONS = {
+    ("objective=mixed", "guidance.published=true"): "guidance.published with objective=mixed; it is for eulerian alone",
+    ("objective=lagrangian", "velocity=data"): "objective=lagrangian with velocity=data; .*: set velocity=base",
+    ("batch=6", "accumulate=4"): "batch=6 does not divide into accumulate=4",
+    ("diagonal=0.8", "end=0.3"): "diagonal=0.8 and end=0.3 are more than all rows",
+    ("diagonal=1", "end=0"): "stage=forward with diagonal=1 has no row r < t",
+    ("stage=teacher",): "stage=teacher with diagonal=0.5; .*: name the overlay teacher",
+    ("stage=teacher", "diagonal=1", "end=0"): "stage=teacher with guidance.scale=3.0; .*: set guidance.scale=1",
+    ("stage=on_policy",): "stage=on_policy without a student; .*: student=FOLDER",
+    ("architecture=causal", "velocity=base"): "velocity=base for a causal student; .*run of a causal teacher",
+    ("rebalance=true",): "rebalance with objective=mixed; .*: set rebalance=false",
+    ("drop=0",): "guidance.scale=3.0 with drop=0; nothing would train the null prompt",
+    ("warmup=6000",): "warmup=6000 of steps=6000; lr would never be reached",
+    ("warmup=0", "steps=1000"): "ema_after=1000 of steps=1000; the average would never begin",
+    ("samples.prompts=[]",): "samples.every=500 without prompts",
+    ("samples.prompts=['  ']",): "samples.every=500 without prompts",
+}
+HARMLESS = [
+    ("objective=eulerian", "guidance.published=true"),
+    ("objective=lagrangian", "velocity=base"),
+    ("batch=8", "accumulate=4"),
+    ("diagonal=0.75", "end=0.25"),
+    ("stage=teacher", "diagonal=1", "end=0", "guidance.scale=1"),
+    ("stage=on_policy", "student=there"),
+    ("stage=on_policy", "student=there", "on_policy.forward_weight=0", "diagonal=1", "end=0"),
+    ("drop=0", "guidance.scale=1"),
+    ("warmup=99", "steps=100", "ema_after=99"),
+    ("samples.prompts=[]", "samples.every=0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS.items())
+def test_contradictions_are_one_line(overrides, message):
+    assert re.search(message, one_line(overrides=overrides))
+
+
+@pytest.mark.parametrize("overrides", HARMLESS)
+def test_what_lies_just_inside_is_taken(overrides):
+    assert isinstance(load_config(overrides=overrides), Config)
+
+
+def test_a_changed_configuration_can_be_checked_again():
+    with pytest.raises(InputError, match="steps=0; expected at least 1"):
+        check_config(replace(load_config(), steps=0))
+
+
+def test_overlays_that_do_not_exist_or_come_too_early():
+    said = one_line(["causl"])
+    assert "unknown configuration 'causl'" in said
+    assert "did you mean 'causal'" in said
+    assert "wan-14b" in said
+    assert "no file mine.yaml; expected one, or one of base, bidirectional, causal" in one_line(["mine.yaml"])
+    too_early = (
+        "stage 'on_policy' before model 'wan-14b'; expected one of each at most, in the order model, architecture"
+    )
+    assert too_early in one_line(["on_policy", "wan-14b"])
+    assert "architecture 'causal' before architecture 'bidirectional'" in one_line(["causal", "bidirectional"])
+    assert "size 'tiny' before stage 'forward'" in one_line(["tiny", "forward"])
+
+
+def test_a_missing_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto") == find_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="device=cuda, and torch finds no GPU here; set device=cpu"):
+        find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda")
+    assert find_device("cpu") == torch.device("cpu")
+
+
+def test_what_may_change_while_a_run_goes_on():
+    """Whatever changes what a step computes may not; where it runs, how often it saves, and how long, may."""
+    before = identity(load_config())
+    free = ["steps=7000", "accumulate=2", "device=cpu", "checkpoints.keep=1", "resume=never", "on_nan.skip=3"]
+    assert identity(load_config((), [*free, "log.every=1", "samples.every=0", "output=there", "runs=here"])) == before
+    for change in ("lr=1", "batch=64", "seed=1", "data=there", "guidance.scale=2", "precision=fp32", "adaptive=0.5"):
+        name = change.partition("=")[0]
+        after = identity(load_config((), [change]))
+        assert name in [each for each in before if before[each] != after[each]]
+    assert set(before) == {name for name in module._option_names(Config) if name.split(".")[0] not in module.FREE}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("checkpoints.every=0", "checkpoints.every=0; expected at least 1"),
+        ("checkpoints.keep=0", "checkpoints.keep=0; expected at least 1"),
+        ("on_nan.skip=-1", "on_nan.skip=-1; expected at least 0"),
+        ("on_nan.above=0", "on_nan.above=0.0; expected more than 0"),
+        ("resume=always", "unknown resume 'always'; known: auto, never"),
+    ],
+)
+def test_bad_options_of_checkpoints_are_one_line(change, words):
+    with pytest.raises(InputError, match=re.escape(words)) as problem:
+        load_config((), [change])
+    assert "\n" not in str(problem.value)
+
+
+def test_skipping_needs_a_gradient_norm():
+    with pytest.raises(InputError, match=r"on_nan\.skip=2 with clip=null"):
+        load_config((), ["on_nan.skip=2", "clip=null"])

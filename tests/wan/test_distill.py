@@ -1,0 +1,461 @@
+"""scripts/distill.py on a tiny Wan: what each stage evaluates, holds in memory, starts from, leaves, and refuses."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from minianyflow import flow_map, on_policy
+from minianyflow import train as training
+from minianyflow.__main__ import run
+from minianyflow.flow_map import displace
+from minianyflow.networks.lora_roles import Adapter, storages
+from minianyflow.on_policy import backward_simulation
+from minianyflow.pairs import generator
+from minianyflow.support.errors import InputError
+from minianyflow.support.install import ROOT
+from minianyflow.wan import run as runs
+from minianyflow.wan.config import load_config
+from minianyflow.wan.data.shards import LatentShards
+from minianyflow.wan.folders import load_transformer, make_tiny_wan
+from minianyflow.wan.run import Networks, draws, load_run, read_run, sample, simulation
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+distill = script("distill")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Wan and, for both architectures, the runs of a teacher and of a forward stage."""
+    folder = tmp_path_factory.mktemp("wan")
+    make_tiny_wan(folder / "wan")
+    for architecture in ("bidirectional", "causal"):
+        for stage in ("teacher", "forward"):
+            distill.distil(settings(folder, architecture, stage))
+    return folder
+
+
+def settings(folder, architecture, stage, *changes):
+    where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents"]
+    quick = ["steps=2", "batch=8", "samples.every=0", "log.tracker=none"]
+    return load_config([architecture, stage, "tiny"], [*where, *quick, *changes])
+
+
+def built(config):
+    data = LatentShards(config.data)
+    networks = Networks(config, data.shape[0])
+    return networks, distill.STAGES[config.stage](config, networks, {"prompt": data.null}), draws(config, data)
+
+
+# ---- the mathematics is that of the notebooks
+
+
+def test_the_stages_call_what_the_notebooks_call():
+    assert distill.forward is distill.teacher
+    config = load_config(["bidirectional", "on_policy", "tiny"])
+    assert simulation(config) is on_policy.backward_simulation is backward_simulation
+    assert runs.velocity is flow_map.velocity
+    assert runs.FlowMapLoss.__module__ == "minianyflow.objectives"
+    assert "train(" in Path(distill.__file__).read_text()
+    assert training.train.__module__ == "minianyflow.train"
+
+
+# ---- evaluations, counted
+
+
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+@pytest.mark.parametrize("objective", ["eulerian", "mixed", "semigroup"])
+def test_the_forward_stage_takes_three_evaluations_a_sample_at_most(folder, architecture, objective):
+    networks, roles, draw = built(settings(folder, architecture, "forward", f"objective={objective}", "drop=0.0001"))
+    roles["student"].loss(roles["student"].network, draw(0))
+    rows, with_grad = networks.counts()["student"]
+    null = {"eulerian": 8, "mixed": 6, "semigroup": 4}[objective]  # rows whose velocity is guided
+    differences = 2 * 4  # for half of the rows: nothing is computed for r = t
+    assert (rows, with_grad) == (8 + null + differences, 8)
+    assert rows <= 3 * 8
+    assert "teacher" not in networks.counts()
+
+
+def test_lagrangian_asks_the_frozen_base_beside(folder):
+    networks, roles, draw = built(settings(folder, "bidirectional", "forward", "objective=lagrangian", "drop=0.0001"))
+    roles["student"].loss(roles["student"].network, draw(0))
+    assert networks.counts() == {"student": (8 + 8 + 8, 8), "teacher": (8, 0)}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_on_policy_evaluations(folder, published):
+    stage = "on_policy-published" if published else "on_policy"
+    changes = ["drop=0.0001", "objective=eulerian", f"student={folder}/bidirectional-forward"]
+    networks, roles, draw = built(settings(folder, "bidirectional", stage, *changes))
+    batch = draw(0)
+    jumps = sum(1 + int(g > 0) + int(g < n - 1) for n, g in zip(batch["lengths"], batch["step"], strict=True))
+    assert jumps <= 3 * 8
+    for role in roles.values():
+        role.loss(role.network, batch)
+    counts = networks.counts()
+    assert counts["student"] == (jumps + 3 * 8 + jumps, jumps + 8)  # its rollout, the forward loss, the fake score's
+    assert counts["teacher"] == (2 * 8, 0)  # guided
+    assert counts["fake"] == (8 + 8, 8)
+
+
+def test_a_causal_rollout_takes_three_jumps_a_chunk_and_one_pass_to_fill_the_cache(folder):
+    networks, roles, draw = built(settings(folder, "causal", "on_policy", "drop=0.0001"))
+    batch, student = draw(0), roles["student"].network
+    simulation(networks.config)(student, batch["noise"], batch["lengths"], batch["step"], 5.0, **batch["condition"])
+    jumps = sum(1 + int(g > 0) + int(g < n - 1) for n, g in zip(batch["lengths"], batch["step"], strict=True))
+    chunks = 3
+    assert networks.counts()["student"][0] == chunks * jumps + (chunks - 1) * 8
+
+
+def test_a_step_draws_one_batch(folder):
+    config = settings(folder, "bidirectional", "on_policy")
+    _, roles, draw = built(config)
+    asked = []
+    training.train(roles, lambda step: asked.append(step) or draw(step), 2, progress=False)
+    assert asked == [0, 1]
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_one_base_is_in_memory_for_all_roles_and_with_full_weights_three(folder, architecture):
+    alone, _ = storages(load_transformer(folder / "wan", architecture))
+    networks, roles, _ = built(settings(folder, architecture, "on_policy"))
+    held, _ = storages(*held_by(networks), roles["student"].average)
+    weights = [each for name in networks.base.peft_config for each in Adapter(networks.base, name).parameters()]
+    assert held == alone + 4 * sum(each.numel() for each in weights) + 8  # the average's counter
+    whole = ["trained=full", f"student={folder}/wan", "teacher=null"]
+    networks, roles, _ = built(settings(folder, architecture, "on_policy", *whole))
+    assert storages(*held_by(networks))[0] == 3 * alone
+
+
+def held_by(networks):
+    return [each.network for counters in networks.counters.values() for each in counters]
+
+
+# ---- one process and accumulated parts, starts and ends
+
+
+def test_four_accumulated_parts_learn_what_one_batch_learns(folder):
+    weights = []
+    for parts in (1, 4):
+        config = settings(folder, "bidirectional", "forward", f"accumulate={parts}")
+        _, roles, draw = built(config)
+        training.train(roles, draw, 2, config.accumulate, progress=False)
+        weights.append(list(roles["student"].network.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights, strict=True))
+    assert any(float(each.detach().abs().max()) > 1e-3 for each in weights[0])
+
+
+def test_the_on_policy_student_starts_as_the_forward_stage_ended_and_the_fake_score_as_the_teacher(folder):
+    config = settings(folder, "causal", "on_policy")
+    networks, roles, _ = built(config)
+    data = LatentShards(config.data)
+    x, prompt = data.rows([0, 1])
+    t = torch.tensor([0.7, 0.4])
+    first = x[:, :1]
+    transformer, _ = load_run(folder / "causal-forward")
+    merged = networks._wrap(transformer, False)(first, t, t / 2, prompt, cache=())
+    assert torch.allclose(roles["student"].network(first, t, t / 2, prompt=prompt, cache=()), merged, atol=1e-5)
+    teacher = networks.teacher(whole=True)
+    assert torch.equal(roles["fake"].network(x, t, t, prompt=prompt), teacher(x, t, t, prompt=prompt))
+    base = networks._wrap(load_transformer(config.base, "causal", full_chunk_limit=2), True)
+    assert not torch.allclose(teacher(x, t, t, prompt=prompt), base(x, t, t, prompt), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
+    config = settings(folder, architecture, "on_policy", f"output={tmp_path}/run", "samples.every=2")
+    made = distill.distil(config)
+    again, read = read_run(tmp_path / "run")
+    assert again == config
+    assert read == made
+    assert made["clip"] == {"frames": 17, "height": 64, "width": 64, "length": 32}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("config.yaml", "run.json", "samples"),
+        *("student.safetensors", "student-last.safetensors", "fake.safetensors"),
+    }
+    assert (tmp_path / "run/samples/000002/sheet.png").stat().st_size > 1000
+    student, last = (load_run(tmp_path / "run", role)[0].state_dict() for role in ("student", "student-last"))
+    assert any(not torch.equal(student[name], last[name]) for name in student)
+    with pytest.raises(InputError, match="holds a finished run"):
+        distill.distil(config)
+
+
+def test_full_weights_are_trained_and_kept_as_stock_has_them(folder, tmp_path):
+    changes = ["trained=full", f"output={tmp_path}/run", "checkpointing=false"]
+    distill.distil(settings(folder, "bidirectional", "forward", *changes))
+    transformer, config = load_run(tmp_path / "run")
+    before = load_transformer(config.base, "bidirectional").state_dict()
+    moved = [name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])]
+    assert len(moved) == len(before)
+    same = [f"student={tmp_path}/run", f"output={tmp_path}/on", "trained=full", "teacher=null"]
+    distill.distil(settings(folder, "bidirectional", "on_policy", *same))
+
+
+def test_bfloat16_trains_float32_adapters_at_float32_times(folder):
+    networks, roles, draw = built(settings(folder, "bidirectional", "forward", "precision=bf16"))
+    assert networks.base.dtype == torch.bfloat16
+    assert {weight.dtype for weight in roles["student"].network.parameters()} == {torch.float32}
+    seen = []
+    embedder = networks.base.condition_embedder
+    embedder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]))
+    batch = draw(0)
+    losses, _ = roles["student"].loss(roles["student"].network, batch)
+    assert losses.dtype == torch.float32
+    assert bool(losses.isfinite().all())
+    assert {each.dtype for pair in seen for each in pair} == {torch.float32}
+    assert torch.equal(seen[-1][0][:, 0], 1000 * batch["t"])
+
+
+def test_full_weights_compute_in_bfloat16_in_every_role(folder):
+    whole = ["trained=full", "precision=bf16", f"student={folder}/wan", "teacher=null"]
+    networks, roles, draw = built(settings(folder, "bidirectional", "on_policy", *whole))
+    found = {}
+    average = {"average": [roles["student"].average.module]}
+    for name, (network, *_) in (networks.counters | average).items():
+        layer = network.network.transformer.blocks[0].attn1.to_q
+        layer.register_forward_hook(lambda module, inputs, out, name=name: found.update({name: out.dtype}))
+    batch = draw(0)
+    for role in roles.values():
+        losses, _ = role.loss(role.network, batch)
+        losses.mean().backward()
+    roles["student"].average(batch["x"], batch["t"], batch["r"], **batch["condition"])
+    assert found == dict.fromkeys(("student", "teacher", "fake", "average"), torch.bfloat16)
+    assert {weight.dtype for weight in roles["student"].network.parameters()} == {torch.float32}
+
+
+def test_no_kind_of_row_drowns_the_others_in_our_recipe(folder):
+    """Gradient norms by kind: a semigroup target has no noise; scaled up to the others' loss it would be the lot."""
+    _, roles, draw = built(settings(folder, "bidirectional", "forward", "batch=16"))
+    role, norms = roles["student"], {}
+    batch = draw(1)
+    for kind, rows in role.loss.kinds(batch).items():
+        losses, _ = role.loss(role.network, batch)
+        (losses[rows].sum() / 16).backward()
+        grads = [weight.grad.flatten() for weight in role.network.parameters()]
+        norms[kind] = float(torch.cat(grads).norm())
+        role.network.zero_grad()
+    assert set(norms) == {"tangent", "eulerian", "semigroup"}
+    assert norms["semigroup"] < norms["tangent"]
+
+
+def test_samples_come_from_the_average_by_the_samplers_of_the_course(folder):
+    config = settings(folder, "bidirectional", "forward")
+    networks, _, _ = built(config)
+    data = LatentShards(config.data)
+    noise, (_, prompt) = torch.randn(2, *data.shape, generator=generator(0)), data.rows([0, 1])
+    u = networks.trained("other")
+    one = sample(config, u, noise, prompt, 1)
+    assert torch.allclose(
+        one, displace(noise, u(noise, torch.ones(2), torch.zeros(2), prompt=prompt), torch.ones(2), torch.zeros(2))
+    )
+
+
+# ---- what a run is known by when it goes on
+
+
+def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_path):
+    for name in ("wan", "causal-forward", "bidirectional-teacher"):
+        shutil.copytree(folder / name, tmp_path / name)
+    moved = [f"base={tmp_path}/wan", f"student={tmp_path}/causal-forward", f"teacher={tmp_path}/bidirectional-teacher"]
+
+    def told(*changes, data=folder):
+        config = settings(folder, "causal", "on_policy", *changes, f"data={data}/wan/latents")
+        return runs.told(config, LatentShards(config.data))
+
+    before = told()
+    assert told(*moved) == before
+    for name, path in (("student", "causal-forward"), ("teacher", "bidirectional-teacher")):
+        file = tmp_path / path / "student.safetensors"
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        save_file({key: 2 * value for key, value in load_file(file).items()}, file, metadata)
+        assert {key for key, value in told(*moved).items() if value != before[key]} >= {name}
+    shard = sorted((tmp_path / "wan/latents").glob("0*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-5])  # no manifest says how many rows it had
+    config = settings(folder, "causal", "on_policy", f"data={tmp_path}/wan/latents", "data_skip=1")
+    assert runs.told(config, LatentShards(config.data, 1))["rows of data"] == before["rows of data"] - 8
+    shutil.copy(folder / "wan/latents" / shard.name, shard)
+    null = tmp_path / "wan/latents/null.safetensors"
+    save_file({"prompt": 2 * load_file(null)["prompt"]}, null)
+    assert told(data=tmp_path)["the null prompt"] != before["the null prompt"]
+
+
+def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monkeypatch):
+    """It ended after this one had looked, and before this one held the folder."""
+    hold = runs.Checkpoints.hold
+
+    def late(self, accelerator):
+        hold(self, accelerator)
+        (tmp_path / "run/run.json").write_text("{}")
+
+    monkeypatch.setattr(runs.Checkpoints, "hold", late)
+    with pytest.raises(InputError, match="run holds a finished run"):
+        runs.prepare(settings(folder, "causal", "forward", f"output={tmp_path}/run"))
+
+
+def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys):
+    """Not as another configuration."""
+    shutil.copytree(folder / "wan/latents", tmp_path / "data")
+    config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
+    kept = runs.Checkpoints(tmp_path / "run/checkpoints", told=runs.told(config, LatentShards(config.data)))
+    _, roles, draw = built(config)
+    training.train(roles, draw, 1, progress=False, checkpoints=kept)
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(InputError, match=r"no shards in .*data; expected"):
+        runs.prepare(config)
+
+
+# ---- what a causal student trains on
+
+
+def test_a_causal_student_sees_long_and_short_contexts_and_whole_clips():
+    """At Wan's own chunks: every frame is learnt, after every number of compressed chunks."""
+    config = load_config(["wan-1.3b", "causal", "forward"], ["causal.bidirectional=0.25"])
+    batch, kinds, learnt, old = {"x": torch.zeros(1, 21, 1), "eps": torch.zeros(1, 21, 1)}, [], set(), set()
+    for step in range(400):
+        part = runs._cut(batch, config, step)
+        context, frames = part["context"], part["x"].shape[1]
+        kinds.append("whole" if "whole" in context else "long" if "past" in context else "short")
+        before = context["past"].shape[1] if kinds[-1] == "long" else 0
+        if kinds[-1] != "whole":
+            learnt |= set(range(before, before + frames))
+            old.add(before)
+    assert kinds[0] == "long"
+    for kind, share in (("whole", 0.25), ("long", 0.375), ("short", 0.375)):
+        assert kinds.count(kind) / 400 == pytest.approx(share, abs=0.08)
+    assert learnt == set(range(21))
+    assert old == {0, 1, 4, 7, 10, 13}
+
+
+def test_weights_of_a_clip_too_short_to_be_compressed_are_left_alone(folder):
+    _, roles, draw = built(settings(folder, "causal", "forward", "causal.full_chunks=3"))
+    training.train(roles, draw, 1, progress=False)
+    _, roles, draw = built(settings(folder, "causal", "on_policy", "on_policy.forward_weight=0"))
+    training.train(roles, draw, 1, progress=False)
+
+
+# ---- bad input
+
+
+def lines(capsys, *arguments):
+    status = run(partial(distill.main, [*map(str, arguments)]))
+    captured = capsys.readouterr()
+    return status, captured.err
+
+
+BAD = {
+    "misspelt": (["bidirectional", "forward", "tiny"], ["objectiv=mixed"], "did you mean 'objective'"),
+    "no steps": (["bidirectional", "forward", "tiny"], ["steps=0"], "steps=0; expected at least 1"),
+    "no prompts": (["bidirectional", "forward", "tiny"], ["samples.prompts=[]"], "without prompts"),
+    "no student": (["bidirectional", "on_policy", "tiny"], ["student=null"], "name the run folder"),
+    "no base": (["bidirectional", "forward", "tiny"], ["base=./nowhere"], "no folder ./nowhere"),
+    "no data": (["bidirectional", "forward", "tiny"], ["data=nowhere"], "no shards in nowhere"),
+    "gpu": (["bidirectional", "forward", "tiny"], ["device=cuda"], "torch finds no GPU"),
+    "causal from bidirectional": (
+        ["causal", "on_policy", "tiny"],
+        ["student={folder}/bidirectional-forward"],
+        "is a role of an AnyFlowTransformer3DModel; expected one of an AnyFlowFARTransformer3DModel",
+    ),
+    "teacher that never saw chunks": (
+        ["causal", "forward", "tiny"],
+        ["velocity=base", "teacher={folder}/bidirectional-teacher"],
+        "is a role of an AnyFlowTransformer3DModel; expected one of an AnyFlowFARTransformer3DModel",
+    ),
+    "one full chunk": (["causal", "forward", "tiny"], ["causal.full_chunks=1"], "expected at least 2"),
+    "unwritable": (["bidirectional", "forward", "tiny"], ["output=/proc/run"], "cannot write to /proc/run"),
+    "no run": (["bidirectional", "on_policy", "tiny"], ["student=./nowhere"], "no folder ./nowhere"),
+    "another rank": (["bidirectional", "on_policy", "tiny"], ["rank=2"], "rank 4"),
+    "whole weights": (["bidirectional", "on_policy", "tiny"], ["student={folder}/wan"], "set trained=full"),
+    "adapters": (["bidirectional", "on_policy", "tiny"], ["trained=full"], "holds adapters"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(folder, case, capsys, monkeypatch):
+    files, changes, words = BAD[case]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    where = [
+        f"runs={folder}",
+        f"base={folder}/wan",
+        f"data={folder}/wan/latents",
+        f"output={folder}/bad",
+        "log.tracker=none",
+    ]
+    status, said = lines(capsys, "--config", *files, *where, *(each.format(folder=folder) for each in changes))
+    assert status == 2
+    assert words in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not (folder / "bad" / "run.json").exists()
+
+
+def test_the_resolved_configuration_is_printed(capsys):
+    assert distill.main(["--config", "wan-14b", "causal", "on_policy-published", "--print-config"]) == 0
+    assert "steps: 1200" in capsys.readouterr().out
+
+
+def test_a_run_says_how_long_it_waited_for_data_and_sweeps_up_after_a_killed_one(folder, capsys):
+    for left in (".unfinished-1", "samples/000002/.unfinished-2"):
+        (folder / "said" / left).mkdir(parents=True)
+    given = ["--config", "bidirectional", "forward", "tiny", f"base={folder}/wan", f"data={folder}/wan/latents"]
+    quick = ["steps=4", "batch=8", "samples.every=0", "log.tracker=none", f"output={folder}/said"]
+    assert distill.main([*given, *quick]) == 0
+    assert not list((folder / "said").rglob(".*"))
+    told = json.loads((folder / "said/run.json").read_text())["waiting_for_data"]
+    assert told["steps"] == 2  # not the first and the last
+    assert 0 < told["median"] < 1
+    assert f"waiting for data: {told['median']:.2%} of a step (median)" in capsys.readouterr().out
+
+
+def test_the_evaluations_in_run_json_are_those_that_were_counted(folder):
+    made = json.loads((folder / "bidirectional-forward/run.json").read_text())
+    each = made["evaluations_a_sample"]["student"]
+    assert 2 < each["forwards"] <= 3
+    assert each["backwards"] == 1
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_what_is_counted(tmp_path):
+    table = (ROOT / "docs/wan.md").read_text().split("<!-- evaluations -->\n")[1].split("\n\n")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    said = {first: dict(zip(("student", "fake", "teacher"), rest, strict=True)) for first, *rest in cells}
+    make_tiny_wan(tmp_path / "wan")
+    for architecture in ("bidirectional", "causal"):
+        for stage in distill.STAGES:
+            changes = ["steps=6", "batch=4", "samples.every=0"]  # as wan_tiny.py
+            made = distill.distil(settings(tmp_path, architecture, stage, *changes))["evaluations_a_sample"]
+            counted = {role: f"{n['forwards']:.2f}, {n['backwards']:.2f}" for role, n in made.items()}
+            assert {role: cell for role, cell in said[f"{architecture} {stage}"].items() if cell} == counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "processes"), [("one_gpu", 1), ("eight_gpus_ddp", 8)])
+def test_the_launch_files_of_the_docs_start_that_many_processes(folder, launch, processes):
+    """On a CPU: gloo takes the place of nccl. accelerate ignores the FSDP2 file here, which is tried by other means."""
+    where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents", f"output={folder}/{launch}"]
+    quick = ["steps=2", "batch=8", "samples.every=0", "log.tracker=none"]
+    file = ROOT / f"scripts/accelerate/{launch}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, ROOT / "scripts/distill.py"]
+    given = ["--config", "causal", "forward", "tiny", *where, *quick]
+    subprocess.run([*command, *given], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    made, kind = json.loads((folder / launch / "run.json").read_text()), "MULTI_CPU" if processes > 1 else "NO"
+    assert (made["processes"], made["distribution"]) == (processes, kind)

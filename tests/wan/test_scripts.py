@@ -1,0 +1,502 @@
+"""scripts/export.py and scripts/sample.py on a tiny Wan: what comes out is the run's own network, or one line."""
+
+import importlib.util
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import imageio.v2 as imageio
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+from safetensors import safe_open
+
+from minianyflow.__main__ import run
+from minianyflow.networks.causal import CausalAttention
+from minianyflow.pairs import generator
+from minianyflow.support.errors import InputError
+from minianyflow.support.install import ROOT
+from minianyflow.train import Role
+from minianyflow.wan.config import load_config
+from minianyflow.wan.data.shards import LatentShards
+from minianyflow.wan.data.videos import write_clips
+from minianyflow.wan.export import licence
+from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
+from minianyflow.wan.run import Networks, load_run, network_of, optimiser, read_run, sample, save_run
+from minianyflow.wan.sample import find_source
+
+ARCHITECTURES = {"bidirectional": AnyFlowPipeline, "causal": AnyFlowFARPipeline}
+PROMPTS = ["a red square moves left", "a blue disc moves up"]
+CLIP = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 32}
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+export, sampling = script("export"), script("sample")
+
+
+def run_main(module, argv):
+    return run(lambda: module.main(argv))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{architecture: a finished run}, its student of random weights, the last ones others; and the base under "wan"."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_tiny_wan(folder / "wan")
+    for architecture in ARCHITECTURES:
+        make_run(folder, architecture, "forward", folder / architecture)
+    return folder
+
+
+def make_run(folder, architecture, stage, output, *changes):
+    """What distill.py leaves, without its training: alpha is half the rank."""
+    where = [f"base={folder}/wan", f"data={folder}/wan/latents", f"output={output}"]
+    config = load_config([architecture, stage, "tiny"], [*where, "alpha=2", "log.tracker=none", *changes])
+    networks = Networks(config, 5)
+    student = networks.trained("student")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        if config.trained == "lora":
+            for weight in student.parameters():
+                weight.normal_(std=0.2)
+        role = Role(student, **optimiser(config))  # the average begins here
+        for weight in student.parameters():
+            weight.mul_(1.1)
+    save_run(config, LatentShards(config.data), networks, {"student": role}, [], 0.0, Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    """{architecture: its run as a pipeline folder}."""
+    folder = tmp_path_factory.mktemp("exported")
+    for architecture in ARCHITECTURES:
+        assert run_main(export, [str(runs / architecture), str(folder / architecture)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedded(runs):
+    return encode_prompts(*load_parts(runs / "wan", "tokenizer", "text_encoder"), PROMPTS, 32)
+
+
+def noise(frames=5):
+    return torch.randn(2, frames, 16, 8, 8, generator=generator(0))
+
+
+def ours(run, embedded, steps, role="student", z=None, prefix=None):
+    """What our sampler makes of the run, as it trains: the adapter beside the base, not merged."""
+    transformer, config = load_run(run, role)
+    return sample(config, network_of(transformer, config), noise() if z is None else z, embedded, steps, prefix)
+
+
+def theirs(pipeline, steps, z=None, **options):
+    """What a stock pipeline makes of the same noise, causal ones with our attention."""
+    if isinstance(pipeline, AnyFlowFARPipeline):
+        for block in pipeline.transformer.blocks:
+            block.attn1.set_processor(CausalAttention())
+    pipeline.set_progress_bar_config(disable=True)
+    z = noise() if z is None else z.clone()
+    options = CLIP | {"output_type": "latent", "num_inference_steps": steps} | options
+    return pipeline(PROMPTS, latents=z.transpose(1, 2), **options).frames.transpose(1, 2)
+
+
+def stock(architecture, folder):
+    return ARCHITECTURES[architecture].from_pretrained(folder)
+
+
+def base_pipeline(architecture, runs, dtype=torch.float32):
+    """The base in the class with two times, in a stock pipeline."""
+    limit = 2 if architecture == "causal" else None
+    transformer = load_transformer(runs / "wan", architecture, dtype, limit, (1, 2, 2) if limit else None)
+    parts = load_parts(runs / "wan", "tokenizer", "text_encoder", "vae")
+    return ARCHITECTURES[architecture](*parts[:2], transformer, parts[2], FlowMapEulerDiscreteScheduler(1000, 5.0))
+
+
+def distance(one, other):
+    assert one.shape == other.shape
+    return float((one - other).abs().max())
+
+
+def refused(capsys, script, arguments, message):
+    """One line on stderr, status 2."""
+    assert run_main(script, list(map(str, arguments))) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    assert error[0].startswith("error: ")
+    assert re.search(message, error[0]), error[0]
+
+
+# ---- export
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_stock_diffusers_samples_what_our_sampler_does(runs, exported, embedded, architecture, steps):
+    expected = ours(runs / architecture, embedded, steps)
+    assert distance(theirs(stock(architecture, exported / architecture), steps), expected) < 1e-5
+    assert distance(theirs(base_pipeline(architecture, runs), steps), expected) > 0.1  # the adapter is in it
+    assert distance(ours(runs / architecture, embedded, steps, "student-last"), expected) > 1e-3
+
+
+def test_merged_is_what_the_role_is(runs, embedded):
+    for architecture in ARCHITECTURES:
+        config, _ = read_run(runs / architecture)
+        student = Networks(config, 5).trained("student", str(runs / architecture))
+        role = sample(config, student, noise(), embedded, 2)
+        assert distance(ours(runs / architecture, embedded, 2), role) < 1e-5
+
+
+def test_the_last_weights_can_be_exported(runs, embedded, tmp_path):
+    out = tmp_path / "last"
+    assert run_main(export, [str(runs / "bidirectional"), str(out), "--role", "student-last"]) == 0
+    expected = ours(runs / "bidirectional", embedded, 2, "student-last")
+    assert distance(theirs(stock("bidirectional", out), 2), expected) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_export_says_what_it_is(runs, exported, architecture):
+    folder = exported / architecture
+    config = json.loads((folder / "transformer/config.json").read_text())
+    if architecture == "causal":
+        assert (config["chunk_partition"], config["full_chunk_limit"]) == ([1, 2, 2], 2)
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["shift"] == 5.0
+    readme = (folder / "README.md").read_text()
+    made = json.loads(re.search(r"```json\n(.*?)```", readme, re.S)[1])
+    assert (made["role"], made["stage"], made["base"]) == ("student", "forward", str(runs / "wan"))
+    assert "licence" in readme
+    assert ("pads the keys" in readme) == (architecture == "causal")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_readme_samples_as_it_says(exported, architecture, monkeypatch):
+    monkeypatch.chdir(exported)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", (exported / architecture / "README.md").read_text(), re.S)[1], names)
+    assert names["video"].shape == (17, 64, 64, 3)
+
+
+def test_a_short_last_chunk_is_written(runs, embedded, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    make_run(runs, "causal", "forward", run, "causal.rest=3")
+    assert run_main(export, [str(run), str(out)]) == 0
+    pipeline = stock("causal", out)
+    assert tuple(pipeline.transformer.config.chunk_partition) == (1, 3, 1)
+    assert distance(theirs(pipeline, 2), ours(run, embedded, 2)) < 1e-5
+
+
+def test_a_teacher_is_kept_to_its_velocity(runs, embedded, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    make_run(runs, "bidirectional", "teacher", run)
+    config, _ = read_run(run)
+    assert run_main(export, [str(run), str(out)]) == 0
+    pipeline, expected = stock("bidirectional", out), ours(run, embedded, 3)
+    assert distance(theirs(pipeline, 3, use_mean_velocity=False), expected) < 1e-5
+    assert distance(theirs(pipeline, 3), expected) > 1e-3
+    assert "use_mean_velocity=False" in re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)[1]
+    network = network_of(load_run(run)[0], config)
+    assert distance(sample(replace(config, stage="forward"), network, noise(), embedded, 3), expected) > 1e-3
+    source = find_source(str(out), torch.float32, torch.device("cpu"))
+    assert distance(sample(source.config, source.network, noise(), embedded, 3), expected) < 1e-5
+
+
+def test_all_weights_are_exported_too(runs, embedded, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    make_run(runs, "bidirectional", "forward", run, "trained=full")
+    assert run_main(export, [str(run), str(out)]) == 0
+    assert distance(theirs(stock("bidirectional", out), 2), ours(run, embedded, 2)) < 1e-5
+    capsys.readouterr()
+    refused(capsys, export, [run, tmp_path / "lora", "--lora"], "trained all weights, and has no adapter")
+
+
+def test_half_precision_is_as_asked(runs, tmp_path):
+    assert run_main(export, [str(runs / "causal"), str(tmp_path / "half"), "--dtype", "bf16"]) == 0
+    with safe_open(tmp_path / "half/transformer/diffusion_pytorch_model.safetensors", "pt") as file:
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert kinds["blocks.0.attn1.to_q.weight"] == "BF16"
+    assert kinds["condition_embedder.time_embedder.linear_1.weight"] == "F32"
+    assert not [name for name in kinds if "lora" in name]
+
+
+# ---- the adapter alone
+
+
+@pytest.fixture(scope="module")
+def adapters(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for architecture in ARCHITECTURES:
+        assert run_main(export, [str(runs / architecture), str(folder / architecture), "--lora"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_adapter_does_in_a_stock_pipeline_what_it_does_here(runs, adapters, embedded, architecture):
+    expected, pipeline = ours(runs / architecture, embedded, 2), base_pipeline(architecture, runs)
+    plain = theirs(pipeline, 2)
+    pipeline.load_lora_weights(adapters / architecture)
+    assert distance(theirs(pipeline, 2), expected) < 1e-5
+    assert distance(plain, expected) > 0.1
+    pipeline.unload_lora_weights()
+    assert distance(theirs(pipeline, 2), plain) == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_layer_and_alpha_are_in_the_file(runs, adapters, architecture):
+    with (
+        safe_open(runs / architecture / "student.safetensors", "pt") as kept,
+        safe_open(adapters / architecture / "pytorch_lora_weights.safetensors", "pt") as file,
+    ):
+        assert set(file.keys()) == {f"transformer.{name}" for name in kept.keys()}  # noqa: SIM118
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert (told["transformer.r"], told["transformer.lora_alpha"]) == (4, 2.0)
+        for name in kept.keys():  # noqa: SIM118
+            assert torch.equal(file.get_tensor(f"transformer.{name}"), kept.get_tensor(name))
+
+
+def test_its_readme_loads_it(runs, adapters, monkeypatch):
+    monkeypatch.chdir(adapters)
+    for architecture in ARCHITECTURES:
+        names = {}
+        exec(re.search(r"```python\n(.*?)```", (adapters / architecture / "README.md").read_text(), re.S)[1], names)
+        assert isinstance(names["pipeline"], ARCHITECTURES[architecture])
+        assert names["pipeline"].get_list_adapters() == {"transformer": ["default_0"]}
+
+
+def test_an_adapter_that_is_lost_on_the_way_is_seen(runs, tmp_path, monkeypatch, capsys):
+    run, out = runs / "causal", tmp_path / "out"
+    real = AnyFlowFARPipeline.save_lora_weights
+    for lose, message in (
+        (lambda state, told: (dict(list(state.items())[2:]), told), "off"),  # a layer
+        (lambda state, told: (state, told | {"lora_alpha": 4.0}), "off"),
+        (lambda state, told: ({f"base.{name}": value for name, value in state.items()}, told), "off|does not load"),
+    ):
+
+        def save(folder, state, transformer_lora_adapter_metadata, lose=lose):
+            state, told = lose(state, transformer_lora_adapter_metadata)
+            real(folder, state, transformer_lora_adapter_metadata=told)
+
+        monkeypatch.setattr(AnyFlowFARPipeline, "save_lora_weights", save)
+        refused(capsys, export, [run, out, "--lora"], message)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_without_effect_is_refused(runs, tmp_path, capsys):
+    config = load_config(
+        ["bidirectional", "forward", "tiny"],
+        [f"base={runs}/wan", f"data={runs}/wan/latents", f"output={tmp_path}/run", "log.tracker=none"],
+    )
+    networks = Networks(config, 5)
+    save_run(
+        config,
+        LatentShards(config.data),
+        networks,
+        {"student": Role(networks.trained("student"))},
+        [],
+        0.0,
+        Accelerator(cpu=True),
+    )
+    refused(capsys, export, [tmp_path / "run", tmp_path / "out", "--lora"], "run changes nothing; expected one that")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_is_one_line(runs, exported, tmp_path, capsys):
+    refused(capsys, export, [tmp_path, tmp_path / "out"], "no config.yaml in .*; expected a run folder")
+    refused(capsys, export, [runs / "causal", exported / "causal"], "exists and is not an empty folder")
+    refused(capsys, export, [runs / "causal", exported / "causal", "--lora"], "exists and is not an empty folder")
+    refused(capsys, export, [runs / "causal", tmp_path / "x", "--lora", "--dtype", "bf16"], "leave out --dtype")
+    refused(capsys, export, [runs / "causal"], "required: OUT; see export.py --help")
+    broken = shutil.copytree(runs / "causal", tmp_path / "broken")
+    (broken / "student.safetensors").unlink()
+    refused(capsys, export, [broken, tmp_path / "x"], "broken is no run with an adapter of role 'student'")
+    refused(capsys, export, [broken, tmp_path / "x", "--lora"], "broken is no run with an adapter of role 'student'")
+    assert [each.name for each in tmp_path.iterdir()] == ["broken"]
+
+
+def test_licences_are_followed_to_where_a_run_began(runs, tmp_path):
+    config, _ = read_run(runs / "causal")
+    assert "licence of" in licence(config)
+    assert "Apache" in licence(replace(config, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
+    for change in ({"base": "nvidia/AnyFlow-X"}, {"student": "nvidia/AnyFlow-X"}, {"teacher": "nvidia/AnyFlow-X"}):
+        assert "non-commercial" in licence(replace(config, **change))
+    first = shutil.copytree(runs / "causal", tmp_path / "first")
+    text = (first / "config.yaml").read_text()
+    (first / "config.yaml").write_text(re.sub(r"^student: .*$", "student: nvidia/AnyFlow-X", text, flags=re.M))
+    assert "non-commercial" in licence(replace(config, student=str(first)))
+
+
+# ---- the first frames known
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("known", [1, 3])
+def test_a_start_comes_out_untouched_and_as_in_stock(runs, exported, embedded, architecture, known):
+    prefix = noise().flip(0)[:, :known]
+    expected = ours(runs / architecture, embedded, 3, prefix=prefix)
+    assert torch.equal(expected[:, :known], prefix)
+    made = theirs(stock(architecture, exported / architecture), 3, video_latents=prefix)
+    assert distance(made, expected) < 1e-5
+    other = ours(runs / architecture, embedded, 3, prefix=prefix + 1)
+    assert distance(other[:, known:], expected[:, known:]) > 1e-3  # it is seen
+    assert distance(expected[:, known:], ours(runs / architecture, embedded, 3)[:, known:]) > 1e-3
+
+
+def test_a_start_hides_its_noise(runs, embedded):
+    """What noise the known frames had is of no consequence, and nothing is written into it."""
+    z, prefix = noise(), noise().flip(0)[:, :1]
+    changed = torch.cat([z[:, :1] + 5, z[:, 1:]], 1)
+    before = changed.clone()
+    ends = [ours(runs / "bidirectional", embedded, 2, z=each, prefix=prefix) for each in (z, changed)]
+    assert torch.equal(*ends)
+    assert torch.equal(changed, before)
+
+
+# ---- sample
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_and_its_export_sample_alike(runs, exported, embedded, architecture):
+    expected = ours(runs / architecture, embedded, 2)
+    for name in (runs / architecture, exported / architecture):
+        source = find_source(str(name), torch.float32, torch.device("cpu"))
+        assert source.clip == {"frames": 17, "height": 64, "width": 64, "length": 32}
+        made = sample(source.config, source.network, noise(), embedded, 2)
+        assert distance(made, expected) < 1e-5
+
+
+def spied(monkeypatch):
+    """What `run` has sampled, latents of every call, with its noise and prefix."""
+    calls = []
+
+    def spy(config, network, z, prompt, steps, prefix=None):
+        made = sample(config, network, z, prompt, steps, prefix)
+        calls.append({"z": z, "prompt": prompt, "steps": steps, "prefix": prefix, "made": made})
+        return made
+
+    monkeypatch.setattr("minianyflow.wan.sample.sample", spy)
+    return calls
+
+
+@pytest.mark.parametrize(("kind", "architecture"), [("run", "bidirectional"), ("export", "causal")])
+def test_end_to_end(runs, exported, embedded, kind, architecture, tmp_path, monkeypatch, capsys):
+    calls, source = spied(monkeypatch), (runs if kind == "run" else exported) / architecture
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n\n  {PROMPTS[1]} \n", encoding="utf-8")
+    asked = [source, "--prompts", tmp_path / "prompts.txt", "--steps", 1, 2, 1, "--output", tmp_path / "out"]
+    assert run_main(sampling, list(map(str, asked))) == 0
+    names = {f"{label}-{number}.mp4" for label in ("1_step", "2_steps") for number in (0, 1)} | {"sheet.png"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    assert len(imageio.mimread(tmp_path / "out/2_steps-1.mp4")) == 17
+    assert [call["steps"] for call in calls] == [1, 2, 1, 2]
+    assert torch.equal(calls[0]["z"], calls[1]["z"])  # every step count from the same noise
+    assert not torch.equal(calls[0]["z"], calls[2]["z"])
+    for number in (0, 1):
+        call = calls[2 * number + 1]
+        expected = ours(runs / architecture, embedded[number : number + 1], 2, z=call["z"])
+        assert distance(call["prompt"], embedded[number : number + 1]) < 1e-6
+        assert distance(call["made"], expected) < 1e-5
+    capsys.readouterr()
+
+
+def test_sizes_seeds_and_lengths_are_as_asked(runs, tmp_path, monkeypatch):
+    calls, source = spied(monkeypatch), runs / "causal"
+    size = ["--frames", 9, "--height", 32, "--width", 96, "--length", 16, "--steps", 1, "--output", tmp_path]
+    for seed in (0, 0, 7):
+        assert run_main(sampling, list(map(str, [source, "--prompt", "a disc", *size, "--seed", seed]))) == 0
+    assert [tuple(call["z"].shape) for call in calls] == [(1, 3, 16, 4, 12)] * 3
+    assert calls[0]["prompt"].shape[1] == 16
+    assert torch.equal(calls[0]["made"], calls[1]["made"])
+    assert not torch.equal(calls[0]["made"], calls[2]["made"])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_goes_on_from_a_picture_or_a_video(runs, architecture, tmp_path, monkeypatch):
+    calls = spied(monkeypatch)
+    write_clips(tmp_path / "in", {"x": moving_shapes(1, generator(0))[1]}, ["x"])
+    asked = [runs / architecture, "--prompt", "x", "--steps", "1", "--output", tmp_path / "out"]
+    for start in (["--image", "sheet.png"], ["--video", "x-0.mp4"], ["--video", "x-0.mp4", "--context", "1"]):
+        assert run_main(sampling, [*map(str, asked), start[0], str(tmp_path / "in" / start[1]), *start[2:]]) == 0
+    assert [call["prefix"].shape[1] for call in calls] == [1, 3, 1]
+    for call in calls:
+        assert torch.equal(call["made"][:, : call["prefix"].shape[1]], call["prefix"])
+    assert distance(calls[1]["prefix"][:, :1], calls[2]["prefix"]) < 1e-5
+
+
+def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
+    run, out = runs / "causal", ["--output", tmp_path / "out"]
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    prompt = ["--prompt", "x"]
+    write_clips(tmp_path / "in", {"x": torch.rand(1, 17, 3, 16, 16)}, ["x"])
+    video, image = ["--video", tmp_path / "in/x-0.mp4"], ["--image", tmp_path / "in/sheet.png"]
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/model_index.json").write_text('{"_class_name": "LTXPipeline"}')
+    (tmp_path / "next").mkdir()
+    two = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "next/model_index.json").write_text(json.dumps(two))
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    (unfinished / "run.json").unlink()
+    broken = shutil.copytree(run, tmp_path / "broken")
+    (broken / "run.json").write_text('{"steps": 1')
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/model_index.json").write_text("{")
+    damaged = shutil.copytree(exported / "causal", tmp_path / "damaged")
+    (damaged / "minianyflow.json").write_text("{")
+    for arguments, message in (
+        ([tmp_path / "none", *prompt], "no folder .*none; expected a run folder of distill.py, a folder of export.py"),
+        (["none", *prompt], "no folder none"),
+        ([tmp_path / "in", *prompt], "neither run.json nor model_index.json in .*in; expected a run folder"),
+        ([tmp_path / "odd", *prompt], "holds a LTXPipeline; expected"),
+        ([tmp_path / "next", *prompt], "next holds a WanPipeline of Wan2.2; expected"),
+        ([tmp_path / "cut", *prompt], "cut does not load"),
+        ([unfinished, *prompt], "no run.json in"),
+        ([broken, *prompt], "run.json is not JSON"),
+        ([damaged, *prompt], "minianyflow.json is not JSON"),
+        ([run], "give either --prompt TEXT ... or --prompts FILE"),
+        ([run, *prompt, "--prompts", tmp_path / "empty.txt"], "give either --prompt"),
+        ([run, "--prompts", tmp_path / "empty.txt"], "no prompts in .*empty.txt"),
+        ([run, "--prompts", tmp_path / "latin.txt"], r"latin.txt \(not UTF-8\)"),
+        ([run, "--prompts", tmp_path / "nothing.txt"], r"nothing.txt \(No such file"),
+        ([run, "--prompt", " "], "no prompts in the command line"),
+        ([run, *prompt, "--steps", "4", "0"], "0 steps asked for; expected whole numbers, at least 1"),
+        ([run, *prompt, "--steps", "four"], "invalid int value: 'four'; see sample.py --help"),
+        ([run, *prompt, "--frames", "16"], "frames 16; expected 4 n \\+ 1"),
+        ([run, *prompt, "--frames", "-3"], "frames -3; expected 4 n"),
+        ([run, *prompt, "--height", "40"], "height 40; expected a multiple of 32: .* patches of 4"),
+        ([run, *prompt, "--frames", "9", "--width", "40"], "width 40; expected a multiple of 16: .* patches of 2"),
+        ([runs / "bidirectional", *prompt, "--width", "40"], "width 40; expected a multiple of 16"),
+        ([run, *prompt, "--length", "0"], "length 0; expected at least 1 token"),
+        ([run, *prompt, *video, *image], "both --image and --video"),
+        ([run, *prompt, "--context", "5"], "--context without --video"),
+        ([run, *prompt, *video, "--context", "4"], "context 4; expected 4 n \\+ 1"),
+        ([run, *prompt, *video, "--context", "5"], "a start of 5 frames; expected 1 or 9, where a chunk ends"),
+        ([run, *prompt, *video, "--context", "17"], "a start of 17 frames in a clip of 17; expected fewer"),
+        ([run, *prompt, *video, "--frames", "9"], "a start of 9 frames in a clip of 9"),
+        ([runs / "bidirectional", *prompt, *image, "--frames", "1"], "a start of 1 frames in a clip of 1"),
+        ([run, *prompt, *video, "--frames", "33", "--context", "25"], "x-0.mp4 has 17 frames .* at least 25"),
+        ([run, *prompt, "--video", tmp_path / "no.mp4"], "no file .*no.mp4"),
+        ([run, *prompt, "--image", tmp_path / "empty.txt"], "empty.txt cannot be read"),
+    ):
+        refused(capsys, sampling, [*arguments, *out], message)
+    if not torch.cuda.is_available():
+        refused(capsys, sampling, [run, *prompt, "--device", "cuda", *out], "torch finds no GPU here")
+    assert not (tmp_path / "out").exists()
+
+
+def test_released_weights_come_with_a_word_on_their_licence(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        sampling.main(["--help"])
+    assert "commercial licence" in " ".join(capsys.readouterr().out.split())  # it may break at the hyphen
+    monkeypatch.setattr("minianyflow.wan.sample._kind", lambda name: ("bidirectional", "forward"))
+
+    def load(*arguments, **options):
+        raise InputError("as far as this goes")
+
+    monkeypatch.setattr("minianyflow.wan.sample.load_transformer", load)
+    run_main(sampling, ["nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", "--prompt", "x"])
+    assert "non-commercial licence" in capsys.readouterr().err

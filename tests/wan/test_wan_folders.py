@@ -1,0 +1,406 @@
+"""Wan from a folder: a tiny one in its layout, loaded as stock Wan is, into two times, with nothing lost unseen."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, WanPipeline, WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from minianyflow.__main__ import run
+from minianyflow.networks.causal import CausalNetwork, causal_from
+from minianyflow.networks.wan import WanNetwork
+from minianyflow.pairs import generator
+from minianyflow.schedules import time_shift
+from minianyflow.support.errors import InputError
+from minianyflow.wan.data.shards import LatentShards
+from minianyflow.wan.folders import (
+    TINY_LENGTH,
+    decode_latents,
+    encode_prompts,
+    encode_video,
+    load_parts,
+    load_transformer,
+    make_tiny_wan,
+    moving_shapes,
+)
+from scripts import make_tiny_wan as script
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+CAPTIONS = ["a red disc moves left", "A cat &amp; a  dog —\n猫", ""]
+T = torch.tensor([0.9, 0.3])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan") / "tiny"
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    make_tiny_wan(folder, null="ugly")
+    assert torch.equal(torch.get_rng_state(), before)  # nobody else's random numbers move
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock(tiny):
+    pipeline = WanPipeline.from_pretrained(tiny)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def copied(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    return LatentShards(tiny / "latents").draw(0, 2)
+
+
+def rewrite(path, change):
+    """A weight file with its tensors changed."""
+    path.write_bytes(path.read_bytes())  # a file of our own, not the cache's
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def change_config(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# The tiny Wan
+
+
+def test_stock_diffusers_samples_it(stock):
+    """Wan2.1's layout, sizes of latents and scheduler: a WanPipeline, and a video comes out."""
+    assert isinstance(stock.transformer, WanTransformer3DModel)
+    assert stock.vae.config.z_dim == stock.transformer.config.in_channels == 16
+    assert (stock.vae_scale_factor_spatial, stock.vae_scale_factor_temporal) == (8, 4)
+    sigmas = stock.scheduler.config
+    assert (sigmas.use_flow_sigmas, sigmas.prediction_type, sigmas.flow_shift) == (True, "flow_prediction", 3.0)
+    options = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 2, "max_sequence_length": 32}
+    frames = stock("a red disc moves left", **options, output_type="pt").frames
+    assert frames.shape == (1, 17, 3, 64, 64)
+    assert bool(frames.isfinite().all())
+
+
+def test_its_scheduler_shifts_as_we_do(stock):
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler.from_config(stock.scheduler.config, flow_shift=5.0)
+    scheduler.set_timesteps(10)
+    even = torch.linspace(1, 1 / 1000, 11)[:-1]  # stock's grid ends a thousandth above 0, and it leaves that out
+    assert torch.allclose(scheduler.sigmas[:-1].float(), time_shift(even, 5.0), atol=1e-3)
+
+
+def test_the_same_seed_makes_the_same(tiny, tmp_path):
+    make_tiny_wan(tmp_path / "same", null="ugly")
+    make_tiny_wan(tmp_path / "other", seed=1)
+    for path in sorted(path.relative_to(tiny) for path in tiny.rglob("*.safetensors")):
+        kept, same, other = (load_file(root / path) for root in (tiny, tmp_path / "same", tmp_path / "other"))
+        assert all(torch.equal(kept[name], same[name]) for name in kept), path
+        assert any(kept[name].shape != other[name].shape or not torch.equal(kept[name], other[name]) for name in kept)
+
+
+def test_its_latents_are_its_own_videos_encoded(tiny):
+    vae, tokenizer, encoder = load_parts(tiny, "vae", "tokenizer", "text_encoder")
+    data = LatentShards(tiny / "latents")
+    captions, video = moving_shapes(len(data), generator(0))
+    latents, prompts = data.rows(range(len(data)))
+    assert len(data) == 16
+    assert data.shape == (5, 16, 8, 8)
+    assert data.captions(range(16)) == captions
+    assert float((encode_video(vae, video[:3]) - latents[:3]).abs().max()) < 1e-4
+    assert float((encode_prompts(tokenizer, encoder, captions, TINY_LENGTH) - prompts).abs().max()) < 1e-5
+    assert float((encode_prompts(tokenizer, encoder, ["ugly"], TINY_LENGTH) - data.null).abs().max()) < 1e-5
+    with safe_open(tiny / "latents/null.safetensors", "pt") as file:
+        assert file.metadata()["text"] == "ugly"
+    assert torch.allclose(latents.mean((0, 1, 3, 4)), torch.zeros(16), atol=1e-4)  # normalised, channel by channel
+    assert torch.allclose(latents.std((0, 1, 3, 4)), torch.ones(16), atol=1e-3)
+
+
+def test_shapes_move_as_their_captions_say():
+    captions, video = moving_shapes(12, generator(3))
+    assert len(set(captions)) > 6
+    grid = torch.linspace(-1, 1, 64)
+    for caption, clip in zip(captions, video, strict=True):
+        weight = (clip - 0.3).abs().sum(1)  # (T, H, W)
+        x, y = ((weight * along).sum((1, 2)) / weight.sum((1, 2)) for along in (grid, grid[:, None]))
+        moved = float(x[-1] - x[0]), float(y[-1] - y[0])
+        way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[caption.split()[-1]]
+        assert moved == pytest.approx(way, abs=0.05)  # at the edge it leaves the picture a little
+
+
+# The transformer
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_on_the_diagonal_it_is_the_stock_wan_of_that_folder(tiny, stock, batch, bare):
+    transformer = load_transformer(tiny / "transformer" if bare else tiny, "bidirectional")
+    assert isinstance(transformer, AnyFlowTransformer3DModel)
+    assert not transformer.training
+    assert (transformer.config.gate_value, transformer.config.deltatime_type) == (0.25, "r")
+    z, prompt = batch["x"], batch["condition"]["prompt"]
+    with torch.no_grad():
+        expected = stock.transformer(z.transpose(1, 2), 1000 * T, prompt, return_dict=False)[0].transpose(1, 2)
+        out = WanNetwork(transformer)(z, T, T, prompt)
+        off = WanNetwork(transformer)(z, T, 0 * T, prompt)
+    assert float((out - expected).abs().max()) < 1e-5
+    assert float((off - expected).abs().max()) > 1e-3
+
+
+def test_a_causal_one_is_it_too_in_a_single_chunk(tiny, batch):
+    bidirectional = load_transformer(tiny, "bidirectional")
+    causal = load_transformer(tiny, "causal", full_chunk_limit=2, partition=(1, 2, 2))
+    assert isinstance(causal, AnyFlowFARTransformer3DModel)
+    assert (causal.config.full_chunk_limit, tuple(causal.config.chunk_partition)) == (2, (1, 2, 2))
+    given = batch["x"], T, T / 2, batch["condition"]["prompt"]
+    with torch.no_grad():
+        whole = CausalNetwork(causal, first=5)(*given)
+        assert float((whole - WanNetwork(bidirectional)(*given)).abs().max()) < 1e-5
+        whole_clip = load_transformer(tiny, "causal", full_chunk_limit=3)
+        assert float((whole - CausalNetwork(whole_clip, first=1, rest=2)(*given)).abs().max()) > 1e-3
+    expected = causal_from(bidirectional, 2, (1, 2, 2)).state_dict()
+    for name, value in causal.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    published = load_transformer(tiny, "causal").config
+    assert (published.full_chunk_limit, sum(published.chunk_partition)) == (3, 21)
+
+
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_half_precision_keeps_what_must_be_float32(tiny, batch, architecture):
+    transformer = load_transformer(tiny, architecture, torch.bfloat16)
+    kept = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    for name, weight in transformer.named_parameters():
+        whole = any(part in kept for part in name.split("."))
+        assert weight.dtype == (torch.float32 if whole else torch.bfloat16), name
+        assert weight.device.type == "cpu", name  # nothing is left without numbers
+    embedder = transformer.condition_embedder
+    for name, value in embedder.time_embedder.state_dict().items():
+        assert value.dtype == torch.float32
+        copy = embedder.delta_embedder.state_dict()[name]
+        assert torch.equal(copy, value.to(torch.bfloat16))
+        assert copy.data_ptr() != value.data_ptr()
+    whole = load_transformer(tiny, architecture)
+    assert torch.equal(whole.scale_shift_table, transformer.scale_shift_table)  # never rounded on the way
+    z, prompt = (each.to(torch.bfloat16) for each in (batch["x"], batch["condition"]["prompt"]))
+    kind = WanNetwork if architecture == "bidirectional" else partial(CausalNetwork, first=5)
+    with torch.no_grad():  # no autocast needed: it computes in bfloat16 as it is
+        out, expected = kind(transformer)(z, T, T / 2, prompt), kind(whole)(z.float(), T, T / 2, prompt.float())
+    assert out.dtype == torch.bfloat16
+    assert float((out.float() - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_saved_with_two_times_it_is_loaded_with_both(tiny, architecture, tmp_path):
+    """The embedder of the target time and coarse patches of a trained source are its own, not copies."""
+    transformer = load_transformer(tiny, architecture, full_chunk_limit=2, partition=(1, 2, 2))
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if "delta_embedder" in name or "far_patch" in name:
+                weight += 0.5
+    transformer.save_pretrained(tmp_path / "transformer")
+    again = load_transformer(tmp_path, architecture)
+    for name, value in transformer.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert again.config.get("full_chunk_limit") == (2 if architecture == "causal" else None)  # its own
+    if architecture == "bidirectional":
+        causal = load_transformer(tmp_path, "causal").state_dict()
+        name = "condition_embedder.delta_embedder.linear_1.bias"
+        assert torch.equal(causal[name], transformer.state_dict()[name])
+    else:
+        with pytest.raises(InputError, match="is causal; expected Wan or a bidirectional one: set architecture=causal"):
+            load_transformer(tmp_path, "bidirectional")
+
+
+def lose(state):
+    return {name: value for name, value in state.items() if name != "blocks.1.attn1.to_q.weight"}
+
+
+def grow(state):
+    return state | {"blocks.7.attn1.to_q.weight": torch.zeros(3)}
+
+
+def widen(state):
+    return state | {"proj_out.bias": torch.zeros(7)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose, r"lack blocks\.1\.attn1\.to_q\.weight \(1 in all\); expected those of a WanTransformer3DModel"),
+        (grow, r"add blocks\.7\.attn1\.to_q\.weight \(1 in all\)"),
+        (widen, r"the transformer of .* does not load \(.*proj_out.*\); fetch or make it again"),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_weights_that_lack_or_add_are_named(copied, change, message, architecture):
+    rewrite(copied / WEIGHTS, change)
+    with pytest.raises(InputError, match=message) as problem:
+        load_transformer(copied, architecture)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_two_time_source_must_have_its_second_embedder(tiny, tmp_path):
+    load_transformer(tiny, "bidirectional").save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    rewrite(path, lambda state: {name: value for name, value in state.items() if "delta_embedder" not in name})
+    with pytest.raises(InputError, match=r"lack condition_embedder\.delta_embedder\.linear_1\.bias \(4 in all\)"):
+        load_transformer(tmp_path, "bidirectional")
+
+
+def test_truncated_weights_are_one_line(copied):
+    path = copied / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"the transformer of .* does not load .*; fetch or make it again") as problem:
+        load_transformer(copied, "bidirectional")
+    assert "\n" not in str(problem.value)
+
+
+def test_other_architectures_are_named(copied):
+    path = copied / "transformer/config.json"
+    change_config(path, image_dim=1280)
+    with pytest.raises(InputError, match="takes an image beside the text"):
+        load_transformer(copied, "causal")
+    change_config(path, _class_name="UNet2DConditionModel")
+    with pytest.raises(InputError, match="holds a UNet2DConditionModel; expected one of WanTransformer3DModel"):
+        load_transformer(copied, "bidirectional")
+    with pytest.raises(InputError, match=r"unknown architecture 'casual'.*did you mean 'causal'"):
+        load_transformer(copied, "casual")
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"the transformer of .* does not load"):
+        load_transformer(copied, "bidirectional")
+
+
+def test_places_that_do_not_exist(tiny, tmp_path):
+    with pytest.raises(InputError, match="no folder /no/such; expected a pipeline folder, or a name on the hub"):
+        load_transformer("/no/such", "bidirectional")
+    with pytest.raises(InputError, match=r"no folder \./here"):
+        load_transformer("./here", "bidirectional")
+    (tmp_path / "latents").mkdir()
+    with pytest.raises(InputError, match=r"no transformer in .*; expected a pipeline folder.*found latents"):
+        load_transformer(tmp_path, "bidirectional")
+    with pytest.raises(InputError, match=r"no vae in .*transformer; expected a pipeline folder"):
+        load_parts(tiny / "transformer", "vae")
+    with pytest.raises(InputError, match=r"unknown part 'text'.*did you mean 'text_encoder'"):
+        load_parts(tiny, "text")
+
+
+def test_the_hub_is_asked_only_for_names_and_its_failure_is_one_line(monkeypatch):
+    asked = []
+
+    def refuse(pretrained_model_name_or_path, subfolder):
+        asked.append((pretrained_model_name_or_path, subfolder))
+        raise OSError("We could not connect\nat all")
+
+    monkeypatch.setattr(AnyFlowTransformer3DModel, "load_config", refuse)
+    with pytest.raises(InputError, match=r"of nobody/nothing does not load \(We could not connect\); check the name"):
+        load_transformer("nobody/nothing", "bidirectional")
+    assert asked == [("nobody/nothing", "transformer")]
+
+
+# The other parts
+
+
+def test_prompts_are_embedded_as_stock_embeds_them(tiny, stock):
+    tokenizer, encoder = load_parts(tiny, "tokenizer", "text_encoder")
+    for length in (TINY_LENGTH, 512, 5):  # 5: cut
+        with torch.no_grad():
+            expected, null = stock.encode_prompt(CAPTIONS, max_sequence_length=length)
+        out = encode_prompts(tokenizer, encoder, CAPTIONS, length)
+        assert out.shape == (3, length, 32)
+        assert torch.equal(out, expected)
+        assert torch.equal(out[2], null[0])
+    assert float(out.abs().mean()) > 0.01
+    assert not torch.equal(out[0], out[1])
+    tokens = len(tokenizer(CAPTIONS[0]).input_ids)
+    long = encode_prompts(tokenizer, encoder, CAPTIONS[:1], 32)[0]
+    assert bool((long[tokens:] == 0).all())  # stopped where the text ends
+    assert bool((long[:tokens] != 0).any(1).all())
+    for wrong in ([], "a text"):
+        with pytest.raises(InputError, match="expected a list of at least one text"):
+            encode_prompts(tokenizer, encoder, wrong)
+
+
+def test_every_caption_is_known(tiny):
+    (tokenizer,) = load_parts(tiny, "tokenizer")
+    for caption in CAPTIONS:
+        tokens = tokenizer(caption).input_ids
+        assert tokenizer.unk_token_id not in tokens
+        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == caption
+
+
+def test_video_goes_through_the_codec_as_in_stock(tiny, stock):
+    (vae,) = load_parts(tiny, "vae")
+    assert not any(weight.requires_grad for weight in vae.parameters())
+    latents = LatentShards(tiny / "latents").rows([0, 1])[0]
+    video = decode_latents(vae, latents)
+    assert video.shape == (2, 17, 3, 64, 64)
+    options = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 1, "guidance_scale": 1.0}
+    stock_latents = {}
+
+    def put(pipeline, step, time, given):
+        stock_latents["z"] = given["latents"]
+        return {"latents": latents.transpose(1, 2)}
+
+    options |= {"max_sequence_length": 32, "callback_on_step_end": put, "output_type": "pt"}
+    expected = stock(["one", "two"], **options).frames
+    assert stock_latents["z"].shape == latents.transpose(1, 2).shape
+    assert float((video - expected).abs().max()) < 1e-5
+    for shape in ((1, 16, 3, 64, 64), (1, 17, 1, 64, 64), (1, 17, 3, 60, 64)):
+        with pytest.raises(InputError, match=r"expected \(B, T, 3, H, W\) with T = 4 n \+ 1.*multiples of 8"):
+            encode_video(vae, torch.zeros(shape))
+
+
+def test_parts_keep_their_dtype_rules_and_are_whole(copied):
+    encoder, vae, scheduler = load_parts(copied, "text_encoder", "vae", "scheduler", dtype=torch.bfloat16)
+    assert encoder.dtype == torch.bfloat16
+    assert vae.dtype == torch.float32
+    assert scheduler.config.flow_shift == 3.0
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    rewrite(copied / "text_encoder/model.safetensors", lambda state: {k: v for k, v in state.items() if k != name})
+    with pytest.raises(InputError, match=f"lack {name}".replace(".", r"\.")):
+        load_parts(copied, "text_encoder")
+    change_config(copied / "scheduler/scheduler_config.json", _class_name="Clock")
+    with pytest.raises(InputError, match=r"the scheduler in .* is a Clock"):
+        load_parts(copied, "scheduler")
+    level = transformers.utils.logging.get_verbosity()
+    (copied / "tokenizer/tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"the tokenizer of .* does not load"):
+        load_parts(copied, "tokenizer")
+    assert transformers.utils.logging.get_verbosity() == level  # and nobody is left silenced
+
+
+# The script
+
+
+def test_the_script_makes_one_or_says_why_not(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "made"
+    assert run(lambda: script.main([str(out), "--seed", "2"])) == 0
+    said = capsys.readouterr()
+    assert f"written: {out}/latents, 16 captioned clips of (5, 16, 8, 8)" in said.out
+    assert load_transformer(out, "causal").config.num_layers == 2
+    assert run(lambda: script.main([str(out)])) == 2
+    assert run(lambda: script.main([])) == 2
+    assert run(lambda: script.main([str(out / "model_index.json" / "deeper")])) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert f"error: {out} exists and is not an empty folder" in lines[0]
+    assert "required: OUT" in lines[1]
+    assert "name a folder you may write to" in lines[2]
+
+
+def test_what_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    from minianyflow.wan import folders as wan_folders
+
+    def fail(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wan_folders, "write_shards", fail)
+    with pytest.raises(InputError, match=r"cannot write .*\(No space left on device\); name a folder"):
+        make_tiny_wan(tmp_path / "tiny", clips=1)
+    assert list(tmp_path.iterdir()) == []
