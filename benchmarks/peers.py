@@ -13,20 +13,21 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torchdiffeq import odeint
 from tqdm import tqdm
 
+from minianyflow.batches import batches
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.plane.race import PIECE, POINTS, Budget, exact_flow, references
 from minianyflow.samplers import sample_flow_map
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.running import run_jobs, staged
-from minianyflow.train import Role, batches, train
+from minianyflow.support.files import staged
+from minianyflow.support.jobs import run_jobs
+from minianyflow.times import time_grid
+from minianyflow.train import Role, train
 from toy_data import plane
 
 NFE = (1, 2, 4, 8, 16, 32, 64)
@@ -74,8 +75,7 @@ def train_for(role, draw, progress):
                 raise Over
 
         try:
-            accelerator = Accelerator(cpu=True)
-            train({"student": role}, draw, DEADLINE, accelerator=accelerator, progress=False, on_step=on_step)
+            train({"student": role}, draw, DEADLINE, progress=False, on_step=on_step)
         except Over:
             return role.average.module
 
@@ -267,7 +267,8 @@ def run(
             | {key: value for key, value in asdict(budget).items() if key != "steps"},
             "targets": {dataset: target_report(dataset, results) for dataset in datasets},
         }
-        from minianyflow.plane.figures import peers_figure, save_figure
+        from minianyflow.plane.figures import peers_figure
+        from minianyflow.support.figures import save_figure
 
         save_figure(peers_figure(report), folder / "peers.png")
         (folder / "peers.json").write_text(json.dumps(report, indent=1) + "\n")

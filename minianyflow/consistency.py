@@ -72,6 +72,14 @@ class ConsistencyLoss:
         if self.average is None or self.grid < 1:
             raise InputError("discrete consistency distillation needs average=, an EMA of the student, and grid >= 1")
 
+    def state_dict(self):
+        """What goes on from one step to the next: the calls so far, for the warm-up."""
+        return {"calls": torch.tensor(self.calls)}
+
+    def load_state_dict(self, state):
+        """Take back what `state_dict` gave."""
+        self.calls = int(state["calls"])
+
     def __call__(self, u, batch):
         """Weighted losses (B,) and the raw mean squared error.
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
-from minianyflow.schedules import check_grid
+from minianyflow.times import check_grid
 
 
 def displace(z, u, t, r):

@@ -19,8 +19,8 @@ import torch
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times, data_velocity, interpolate
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError, choose
+from minianyflow.times import time_grid
 
 DELTA = 2e-3  # half the width of a central difference: flat between 1e-3 and 5e-3 on the plane, in float32
 
@@ -79,6 +79,19 @@ TARGETS = {"eulerian": eulerian_target, "lagrangian": lagrangian_target, "semigr
 FLOW_MAPS = {name: {name: 1.0} for name in TARGETS} | {"mixed": {"eulerian": 0.5, "semigroup": 0.5}}  # shares of rows
 
 
+class InnerState:
+    """A loss that carries the state of the loss inside it, `self.forward`, from one step to the next."""
+
+    def state_dict(self):
+        """The state of the loss inside, {name: tensor}."""
+        return self.forward.state_dict() if hasattr(self.forward, "state_dict") else {}
+
+    def load_state_dict(self, state):
+        """Take back what `state_dict` gave."""
+        if state:
+            self.forward.load_state_dict(state)
+
+
 @dataclass
 class FlowMapLoss:
     """The forward stage: rows with r = t learn the velocity, the others a mixture of the targets above.
@@ -115,7 +128,7 @@ class FlowMapLoss:
     def __call__(self, u, batch):
         """Weighted losses (B,), and the raw mean squared error of each kind of row that is present.
 
-        batch: `x`, `eps` (B, *shape), what `pairs.draw_pairs` draws, and, where the network takes a condition,
+        batch: `x`, `eps` (B, *shape), what `times.draw_pairs` draws, and, where the network takes a condition,
         `condition` (a dict of tensors (B, ...)) and `dropped` (B,) bool: rows whose condition is the null one.
         """
         t, r = batch["t"], batch["r"]
@@ -137,6 +150,14 @@ class FlowMapLoss:
         if self.rebalance:
             loss, self.diagonal_loss = rebalanced(loss, t == r, self.diagonal_loss)
         return loss, {name: error[rows].detach().mean() for name, rows in kinds.items()}
+
+    def state_dict(self):
+        """What goes on from one step to the next: the mean loss of the last rows r = t, for rebalancing."""
+        return {} if self.diagonal_loss is None else {"diagonal_loss": self.diagonal_loss}
+
+    def load_state_dict(self, state):
+        """Take back what `state_dict` gave."""
+        self.diagonal_loss = state.get("diagonal_loss")
 
     def kinds(self, batch):
         """The rows of each kind that is present: {"tangent": ..., name: ...}, each (n,) indices."""

@@ -11,9 +11,9 @@ import torch
 
 from minianyflow.flow_map import rollout, velocity
 from minianyflow.interpolant import broadcast_time, clean_from_velocity, interpolate
-from minianyflow.objectives import FlowMapLoss
-from minianyflow.schedules import time_shift
+from minianyflow.objectives import FlowMapLoss, InnerState
 from minianyflow.support.errors import InputError, choose
+from minianyflow.times import time_shift
 
 STEPS = (2, 4, 8, 16, 50)  # the rollouts that AnyFlow simulates
 
@@ -78,7 +78,7 @@ def distribution_matching_loss(x, real_velocity, fake_velocity, t, eps):
 
 
 @dataclass
-class OnPolicyLoss:
+class OnPolicyLoss(InnerState):
     """The student's loss: distribution matching on simulated rollouts, plus the forward loss, which keeps many steps.
 
     real: velocity(z, t) of the teacher. fake: the fake score, a network u(z, t, r). forward: the forward stage's loss.

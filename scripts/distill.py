@@ -52,9 +52,9 @@ STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 def distil(config):
     """Train the stage of `config`, from where it was broken off, and leave a run folder; returns run.json."""
-    from minianyflow.support.running import ahead
-    from minianyflow.train import train
+    from minianyflow.wan.data.prefetch import ahead
     from minianyflow.wan.run import Clock, Networks, draws, guard, prepare, sampler, save_run
+    from minianyflow.wan.trainer import train_run
 
     accelerator, data, checkpoints = prepare(config)
     networks = Networks(config, data.shape[0], accelerator.device)
@@ -62,7 +62,7 @@ def distil(config):
     roles = STAGES[config.stage](config, networks, null)
     clock, watch, waits = Clock(), guard(config, data), []
     checkpoints.carried = {"networks": networks, "clock": clock, "guard": watch}
-    history = train(
+    history = train_run(
         roles,
         ahead(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps, waits),
         config.steps,

@@ -215,7 +215,7 @@ def launched(processes):
 def wait_for_lock(folder, seconds=60):
     """Until no run holds this folder."""
     from minianyflow.support.errors import InputError
-    from minianyflow.support.running import hold
+    from minianyflow.support.files import hold
 
     end = time.perf_counter() + seconds
     while True:
@@ -572,7 +572,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     import torch
 
-    from minianyflow import train as training  # noqa: F401 (before any run is forked)
+    from minianyflow.wan import trainer  # noqa: F401 (before any run is forked)
 
     torch.set_num_threads(1)
     folder, start = Path(tempfile.mkdtemp(prefix="faults-")), time.perf_counter()

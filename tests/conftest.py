@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minianyflow.pairs import generator
+from minianyflow.times import generator
 from toy_data import plane
 
 torch.set_num_threads(1)

@@ -6,8 +6,8 @@ import torch
 from minianyflow.consistency import ConsistencyLoss, consistency_target, continuous_target
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import eulerian_target
-from minianyflow.pairs import draw_pairs, generator
 from minianyflow.support.errors import InputError
+from minianyflow.times import draw_pairs, generator
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)

@@ -10,7 +10,6 @@ from minianyflow.flow_map import displace, end_point, jump, rollout, velocity
 from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate, score_from_velocity
 from minianyflow.measures import path_error, sobol_noise
 from minianyflow.objectives import eulerian_target, lagrangian_target, semigroup_target
-from minianyflow.pairs import generator
 from minianyflow.samplers import (
     sample_consistency,
     sample_consistency_deterministic,
@@ -18,8 +17,8 @@ from minianyflow.samplers import (
     sample_flow_map,
     sample_ode,
 )
-from minianyflow.schedules import time_grid, time_shift
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator, time_grid, time_shift
 from toy_data import plane
 from toy_data.gaussians import Gaussian
 

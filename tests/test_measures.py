@@ -14,10 +14,9 @@ from minianyflow.measures import (
     sliced_w2,
     sobol_noise,
 )
-from minianyflow.pairs import generator
 from minianyflow.samplers import sample_euler
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator, time_grid
 from toy_data import plane
 from toy_data.circle import CircleProcess
 

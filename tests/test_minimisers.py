@@ -10,7 +10,7 @@ from numpy.polynomial.legendre import legvander
 
 from minianyflow.guidance import Guidance
 from minianyflow.objectives import FlowMapLoss
-from minianyflow.pairs import draw_pairs, generator
+from minianyflow.times import draw_pairs, generator
 from toy_data.gaussians import Gaussian, GuidedGaussian
 
 DEGREE = 10

@@ -7,8 +7,8 @@ import torch
 
 from minianyflow.interpolant import clean_from_velocity, interpolate
 from minianyflow.mixtures import GaussianMixture
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator
 from toy_data import plane
 from toy_data.circle import CircleProcess
 from toy_data.gaussians import Gaussian, GuidedGaussian

@@ -14,10 +14,9 @@ from minianyflow.objectives import (
     rebalanced,
     semigroup_target,
 )
-from minianyflow.pairs import draw_pairs, generator, stratified_uniform
 from minianyflow.samplers import sample_flow_map
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
+from minianyflow.times import draw_pairs, generator, stratified_uniform, time_grid
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)

@@ -18,9 +18,8 @@ from minianyflow.on_policy import (
     draw_on_policy,
     draw_rollouts,
 )
-from minianyflow.pairs import draw_pairs, generator
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
+from minianyflow.times import draw_pairs, generator, time_grid
 from toy_data.gaussians import Gaussian
 
 EVERY = [(steps, step) for steps in STEPS for step in range(steps)]

@@ -12,13 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
+from minianyflow.batches import batches, part_of
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
-from minianyflow.train import Role, batches, part_of, train
+from minianyflow.times import generator
+from minianyflow.train import Role
 from minianyflow.wan.guard import Guard, begin_trackers, end_trackers, track
+from minianyflow.wan.trainer import train_run
 from toy_data import plane
 
 RING = plane.ring8()
@@ -34,7 +36,7 @@ def student(seeds=(0,), **options):
 
 
 def run(role, draw, steps=12, **options):
-    history = train({"student": role}, draw, steps, accelerator=Accelerator(cpu=True), progress=False, **options)
+    history = train_run({"student": role}, draw, steps, accelerator=Accelerator(cpu=True), progress=False, **options)
     return history, [weight.detach().clone() for weight in role.network.parameters()]
 
 
@@ -171,7 +173,7 @@ def test_every_entry_of_the_history_goes_to_the_trackers():
     notes, accelerator = Notes(), Accelerator(cpu=True)
     accelerator.trackers = [notes]
     draw = batches(RING.sample, 16)
-    history = train({"student": student()}, draw, 5, accelerator=accelerator, progress=False, log_every=2)
+    history = train_run({"student": student()}, draw, 5, accelerator=accelerator, progress=False, log_every=2)
     assert [step for step, _ in notes.kept] == [0, 2, 4]
     assert [{"step": step} | values for step, values in notes.kept] == history
 
@@ -193,7 +195,7 @@ def test_two_roles_take_turns_on_the_same_batch():
     role.loss = OnPolicyLoss(velocity, fake.network, FlowMapLoss({"eulerian": 1.0}, velocity))
     fake.loss = FakeScoreLoss(role.network)
     before = [next(each.network.parameters()).detach().clone() for each in (role, fake)]
-    history = train({"student": role, "fake": fake}, draw, 3, accelerator=Accelerator(cpu=True), progress=False)
+    history = train_run({"student": role, "fake": fake}, draw, 3, accelerator=Accelerator(cpu=True), progress=False)
     assert {"student/distribution matching", "student/tangent", "fake/tangent", "fake/loss"} <= set(history[-1])
     for each, weight in zip((role, fake), before, strict=True):
         assert not torch.equal(next(each.network.parameters()), weight)
@@ -306,7 +308,7 @@ def test_a_tracker_that_fails_is_one_warning(capsys):
     notes.log = lambda *_, **__: 1 / 0
     accelerator.trackers = [notes]
     draw = batches(RING.sample, 16)
-    history = train({"student": student()}, draw, 5, accelerator=accelerator, progress=False, log_every=1)
+    history = train_run({"student": student()}, draw, 5, accelerator=accelerator, progress=False, log_every=1)
     assert len(history) == 5
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -323,7 +325,7 @@ def test_a_full_disk_under_the_tracker_is_one_warning(tmp_path, capsys, monkeypa
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
         begin_trackers(accelerator)
-        history = train({"student": student()}, draw, 9, accelerator=accelerator, progress=False, log_every=1)
+        history = train_run({"student": student()}, draw, 9, accelerator=accelerator, progress=False, log_every=1)
         end_trackers(accelerator)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

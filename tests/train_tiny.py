@@ -6,9 +6,11 @@ import sys
 import torch
 from accelerate import Accelerator
 
+from minianyflow.batches import batches
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
-from minianyflow.train import Role, batches, train
+from minianyflow.train import Role
+from minianyflow.wan.trainer import train_run
 from toy_data import plane
 
 
@@ -19,7 +21,7 @@ def main(output, option):
     loss = FlowMapLoss(shares, lambda z, t, copy: mixture.velocity(z, t), rebalance=option == "rebalance")
     student = Role(MLP(seeds=(0, 1)), loss, warmup=5)
     draw = batches(mixture.sample, 1 if option == "one row" else 24, (0, 1))  # then processes differ in what they do
-    history = train({"student": student}, draw, 20, accelerator=accelerator, progress=False)
+    history = train_run({"student": student}, draw, 20, accelerator=accelerator, progress=False)
     if accelerator.is_main_process:
         weights = {name: value.tolist() for name, value in student.average.module.state_dict().items()}
         kind = str(accelerator.distributed_type)

@@ -119,7 +119,7 @@ def _small_figures(shell, name):
     """Figures are shown as PNGs of 64 colours; with MINIANYFLOW_FIGURES set they are also written there."""
     from matplotlib.figure import Figure
 
-    from minianyflow.plane.figures import small_png
+    from minianyflow.support.figures import small_png
 
     shell.run_line_magic("matplotlib", "inline")
     count = 0

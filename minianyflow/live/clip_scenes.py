@@ -11,8 +11,8 @@ from minianyflow.live.player import time_axis
 from minianyflow.live.scene import Scene, dropdown, slider
 from minianyflow.measures import sobol_noise
 from minianyflow.networks.mlp import EvaluationCounter
-from minianyflow.pairs import generator
 from minianyflow.plane import exposure
+from minianyflow.times import generator
 from toy_data.circle import CircleProcess
 
 SEEDS = list(range(10))

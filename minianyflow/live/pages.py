@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.running import staged
+from minianyflow.support.files import staged
 
 PAGE = """<!doctype html>
 <html lang="en">

@@ -17,12 +17,11 @@ from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS
 from minianyflow.on_policy import STEPS, backward_simulation, backward_simulation_times, distribution_matching_loss
-from minianyflow.pairs import generator
 from minianyflow.plane.students import STUDENTS, load_student, sample
 from minianyflow.samplers import sample_ode
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
-from minianyflow.support.palette import COLOURS, LABELS
+from minianyflow.support.figures import COLOURS, LABELS
+from minianyflow.times import generator, time_grid
 from toy_data import plane
 
 FINE = 64  # steps of the exact paths; the times of the triangle lie on this grid

@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator
 from minianyflow.train import Role, train
 
 PIECE = 256  # clips that go through together
@@ -122,11 +122,11 @@ def codec_cost(steps):
     return SimpleNamespace(rows=rows, with_grad=rows)
 
 
-def train_codec(sample, steps=1000, seed=0, lr=6e-3, blur=0.02, accelerator=None, progress=True):
+def train_codec(sample, steps=1000, seed=0, lr=6e-3, blur=0.02, progress=True):
     """A codec for the videos that `sample(count, generator, frames)` draws; returns it and the training history."""
     torch.manual_seed(seed)
     role = Role(_Autoencoder(blur), reconstruction_loss, lr=lr, ema=0.98, clip=1.0)
-    history = train({"codec": role}, codec_batches(sample, steps, seed), steps, 1, accelerator, progress)
+    history = train({"codec": role}, codec_batches(sample, steps, seed), steps, progress=progress)
     codec = role.average.module.codec.eval().requires_grad_(False)
     codec.normalise(sample(1024, generator(seed, steps), 17))
     return codec, history

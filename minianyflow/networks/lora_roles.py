@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from minianyflow.networks.weights import FORMAT, load_into, read_weights
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.running import staged
+from minianyflow.support.files import staged
 
 # Names of layers, whole, as regular expressions; add up what a stage trains.
 TARGETS = (r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)", r"blocks\.\d+\.ffn\.net\.(0\.proj|2)")

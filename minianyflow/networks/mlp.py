@@ -6,8 +6,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator
 
 
 class MLP(nn.Module):

@@ -14,9 +14,9 @@ from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteS
 
 from minianyflow.networks.causal import CausalAttention, CausalNetwork, chunk_partition
 from minianyflow.networks.wan import PROMPT_LENGTH, WanNetwork
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import whole_folder
+from minianyflow.support.files import whole_folder
+from minianyflow.times import time_grid
 
 FRAMES = 5  # latent frames of a clip of 17
 BLOBS = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}

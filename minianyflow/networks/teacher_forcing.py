@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minianyflow.objectives import InnerState
+
 
 def in_chunks(batch, partition, full_chunk_limit):
     """The part of a batch of whole clips that teacher forcing trains on, cut off after the chunks in `partition`.
@@ -34,11 +36,11 @@ def as_whole(batch):
 
 
 @dataclass
-class TeacherForced:
+class TeacherForced(InnerState):
     """A loss whose network sees clean earlier chunks: the batch's `context` joins its condition."""
 
-    loss: Callable
+    forward: Callable
 
     def __call__(self, u, batch):
         """As the loss."""
-        return self.loss(u, batch | {"condition": batch["condition"] | batch["context"]})
+        return self.forward(u, batch | {"condition": batch["condition"] | batch["context"]})

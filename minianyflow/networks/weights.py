@@ -19,7 +19,7 @@ from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import staged
+from minianyflow.support.files import staged
 
 FORMAT = "minianyflow 1"
 KINDS = ("wan", "causal", "codec")

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from minianyflow.consistency import time_weight
 from minianyflow.plane.race import BUDGET, check, exact_flow, in_report, run_method
-from minianyflow.support.running import run_jobs, staged
+from minianyflow.support.files import staged
+from minianyflow.support.jobs import run_jobs
 from toy_data import plane
 
 # Factors on the budget, and settings of the loss or of the pairs drawn; all else as in the demo.

@@ -13,21 +13,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from minianyflow.batches import batches
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
-from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, InnerState
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
-from minianyflow.pairs import generator, stratified_uniform
 from minianyflow.samplers import sample_flow_map
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.running import run_jobs, staged
-from minianyflow.train import Role, batches, train
+from minianyflow.support.files import staged
+from minianyflow.support.jobs import run_jobs
+from minianyflow.times import generator, stratified_uniform, time_grid
+from minianyflow.train import Role, train
 from toy_data import circle
 from toy_data.circle import CircleProcess
 
@@ -119,7 +119,7 @@ def sample_clips(u, z, nfe, truth=None, **condition):
 
 
 @dataclass
-class FrameLoss:
+class FrameLoss(InnerState):
     """Teacher forcing: the forward loss on one frame of every clip, the condition its true past."""
 
     forward: Callable
@@ -302,7 +302,7 @@ def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0):
 
     bar = {"desc": arm, "position": position, "disable": quiet or None}
     fresh = 0 if start is None else FRESH
-    train(roles, lambda step: draw(fresh + step), steps, accelerator=Accelerator(cpu=True), progress=bar, on_step=look)
+    train(roles, lambda step: draw(fresh + step), steps, progress=bar, on_step=look)
     return curve, average.state_dict()
 
 
@@ -337,7 +337,7 @@ def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", wo
         trained = {arm: results[arm][1] for arm in KEPT if arm in arms}
         halves = {f"{arm}/{name}": value.half() for arm, each in trained.items() for name, value in each.items()}
         save_file(halves, folder / STUDENTS.name, made)
-        from minianyflow.plane.figures import save_figure
+        from minianyflow.support.figures import save_figure
 
         save_figure(exposure_figure(report), folder / "exposure.png")
         (folder / "exposure.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,14 +1,9 @@
 """Figures for the README, the notebooks and slides: fixed axes, equal aspect, one colour a method."""
 
-import io
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 
-from minianyflow.support.palette import COLOURS, LABELS, MARKERS
+from minianyflow.support.figures import COLOURS, LABELS, MARKERS
 
 
 def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):
@@ -111,20 +106,3 @@ def peers_figure(report):
     beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "frameon": False}
     panels[0][-1].legend(fontsize=13, handlelength=3.6, labelspacing=0.8, **beside)
     return figure
-
-
-def small_png(figure, dpi=110, colours=64):
-    """A PNG of at most `colours` colours, small enough to commit; bytes."""
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels, file = np.asarray(canvas.buffer_rgba())[..., :3], io.BytesIO()
-    Image.fromarray(pixels).quantize(colours, dither=Image.Dither.NONE).save(file, "png", optimize=True)
-    return file.getvalue()
-
-
-def save_figure(figure, path, dpi=110, colours=64):
-    """Write a small PNG and close the figure; returns the path."""
-    Path(path).write_bytes(small_png(figure, dpi, colours))
-    plt.close(figure)
-    return path

@@ -8,21 +8,21 @@ import time
 from dataclasses import asdict
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from minianyflow.batches import batches
 from minianyflow.consistency import ConsistencyLoss
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
-from minianyflow.pairs import generator
 from minianyflow.plane.students import METHODS, Budget, load_student, sample  # noqa: F401 (opens what `run` writes)
 from minianyflow.samplers import sample_ode
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.running import run_jobs, staged
-from minianyflow.train import Role, batches, train
+from minianyflow.support.files import staged
+from minianyflow.support.jobs import run_jobs
+from minianyflow.times import generator, time_grid
+from minianyflow.train import Role, train
 from toy_data import plane
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -96,12 +96,11 @@ def run_method(method, dataset, seeds, budget, changes, quiet, position=0):
         sampled = sample_all(method, None, dataset, 1, {"desc": "sampling euler", **bar})
         return {"sampled": sampled, "cost": {"train_seconds": 0.0, "network_evaluations": 0}}
     student, draw = make_student(method, dataset, seeds, budget, **changes)
-    accelerator, start = Accelerator(cpu=True), time.perf_counter()
+    start = time.perf_counter()
     train(
         {"student": student},
         draw,
         budget.steps,
-        accelerator=accelerator,
         progress={"desc": f"training {method}", **bar},
     )
     network = student.average.module
@@ -178,7 +177,8 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo",
             "exact_flow": {"sliced_w2": round(sliced_w2(exact_ends, reference), 6)},
             "methods": {method: in_report(results[method], seeds, exact_ends) for method in METHODS},
         }
-        from minianyflow.plane.figures import any_step_figure, save_figure
+        from minianyflow.plane.figures import any_step_figure
+        from minianyflow.support.figures import save_figure
 
         paths = {method: results[method]["sampled"][2] for method in METHODS}
         save_figure(any_step_figure(report, paths, exact_paths), folder / "any_step.png")

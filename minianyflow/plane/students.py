@@ -11,10 +11,9 @@ from safetensors import safe_open
 
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FLOW_MAPS
-from minianyflow.pairs import generator
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError, choose
+from minianyflow.times import generator, time_grid
 from toy_data import plane
 
 STUDENTS = Path(plane.__file__).parent / "students"  # of the spiral; of another target in a folder of its name

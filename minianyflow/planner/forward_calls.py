@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from minianyflow.batches import part_of
 from minianyflow.on_policy import draw_on_policy
-from minianyflow.pairs import generator
 from minianyflow.planner.costs import Live
 from minianyflow.support.install import ROOT
-from minianyflow.train import part_of
+from minianyflow.times import generator
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.run import ROLLOUTS, draws
 

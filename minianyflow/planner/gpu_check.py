@@ -23,14 +23,14 @@ from minianyflow.planner.call_costs import ShapeNetworks
 from minianyflow.planner.forward_calls import stages
 from minianyflow.planner.plan import plan_run
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.running import staged
-from minianyflow.train import train
+from minianyflow.support.files import staged
 from minianyflow.wan.config import CHOICES, load_config
 from minianyflow.wan.data.shards import write_shards
 from minianyflow.wan.data.videos import WAN_CLIP
 from minianyflow.wan.folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
 from minianyflow.wan.run import draws, guard, prepare
 from minianyflow.wan.shapes import SHAPES, SHARED, build_transformer, latent_shape
+from minianyflow.wan.trainer import train_run
 
 TINY = SHARED | TINY_TRANSFORMER | {"text_dim": TINY_TEXT["d_model"], "freq_dim": 64}  # what make_tiny_wan makes
 SIZES = {  # name: (shape, clip, overlays before and after architecture and stage)
@@ -230,7 +230,7 @@ def measure(request, case, config, roles_of, output):
         start[0] = time.perf_counter()
 
     bar = {"desc": " ".join(case), "leave": False}
-    train(
+    train_run(
         roles,
         draws(config, data),
         config.steps,

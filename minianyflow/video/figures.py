@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from minianyflow.plane.figures import COLOURS, LABELS, MARKERS
 from minianyflow.support.errors import InputError, choose
+from minianyflow.support.figures import COLOURS, LABELS, MARKERS
 
 # Beside those of the plane; the teacher is what Euler was there. Others take the spare ones in order.
 _STYLES = {name: (COLOURS[name], MARKERS[name]) for name in COLOURS if name != "exact"} | {

@@ -18,11 +18,11 @@ from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.causal import CausalNetwork, causal_rollout
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import KINDS, load_codec, load_network, read_weights
-from minianyflow.pairs import generator
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import run_jobs, staged
+from minianyflow.support.files import staged
+from minianyflow.support.jobs import run_jobs
+from minianyflow.times import generator, time_grid
 from minianyflow.video.measures import drift, frechet_distance, summary
 from minianyflow.video.stages import GUIDANCE, STAGES, WEIGHTS, path_of
 from toy_data import blobs
@@ -202,7 +202,7 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
 
 def draw(report, ends, codec, folder):
     """The pictures of a report: any-step curves of two measures, and a contact sheet. ends: {stage: {nfe: latents}}."""
-    from minianyflow.plane.figures import save_figure
+    from minianyflow.support.figures import save_figure
     from minianyflow.video.figures import any_step_curves, contact_sheet
 
     whole = report | {"methods": {name: each for name, each in report["methods"].items() if name in CURVES}}

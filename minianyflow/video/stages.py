@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -32,8 +31,9 @@ from minianyflow.networks.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, ti
 from minianyflow.networks.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
-from minianyflow.pairs import draw_pairs, generator
-from minianyflow.support.running import run_jobs, staged
+from minianyflow.support.files import staged
+from minianyflow.support.jobs import run_jobs
+from minianyflow.times import draw_pairs, generator
 from minianyflow.train import Role, train
 from toy_data import blobs
 
@@ -276,16 +276,14 @@ def train_stage(name, seed, folder, quiet=False, position=0):
     torch.set_num_threads(2 if name in ALONE else 1)
     stage, path = STAGES[name], path_of(folder, name, seed)
     bar = {"desc": f"{name} {seed}", "position": position, "disable": quiet or None}
-    accelerator, start = Accelerator(cpu=True), time.perf_counter()
+    start = time.perf_counter()
     if stage.kind == "codec":
-        network, history = train_codec(
-            sample_videos, stage.steps, seed, stage.lr, accelerator=accelerator, progress=bar
-        )
+        network, history = train_codec(sample_videos, stage.steps, seed, stage.lr, progress=bar)
         counters = [codec_cost(stage.steps)]
     else:
         earlier = Earlier(folder)
         roles, draw = BUILDERS[stage.kind](stage, seed, earlier)
-        history = train(roles, draw, stage.steps, accelerator=accelerator, progress=bar)
+        history = train(roles, draw, stage.steps, progress=bar)
         network = next(iter(roles.values())).average.module.network
         counters = [each for role in roles.values() for each in (role.network, role.average.module)] + earlier.asked
     cost = {

@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import LOCK, UNFINISHED, hold, sweep
-from minianyflow.train import remembered
+from minianyflow.support.files import LOCK, UNFINISHED, hold, sweep
 from minianyflow.wan.guard import on_any
+from minianyflow.wan.trainer import loss_state
 
 MANIFEST, STATE = "manifest.json", "state.json"
 BROKEN = "not-whole-"  # before the names of those put aside
@@ -242,11 +242,7 @@ def _tensors(roles, accelerator):
         for key, weight in _optimised(role):
             state = role.optimizer.state.get(weight, {})
             tensors |= {f"{name}/optimizer/{key}/{kind}": value for kind, value in state.items()}
-        tensors |= {
-            f"{name}/loss/{index}/{key}": torch.as_tensor(value)
-            for index, key, value in remembered(role.loss)
-            if value is not None
-        }
+        tensors |= {f"{name}/loss/{key}": value for key, value in loss_state(role.loss).items()}
     index = accelerator.process_index
     tensors[f"random/{index}/cpu"] = torch.get_rng_state()
     if accelerator.device.type == "cuda":
@@ -275,14 +271,10 @@ def _load(folder, roles, accelerator):
     with _alone(accelerator) as alone:
         distributed.load(tensors, checkpoint_id=folder, no_dist=alone)
     for name, role in roles.items():
-        remembered(
-            role.loss,
-            {
-                (index, key): tensors[f"{name}/loss/{index}/{key}"].to(accelerator.device)
-                for index, key, _ in remembered(role.loss)
-                if f"{name}/loss/{index}/{key}" in tensors
-            },
-        )
+        prefix = f"{name}/loss/"
+        state = {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}
+        if state:
+            role.loss.load_state_dict({key: each.to(accelerator.device) for key, each in state.items()})
     index = accelerator.process_index
     if f"random/{index}/cpu" in tensors:
         torch.set_rng_state(tensors[f"random/{index}/cpu"])

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from minianyflow.measures import path_error, sliced_w2
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import staged
+from minianyflow.support.files import staged
 from minianyflow.video.measures import frechet_distance
 from minianyflow.video.report import rounded
 from minianyflow.wan.config import find_device
@@ -237,7 +237,7 @@ def vbench(scorer, samples, steps):
 
 def write(report, samples, output):
     """Write a report, its curves, a sheet of stills and the prompts of the videos; whole or not at all."""
-    from minianyflow.plane.figures import save_figure
+    from minianyflow.support.figures import save_figure
 
     with staged(output) as folder:
         (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

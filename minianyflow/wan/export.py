@@ -11,9 +11,9 @@ from diffusers.utils import logging
 from minianyflow.networks.causal import chunk_partition
 from minianyflow.networks.lora_roles import Adapter, RoleNetwork, load_role, remove_role, roles_of
 from minianyflow.networks.pipelines import write_pipeline
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import whole_folder
+from minianyflow.support.files import whole_folder
+from minianyflow.times import generator
 from minianyflow.wan.folders import load_parts
 from minianyflow.wan.run import load_run, network_of, read_run, sample, transformer_of, weights_in
 

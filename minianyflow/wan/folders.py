@@ -28,9 +28,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from minianyflow.networks.causal import coarse_patches
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.running import whole_folder
+from minianyflow.support.files import whole_folder
+from minianyflow.times import generator
 from minianyflow.wan.data.shards import write_shards
 
 LENGTH = 512  # tokens of a prompt, in Wan's pipelines and its training

@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from minianyflow.batches import part_of
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import Guidance, guided
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_rollout, chunk_partition
@@ -49,14 +50,13 @@ from minianyflow.networks.wan import Autocast, WanNetwork
 from minianyflow.networks.weights import fingerprint
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight, sqrt_weight
 from minianyflow.on_policy import backward_simulation, draw_on_policy
-from minianyflow.pairs import generator
 from minianyflow.samplers import sample_flow_map
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import share_waited, staged, sweep
-from minianyflow.train import part_of
+from minianyflow.support.files import staged, sweep
+from minianyflow.times import generator, time_grid
 from minianyflow.wan.checkpoints import Checkpoints
 from minianyflow.wan.config import as_yaml, find_device, identity, load_config
+from minianyflow.wan.data.prefetch import share_waited
 from minianyflow.wan.data.shards import MANIFEST, LatentShards, data_identity
 from minianyflow.wan.data.videos import write_clips
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts, load_transformer

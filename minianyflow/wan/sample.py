@@ -12,8 +12,8 @@ from huggingface_hub.utils import logging
 from tqdm import tqdm
 
 from minianyflow.networks.causal import chunk_partition, compressed_chunks
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator
 from minianyflow.wan.config import find_device, load_config
 from minianyflow.wan.data.videos import WAN_CLIP, read_video, write_clips
 from minianyflow.wan.folders import (

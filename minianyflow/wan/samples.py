@@ -28,8 +28,8 @@ from tqdm import tqdm
 from minianyflow.flow_map import velocity
 from minianyflow.guidance import guided, guided_velocity
 from minianyflow.networks.mlp import EvaluationCounter
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator
 from minianyflow.wan.data.videos import write_clip
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
 from minianyflow.wan.run import sample

@@ -11,9 +11,8 @@ from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import load_codec, load_network
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
-from minianyflow.pairs import draw_pairs, generator
 from minianyflow.samplers import sample_flow_map
-from minianyflow.schedules import time_grid
+from minianyflow.times import draw_pairs, generator, time_grid
 from minianyflow.video.measures import physics
 from minianyflow.video.stages import WEIGHTS, path_of
 from toy_data import blobs

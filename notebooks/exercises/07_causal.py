@@ -7,8 +7,7 @@ from minianyflow.flow_map import rollout
 from minianyflow.networks.causal import attend, causal_backward_simulation, causal_mask, causal_rollout
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.weights import load_codec, load_network
-from minianyflow.pairs import generator
-from minianyflow.schedules import time_grid
+from minianyflow.times import generator, time_grid
 from minianyflow.video.report import prompts_for
 from minianyflow.video.stages import WEIGHTS, path_of
 from toy_data import blobs

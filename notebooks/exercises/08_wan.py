@@ -7,7 +7,7 @@ from minianyflow.guidance import Guidance
 from minianyflow.networks.lora_roles import Adapter, add_role, merge_role
 from minianyflow.networks.wan import tiny_transformer
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
-from minianyflow.pairs import draw_pairs, generator
+from minianyflow.times import draw_pairs, generator
 
 
 def both(answers):

@@ -8,7 +8,7 @@ from minianyflow.course.exercises import check, finish
 from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate
 from minianyflow.measures import path_error, sobol_noise
 from minianyflow.samplers import sample_ode
-from minianyflow.schedules import time_grid
+from minianyflow.times import time_grid
 from toy_data import plane
 from toy_data.gaussians import Gaussian
 

@@ -6,7 +6,7 @@ from minianyflow.course.exercises import check, finish
 from minianyflow.flow_map import end_point
 from minianyflow.measures import sobol_noise
 from minianyflow.samplers import sample_consistency
-from minianyflow.schedules import time_grid
+from minianyflow.times import time_grid
 from toy_data.gaussians import Gaussian
 
 line, noise = Gaussian(mean=1.0, sigma=0.75), sobol_noise(256, (1,))

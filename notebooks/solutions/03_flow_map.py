@@ -4,7 +4,7 @@ import torch
 
 from minianyflow.course.exercises import check, finish
 from minianyflow.objectives import eulerian_target, semigroup_target
-from minianyflow.schedules import time_grid
+from minianyflow.times import time_grid
 from toy_data import plane
 from toy_data.gaussians import Gaussian
 

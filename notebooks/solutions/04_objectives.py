@@ -6,8 +6,8 @@ from minianyflow.course.exercises import check, finish
 from minianyflow.interpolant import broadcast_time, interpolate
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FlowMapLoss, eulerian_target, semigroup_target
-from minianyflow.pairs import draw_pairs, generator
 from minianyflow.plane.race import FLOW_MAPS
+from minianyflow.times import draw_pairs, generator
 from toy_data import plane
 
 spiral, network = plane.load("spiral"), MLP().requires_grad_(False)

@@ -12,13 +12,14 @@ from diffusers import LTXVideoTransformer3DModel, SD3Transformer2DModel
 from tqdm import tqdm
 
 from benchmarks.backbones import Backbone, FlowMapBackbone, call_ltx, call_sd3
+from minianyflow.batches import batches
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.mixtures import GaussianMixture
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
-from minianyflow.pairs import generator
 from minianyflow.samplers import sample_euler, sample_flow_map
-from minianyflow.schedules import time_grid
-from minianyflow.train import Role, batches, train
+from minianyflow.times import generator, time_grid
+from minianyflow.train import Role
+from minianyflow.wan.trainer import train_run
 from toy_data.plane import spiral
 
 POINTS = 1024
@@ -86,7 +87,7 @@ def race(family, seed):
     def learn(name, network, loss, **pairs):
         role = Role(network, loss, lr=4e-3, ema=0.99, warmup=50)
         progress = {"desc": f"{family}, seed {seed}, {name}", "disable": None}
-        train(
+        train_run(
             {name: role}, batches(mixture.sample, 64, (seed,), **pairs), STEPS[name], 1, accelerator, progress=progress
         )
         return role.average.module

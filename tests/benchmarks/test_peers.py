@@ -12,11 +12,11 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.peers import PEERS, Forwards, measure, solver_of, train_for, velocity_loss, velocity_sampler
+from minianyflow.batches import batches
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.plane.race import Budget
 from minianyflow.support.errors import InputError
-from minianyflow.train import batches
 from toy_data import plane
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,12 +19,11 @@ from minianyflow.live import clip_scenes, plane_scenes, scenes
 from minianyflow.live.player import FARTHEST, STATIC, unpacked
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.on_policy import backward_simulation, backward_simulation_times, distribution_matching_loss
-from minianyflow.pairs import generator
 from minianyflow.plane import exposure
 from minianyflow.plane.race import load_student, sample
-from minianyflow.schedules import time_grid
-from minianyflow.support import palette
 from minianyflow.support.errors import InputError
+from minianyflow.support.figures import COLOURS
+from minianyflow.times import generator, time_grid
 from toy_data import plane
 from toy_data.circle import CircleProcess
 
@@ -102,7 +101,7 @@ def test_colours_are_those_of_the_palette(name, opened):
     found = {colour[:7] for colour in colours(opened(name).player.scene)}
     assert found or name == "video"
     greys = {f"#{two * 3}" for two in ("44", "77")}
-    assert found <= {*palette.COLOURS.values()} | greys
+    assert found <= {*COLOURS.values()} | greys
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,9 +21,8 @@ from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation_times, draw_on_policy
-from minianyflow.pairs import draw_pairs, generator
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
+from minianyflow.times import draw_pairs, generator, time_grid
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

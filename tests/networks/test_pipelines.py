@@ -18,8 +18,8 @@ from minianyflow.networks.codec import Codec
 from minianyflow.networks.pipelines import load_pipeline, save_pipeline
 from minianyflow.networks.wan import PROMPT_LENGTH, TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.samplers import sample_flow_map
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
+from minianyflow.times import time_grid
 
 PROMPTS = ["one ball", "two balls"]
 CLIP = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}

@@ -40,9 +40,10 @@ from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
-from minianyflow.pairs import draw_pairs, generator
 from minianyflow.support.errors import InputError
-from minianyflow.train import Role, train
+from minianyflow.times import draw_pairs, generator
+from minianyflow.train import Role
+from minianyflow.wan.trainer import train_run
 
 RANK = 3
 ROLES = ("student", "teacher", "fake")
@@ -568,7 +569,7 @@ def on_policy_roles(ema=0.9):
 def test_the_one_loop_trains_roles():
     transformer, networks, trained = on_policy_roles()
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
-    history = train(trained, lambda step: draw_batch(), 2, accelerator=Accelerator(cpu=True), progress=False)
+    history = train_run(trained, lambda step: draw_batch(), 2, accelerator=Accelerator(cpu=True), progress=False)
     assert {"student/distribution matching", "student/tangent", "fake/loss"} <= set(history[-1])
     moved = {name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])}
     assert {part for name in moved for part in name.split(".") if part.split()[0] in ROLES} == {
@@ -599,7 +600,7 @@ def test_a_switched_adapter_stops_the_training(checkpointed):
     trained["student"].loss = switching
     expected = (CheckpointError, "different number") if checkpointed else (InputError, "student' was frozen after")
     with pytest.raises(expected[0], match=expected[1]):
-        train({"student": trained["student"]}, draw, 5, accelerator=Accelerator(cpu=True), progress=False)
+        train_run({"student": trained["student"]}, draw, 5, accelerator=Accelerator(cpu=True), progress=False)
     assert len(steps) == 2
 
 
@@ -629,7 +630,7 @@ def main(output):
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     transformer, networks, trained = on_policy_roles()
-    train(trained, lambda step: draw_batch(4), 3, accelerator=accelerator, progress=False)
+    train_run(trained, lambda step: draw_batch(4), 3, accelerator=accelerator, progress=False)
     if accelerator.is_main_process:
         weights = {name: value.tolist() for name, value in transformer.state_dict().items() if "lora_" in name}
         report = {"processes": accelerator.num_processes, "kind": accelerator.distributed_type.value}

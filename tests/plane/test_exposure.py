@@ -8,7 +8,6 @@ import torch
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import OnPolicyLoss, backward_simulation_times, draw_rollouts
-from minianyflow.pairs import generator
 from minianyflow.plane import exposure
 from minianyflow.plane.exposure import (
     ARMS,
@@ -30,8 +29,8 @@ from minianyflow.plane.exposure import (
     step_cost,
 )
 from minianyflow.samplers import sample_euler
-from minianyflow.schedules import time_grid
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator, time_grid
 from toy_data.circle import CircleProcess
 
 PROCESS = CircleProcess()

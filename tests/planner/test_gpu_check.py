@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-from minianyflow import train as training
 from minianyflow.__main__ import run
 from minianyflow.networks.lora_roles import storages
 from minianyflow.planner import gpu_check
@@ -23,6 +22,7 @@ from minianyflow.planner.gpu_check import (
 from minianyflow.planner.plan import plan_run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
+from minianyflow.wan import trainer as training
 
 CPU = torch.device("cpu")
 
@@ -41,18 +41,18 @@ def tiny(*stages, architectures=("bidirectional",), **changes):
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
     """A report, where it was written, what was told, and the steps that training took."""
-    folder, told, trained, real = tmp_path_factory.mktemp("check"), [], [], training.train
+    folder, told, trained, real = tmp_path_factory.mktemp("check"), [], [], training.train_run
 
     def train(roles, draw, steps, *arguments, **options):
         trained.append((sorted(roles), steps))
         return real(roles, draw, steps, *arguments, **options)
 
-    gpu_check.train = train
+    gpu_check.train_run = train
     try:
         request = tiny("forward", "on_policy", profile=True, options=("keep_attention=true",))
         report = check(request, folder, told.append)
     finally:
-        gpu_check.train = real
+        gpu_check.train_run = real
     return report, folder, told, trained
 
 

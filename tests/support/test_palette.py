@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minianyflow.plane import exposure
-from minianyflow.support.palette import COLOURS, LABELS, MARKERS
+from minianyflow.support.figures import COLOURS, LABELS, MARKERS
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
 EYES = {

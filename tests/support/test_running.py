@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from minianyflow.support import running
+from minianyflow.support import files
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import ahead, hold, run_jobs, share_waited, staged, sweep, whole_folder
+from minianyflow.support.files import hold, staged, sweep, whole_folder
+from minianyflow.support.jobs import run_jobs
+from minianyflow.wan.data.prefetch import ahead, share_waited
 
 
 def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
@@ -93,7 +95,7 @@ def test_a_folder_is_held_by_one_where_there_are_locks(tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(running.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     with hold(tmp_path), hold(tmp_path), staged(tmp_path) as folder:  # some network disks have none
         (folder / "file").touch()
     assert (tmp_path / "file").exists()

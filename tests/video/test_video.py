@@ -16,10 +16,10 @@ from minianyflow.networks import causal, codec, wan
 from minianyflow.networks.teacher_forcing import TeacherForced, in_turn
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
-from minianyflow.pairs import generator
 from minianyflow.plane import exposure, students
 from minianyflow.plane import race as demo
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator
 from minianyflow.video import report as video_report
 from minianyflow.video import stages as video_stages
 from minianyflow.video.stages import BUILDERS, GUIDANCE, STAGES, WEIGHTS, Earlier, Latents, path_of
@@ -203,7 +203,7 @@ def test_a_teacher_is_asked_with_its_guidance_and_counted(begun):
 def velocities_in(loss):
     """The teachers' velocities that a loss asks for."""
     if isinstance(loss, TeacherForced):
-        return velocities_in(loss.loss)
+        return velocities_in(loss.forward)
     if isinstance(loss, on_policy.OnPolicyLoss):
         return {"real": loss.real} | velocities_in(loss.forward)
     return {"forward": loss.velocity}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator
 from minianyflow.video.measures import drift, find_balls, frechet_distance, physics, summary
 from toy_data import blobs
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minianyflow.pairs import generator
-from minianyflow.plane.figures import save_figure
 from minianyflow.support.errors import InputError
+from minianyflow.support.figures import save_figure
+from minianyflow.times import generator
 from minianyflow.video.figures import animated_png, any_step_curves, contact_sheet, player
 from toy_data import blobs
 

@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from minianyflow import train as training
 from minianyflow.__main__ import run
 from minianyflow.wan import guard as faults
 from minianyflow.wan import run as runs
+from minianyflow.wan import trainer as training
 from minianyflow.wan.data import shards
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

@@ -20,14 +20,15 @@ from minianyflow.__main__ import run
 from minianyflow.flow_map import displace
 from minianyflow.networks.lora_roles import Adapter, storages
 from minianyflow.on_policy import backward_simulation
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
+from minianyflow.times import generator
 from minianyflow.wan import run as runs
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.folders import load_transformer, make_tiny_wan
 from minianyflow.wan.run import Networks, draws, load_run, read_run, sample, simulation
+from minianyflow.wan.trainer import train_run
 
 
 def script(name):
@@ -72,7 +73,7 @@ def test_the_stages_call_what_the_notebooks_call():
     assert simulation(config) is on_policy.backward_simulation is backward_simulation
     assert runs.velocity is flow_map.velocity
     assert runs.FlowMapLoss.__module__ == "minianyflow.objectives"
-    assert "train(" in Path(distill.__file__).read_text()
+    assert "train_run(" in Path(distill.__file__).read_text()
     assert training.train.__module__ == "minianyflow.train"
 
 
@@ -318,7 +319,7 @@ def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys)
     config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
     kept = runs.Checkpoints(tmp_path / "run/checkpoints", told=runs.told(config, LatentShards(config.data)))
     _, roles, draw = built(config)
-    training.train(roles, draw, 1, progress=False, checkpoints=kept)
+    train_run(roles, draw, 1, progress=False, checkpoints=kept)
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(InputError, match=r"no shards in .*data; expected"):
         runs.prepare(config)

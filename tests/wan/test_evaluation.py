@@ -22,10 +22,9 @@ from minianyflow.networks.causal import causal_rollout
 from minianyflow.networks.pipelines import save_pipeline
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import load_codec, load_network
-from minianyflow.pairs import generator
 from minianyflow.samplers import sample_euler, sample_flow_map
-from minianyflow.schedules import time_grid
 from minianyflow.support.install import ROOT
+from minianyflow.times import generator, time_grid
 from minianyflow.video.measures import frechet_distance
 from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan import evaluate as evaluation

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator
 from minianyflow.wan.data.videos import COLUMNS, read_video, stills, write_clips
 from minianyflow.wan.folders import moving_shapes
 

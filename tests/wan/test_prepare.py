@@ -20,9 +20,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
+from minianyflow.times import generator
 from minianyflow.wan.data import prepare
 from minianyflow.wan.data.clips import WAN_NULL, Clip, Options, read_captions, read_clip
 from minianyflow.wan.data.prepare import Preparation

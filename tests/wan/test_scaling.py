@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minianyflow.pairs import generator
 from minianyflow.planner.plan import plan_run
 from minianyflow.support.install import ROOT
+from minianyflow.times import generator
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.data.videos import WAN_CLIP, write_clips

@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from minianyflow.__main__ import run
 from minianyflow.networks.causal import CausalAttention
-from minianyflow.pairs import generator
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
+from minianyflow.times import generator
 from minianyflow.train import Role
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards

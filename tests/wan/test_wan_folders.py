@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from minianyflow.__main__ import run
 from minianyflow.networks.causal import CausalNetwork, causal_from
 from minianyflow.networks.wan import WanNetwork
-from minianyflow.pairs import generator
-from minianyflow.schedules import time_shift
 from minianyflow.support.errors import InputError
+from minianyflow.times import generator, time_shift
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.folders import (
     TINY_LENGTH,

@@ -22,7 +22,7 @@ from safetensors.torch import load, load_file, save
 from tqdm import tqdm
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import hold
+from minianyflow.support.files import hold
 from minianyflow.wan.data.clips import DTYPES, read_clip
 from minianyflow.wan.data.shards import AGAIN, MANIFEST, NULL, SKIPPED, read_manifest
 from minianyflow.wan.folders import encode_prompts, encode_video, load_parts

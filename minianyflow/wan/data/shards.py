@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minianyflow.interpolant import check_finite
-from minianyflow.pairs import draw_pairs, generator
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import staged
+from minianyflow.support.files import staged
+from minianyflow.times import draw_pairs, generator
 
 NULL, MANIFEST, SKIPPED = "null.safetensors", "manifest.json", "skipped.jsonl"
 ORDER, NOISE, TIMES = range(3)  # what a key (seed, which, number) of random numbers is for
@@ -170,7 +170,7 @@ class LatentShards:
 
         Samples are numbered through the whole run: the batch has `rows` of them from step * rows on. Every row of the
         set comes once an epoch, each epoch in an order of its own, whatever the size of a batch; the noise of a sample
-        depends on its number, the times on the step. `pairs` goes to `pairs.draw_pairs`; rows that it lets drop their
+        depends on its number, the times on the step. `pairs` goes to `times.draw_pairs`; rows that it lets drop their
         prompt get the null prompt. `row` says which rows of the set they are. part: (index, parts), one of so many
         equal parts of the batch; nothing else is read.
         """

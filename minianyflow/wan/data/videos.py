@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.running import staged
+from minianyflow.support.files import staged
 
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
 FPS = 16  # of Wan's videos

@@ -1,19 +1,11 @@
-"""Running long jobs: side by side in processes of their own, and results that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and folders that one run alone writes to."""
 
 import contextlib
 import errno
 import os
 import shutil
-import signal
-import statistics
 import tempfile
-import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, get_context
 from pathlib import Path
-
-from tqdm import tqdm
 
 from minianyflow.support.errors import InputError
 
@@ -23,74 +15,6 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK, UNFINISHED = ".lock", ".unfinished-"
-
-
-def run_jobs(jobs, workers=2, after=None):
-    """The results of `jobs`, {name: (function, arguments)}, by name; at most `workers` of them run at a time.
-
-    They start in the order given: put the longest first. after: {name: a job that must be done before}. Each gets its
-    `position` among the progress bars as a last argument. An error or Ctrl-C stops them all.
-    """
-    if workers < 1:
-        raise InputError(f"{workers} workers; expected at least 1")
-    context, others, after = get_context("spawn"), set(active_children()), after or {}
-    places = {name: position for position, name in enumerate(jobs)}
-    waiting, running, results = dict(jobs), {}, {}
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(context.RLock(),)) as pool:
-        try:
-            while waiting or running:
-                ready = [name for name in waiting if name not in after or after[name] in results]
-                for name in ready[: workers - len(running)]:
-                    function, arguments = waiting.pop(name)
-                    running[pool.submit(function, *arguments, places[name])] = name
-                for job in wait(running, return_when=FIRST_COMPLETED).done:
-                    results[running.pop(job)] = job.result()
-        except BrokenProcessPool:
-            raise InputError("a process was killed, perhaps for want of memory; try again with --workers 1") from None
-        except BaseException:
-            for process in set(active_children()) - others:
-                process.terminate()
-            raise
-    return {name: results[name] for name in jobs}
-
-
-def _start_worker(lock):
-    """One lock for all progress bars; Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.set_lock(lock)
-
-
-def ahead(draw, steps, waits=None):
-    """`draw(step)` whose next batch, up to `steps`, is drawn in a thread while this one is worked on.
-
-    What is drawn must depend on the step alone; an error is raised when its batch is asked for.
-    waits: a list that gets (seconds waited for its batch, seconds until the next was asked for) of each step, once the
-    next begins; for the first batch every run waits, and it is left out.
-    """
-    pool, waiting, last = ThreadPoolExecutor(1, "draw"), {}, []
-
-    def drawn(step):
-        asked, begun = time.perf_counter(), step not in waiting
-        batch = waiting.pop(step, None) or pool.submit(draw, step)
-        if step + 1 < steps:
-            waiting[step + 1] = pool.submit(draw, step + 1)
-        result = batch.result()
-        if last and waits is not None:
-            start, waited = last.pop()
-            waits.append((waited, asked - start))
-        last[:] = [] if begun else [(asked, time.perf_counter() - asked)]
-        return result
-
-    return drawn
-
-
-def share_waited(waits):
-    """Of the steps of `ahead`, the share that was waiting for data: {"median": of a step, "all": of them together}."""
-    if not waits:
-        return None
-    shares = [waited / seconds for waited, seconds in waits]
-    waited, seconds = map(sum, zip(*waits, strict=True))
-    return {"steps": len(waits), "median": statistics.median(shares), "all": waited / seconds}
 
 
 def hold(folder):

@@ -1,0 +1,45 @@
+"""Long jobs side by side, each in a process of its own."""
+
+import signal
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
+
+from tqdm import tqdm
+
+from minianyflow.support.errors import InputError
+
+
+def run_jobs(jobs, workers=2, after=None):
+    """The results of `jobs`, {name: (function, arguments)}, by name; at most `workers` of them run at a time.
+
+    They start in the order given: put the longest first. after: {name: a job that must be done before}. Each gets its
+    `position` among the progress bars as a last argument. An error or Ctrl-C stops them all.
+    """
+    if workers < 1:
+        raise InputError(f"{workers} workers; expected at least 1")
+    context, others, after = get_context("spawn"), set(active_children()), after or {}
+    places = {name: position for position, name in enumerate(jobs)}
+    waiting, running, results = dict(jobs), {}, {}
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(context.RLock(),)) as pool:
+        try:
+            while waiting or running:
+                ready = [name for name in waiting if name not in after or after[name] in results]
+                for name in ready[: workers - len(running)]:
+                    function, arguments = waiting.pop(name)
+                    running[pool.submit(function, *arguments, places[name])] = name
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    results[running.pop(job)] = job.result()
+        except BrokenProcessPool:
+            raise InputError("a process was killed, perhaps for want of memory; try again with --workers 1") from None
+        except BaseException:
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+    return {name: results[name] for name in jobs}
+
+
+def _start_worker(lock):
+    """One lock for all progress bars; Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(lock)

@@ -1,0 +1,144 @@
+"""The training loop of a run of days: several processes, checkpoints, trackers, batches that may be bad.
+
+The step is the small loop's own: `train.accumulate_gradient`, then `Role.update`. A batch is drawn for all processes
+from its step number alone and every process trains on its part, so that one process and many see the same rows.
+"""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from minianyflow.batches import part_of
+from minianyflow.support.errors import InputError
+from minianyflow.train import accumulate_gradient, check_gradients, check_roles, mean_figures
+from minianyflow.wan.guard import Guard, Stopped, abandoned, listening, on_any, track
+
+
+def train_run(
+    roles,
+    draw,
+    steps,
+    accumulate=1,
+    accelerator=None,
+    progress=True,
+    on_step=None,
+    log_every=100,
+    checkpoints=None,
+    guard=None,
+    own_rows=False,
+):
+    """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/KIND": raw error}.
+
+    draw(step): the global batch; with own_rows the rows of this process alone, as `part_of` has them.
+    accumulate: number of micro-batches per process (gradient accumulation). progress: a bar, none, or a dict of tqdm's
+    options. on_step(step) is called after each step. The history is gathered from all processes every `log_every`
+    steps and at the end, and passed to the accelerator's trackers, if it has any.
+    checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to; SIGTERM, or the end of what launched it,
+    then ends the run after its step, saved, with `guard.Stopped`. guard: a `guard.Guard` for bad batches; None stops
+    at the first.
+    Raises InputError if a loss stops being finite, a weight that should learn gets no gradient, or one is frozen.
+    """
+    check_roles(roles, steps)
+    accelerator, guard = accelerator or Accelerator(), guard or Guard()
+    mine = (0, 1) if own_rows else (accelerator.process_index, accelerator.num_processes)
+    wrapped = {name: _wrap(role, accelerator) for name, role in roles.items()}
+    done, history = checkpoints.restore(roles, accelerator) if checkpoints else (0, [])
+    if checkpoints:
+        checkpoints.check_room(roles)
+    if done > steps:
+        raise InputError(f"a checkpoint of {done} steps; expected at most steps={steps}: set more")
+    with listening(checkpoints is not None) as terminated:
+        for step in tqdm(range(done, steps), initial=done, total=steps, **_bar(progress, accelerator)):
+            batch, figures = part_of(draw(step), *mine), {"step": step}
+            for name, role in roles.items():
+                raw = _step(name, role, *wrapped[name], batch, step, steps, accumulate, accelerator, guard)
+                if raw is None:  # a bad batch
+                    break
+                figures |= {f"{name}/{kind}": error for kind, error in raw.items()}
+            else:
+                if step % log_every == 0 or step == steps - 1:
+                    history.append(_gather(figures))
+                    track(history[-1], accelerator)
+            if checkpoints:
+                stop = on_any(bool(terminated) or abandoned(), accelerator)
+                if stop or checkpoints.due(step + 1, steps):
+                    checkpoints.save(roles, step + 1, history, accelerator)
+                if stop:
+                    why = "its launcher is gone" if abandoned() else "SIGTERM"
+                    raise Stopped(f"{why}: saved after {step + 1} of {steps} steps")
+            if on_step:
+                on_step(step)
+    return history
+
+
+def _wrap(role, accelerator):
+    """The network and the optimiser of a role, wrapped by accelerate for several processes."""
+    network, optimizer = accelerator.prepare(role.network, role.optimizer)
+    if role.average is not None:
+        role.average.to(accelerator.device)
+    if isinstance(network, FSDPModule):
+        _reduce_once(network)
+        if role.average is not None:
+            fully_shard(role.average.module, reshard_after_forward=False)
+    if hasattr(network, "broadcast_buffers"):
+        network.broadcast_buffers = False  # or a process whose rows need fewer forwards hangs the others
+    return network, optimizer
+
+
+def _reduce_once(network):
+    """Make a sharded network reduce its gradients once per backward, not once per forward.
+
+    Processes differ in how often they evaluate a network, by the rows they have, and would wait for each other for
+    ever. FSDP2 looks for inputs with gradient, and casts them: they pass it hidden, times as they are.
+    """
+
+    def hide(_, arguments, condition):
+        return (lambda: (arguments, condition),), {}
+
+    def show(_, arguments, condition):
+        return arguments[0]()
+
+    network.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)
+    network.register_forward_pre_hook(show, with_kwargs=True)
+
+
+def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard):
+    """One step of one role: its figures by name, or None for a bad batch, which leaves everything as it was."""
+    before = loss_state(role.loss)
+    parts = [part_of(batch, index, accumulate, accelerator.device) for index in range(accumulate)]
+    losses, figures = accumulate_gradient(role, parts, network, lambda: accelerator.no_sync(network))
+    check_gradients(name, role, first=step == 0)
+    norm = _clip(network.parameters(), role.clip) if role.clip else 0.0
+    if guard.bad(losses, norm, accelerator):
+        guard.note(step, name, losses, batch, accelerator)
+        optimizer.zero_grad()
+        if before:
+            role.loss.load_state_dict(before)
+        return None
+    role.update(step, steps, optimizer)
+    return figures
+
+
+def loss_state(loss):
+    """What a loss carries from one step to the next, {name: tensor}; empty for a plain function."""
+    return loss.state_dict() if hasattr(loss, "state_dict") else {}
+
+
+def _clip(weights, most):
+    """Scale gradients to a norm of `most`; returns that before. accelerate's own fails with two sharded networks."""
+    norm = torch.nn.utils.clip_grad_norm_(weights, most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _bar(progress, accelerator):
+    options = {"desc": "training", "unit": "step", "mininterval": 0.5}
+    options |= progress if isinstance(progress, dict) else {"disable": not progress}
+    return options if accelerator.is_main_process else {"disable": True}
+
+
+def _gather(figures):
+    """Mean over processes of every figure."""
+    return mean_figures(gather_object([{name: float(value) for name, value in figures.items()}]))
