@@ -6,7 +6,7 @@ nine minutes by default. The defaults are those of the run in docs/peers.md.
 
 import sys
 
-from minianyflow.__main__ import Parser, run, whole_numbers
+from minianyflow.support.cli import Parser, run, whole_numbers
 
 
 def main(argv=None):

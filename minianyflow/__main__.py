@@ -5,12 +5,12 @@ This module needs nothing but Python until a command that needs more is run: `se
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from minianyflow.support.cli import Parser, run, whole_numbers
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT, browser, setup
 
@@ -182,22 +182,6 @@ def check(arguments):
     return lint or test(arguments)
 
 
-def whole_numbers(text, what="seeds"):
-    """'0,1,2' to (0, 1, 2)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{what} {text!r}; expected whole numbers with commas between, like 0,1,2") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like all others."""
-
-    def error(self, message):
-        """Raise instead of printing the usage."""
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def parse(argv):
     """The arguments of a command, and the function that runs it under `.command`."""
     parser = Parser("python -m minianyflow", description=__doc__.splitlines()[0])
@@ -258,26 +242,6 @@ def parse(argv):
     add(test).add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     add(check)
     return parser.parse_args(argv)
-
-
-def run(command):
-    """command(), whose exit status is returned: bad input, a missing package and an interruption are one line each."""
-    try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interruption, too
-        return command()
-    except InputError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as missing:
-        print(
-            f"error: {missing.name} is not installed here; run `python -m minianyflow setup`, then use "
-            "`.venv/bin/python` (on Windows `.venv\\Scripts\\python`), or `make`",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is unfinished does not count; run the same command again", file=sys.stderr)
-        return 130
 
 
 def main(argv=None):

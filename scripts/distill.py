@@ -9,7 +9,7 @@ The functions below make the same calls as notebooks 4 and 5 of the course; only
 
 import sys
 
-from minianyflow.__main__ import Parser, run
+from minianyflow.support.cli import Parser, run
 
 
 def teacher(config, networks, null):

@@ -6,7 +6,7 @@ carry a non-commercial licence.
 
 import sys
 
-from minianyflow.__main__ import Parser, run
+from minianyflow.support.cli import Parser, run
 
 SIZES = {"frames": "4 n + 1", "height": "pixels", "width": "pixels", "length": "tokens a prompt"}
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from minianyflow.__main__ import Parser, run
+from minianyflow.support.cli import Parser, run
 from minianyflow.support.errors import InputError
 
 

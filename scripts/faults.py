@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil  # which accelerate needs
 
-from minianyflow.__main__ import Parser, run
+from minianyflow.support.cli import Parser, run
 
 SCRIPT = Path(__file__).resolve().with_name("distill.py")
 ONE = SCRIPT.parent / "accelerate/one_gpu.yaml"

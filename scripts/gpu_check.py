@@ -7,7 +7,7 @@ beside the plan's; gpu_check.md and gpu_check.json are for docs/gpu.md. A case t
 import json
 import sys
 
-from minianyflow.__main__ import Parser, run
+from minianyflow.support.cli import Parser, run
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ Counted without a GPU and without weights; not measured on a GPU.
 import json
 import sys
 
-from minianyflow.__main__ import Parser, run
+from minianyflow.support.cli import Parser, run
 
 
 def main(argv=None):

@@ -9,7 +9,7 @@ import sys
 import time
 from datetime import timedelta
 
-from minianyflow.__main__ import Parser, run
+from minianyflow.support.cli import Parser, run
 
 
 def prepare(arguments):

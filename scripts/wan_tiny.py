@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from minianyflow.__main__ import Parser, run
+from minianyflow.support.cli import Parser, run
 from minianyflow.support.errors import InputError
 
 SCRIPTS = Path(__file__).parent

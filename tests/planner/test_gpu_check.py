@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-from minianyflow.__main__ import run
 from minianyflow.networks.lora_roles import storages
 from minianyflow.planner import gpu_check
 from minianyflow.planner.gpu_check import (
@@ -20,6 +19,7 @@ from minianyflow.planner.gpu_check import (
     too_large,
 )
 from minianyflow.planner.plan import plan_run
+from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.wan import trainer as training

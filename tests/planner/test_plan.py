@@ -11,7 +11,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minianyflow import train as training
-from minianyflow.__main__ import run
 from minianyflow.networks.causal import causal_mask
 from minianyflow.planner.call_costs import Prices
 from minianyflow.planner.costs import Live, kept_pairs
@@ -19,6 +18,7 @@ from minianyflow.planner.forward_calls import Question
 from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
 from minianyflow.planner.plan import LARGEST, SPARE, check_split, plan_run, shape_of
 from minianyflow.planner.report import MODELS, RUNS, bills, describe, table
+from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.wan.config import load_config

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from minianyflow.__main__ import run
+from minianyflow.support.cli import run
 from minianyflow.wan import guard as faults
 from minianyflow.wan import run as runs
 from minianyflow.wan import trainer as training

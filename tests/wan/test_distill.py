@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from minianyflow import flow_map, on_policy
 from minianyflow import train as training
-from minianyflow.__main__ import run
 from minianyflow.flow_map import displace
 from minianyflow.networks.lora_roles import Adapter, storages
 from minianyflow.on_policy import backward_simulation
+from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator

@@ -16,13 +16,13 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from minianyflow.__main__ import run
 from minianyflow.flow_map import velocity
 from minianyflow.networks.causal import causal_rollout
 from minianyflow.networks.pipelines import save_pipeline
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import load_codec, load_network
 from minianyflow.samplers import sample_euler, sample_flow_map
+from minianyflow.support.cli import run
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator, time_grid
 from minianyflow.video.measures import frechet_distance

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 from safetensors import safe_open
 
-from minianyflow.__main__ import run
 from minianyflow.networks.causal import CausalAttention
+from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator

@@ -11,9 +11,9 @@ from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, W
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minianyflow.__main__ import run
 from minianyflow.networks.causal import CausalNetwork, causal_from
 from minianyflow.networks.wan import WanNetwork
+from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator, time_shift
 from minianyflow.wan.data.shards import LatentShards

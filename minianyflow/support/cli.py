@@ -1,0 +1,43 @@
+"""The command line's own parts: a parser and a runner whose complaints are one line each. Needs nothing but Python."""
+
+import argparse
+import signal
+import sys
+
+from minianyflow.support.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like all others."""
+
+    def error(self, message):
+        """Raise instead of printing the usage."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def run(command):
+    """command(), whose exit status is returned: bad input, a missing package and an interruption are one line each."""
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interruption, too
+        return command()
+    except InputError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as missing:
+        print(
+            f"error: {missing.name} is not installed here; run `python -m minianyflow setup`, then use "
+            "`.venv/bin/python` (on Windows `.venv\\Scripts\\python`), or `make`",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is unfinished does not count; run the same command again", file=sys.stderr)
+        return 130
+
+
+def whole_numbers(text, what="seeds"):
+    """'0,1,2' to (0, 1, 2)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{what} {text!r}; expected whole numbers with commas between, like 0,1,2") from None
