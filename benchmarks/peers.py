@@ -17,7 +17,7 @@ from torch import nn
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from minianyflow.batches import batches
+from minianyflow.batch import batches
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
@@ -27,7 +27,7 @@ from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staged
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import time_grid
-from minianyflow.train import Role, train
+from minianyflow.training import Role, train
 from toy_data import plane
 
 NFE = (1, 2, 4, 8, 16, 32, 64)

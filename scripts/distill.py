@@ -14,7 +14,7 @@ from minianyflow.support.cli import Parser, run
 
 def teacher(config, networks, null):
     """Flow matching: rows r = t alone."""
-    from minianyflow.train import Role
+    from minianyflow.training import Role
     from minianyflow.wan.run import forward_loss, optimiser
 
     student = networks.trained("student", config.student)
@@ -27,7 +27,7 @@ forward = teacher  # with rows r < t, and the objective of the configuration, it
 def on_policy(config, networks, null):
     """Backward simulation, distribution matching against a fake score, and the forward loss beside."""
     from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss
-    from minianyflow.train import Role
+    from minianyflow.training import Role
     from minianyflow.wan.run import forward_loss, guided_teacher, optimiser, simulation
 
     student = networks.trained("student", config.student)

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from minianyflow.batches import batches, part_of
+from minianyflow.batch import batches, part_of
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
-from minianyflow.train import Role
+from minianyflow.training import Role
 from minianyflow.wan.guard import Guard, begin_trackers, end_trackers, track
 from minianyflow.wan.trainer import train_run
 from toy_data import plane

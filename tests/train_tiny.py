@@ -6,10 +6,10 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from minianyflow.batches import batches
+from minianyflow.batch import batches
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
-from minianyflow.train import Role
+from minianyflow.training import Role
 from minianyflow.wan.trainer import train_run
 from toy_data import plane
 

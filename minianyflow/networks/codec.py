@@ -14,7 +14,7 @@ from torch import nn
 
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
-from minianyflow.train import Role, train
+from minianyflow.training import Role, train
 
 PIECE = 256  # clips that go through together
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from minianyflow.batches import batches
+from minianyflow.batch import batches
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, InnerState
@@ -27,7 +27,7 @@ from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staged
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import generator, stratified_uniform, time_grid
-from minianyflow.train import Role, train
+from minianyflow.training import Role, train
 from toy_data import circle
 from toy_data.circle import CircleProcess
 

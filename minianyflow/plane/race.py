@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from minianyflow.batches import batches
+from minianyflow.batch import batches
 from minianyflow.consistency import ConsistencyLoss
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
@@ -22,7 +22,7 @@ from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staged
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import generator, time_grid
-from minianyflow.train import Role, train
+from minianyflow.training import Role, train
 from toy_data import plane
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from minianyflow.batches import part_of
+from minianyflow.batch import part_of
 from minianyflow.on_policy import draw_on_policy
 from minianyflow.planner.costs import Live
 from minianyflow.support.install import ROOT

@@ -34,7 +34,7 @@ from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.support.files import staged
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import draw_pairs, generator
-from minianyflow.train import Role, train
+from minianyflow.training import Role, train
 from toy_data import blobs
 
 WEIGHTS = Path(blobs.__file__).parent / "video"  # of the committed run

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from minianyflow.batches import part_of
+from minianyflow.batch import part_of
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import Guidance, guided
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_rollout, chunk_partition

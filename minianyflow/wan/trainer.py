@@ -1,6 +1,6 @@
 """The training loop of a run of days: several processes, checkpoints, trackers, batches that may be bad.
 
-The step is the small loop's own: `train.accumulate_gradient`, then `Role.update`. A batch is drawn for all processes
+The step is the small loop's own: `training.accumulate_gradient`, then `Role.update`. A batch is drawn for all processes
 from its step number alone and every process trains on its part, so that one process and many see the same rows.
 """
 
@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from minianyflow.batches import part_of
+from minianyflow.batch import part_of
 from minianyflow.support.errors import InputError
-from minianyflow.train import accumulate_gradient, check_gradients, check_roles, mean_figures
+from minianyflow.training import accumulate_gradient, check_gradients, check_roles, mean_figures
 from minianyflow.wan.guard import Guard, Stopped, abandoned, listening, on_any, track
 
 

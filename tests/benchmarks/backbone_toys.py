@@ -12,13 +12,13 @@ from diffusers import LTXVideoTransformer3DModel, SD3Transformer2DModel
 from tqdm import tqdm
 
 from benchmarks.backbones import Backbone, FlowMapBackbone, call_ltx, call_sd3
-from minianyflow.batches import batches
+from minianyflow.batch import batches
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.mixtures import GaussianMixture
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.samplers import sample_euler, sample_flow_map
 from minianyflow.times import generator, time_grid
-from minianyflow.train import Role
+from minianyflow.training import Role
 from minianyflow.wan.trainer import train_run
 from toy_data.plane import spiral
 

@@ -12,7 +12,7 @@ from benchmarks.backbones import CALLS, Backbone, FlowMapBackbone, call_sd3, fin
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.objectives import eulerian_target
 from minianyflow.support.errors import InputError
-from minianyflow.train import Role
+from minianyflow.training import Role
 from tests.benchmarks.backbone_toys import TOYS, race
 
 T, R = torch.tensor([0.95, 0.4]), torch.tensor([0.3, 0.0])

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.peers import PEERS, Forwards, measure, solver_of, train_for, velocity_loss, velocity_sampler
-from minianyflow.batches import batches
+from minianyflow.batch import batches
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.plane.race import Budget

@@ -42,7 +42,7 @@ from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
 from minianyflow.support.errors import InputError
 from minianyflow.times import draw_pairs, generator
-from minianyflow.train import Role
+from minianyflow.training import Role
 from minianyflow.wan.trainer import train_run
 
 RANK = 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minianyflow import train as training
+from minianyflow import training
 from minianyflow.networks.causal import causal_mask
 from minianyflow.planner.call_costs import Prices
 from minianyflow.planner.costs import Live, kept_pairs

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minianyflow import consistency, flow_map, objectives, on_policy, samplers
-from minianyflow import train as training
+from minianyflow import consistency, flow_map, objectives, on_policy, samplers, training
 from minianyflow.interpolant import interpolate
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks import causal, codec, wan

@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from minianyflow.batches import batches
+from minianyflow.batch import batches
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.support.errors import InputError
-from minianyflow.train import Role
+from minianyflow.training import Role
 from minianyflow.wan import checkpoints as module
 from minianyflow.wan.checkpoints import Checkpoints, problem_of
 from minianyflow.wan.guard import Guard

@@ -14,8 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minianyflow import flow_map, on_policy
-from minianyflow import train as training
+from minianyflow import flow_map, on_policy, training
 from minianyflow.flow_map import displace
 from minianyflow.networks.lora_roles import Adapter, storages
 from minianyflow.on_policy import backward_simulation
@@ -74,7 +73,7 @@ def test_the_stages_call_what_the_notebooks_call():
     assert runs.velocity is flow_map.velocity
     assert runs.FlowMapLoss.__module__ == "minianyflow.objectives"
     assert "train_run(" in Path(distill.__file__).read_text()
-    assert training.train.__module__ == "minianyflow.train"
+    assert training.train.__module__ == "minianyflow.training"
 
 
 # ---- evaluations, counted

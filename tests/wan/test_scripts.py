@@ -18,7 +18,7 @@ from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator
-from minianyflow.train import Role
+from minianyflow.training import Role
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.data.videos import write_clips

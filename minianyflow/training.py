@@ -14,7 +14,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from minianyflow.batches import Batch, part_of
+from minianyflow.batch import Batch, part_of
 from minianyflow.support.errors import InputError
 
 
