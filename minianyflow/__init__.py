@@ -11,6 +11,56 @@ The files beside this one are the mathematics. The folders follow the journey:
     live/       the player of trajectories and the five scenes of the course
     course/     what notebooks and exercises stand on
     support/    error messages, files that appear whole or not at all, worker processes
+
+The public names are below, by module. `from minianyflow import rollout` imports the module of that name and no other;
+`import minianyflow` needs nothing but Python.
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_MODULES = {
+    "interpolant": ("broadcast_time", "clean_from_velocity", "data_velocity", "interpolate", "score_from_velocity"),
+    "times": ("draw_pairs", "generator", "time_grid", "time_shift"),
+    "flow_map": ("displace", "end_point", "jump", "rollout", "tangent", "velocity"),
+    "samplers": (
+        "sample_consistency",
+        "sample_consistency_deterministic",
+        "sample_euler",
+        "sample_flow_map",
+        "sample_ode",
+    ),
+    "mixtures": ("GaussianMixture",),
+    "guidance": ("Guidance", "guided"),
+    "objectives": ("FLOW_MAPS", "FlowMapLoss", "eulerian_target", "lagrangian_target", "semigroup_target"),
+    "consistency": ("ConsistencyLoss", "consistency_target"),
+    "on_policy": (
+        "FakeScoreLoss",
+        "OnPolicyLoss",
+        "backward_simulation",
+        "backward_simulation_times",
+        "distribution_matching_loss",
+        "draw_on_policy",
+        "draw_rollouts",
+    ),
+    "measures": ("component_mass", "energy_distance", "off_share", "path_error", "sliced_w2", "sobol_noise"),
+    "batch": ("Batch", "batches"),
+    "training": ("Role", "train"),
+    "networks.mlp": ("MLP", "EvaluationCounter"),
+    "support.errors": ("InputError",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name):
+    """Import a public name from its module, when it is first used (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -24,7 +24,7 @@ from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, InnerState
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
 from minianyflow.samplers import sample_flow_map
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import generator, stratified_uniform, time_grid
 from minianyflow.training import Role, train
@@ -317,7 +317,7 @@ def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", wo
         choose("arm", arm, dict.fromkeys(ARMS))
     process, common = CircleProcess(), (tuple(seeds), budget, quiet)
     reference, other = (process.clips.sample_stratified(CLIPS, generator(seed)) for seed in range(2))
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         first = (train_arm, ("teacher forcing", None, budget.start, *common))
         start, weights = run_jobs({"start": first}, workers)["start"]
         results = run_jobs({arm: (train_arm, (arm, weights, budget.after, *common)) for arm in reversed(arms)}, workers)

@@ -37,15 +37,15 @@ def distill(argv):
         return 0
     from accelerate import PartialState
 
-    from minianyflow.wan.guard import Stopped, leave
+    from minianyflow.wan.guard import Preempted, exit_at_once
     from minianyflow.wan.stages import distil
 
     try:
         run = distil(config)
-    except Stopped as stopped:
+    except Preempted as stopped:
         if PartialState().is_main_process:
             print(f"\n{stopped}; the same command resumes from there", file=sys.stderr)
-        return leave()  # ends the process with status 143
+        return exit_at_once()  # ends the process with status 143
     if run:  # on the main process
         print(f"\nwritten: {config.output}, after {run['seconds']} seconds")
         if waited := run["waiting_for_data"]:

@@ -6,7 +6,7 @@ course; only the networks are larger. `distil` trains the stage that a configura
 
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss
 from minianyflow.training import Role
-from minianyflow.wan.data.prefetch import ahead
+from minianyflow.wan.prefetch import prefetch
 from minianyflow.wan.run import (
     Clock,
     Networks,
@@ -57,17 +57,17 @@ STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 def distil(config):
     """Train the stage of `config`, from the newest checkpoint of its run if there is one; returns run.json.
 
-    Leaves a run folder. On other processes than the main one: None. Raises `guard.Stopped` after SIGTERM.
+    Leaves a run folder. On other processes than the main one: None. Raises `guard.Preempted` after SIGTERM.
     """
     accelerator, data, checkpoints = prepare(config)
     networks = Networks(config, data.shape[0], accelerator.device)
     null = {"prompt": data.null.to(accelerator.device)}
     roles = STAGES[config.stage](config, networks, null)
     clock, watch, waits = Clock(), guard(config, data), []
-    checkpoints.carried = {"networks": networks, "clock": clock, "guard": watch}
+    checkpoints.stateful = {"networks": networks, "clock": clock, "guard": watch}
     history = train_run(
         roles,
-        ahead(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps, waits),
+        prefetch(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps, waits),
         config.steps,
         config.accumulate,
         accelerator,
