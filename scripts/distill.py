@@ -52,7 +52,7 @@ STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 def distil(config):
     """Train the stage of `config`, from where it was broken off, and leave a run folder; returns run.json."""
-    from minianyflow.wan.data.prefetch import ahead
+    from minianyflow.wan.prefetch import prefetch
     from minianyflow.wan.run import Clock, Networks, draws, guard, prepare, sampler, save_run
     from minianyflow.wan.trainer import train_run
 
@@ -61,10 +61,10 @@ def distil(config):
     null = {"prompt": data.null.to(accelerator.device)}
     roles = STAGES[config.stage](config, networks, null)
     clock, watch, waits = Clock(), guard(config, data), []
-    checkpoints.carried = {"networks": networks, "clock": clock, "guard": watch}
+    checkpoints.stateful = {"networks": networks, "clock": clock, "guard": watch}
     history = train_run(
         roles,
-        ahead(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps, waits),
+        prefetch(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps, waits),
         config.steps,
         config.accumulate,
         accelerator,
@@ -83,7 +83,7 @@ def main(argv=None):
     from accelerate import PartialState
 
     from minianyflow.wan.config import as_yaml, load_config
-    from minianyflow.wan.guard import TERMINATED, Stopped
+    from minianyflow.wan.guard import EXIT_SIGTERM, Preempted
 
     parser = Parser("distill.py", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -104,10 +104,10 @@ def main(argv=None):
         return 0
     try:
         made = distil(config)
-    except Stopped as stopped:
+    except Preempted as stopped:
         if PartialState().is_main_process:
             print(f"\n{stopped}; the same command goes on from there", file=sys.stderr)
-        return TERMINATED
+        return EXIT_SIGTERM
     if made:  # on the main process
         print(f"\nwritten: {config.output}, after {made['seconds']} seconds")
         if waited := made["waiting_for_data"]:
@@ -120,7 +120,7 @@ def main(argv=None):
 if __name__ == "__main__":
     status = run(main)
     if status == 143:  # then torch is there
-        from minianyflow.wan.guard import leave
+        from minianyflow.wan.guard import exit_at_once
 
-        leave()
+        exit_at_once()
     sys.exit(status)

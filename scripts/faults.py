@@ -106,7 +106,7 @@ def checkpoints(output):
     """The whole checkpoints of a run, newest first."""
     from minianyflow.wan.checkpoints import Checkpoints, problem_of
 
-    return [folder for folder in Checkpoints(output / "checkpoints").found() if problem_of(folder) is None]
+    return [folder for folder in Checkpoints(output / "checkpoints").folders() if problem_of(folder) is None]
 
 
 def wait_for(path, seconds=60):
@@ -215,12 +215,12 @@ def launched(processes):
 def wait_for_lock(folder, seconds=60):
     """Until no run holds this folder."""
     from minianyflow.support.errors import InputError
-    from minianyflow.support.files import hold
+    from minianyflow.support.files import lock_folder
 
     end = time.perf_counter() + seconds
     while True:
         try:
-            return hold(folder).close()
+            return lock_folder(folder).close()
         except InputError:
             if time.perf_counter() > end:
                 raise

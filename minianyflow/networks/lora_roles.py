@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from minianyflow.networks.weights import FORMAT, load_into, read_weights
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 
 # Names of layers, whole, as regular expressions; add up what a stage trains.
 TARGETS = (r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)", r"blocks\.\d+\.ffn\.net\.(0\.proj|2)")
@@ -210,7 +210,7 @@ def save_role(path, transformer, role):
     choose("role", role, roles_of(transformer))
     config = _config(transformer, role) | {"transformer": type(transformer).__name__}
     state = {name: value.cpu().contiguous() for name, value in Adapter(transformer, role).state_dict().items()}
-    with staged(path.parent) as folder:
+    with staging_folder(path.parent) as folder:
         data = save(state, {"format": FORMAT, "kind": "role", "config": json.dumps(config)})
         (folder / path.name).write_bytes(data)
 

@@ -19,7 +19,7 @@ from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 
 FORMAT = "minianyflow 1"
 KINDS = ("wan", "causal", "codec")
@@ -44,7 +44,7 @@ def save_weights(path, state, made):
     metadata = {"format": FORMAT, "kind": made["kind"], "config": json.dumps(made["config"])}
     provenance = {"format": FORMAT} | {name: value for name, value in made.items() if name != "config"}
     provenance["versions"] = {package: version(package) for package in ("torch", "diffusers")}
-    with staged(path.parent) as folder:
+    with staging_folder(path.parent) as folder:
         data = save({name: _half(name, value) for name, value in state.items()}, metadata)
         (folder / path.name).write_bytes(data)  # save_file would let nobody else read it
         (folder / path.name).with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")

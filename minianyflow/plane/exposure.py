@@ -30,7 +30,7 @@ from minianyflow.plane.circle_student import (
     simulate,
 )
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import generator, stratified_uniform
 from minianyflow.training import Role, train
@@ -226,7 +226,7 @@ def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", wo
         choose("arm", arm, dict.fromkeys(ARMS))
     process, common = CircleProcess(), (tuple(seeds), budget, quiet)
     reference, other = (process.clips.sample_stratified(CLIPS, generator(seed)) for seed in range(2))
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         first = (train_arm, ("teacher forcing", None, budget.start, *common))
         start, weights = run_jobs({"start": first}, workers)["start"]
         results = run_jobs({arm: (train_arm, (arm, weights, budget.after, *common)) for arm in reversed(arms)}, workers)

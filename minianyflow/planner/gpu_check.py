@@ -23,7 +23,7 @@ from minianyflow.planner.call_costs import ShapeNetworks
 from minianyflow.planner.forward_calls import stages
 from minianyflow.planner.plan import plan_run
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.wan.config import CHOICES, load_config
 from minianyflow.wan.data.shards import write_shards
 from minianyflow.wan.data.videos import WAN_CLIP
@@ -98,7 +98,7 @@ def check(request, output, tell=print):
     """
     if (Path(output) / REPORT).exists():
         raise InputError(f"{output} holds a report, which may have cost hours; name another --output, or remove it")
-    with staged(Path(output)):  # or it would be told after the first case
+    with staging_folder(Path(output)):  # or it would be told after the first case
         pass
     device = torch.device(request.device)
     report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **machine(device), "matrix": matrix_rate(device)}
@@ -334,7 +334,7 @@ def _free(device):
 
 def write(report, output):
     """gpu_check.json and gpu_check.md in the folder `output`."""
-    with staged(Path(output)) as folder:
+    with staging_folder(Path(output)) as folder:
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         (folder / "gpu_check.md").write_text(markdown(report))
 

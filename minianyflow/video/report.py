@@ -19,7 +19,7 @@ from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import KINDS, load_codec, load_network, read_weights
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.support.reports import rounded
 from minianyflow.times import generator, time_grid
@@ -175,7 +175,7 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
         jobs[name, "long"] = (measure_long, (path_of(weights, name), path_of(weights, "codec")))
         if PADDED in steps(name):
             jobs[name, "padded"] = job(name, 0, (PADDED,), padded=True)
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         results = run_jobs(jobs, workers)
         target = results["teacher", "guided euler"][1][max(nfes)] if ("teacher", "guided euler") in jobs else None
         report = {
@@ -279,7 +279,7 @@ def note_figures(path, figures):
     """Write what was measured into the provenance of the weights at `path`."""
     beside = Path(path).with_suffix(".json")
     made = json.loads(beside.read_text())
-    with staged(beside.parent) as folder:
+    with staging_folder(beside.parent) as folder:
         (folder / beside.name).write_text(json.dumps(made | {"figures": figures}, indent=1) + "\n")
 
 

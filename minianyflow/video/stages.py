@@ -31,7 +31,7 @@ from minianyflow.networks.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, ti
 from minianyflow.networks.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role, train
@@ -101,7 +101,7 @@ def make_latents(folder):
     """The latents that every stage trains on and their numbers of balls, encoded once, kept in `folder`."""
     clips = blobs.sample(CLIPS, generator(100))
     latents = load_codec(folder / "codec-0.safetensors").encode(clips.video)
-    with staged(folder) as unfinished:
+    with staging_folder(folder) as unfinished:
         save_file({"latents": latents, "balls": clips.balls}, unfinished / LATENTS, _made_from(folder))
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from minianyflow.measures import frechet_distance, path_error, sliced_w2
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.reports import rounded
 from minianyflow.wan.config import find_device
 from minianyflow.wan.data.clips import WAN_NULL
@@ -223,7 +223,7 @@ def vbench(scorer, samples, steps):
     folders = {samples[label].video(nfe, 0).parent: path.with_suffix("") for (label, nfe), path in todo.items()}
     for (key, path), scores in zip(todo.items(), scorer.score(folders, titles), strict=True):
         known[key] |= scores
-        with staged(path.parent) as inside:
+        with staging_folder(path.parent) as inside:
             (inside / path.name).write_text(json.dumps(known[key], indent=1) + "\n")
     return {
         label: {f"vbench_{name}": [[known[label, nfe][name] for nfe in steps]] for name in scorer.dimensions}
@@ -238,7 +238,7 @@ def write(report, samples, output):
     """Write a report, its curves, a sheet of stills and the prompts of the videos; whole or not at all."""
     from minianyflow.support.figures import save_figure
 
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         save_figure(curves(report), folder / "any_step.png")
         sheet(samples, next(iter(report["methods"].values()))["nfe"]).save(folder / "sheet.png")

@@ -4,7 +4,7 @@
 
 KIND is ddp, as accelerate has it on a CPU, or shard: accelerate's FSDP2 with the plugin that eight_gpus_fsdp2.yaml asks
 for, on a CPU mesh. accelerate ignores that file silently where there is no GPU, so the plugin is put in its place here.
-A RUN is distill.py's arguments, after preempt=N perhaps: SIGTERM after so many questions of `faults.on_any`.
+A RUN is distill.py's arguments, after preempt=N perhaps: SIGTERM after so many questions of `faults.any_process`.
 """
 
 import importlib.util
@@ -85,7 +85,7 @@ def one(distill, *arguments):
 
 def watch_steps():
     """What every step works on; and SIGTERM to the last process alone, in the middle of one: all have to stop."""
-    step, on_any = training._step, faults.on_any
+    step, any_process = training._step, faults.any_process
 
     def looked_at(name, role, network, optimizer, *rest):
         out = step(name, role, network, optimizer, *rest)
@@ -103,9 +103,9 @@ def watch_steps():
         SEEN["calls"] += 1
         if SEEN["calls"] == SEEN["preempt"] and accelerator.is_last_process:
             os.kill(os.getpid(), signal.SIGTERM)
-        return on_any(flag, accelerator)
+        return any_process(flag, accelerator)
 
-    training._step, faults.on_any, training.on_any = looked_at, counted, counted
+    training._step, faults.any_process, training.any_process = looked_at, counted, counted
 
 
 def watch_reads():

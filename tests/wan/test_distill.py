@@ -301,13 +301,13 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
 
 def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monkeypatch):
     """It ended after this one had looked, and before this one held the folder."""
-    hold = runs.Checkpoints.hold
+    lock = runs.Checkpoints.lock
 
     def late(self, accelerator):
-        hold(self, accelerator)
+        lock(self, accelerator)
         (tmp_path / "run/run.json").write_text("{}")
 
-    monkeypatch.setattr(runs.Checkpoints, "hold", late)
+    monkeypatch.setattr(runs.Checkpoints, "lock", late)
     with pytest.raises(InputError, match="run holds a finished run"):
         runs.prepare(settings(folder, "causal", "forward", f"output={tmp_path}/run"))
 
@@ -316,7 +316,7 @@ def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys)
     """Not as another configuration."""
     shutil.copytree(folder / "wan/latents", tmp_path / "data")
     config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
-    kept = runs.Checkpoints(tmp_path / "run/checkpoints", told=runs.told(config, LatentShards(config.data)))
+    kept = runs.Checkpoints(tmp_path / "run/checkpoints", settings=runs.told(config, LatentShards(config.data)))
     _, roles, draw = built(config)
     train_run(roles, draw, 1, progress=False, checkpoints=kept)
     shutil.rmtree(tmp_path / "data")
