@@ -33,6 +33,8 @@ from minianyflow.on_policy import backward_simulation_times
 from minianyflow.support.errors import InputError
 
 Clean = Float[Tensor, "batch clean_frames channels height width"]
+Past = Float[Tensor, "batch past_frames channels height width"]
+Grid = Float[Tensor, "times"] | Float[Tensor, "times batch"]
 Trajectory = Float[Tensor, "times batch frames channels height width"]
 
 TINY_CAUSAL = {**TINY, "full_chunk_limit": 2, "chunk_partition": (1, 2, 2)}
@@ -80,10 +82,10 @@ class CausalNetwork(nn.Module):
         r: Times | None,
         prompt: Prompt,
         clean: Clean | None = None,
-        past: Float[Tensor, "batch past_frames channels height width"] | None = None,
-        context: Float[Tensor, "batch context_frames channels height width"] | None = None,
+        past: Past | None = None,
+        context: Past | None = None,
         cache: Cache | None = None,
-        single_chunk: Float[Tensor, "batch"] | None = None,
+        single_chunk: Float[Tensor, " batch"] | None = None,
         fill_cache: bool = False,
     ) -> Latents | Cache:
         """The average velocity of z; with `fill_cache` the cache of clean frames z, whatever t and r.
@@ -176,11 +178,11 @@ class CausalNetwork(nn.Module):
 def causal_rollout(
     u: Callable,
     z: Latents,
-    times: Float[Tensor, "times"] | Float[Tensor, "times batch"],
+    times: Grid,
     prompt: Prompt,
     first: int = 1,
     rest: int = 2,
-    prefix: Float[Tensor, "batch prefix_frames channels height width"] | None = None,
+    prefix: Past | None = None,
     context_gradient: bool = False,
     cached: bool = True,
     ragged: bool = False,

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from minianyflow.networks.kv_cache import read_layer, write_layer
 from minianyflow.support.errors import InputError, choose
 
+Tokens = Float[Tensor, "batch tokens width"]
 Heads = Float[Tensor, "batch heads tokens head_dim"]
 Mask = Bool[Tensor, "queries keys"] | BlockMask
 
@@ -127,12 +128,12 @@ class CausalAttention:
     def __call__(
         self,
         attn,
-        hidden_states: Float[Tensor, "batch tokens width"],
+        hidden_states: Tokens,
         attention_mask: Mask | bool | None = None,
         rotary_emb: dict | None = None,
         kv_cache: dict | None = None,
         kv_cache_flag: dict | None = None,
-    ) -> Float[Tensor, "batch tokens width"]:
+    ) -> Tokens:
         """The arguments are those of diffusers' processor; a mask of None or True lets every query see every key."""
         value = attn.to_v(hidden_states)
         # the norms compute in float32: back to the dtype of attention

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from minianyflow.networks.wan import Latents, Prompt
 from minianyflow.support.errors import InputError
 
-Cache = tuple[
-    tuple[Float[Tensor, "batch 2 heads compressed head_dim"], Float[Tensor, "batch 2 heads full head_dim"]], ...
-]
+Compressed = Float[Tensor, "batch 2 heads compressed head_dim"]
+Full = Float[Tensor, "batch 2 heads full head_dim"]
+Cache = tuple[tuple[Compressed, Full], ...]
 
 
 def write_layer(layer: dict, key: Tensor, value: Tensor, compressed_tokens: int) -> None:
@@ -56,8 +56,6 @@ def cached_frames(cache: Cache, blocks: int, rows: int, tokens: tuple[int, int])
     if not cache:
         return 0
     if (len(cache), len(cache[0][0])) != (blocks, rows):
-        raise InputError(
-            f"a cache of {len(cache)} layers and {len(cache[0][0])} rows; expected {blocks} and {rows}"
-        )
+        raise InputError(f"a cache of {len(cache)} layers and {len(cache[0][0])} rows; expected {blocks} and {rows}")
     full, coarse = tokens
     return cache[0][0].shape[3] // max(coarse, 1) + cache[0][1].shape[3] // full

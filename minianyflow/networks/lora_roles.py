@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from minianyflow.networks.patches import active_adapter, compute_in_input_dtype, set_active_adapter
 from minianyflow.support.errors import InputError, choose

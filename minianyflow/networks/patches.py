@@ -106,7 +106,7 @@ def _shift_and_scale(x, shift, scale):
 
 
 def _per_frame(function, x, *vectors, tokens):
-    """function(x, *vectors) for x (B, N, D), vectors (B, frames, D): the first frames may be coarse, of fewer tokens."""
+    """function(x, *vectors) for x (B, N, D), vectors (B, frames, D); the first frames may be coarse: fewer tokens."""
     full, coarse = tokens
     frames = vectors[0].shape[1]
     old = (frames * full - x.shape[1]) // (full - coarse)

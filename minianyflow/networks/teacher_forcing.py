@@ -45,6 +45,6 @@ class TeacherForced(InnerState):
 
     forward: Callable
 
-    def __call__(self, u: Callable, batch: Batch) -> tuple[Float[Tensor, "batch"], dict]:
+    def __call__(self, u: Callable, batch: Batch) -> tuple[Float[Tensor, " batch"], dict]:
         """The losses (B,) and raw losses of the inner loss."""
         return self.forward(u, batch | {"condition": batch["condition"] | batch["context"]})

@@ -20,6 +20,7 @@ from minianyflow.support.errors import InputError
 
 Latents = Float[Tensor, "batch frames channels height width"]
 Times = Float[Tensor, "batch"] | Float[Tensor, "batch frames"]
+Timesteps = Float[Tensor, "batch frames"]
 Prompt = Float[Tensor, "batch length text_dim"]
 
 TIMESTEPS = 1000.0  # Wan's transformer takes times from 0 to 1000
@@ -65,7 +66,7 @@ class WanNetwork(nn.Module):
 
 
 class Autocast(nn.Module):
-    """A network with float32 weights that computes in bfloat16 wherever it is called: as average, teacher or sampler."""
+    """A network with float32 weights that computes in bfloat16, as average, teacher or sampler alike."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -88,7 +89,7 @@ def to_compute_dtype(transformer: nn.Module, *tensors: Tensor | None) -> list[Te
     return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def to_timesteps(t: Times, z: Latents, timesteps: float = TIMESTEPS) -> Float[Tensor, "batch frames"]:
+def to_timesteps(t: Times, z: Latents, timesteps: float = TIMESTEPS) -> Timesteps:
     """Times in [0, 1] as the transformer takes them: one per frame, from 0 to `timesteps`, float32."""
     if t.shape not in (z.shape[:1], z.shape[:2]):
         raise InputError(f"times {tuple(t.shape)} for latents {tuple(z.shape)}; expected (B,) or (B, F)")
@@ -139,7 +140,7 @@ class TextEncoder(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Prompt:
         """Embeddings (B, PROMPT_LENGTH, D) of a list of texts; "" is the null prompt.
 
-        Raises InputError for a word that the tokenizer does not know, a text that is too long, or a string without list.
+        Raises InputError for a word that the tokenizer does not know, a text that is too long, or what is no list.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"prompts {prompts!r}; expected a list of texts, such as ['one ball']")

@@ -24,7 +24,7 @@ from minianyflow.networks.codec import Codec
 from minianyflow.networks.lora_roles import Adapter, add_role, remove_role, role_options, roles_of
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 
 FORMAT = "minianyflow 1"
 KINDS = ("wan", "causal", "codec")
@@ -175,7 +175,7 @@ def _checked(path):
 
 def _write(path, state, kind, config, provenance=None):
     """Tensors and provenance, whole or not at all."""
-    with staged(path.parent) as folder:
+    with staging_folder(path.parent) as folder:
         data = save(state, {"format": FORMAT, "kind": kind, "config": json.dumps(config)})
         (folder / path.name).write_bytes(data)  # safetensors' save_file would let nobody else read the file
         if provenance is not None:
