@@ -33,6 +33,7 @@ from minianyflow.on_policy import backward_simulation_times
 from minianyflow.support.errors import InputError
 
 Clean = Float[Tensor, "batch clean_frames channels height width"]
+Rows = Float[Tensor, "batch"]
 Past = Float[Tensor, "batch past_frames channels height width"]
 Grid = Float[Tensor, "times"] | Float[Tensor, "times batch"]
 Trajectory = Float[Tensor, "times batch frames channels height width"]
@@ -85,7 +86,7 @@ class CausalNetwork(nn.Module):
         past: Past | None = None,
         context: Past | None = None,
         cache: Cache | None = None,
-        single_chunk: Float[Tensor, " batch"] | None = None,
+        single_chunk: Rows | None = None,
         fill_cache: bool = False,
     ) -> Latents | Cache:
         """The average velocity of z; with `fill_cache` the cache of clean frames z, whatever t and r.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from minianyflow.batch import Batch
 from minianyflow.objectives import InnerState
 
+Losses = Float[Tensor, "batch"]
+
 
 def teacher_forcing_batch(batch: Batch, partition: tuple[int, ...], full_chunk_limit: int) -> Batch:
     """The part of a batch of clips that teacher forcing trains on, cut off after the chunks in `partition`.
@@ -45,6 +47,6 @@ class TeacherForced(InnerState):
 
     forward: Callable
 
-    def __call__(self, u: Callable, batch: Batch) -> tuple[Float[Tensor, " batch"], dict]:
+    def __call__(self, u: Callable, batch: Batch) -> tuple[Losses, dict]:
         """The losses (B,) and raw losses of the inner loss."""
         return self.forward(u, batch | {"condition": batch["condition"] | batch["context"]})
