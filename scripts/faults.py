@@ -4,7 +4,6 @@ Every run is a process of its own, really killed; the weights that come out in t
 those of a run that nothing disturbed. Prints a table; about two minutes on two cores.
 """
 
-import importlib.util
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil  # which accelerate needs
 
 from minianyflow.support.cli import Parser, run
+from minianyflow.wan.commands import distill
 
 SCRIPT = Path(__file__).resolve().with_name("distill.py")
 ONE = SCRIPT.parent / "accelerate/one_gpu.yaml"
@@ -63,7 +63,7 @@ class Bench:
         try:
             if before:
                 before()
-            status = run(lambda: script().main([*self.options, f"output={output}", *options]))
+            status = run(lambda: distill([*self.options, f"output={output}", *options]))
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -82,14 +82,6 @@ class Bench:
     def same(self, output):
         """Whether a run left what the undisturbed one did: every weight file, byte for byte."""
         return weights(output) == self.weights
-
-
-def script():
-    """scripts/distill.py as a module."""
-    spec = importlib.util.spec_from_file_location("distill", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def weights(output):

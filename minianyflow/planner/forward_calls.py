@@ -4,7 +4,6 @@ A stand-in writes down how many rows it is asked for, with or without gradient, 
 """
 
 import contextlib
-import importlib.util
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -14,10 +13,10 @@ from torch import nn
 from minianyflow.batch import part_of
 from minianyflow.on_policy import draw_on_policy
 from minianyflow.planner.costs import Live
-from minianyflow.support.install import ROOT
 from minianyflow.times import generator
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.run import ROLLOUTS, draws
+from minianyflow.wan.stages import STAGES
 
 SMALL = 2  # high and wide: the latents that stand-ins are asked about
 
@@ -75,7 +74,7 @@ class StandIn(nn.Module):
 
 
 class StandIns:
-    """In place of runs.Networks, for the functions of distill.py that make the roles of a stage."""
+    """In place of runs.Networks, for the functions of wan/stages.py that make the roles of a stage."""
 
     def __init__(self):
         self.asked = []
@@ -107,14 +106,6 @@ class NoShards(LatentShards):
         return torch.zeros(count, *self.shape), torch.zeros(count, *self.null.shape[1:])
 
 
-def stages():
-    """The functions of scripts/distill.py that make the roles of a stage: {stage: function}."""
-    place = importlib.util.spec_from_file_location("distill", ROOT / "scripts/distill.py")
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
-    return module.STAGES
-
-
 @dataclass(frozen=True)
 class Part:
     """What one process does at once: the questions of one role's loss."""
@@ -135,7 +126,7 @@ def trace(config, shape, length, steps, processes=1, exact=False):
     data = NoShards((*shape[:2], SMALL, SMALL), max(1, round(length / numbers)))
     networks = StandIns()
     quiet = replace(config, student=None, teacher=None)
-    roles = stages()[config.stage](quiet, networks, {"prompt": data.null})
+    roles = STAGES[config.stage](quiet, networks, {"prompt": data.null})
     draw, parts, beside = draws(config, data), [], Counter()
     for step in steps:
         batch = draw(step)

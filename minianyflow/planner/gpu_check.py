@@ -20,7 +20,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minianyflow.planner.call_costs import ShapeNetworks
-from minianyflow.planner.forward_calls import stages
 from minianyflow.planner.plan import plan_run
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
@@ -30,6 +29,7 @@ from minianyflow.wan.data.videos import WAN_CLIP
 from minianyflow.wan.folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
 from minianyflow.wan.run import draws, guard, prepare
 from minianyflow.wan.shapes import SHAPES, SHARED, build_transformer, latent_shape
+from minianyflow.wan.stages import STAGES
 from minianyflow.wan.trainer import train_run
 
 TINY = SHARED | TINY_TRANSFORMER | {"text_dim": TINY_TEXT["d_model"], "freq_dim": 64}  # what make_tiny_wan makes
@@ -121,7 +121,7 @@ def check(request, output, tell=print):
             if case[0] not in report["attention"]:
                 report["attention"][case[0]] = attention_rates(SIZES[case[0]][0], clip, device)
             try:
-                entry |= measure(request, case, config, stages()[config.stage], Path(output))
+                entry |= measure(request, case, config, STAGES[config.stage], Path(output))
             except torch.OutOfMemoryError:
                 entry["left_out"] = "out of memory where the plan had room"
                 tell(f"{name}: {entry['left_out']}")
