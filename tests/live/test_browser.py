@@ -7,20 +7,12 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from playwright.sync_api import TimeoutError as TookTooLong
+from playwright.sync_api import sync_playwright
 
-from minianyflow.live.app import TITLES, serve
-from minianyflow.live.browser import (
-    KERNEL,
-    READY,
-    chromium,
-    jupyter_lab,
-    open_notebook,
-    run_cells,
-    shut_down,
-    watched,
-    write_notebook,
-)
-from minianyflow.live.pages import page_text, write_pages
+from benchmarks.browser import KERNEL, jupyter_lab, open_notebook, run_cells, shut_down, watched
+from minianyflow.live.app import TITLES, serve, write_notebook
+from minianyflow.live.pages import READY, chromium, page_text, write_pages
 from minianyflow.live.player import Pack, time_axis
 from minianyflow.live.scenes import SCENES
 
@@ -52,7 +44,7 @@ REPLACE = """(sources) => {
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as opened:
+    with sync_playwright() as playwright, chromium(playwright) as opened:
         yield opened
 
 
@@ -145,8 +137,6 @@ def seen(page):
 
 def redrawn(page, before):
     """Wait until the canvases' pixels are others than `before`."""
-    from playwright.sync_api import TimeoutError as TookTooLong
-
     try:
         page.wait_for_function(f"(before) => ({PIXELS})() !== before", arg=before, polling=100)
     except TookTooLong:
@@ -361,12 +351,8 @@ def test_the_plane_is_drawn_where_the_data_says(browser, tmp_path):
     pack = Pack()
     path = np.array([[[-1.0, 1.5], [1.0, -0.5]], [[1.0, 0.5], [-1.0, -1.5]]])  # (T, n, 2): to the right, to the left
     exact = np.array([[[-1.5, 0.25], [0.0, 0.0]], [[1.5, 0.25], [0.0, 0.0]]])
-    panel = {"kind": "plane", "title": "two", "colour": "#0072b2", "times": [1.0, 0.0], "limit": 2, "followed": [0]}
-    panel |= {
-        "points": pack.add_points(path),
-        "exact": pack.add_points(exact),
-        "ghosts": pack.add_points([[0.5, -1.75]]),
-    }
+    style = {"limit": 2, "followed": [0]}
+    panel = pack.plane("two", "#0072b2", path, [1.0, 0.0], exact, ghosts=[[0.5, -1.75]], **style)
     page = {"title": "two", "controls": [], "scenes": {"": pack.scene("two", [panel], time_axis([1.0, 0.0]))}}
     (tmp_path / "two.html").write_text(page_text(page, pack.payload), encoding="utf-8")
 
