@@ -334,7 +334,7 @@ def test_video_shows_what_the_report_samples(opened):
 @pytest.mark.slow
 def test_one_line_in_a_notebook_is_enough_and_the_saved_one_keeps_the_picture_alone(tmp_path):
     alone = nbformat.v4.new_code_cell("slider", outputs=[nbformat.v4.new_output("display_data", data={WIDGET: {}})])
-    course._tidy(alone)
+    course.tidy(alone)
     assert WIDGET in alone.outputs[0].data  # no picture, so the widget stays
     cells = [nbformat.v4.new_code_cell("from minianyflow.live import scenes\nscenes.race()")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
