@@ -145,12 +145,12 @@ def table(figures: dict[str, list[float]]) -> str:
     return "\n".join([*lines, f"{cores} of {os.cpu_count()} cores{load} (of the whole machine)"])
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure and print the table; 1 if a bar is missed."""
     parser = cli.Parser("python -m benchmarks.scene_speed", description=__doc__)
     parser.add_argument("--repeats", default=5, type=int, help="of every measurement (default: 5)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     install.browser(install=True)
     figures = run(arguments.repeats, arguments.quiet)
     print(table(figures))

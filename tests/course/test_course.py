@@ -21,9 +21,7 @@ from minianyflow.support.install import ROOT
 NOTEBOOKS = course.notebooks()
 SOLUTIONS = sorted(exercises.SOLUTIONS.glob("[0-9]*.py"))
 SLOW, LONG = pytest.mark.slow, pytest.mark.long
-TIMED = [
-    pytest.param(path, marks=SLOW if path.name[:2] in ("02", "05", "08") else LONG, id=path.stem) for path in SOLUTIONS
-]
+TIMED = [pytest.param(path, marks=LONG if path.name[:2] in ("06", "07") else SLOW, id=path.stem) for path in SOLUTIONS]
 
 
 def test_the_course_is_whole():
