@@ -402,7 +402,7 @@ def test_bad_input_is_one_line(folder, case, capsys, monkeypatch):
 
 def test_the_resolved_configuration_is_printed(capsys):
     assert distill(["--config", "wan-14b", "causal", "on_policy-published", "--print-config"]) == 0
-    assert "steps: 1200" in capsys.readouterr().out
+    assert "steps: 1200  " in capsys.readouterr().out
 
 
 def test_a_run_says_how_long_it_waited_for_data_and_sweeps_up_after_a_killed_one(folder, capsys):
