@@ -267,7 +267,7 @@ def run(
             | {key: value for key, value in asdict(budget).items() if key != "steps"},
             "targets": {dataset: target_report(dataset, results) for dataset in datasets},
         }
-        from minianyflow.plane.figures import peers_figure
+        from benchmarks.peers_figure import peers_figure
         from minianyflow.support.figures import save_figure
 
         save_figure(peers_figure(report), folder / "peers.png")

@@ -23,7 +23,7 @@ class Batch(TypedDict, total=False):
     dropped: Tensor  # (B,) bool: rows trained without their condition
     condition: dict[str, Tensor]  # what the network takes beside z, t, r: tensors (B, ...)
     context: dict[str, Tensor]  # clean earlier frames (networks/teacher_forcing.py)
-    frame: Tensor  # (B,) whole numbers: the frame that learns (plane/exposure.py)
+    frame: Tensor  # (B,) whole numbers: the frame that learns (plane/circle_student.py)
     noise: Tensor  # (B, *shape) where a rollout starts: on_policy.draw_on_policy
     lengths: Tensor  # (B,) steps N of the simulated rollout
     step: Tensor  # (B,) the step g of the rollout that is taken as it is

@@ -10,6 +10,8 @@ import torch
 from minianyflow.interpolant import check_finite
 from minianyflow.support.errors import InputError
 
+ENOUGH = 2048  # samples below which a Frechet distance says little
+
 
 def sobol_noise(count, shape, seed=0):
     """Standard normal noise (count, *shape) that fills space evenly: scrambled Sobol points, inverse normal."""
@@ -50,6 +52,29 @@ def path_error(end, exact_end):
     return float((end - exact_end).norm(dim=1).mean())
 
 
+def frechet_distance(a, b, least=ENOUGH):
+    """Frechet distance of the Gaussians fitted to samples a, b (n, *shape), n at least `least`; in squared data units.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, equation 6).
+    Small samples read too much, even between equal laws (blob latents, 320 numbers: data against data 2.2 at 2048, .6
+    at 8192), and a floor that high hides differences: compare at one count, beside data against data. With fewer
+    samples than numbers in each it is worked out from their products, whatever the size of a clip.
+    """
+    a, b = _many(a, least), _many(b, least)
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"samples of {a.shape[1]} and {b.shape[1]} numbers each; expected the same: reshape one")
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    if a.shape[1] > min(len(a), len(b)):  # with S = X'X the trace of (S_a S_b)^(1/2) is the sum of the singular values
+        a, b = ((each - mean) / (len(each) - 1) ** 0.5 for each, mean in ((a, mean_a), (b, mean_b)))  # of X_a X_b'
+        shared = torch.linalg.svdvals(a @ b.T).sum()
+        return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * shared)
+    cov_a, cov_b = (torch.cov(each.T).reshape(each.shape[1], -1) for each in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * shared)
+
+
 def energy_distance(a, b):
     """2 E|A - B| - E|A - A'| - E|B - B'| (Szekely and Rizzo), over all pairs; zero only for equal laws."""
     a, b = _flat(a), _flat(b)
@@ -81,3 +106,13 @@ def _flat(samples):
         raise InputError(f"samples of shape {tuple(samples.shape)}; expected (n, *shape), n at least 1")
     check_finite("a set of samples", samples)
     return samples.flatten(1).float()
+
+
+def _many(samples, least):
+    if samples.ndim < 2 or len(samples) < max(least, 2):
+        raise InputError(
+            f"samples of shape {tuple(samples.shape)}; expected (n, *shape) with n at least {max(least, 2)}: "
+            "small samples flatter it against its floor, draw more"
+        )
+    check_finite("a set of samples", samples)
+    return samples.flatten(1).double().cpu()

@@ -177,7 +177,7 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo",
             "exact_flow": {"sliced_w2": round(sliced_w2(exact_ends, reference), 6)},
             "methods": {method: in_report(results[method], seeds, exact_ends) for method in METHODS},
         }
-        from minianyflow.plane.figures import any_step_figure
+        from minianyflow.plane.race_figure import any_step_figure
         from minianyflow.support.figures import save_figure
 
         paths = {method: results[method]["sampled"][2] for method in METHODS}

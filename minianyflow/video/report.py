@@ -5,7 +5,6 @@ videos against what a blob video is. Excess is a measure minus the codec's own, 
 """
 
 import json
-import math
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import guided
-from minianyflow.measures import path_error, sliced_w2, sobol_noise
+from minianyflow.measures import frechet_distance, path_error, sliced_w2, sobol_noise
 from minianyflow.networks.causal import CausalNetwork, causal_rollout
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import KINDS, load_codec, load_network, read_weights
@@ -22,8 +21,9 @@ from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_m
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
+from minianyflow.support.reports import rounded
 from minianyflow.times import generator, time_grid
-from minianyflow.video.measures import drift, frechet_distance, summary
+from minianyflow.video.measures import drift, summary
 from minianyflow.video.stages import GUIDANCE, STAGES, WEIGHTS, path_of
 from toy_data import blobs
 
@@ -249,15 +249,6 @@ def costs(name, weights):
     """What training one seed of a stage cost, the mean over its seeds, from their provenance."""
     each = [read_weights(path_of(weights, name, seed), *KINDS)[2]["cost"] for seed in seeds_in(weights, name)]
     return {key: sum(cost[key] for cost in each) / len(each) for key in COST}
-
-
-def rounded(value):
-    """Numbers to six places, NaN to None, all the way down: what JSON can hold and people can read."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return (round(value, 6) if math.isfinite(value) else None) if isinstance(value, float) else value
 
 
 def comparison(folder, workers=2, quiet=False, nfes=(1, 4)):

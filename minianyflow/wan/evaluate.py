@@ -12,11 +12,10 @@ import torch
 from accelerate import PartialState
 from safetensors import safe_open
 
-from minianyflow.measures import path_error, sliced_w2
+from minianyflow.measures import frechet_distance, path_error, sliced_w2
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
-from minianyflow.video.measures import frechet_distance
-from minianyflow.video.report import rounded
+from minianyflow.support.reports import rounded
 from minianyflow.wan.config import find_device
 from minianyflow.wan.data.clips import WAN_NULL
 from minianyflow.wan.data.shards import NULL, LatentShards
@@ -251,7 +250,7 @@ def curves(report):
     """A Figure: every measure of a report against steps, a line for each source, dotted the data's own reading."""
     import matplotlib.pyplot as plt
 
-    from minianyflow.video.figures import draw_any_step
+    from minianyflow.support.figures import draw_any_step
 
     names = [name for name in _measures(report) if name != "evaluations"]  # which for most are the steps
     rows = -(-len(names) // 3)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
+from minianyflow.measures import frechet_distance
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
-from minianyflow.video.measures import drift, find_balls, frechet_distance, physics, summary
+from minianyflow.video.measures import drift, find_balls, physics, summary
 from toy_data import blobs
 
 ONE, TWO = torch.tensor([1]), torch.tensor([2])

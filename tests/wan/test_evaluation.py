@@ -16,6 +16,7 @@ from diffusers import WanPipeline
 from PIL import Image
 
 from minianyflow.flow_map import velocity
+from minianyflow.measures import frechet_distance
 from minianyflow.networks.causal import causal_rollout
 from minianyflow.networks.pipelines import save_pipeline
 from minianyflow.networks.wan import TextEncoder
@@ -24,7 +25,6 @@ from minianyflow.samplers import sample_euler, sample_flow_map
 from minianyflow.support.cli import run
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator, time_grid
-from minianyflow.video.measures import frechet_distance
 from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan import evaluate as evaluation
 from minianyflow.wan import samples as sampled
