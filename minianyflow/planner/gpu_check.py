@@ -27,9 +27,9 @@ from minianyflow.wan.config import LAYERS, load_config
 from minianyflow.wan.data.shards import write_shards
 from minianyflow.wan.data.videos import WAN_CLIP
 from minianyflow.wan.folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
-from minianyflow.wan.run import draws, guard, prepare
+from minianyflow.wan.run import guard, prepare
 from minianyflow.wan.shapes import SHAPES, SHARED, build_transformer, latent_shape
-from minianyflow.wan.stages import STAGES
+from minianyflow.wan.stages import STAGES, draws
 from minianyflow.wan.trainer import train_run
 
 TINY = SHARED | TINY_TRANSFORMER | {"text_dim": TINY_TEXT["d_model"], "freq_dim": 64}  # what make_tiny_wan makes

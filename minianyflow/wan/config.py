@@ -309,7 +309,7 @@ def _flat(given, where="", prefix=""):
             yield from _flat(value, where, f"{full}.")
         elif isinstance(value, dict) or full not in OPTIONS:
             full += f".{next(iter(value), '')}" if full in OPTIONS else ""
-            raise InputError(f"unknown option {full!r}={value} in {where}; {_nearest(full)}")
+            raise InputError(f"unknown option {full!r} in {where}; {_nearest(full)}")
         else:
             yield full, value
 
@@ -318,8 +318,8 @@ def _nearest(name):
     """What may have been meant: options of the section, of that name elsewhere, or spelt nearly so."""
     last = name.rpartition(".")[2]
     near = [full for full in OPTIONS if name == full.partition(".")[0] or last == full.rpartition(".")[2]]
-    near = near or difflib.get_close_matches(name, [*OPTIONS, *SECTIONS], n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(OPTIONS)}"
+    near = near or difflib.get_close_matches(name, OPTIONS, n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(OPTIONS)}"
 
 
 def _typed(kind, values, origin, prefix=""):
