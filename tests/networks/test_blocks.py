@@ -196,7 +196,7 @@ def test_attention_that_is_kept_is_not_computed_again(architecture):
 
 
 def test_keeping_attention_needs_checkpointing():
-    with pytest.raises(InputError, match="keep_attention with checkpointing=false"):
+    with pytest.raises(InputError, match="keep_attention=True, checkpointing=False"):
         load_config(["bidirectional", "forward"], ["keep_attention=true", "checkpointing=false"])
 
 

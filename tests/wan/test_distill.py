@@ -358,8 +358,8 @@ def lines(capsys, *arguments):
 
 BAD = {
     "misspelt": (["bidirectional", "forward", "tiny"], ["objectiv=mixed"], "did you mean 'objective'"),
-    "no steps": (["bidirectional", "forward", "tiny"], ["steps=0"], "steps=0 in the command line; it should be greater"),
-    "no prompts": (["bidirectional", "forward", "tiny"], ["samples.prompts=[]"], "give prompts, or set samples.every=0"),
+    "no steps": (["bidirectional", "forward", "tiny"], ["steps=0"], "steps=0 in the command line; it should"),
+    "no prompts": (["bidirectional", "forward", "tiny"], ["samples.prompts=[]"], "give prompts, or set samples"),
     "no student": (["bidirectional", "on_policy", "tiny"], ["student=null"], "name the run folder"),
     "no base": (["bidirectional", "forward", "tiny"], ["base=./nowhere"], "no folder ./nowhere"),
     "no data": (["bidirectional", "forward", "tiny"], ["data=nowhere"], "no shards in nowhere"),
