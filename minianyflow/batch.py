@@ -19,7 +19,7 @@ class Batch(TypedDict, total=False):
     t: Tensor  # (B,), with r <= t: times.draw_pairs
     r: Tensor  # (B,)
     split: Tensor  # (B,) uniform: where a semigroup target cuts the jump
-    lot: Tensor  # (B,) uniform: which objective a row r < t draws
+    objective_draw: Tensor  # (B,) uniform: which objective a row r < t draws
     dropped: Tensor  # (B,) bool: rows trained without their condition
     condition: dict[str, Tensor]  # what the network takes beside z, t, r: tensors (B, ...)
     context: dict[str, Tensor]  # clean earlier frames (networks/teacher_forcing.py)

@@ -168,7 +168,7 @@ class FlowMapLoss:
         lower = 0.0
         for name, share in self.shares.items():
             upper = lower + share / sum(self.shares.values())
-            rows[name] = off[(batch["lot"][off] >= lower) & (batch["lot"][off] < upper)]
+            rows[name] = off[(batch["objective_draw"][off] >= lower) & (batch["objective_draw"][off] < upper)]
             lower = upper
         return {name: index for name, index in rows.items() if len(index)}
 

@@ -55,12 +55,14 @@ def stratified_uniform(count, generator=None):
 
 
 def draw_pairs(count, generator=None, diagonal=0.5, end=0.25, shift=1.0, drop=0.0):
-    """Pairs of times for `count` samples, and the random numbers that objectives spend on them.
+    """Pairs of times for `count` samples, and the random numbers that objectives use.
 
-    Returns a dict of (count,) float32: `t`, `r` (the larger and the smaller of two uniforms, shifted; a share `end` has
-    r = 0; a share `diagonal` has r = t, one uniform), `split` (uniform: where a semigroup target cuts the jump) and
-    `lot` (uniform, stratified inside each of the three kinds: which objective a row draws). With `drop` > 0 also
-    `dropped` (bool): which rows are to be trained without their condition; AnyFlow drops a tenth.
+    Returns a dict of (count,) tensors, float32:
+        t, r            the larger and the smaller of two uniforms, shifted; r = 0 for a share `end` of the rows, and
+                        r = t, one uniform, for a share `diagonal`
+        split           uniform: where a semigroup target cuts the jump
+        objective_draw  uniform, stratified inside each of the three kinds: which objective a row r < t learns from
+        dropped         bool, if `drop` > 0: which rows are trained without their condition; AnyFlow drops a tenth
     """
     if min(diagonal, end) < 0 or diagonal + end > 1:
         raise InputError(f"shares diagonal={diagonal}, end={end}; expected shares >= 0 that add up to at most 1")
@@ -68,11 +70,11 @@ def draw_pairs(count, generator=None, diagonal=0.5, end=0.25, shift=1.0, drop=0.
     first, second = time_shift(torch.rand(2, count, generator=generator), shift)
     edges = torch.tensor([0.0, diagonal, diagonal + end, 1.0])
     kind = torch.bucketize(place, edges[1:3], right=True)  # 0: diagonal, 1: end, 2: free
-    lot = (place - edges[kind]) / (edges[kind + 1] - edges[kind])
+    objective_draw = (place - edges[kind]) / (edges[kind + 1] - edges[kind])
     pairs = {
         "t": torch.where(kind == 0, first, torch.maximum(first, second)),
         "r": torch.where(kind == 0, first, torch.where(kind == 1, 0.0, torch.minimum(first, second))),
         "split": torch.rand(count, generator=generator),
-        "lot": lot,
+        "objective_draw": objective_draw,
     }
     return pairs | {"dropped": torch.rand(count, generator=generator) < drop} if drop else pairs

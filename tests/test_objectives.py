@@ -129,10 +129,10 @@ def test_a_batch_of_one_sees_every_kind_in_its_share():
     assert torch.allclose(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.04)
 
 
-def test_lots_divide_every_kind_of_row_evenly():
+def test_objectives_divide_every_kind_of_row_evenly():
     pairs = draw_pairs(64, generator(3))
     for rows in (pairs["r"] == 0, (pairs["r"] > 0) & (pairs["r"] < pairs["t"])):
-        assert int((pairs["lot"][rows] < 0.5).sum()) == 8
+        assert int((pairs["objective_draw"][rows] < 0.5).sum()) == 8
     kinds = FlowMapLoss({"eulerian": 1.0, "semigroup": 1.0}).kinds(pairs)
     assert {name: len(rows) for name, rows in kinds.items()} == {"tangent": 32, "eulerian": 16, "semigroup": 16}
 
