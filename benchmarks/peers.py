@@ -24,7 +24,7 @@ from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.plane.race import PIECE, POINTS, Budget, exact_flow, references
 from minianyflow.samplers import sample_flow_map
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import time_grid
 from minianyflow.training import Role, train
@@ -254,7 +254,7 @@ def run(
         raise InputError(f"width {budget.width}; expected at least 1")
     if not (seeds and datasets and seconds > 0) or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {list(seeds)}, {seconds} seconds; expected different seeds, and seconds above 0")
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         jobs = {(dataset, "exact"): (exact_flow, (dataset,)) for dataset in datasets}
         for dataset in datasets:
             for name in (*OURS, *peers):
@@ -267,7 +267,7 @@ def run(
             | {key: value for key, value in asdict(budget).items() if key != "steps"},
             "targets": {dataset: target_report(dataset, results) for dataset in datasets},
         }
-        from minianyflow.plane.figures import peers_figure
+        from benchmarks.peers_figure import peers_figure
         from minianyflow.support.figures import save_figure
 
         save_figure(peers_figure(report), folder / "peers.png")

@@ -25,7 +25,7 @@ class Batch(TypedDict, total=False):
     dropped: Bool[Tensor, " batch"]  # rows trained without their condition
     condition: dict[str, Condition]  # the network's arguments besides z, t, r
     context: dict[str, Tensor]  # clean earlier frames: networks/teacher_forcing.py
-    frame: Int[Tensor, " batch"]  # the frame that learns: plane/exposure.py
+    frame: Int[Tensor, " batch"]  # the frame that learns: plane/circle_student.py
     noise: State  # where a rollout starts: on_policy.draw_on_policy
     lengths: Int[Tensor, " batch"]  # number of steps N of the simulated rollout
     step: Int[Tensor, " batch"]  # the step g of the rollout that is taken as it is

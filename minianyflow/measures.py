@@ -15,6 +15,8 @@ from minianyflow.mixtures import GaussianMixture
 from minianyflow.notation import Samples
 from minianyflow.support.errors import InputError
 
+ENOUGH = 2048  # samples below which a Frechet distance says little
+
 
 def sobol_noise(count: int, shape: Sequence[int], seed: int = 0) -> Samples:
     """Standard normal noise (count, *shape) that fills space evenly: the normal quantiles of scrambled Sobol points."""
@@ -56,6 +58,30 @@ def path_error(end: Samples, exact_end: Samples) -> float:
     return float((end - exact_end).norm(dim=1).mean())
 
 
+def frechet_distance(a: Tensor, b: Tensor, least: int = ENOUGH) -> float:
+    """Frechet distance of the Gaussians fitted to samples a, b (n, *shape), n at least `least`; in squared data units.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, equation 6).
+    Small samples read too much, even between equal laws (blob latents, 320 numbers: data against data 2.2 at 2048, .6
+    at 8192), and so high a floor hides differences: compare at one count, beside data against data. If a sample has
+    more numbers than there are samples, the distance is computed from products of samples, for clips of any size.
+    Raises InputError for fewer than `least` samples, and for shapes that do not fit.
+    """
+    a, b = (_flat(x, max(least, 2), torch.float64).cpu() for x in (a, b))
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"samples of {a.shape[1]} and {b.shape[1]} numbers; expected equal numbers: reshape one")
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    if a.shape[1] > min(len(a), len(b)):  # with S = X'X the trace of (S_a S_b)^(1/2) is the sum of the singular values
+        a, b = ((x - mean) / (len(x) - 1) ** 0.5 for x, mean in ((a, mean_a), (b, mean_b)))  # of X_a X_b'
+        shared = torch.linalg.svdvals(a @ b.T).sum()
+        return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * shared)
+    cov_a, cov_b = (torch.cov(x.T).reshape(x.shape[1], -1) for x in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * shared)
+
+
 def off_share(samples: Samples, mixture: GaussianMixture, rare: float = 3.35e-4) -> float:
     """The share of samples that are off all components of the mixture.
 
@@ -69,8 +95,9 @@ def off_share(samples: Samples, mixture: GaussianMixture, rare: float = 3.35e-4)
     return float((distance > radius * mixture.sigma).all(1).float().mean())
 
 
-def _flat(samples):
-    if samples.ndim < 2 or len(samples) < 1:
-        raise InputError(f"samples of shape {tuple(samples.shape)}; expected (n, *shape), n at least 1")
+def _flat(samples, least=1, dtype=torch.float32):
+    if samples.ndim < 2 or len(samples) < least:
+        more = ": small samples read too much, draw more" if least > 2 else ""
+        raise InputError(f"samples of shape {tuple(samples.shape)}; expected (n, *shape), n at least {least}{more}")
     check_finite("a set of samples", samples)
-    return samples.flatten(1).float()
+    return samples.flatten(1).to(dtype)

@@ -4,7 +4,6 @@ Every run is a process of its own, really killed; the weights that come out in t
 those of a run that nothing disturbed. Prints a table; about two minutes on two cores.
 """
 
-import importlib.util
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil  # which accelerate needs
 
 from minianyflow.support.cli import Parser, run
+from minianyflow.wan.commands import distill
 
 SCRIPT = Path(__file__).resolve().with_name("distill.py")
 ONE = SCRIPT.parent / "accelerate/one_gpu.yaml"
@@ -63,7 +63,7 @@ class Bench:
         try:
             if before:
                 before()
-            status = run(lambda: script().main([*self.options, f"output={output}", *options]))
+            status = run(lambda: distill([*self.options, f"output={output}", *options]))
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -84,14 +84,6 @@ class Bench:
         return weights(output) == self.weights
 
 
-def script():
-    """scripts/distill.py as a module."""
-    spec = importlib.util.spec_from_file_location("distill", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def weights(output):
     """{name: (header, bytes)} of the weight files in a run folder; safetensors shuffles its header's entries."""
     found = {}
@@ -106,7 +98,7 @@ def checkpoints(output):
     """The whole checkpoints of a run, newest first."""
     from minianyflow.wan.checkpoints import Checkpoints, problem_of
 
-    return [folder for folder in Checkpoints(output / "checkpoints").found() if problem_of(folder) is None]
+    return [folder for folder in Checkpoints(output / "checkpoints").folders() if problem_of(folder) is None]
 
 
 def wait_for(path, seconds=60):
@@ -215,12 +207,12 @@ def launched(processes):
 def wait_for_lock(folder, seconds=60):
     """Until no run holds this folder."""
     from minianyflow.support.errors import InputError
-    from minianyflow.support.files import hold
+    from minianyflow.support.files import lock_folder
 
     end = time.perf_counter() + seconds
     while True:
         try:
-            return hold(folder).close()
+            return lock_folder(folder).close()
         except InputError:
             if time.perf_counter() > end:
                 raise

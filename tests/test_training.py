@@ -19,7 +19,7 @@ from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
 from minianyflow.training import Role
-from minianyflow.wan.guard import Guard, begin_trackers, end_trackers, track
+from minianyflow.wan.guard import Guard, end_trackers, log_figures, start_trackers
 from minianyflow.wan.trainer import train_run
 from tests.refused import refused
 from toy_data import plane
@@ -324,7 +324,7 @@ def test_a_full_disk_under_the_tracker_is_one_warning(tmp_path, capsys, monkeypa
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-        begin_trackers(accelerator)
+        start_trackers(accelerator)
         history = train_run({"student": student()}, draw, 9, accelerator=accelerator, progress=False, log_every=1)
         end_trackers(accelerator)
     finally:
@@ -344,12 +344,12 @@ def test_the_threads_of_trackers_alone_are_kept_quiet(capsys, monkeypatch):
     thread = threading.Thread(target=lambda: go.wait() and 1 / 0)
     accelerator.log_with, notes.start = [notes], thread.start
     notes.finish = lambda: (go.set(), thread.join())
-    begin_trackers(accelerator)
+    start_trackers(accelerator)
     other = threading.Thread(target=lambda: [][1])
     other.start()
     other.join()
     assert [told.exc_type for told in others] == [IndexError]
-    track({"step": 0, "loss": 1.0}, accelerator)
+    log_figures({"step": 0, "loss": 1.0}, accelerator)
     assert notes.kept == [(0, {"loss": 1.0})]
     end_trackers(accelerator)
     said = capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -66,7 +66,7 @@ def write_pages(output="outputs/live", names=None, quiet=False):
     names = list(names or SCENES)
     for name in names:
         choose("scene", name, SCENES)
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         for name in tqdm(names, unit="page", disable=quiet or None):
             (folder / f"{name}.html").write_text(page_text(*open_scene(name).payloads()), encoding="utf-8")
     return [Path(output) / f"{name}.html" for name in names]

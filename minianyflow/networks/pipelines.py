@@ -12,10 +12,11 @@ from pathlib import Path
 import diffusers
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 
-from minianyflow.networks.causal import CausalAttention, CausalNetwork, chunk_partition
+from minianyflow.networks.causal import CausalNetwork
+from minianyflow.networks.causal_attention import CausalAttention, chunk_partition
 from minianyflow.networks.wan import PROMPT_LENGTH, WanNetwork
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import whole_folder
+from minianyflow.support.files import new_folder
 from minianyflow.times import time_grid
 
 FRAMES = 5  # latent frames of a clip of 17
@@ -34,7 +35,7 @@ pipeline = {pipeline}.from_pretrained("{name}")
 ).frames[0]
 ```
 {causal}{notes}{provenance}"""
-IMPORTS = "from minianyflow.networks.causal import CausalAttention\n"
+IMPORTS = "from minianyflow.networks.causal_attention import CausalAttention\n"
 ATTENTION = """for block in pipeline.transformer.blocks:
     block.attn1.set_processor(CausalAttention())
 """
@@ -66,7 +67,7 @@ def write_pipeline(folder, pipeline, what, prompt, options, made=None, notes="",
     what: one line on what it makes. prompt, options: of the call in the README. notes: what else there is to say there.
     files: {name: text} to be put beside. Raises InputError as `save_pipeline`.
     """
-    with whole_folder(folder) as inside:
+    with new_folder(folder) as inside:
         pipeline.save_pretrained(inside)
         for name, text in (files or {}).items():
             (inside / name).write_text(text)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from minianyflow.consistency import time_weight
 from minianyflow.plane.race import BUDGET, check, exact_flow, in_report, run_method
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from toy_data import plane
 
@@ -46,7 +46,7 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/ablati
     """Train each method once for each of its CHANGES; writes `ablation.json`, in the form of the demo's."""
     plane.load(dataset)
     check(seeds, budget)
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         jobs = {"exact": (exact_flow, (dataset,))}
         for method, changes in CHANGES.items():
             for name, (factors, options) in changes.items():

@@ -8,128 +8,37 @@ Shapes: B clips, F frames, S seeds; z, x of one frame (B, 2), clips and their no
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from minianyflow.batch import batches
 from minianyflow.measures import sliced_w2, sobol_noise
-from minianyflow.networks.mlp import MLP, EvaluationCounter
-from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, InnerState
-from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
-from minianyflow.samplers import sample_flow_map
+from minianyflow.networks.mlp import EvaluationCounter
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
+from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
+from minianyflow.plane.circle_student import (
+    WINDOW,
+    CausalMLP,
+    ClipScore,
+    FrameLoss,
+    conditional_velocity,
+    sample_clips,
+    simulate,
+)
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
-from minianyflow.times import generator, stratified_uniform, time_grid
+from minianyflow.times import generator, stratified_uniform
 from minianyflow.training import Role, train
 from toy_data import circle
 from toy_data.circle import CircleProcess
 
 STUDENTS = Path(circle.__file__).parent / "exposure" / "students.safetensors"  # of the committed run
 FRESH = 1_000_000  # where the batches of an arm begin: it must not see those of the start again
-WINDOW = 4  # frames: enough to tell the speed (4.5 sigma); exact conditionals on a window keep every window's law
-
-
-class CausalMLP(nn.Module):
-    """u(z, t, r, past, frame): an MLP that sees the last WINDOW of `frame` past frames, and which of them exist."""
-
-    def __init__(self, width=64, depth=4, seeds=(0,)):
-        super().__init__()
-        self.mlp = MLP((2 + 3 * WINDOW,), width, depth, seeds)
-
-    def forward(self, z, t, r, past, frame, copy=None):
-        """z (B, 2), past (B, n, 2) with n >= frame (B,): later frames are not looked at. Returns (B, 2)."""
-        if past.ndim != 3 or len(past) != len(z) or past.shape[1] < int(frame.max()):
-            raise InputError(
-                f"past {tuple(past.shape)} of {len(z)} clips at frame {int(frame.max())}; expected (B, n, 2) and n no "
-                "less than the frame's number, counted from 0"
-            )
-        place = frame[:, None] + torch.arange(WINDOW)  # in a past that WINDOW empty frames precede
-        seen = nn.functional.pad(past, (0, 0, WINDOW, 0)).gather(1, place[..., None].expand(-1, -1, 2))
-        inputs = torch.cat([z, seen.flatten(1), (place >= WINDOW).to(z)], 1)
-        return self.mlp(inputs, t, r, copy)[:, :2]
-
-
-def conditional_velocity(process):
-    """The exact velocity(z, t, past, frame) of the next frame given all frames before it."""
-
-    def velocity(z, t, past, frame, copy=None):
-        out = torch.empty_like(z)
-        for index in frame.unique().tolist():
-            rows = (frame == index).nonzero().squeeze(1)
-            weights = process.log_weights(past[rows, :index])
-            out[rows] = process.frame(index).velocity(z[rows], t[rows], weights)
-        return out
-
-    return velocity
-
-
-class ClipScore(nn.Module):
-    """A fake score u(z, t, r) of whole clips: the exact joint velocity and what an MLP adds to it, at first nothing.
-
-    Fake scores start as the teacher (DMD2; AnyFlow); here the teacher is a formula.
-    """
-
-    def __init__(self, exact, shape, width=128, depth=4, seeds=(0,)):
-        super().__init__()
-        self.exact, self.mlp = exact, MLP(shape, width, depth, seeds)
-        nn.init.zeros_(getattr(self.mlp, f"weight{depth}"))
-
-    def forward(self, z, t, r, copy=None):
-        """z (B, F, 2); returns the same shape."""
-        return self.exact(z, t) + self.mlp(z, t, r, copy)
-
-
-def frame_by_frame(walk, z, truth=None, detach=False, **condition):
-    """Clips (B, F, 2) from noise `z` (B, F, 2): x = walk(z_k, past=, frame=, **condition) for frame after frame.
-
-    The past is what was made so far, with gradient or, if `detach`, without; or that of the clips `truth`.
-    """
-    made, past = [], z[:, :0]
-    for index in range(z.shape[1]):
-        x = walk(z[:, index], past=past, frame=torch.full((len(z),), index), **condition)
-        made.append(x)
-        seen = x.detach() if detach else x
-        past = torch.cat([past, (seen if truth is None else truth[:, index])[:, None]], 1)
-    return torch.stack(made, 1)
-
-
-def simulate(detach):
-    """Backward simulation of clips, frame by frame, for `OnPolicyLoss`: (1, B, F, 2), all at t = 0."""
-
-    def backward_simulation_of_clips(u, z, lengths, step, shift=1.0, **condition):
-        def walk(z, **condition):
-            return backward_simulation(u, z, lengths, step, shift, **condition)[-1]
-
-        return frame_by_frame(walk, z, detach=detach, **condition)[None]
-
-    return backward_simulation_of_clips
-
-
-def sample_clips(u, z, nfe, truth=None, **condition):
-    """Clips (B, F, 2) by any-step sampling, `nfe` evaluations a frame: free-running, or every frame after true ones."""
-    times = time_grid(nfe)
-    return frame_by_frame(lambda z, **there: sample_flow_map(u, z, times, **there)[-1], z, truth, **condition)
-
-
-@dataclass
-class FrameLoss(InnerState):
-    """Teacher forcing: the forward loss on one frame of every clip, the condition its true past."""
-
-    forward: Callable
-
-    def __call__(self, u, batch):
-        """As FlowMapLoss; batch: `x`, `eps` (B, F, 2) and `frame` (B,), besides the pairs."""
-        rows, frame = torch.arange(len(batch["x"])), batch["frame"]
-        condition = {**batch.get("condition", {}), "past": batch["x"], "frame": frame}
-        one = {name: batch[name][rows, frame] for name in ("x", "eps")}
-        return self.forward(u, batch | one | {"condition": condition})
 
 
 FORCING = {"teacher forcing": False, "teacher forcing, exact velocity": True}  # whether the velocity is the exact one
@@ -317,7 +226,7 @@ def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", wo
         choose("arm", arm, dict.fromkeys(ARMS))
     process, common = CircleProcess(), (tuple(seeds), budget, quiet)
     reference, other = (process.clips.sample_stratified(CLIPS, generator(seed)) for seed in range(2))
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         first = (train_arm, ("teacher forcing", None, budget.start, *common))
         start, weights = run_jobs({"start": first}, workers)["start"]
         results = run_jobs({arm: (train_arm, (arm, weights, budget.after, *common)) for arm in reversed(arms)}, workers)
@@ -337,6 +246,7 @@ def run(seeds=(0, 1, 2), budget=BUDGET, arms=ARMS, output="outputs/exposure", wo
         trained = {arm: results[arm][1] for arm in KEPT if arm in arms}
         halves = {f"{arm}/{name}": value.half() for arm, each in trained.items() for name, value in each.items()}
         save_file(halves, folder / STUDENTS.name, made)
+        from minianyflow.plane.exposure_figure import exposure_figure
         from minianyflow.support.figures import save_figure
 
         save_figure(exposure_figure(report), folder / "exposure.png")
@@ -360,35 +270,3 @@ def load_student(arm, copy=0, path=STUDENTS):
     network = CausalMLP(budget["width"], seeds=seeds[copy : copy + 1])
     network.load_state_dict({name: value[copy : copy + 1] for name, value in weights.items()})
     return network.eval().requires_grad_(False)
-
-
-def exposure_figure(report):
-    """A row an NFE. Columns: last radius error, sliced W2, both against total cost; radius error by frame at the end.
-
-    Solid: free-running; dashed: with true context; dotted: the data's own. Lines are means over seeds.
-    """
-    import matplotlib.pyplot as plt
-    import numpy as np
-    from matplotlib.ticker import LogLocator
-
-    figure, grid = plt.subplots(2, 3, figsize=(15, 8), layout="constrained", sharex="col", sharey="col")
-    begun = report["start"][-1]
-    for row, nfe in zip(grid, map(str, NFE), strict=False):
-        for (arm, points), colour in zip(report["arms"].items(), COLOURS, strict=False):
-            path, style = [begun, *points], {"color": colour, "marker": "o", "markersize": 4}
-            cost = np.array([0, *(point["cost"]["evaluations"] for point in points)]) + begun["cost"]["evaluations"]
-            for name, line in (("free_running", "-"), ("true_context", "--")):
-                values = np.mean([point["nfe"][nfe][name] for point in path], 1)  # (points, F)
-                row[0].plot(cost / 1e6, values[:, -1], line, label=arm if line == "-" else None, **style)
-                row[2].plot(values[-1], line, color=colour)
-            row[1].plot(cost / 1e6, np.mean([point["nfe"][nfe]["sliced_w2"] for point in path], 1), **style)
-        labels = "last frame's radius error", "sliced W2 of clips", "radius error by frame"
-        for axes, label, floor in zip(row, labels, ("radius_error", "sliced_w2", "radius_error"), strict=True):
-            axes.axhline(report["data"][floor], color="black", linestyle=":")
-            axes.set(yscale="log", title=f"{label}, NFE {nfe}", xlabel="million evaluations")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))), axes.yaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-            axes.grid(alpha=0.25)
-        row[2].set(xlabel="frame")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS))
-    return figure

@@ -19,7 +19,7 @@ from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.plane.students import METHODS, Budget, load_student, sample  # noqa: F401 (opens what `run` writes)
 from minianyflow.samplers import sample_ode
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import generator, time_grid
 from minianyflow.training import Role, train
@@ -150,7 +150,7 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo",
     """
     mixture = plane.load(dataset)
     check(seeds, budget)
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         arguments = (dataset, tuple(seeds), budget, {}, quiet)
         jobs = {method: (run_method, (method, *arguments)) for method in reversed(METHODS)}  # the longest first
         results = run_jobs(jobs | {"exact": (exact_flow, (dataset,))}, workers)
@@ -177,7 +177,7 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/demo",
             "exact_flow": {"sliced_w2": round(sliced_w2(exact_ends, reference), 6)},
             "methods": {method: in_report(results[method], seeds, exact_ends) for method in METHODS},
         }
-        from minianyflow.plane.figures import any_step_figure
+        from minianyflow.plane.race_figure import any_step_figure
         from minianyflow.support.figures import save_figure
 
         paths = {method: results[method]["sampled"][2] for method in METHODS}

@@ -4,7 +4,6 @@ A stand-in writes down how many rows it is asked for, with or without gradient, 
 """
 
 import contextlib
-import importlib.util
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -14,10 +13,10 @@ from torch import nn
 from minianyflow.batch import part_of
 from minianyflow.on_policy import draw_on_policy
 from minianyflow.planner.costs import Live
-from minianyflow.support.install import ROOT
 from minianyflow.times import generator
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.run import ROLLOUTS, draws
+from minianyflow.wan.stages import STAGES
 
 SMALL = 2  # high and wide: the latents that stand-ins are asked about
 
@@ -54,28 +53,28 @@ class StandIn(nn.Module):
         self.role, self.asked, self.whole, self.caches = role, asked, whole, []
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def forward(self, z, t, r, prompt, clean=None, past=None, cache=None, whole=None, remember=False):
+    def forward(self, z, t, r, prompt, clean=None, past=None, cache=None, single_chunk=None, fill_cache=False):
         """States of the shape of z, with a gradient where a network's would have one; or something like a cache."""
         before, which = 0, None
-        kind = "whole" if self.whole or whole is not None else "all"
+        kind = "whole" if self.whole or single_chunk is not None else "all"
         if clean is not None:
             kind, before = "forced", 0 if past is None else past.shape[1]
         if cache is not None:
             kind, before = "read", cache[0][0].shape[3] if cache else 0
-        if remember:
+        if fill_cache:
             kind = "remember"
         grad = torch.is_grad_enabled() and self.weight.requires_grad
-        made = torch.zeros(len(z), 1, 1, z.shape[1], 1) + self.weight if remember else z + self.weight
-        if remember or cache:
-            seen = made if remember else cache[0][0]
+        made = torch.zeros(len(z), 1, 1, z.shape[1], 1) + self.weight if fill_cache else z + self.weight
+        if fill_cache or cache:
+            seen = made if fill_cache else cache[0][0]
             which = id(seen)
             self.caches.append(seen)  # or another could get its number
         self.asked.append(Question(self.role, len(z), grad, z.requires_grad, kind, z.shape[1], before, which))
-        return ((made, made),) if remember else made
+        return ((made, made),) if fill_cache else made
 
 
 class StandIns:
-    """In place of runs.Networks, for the functions of distill.py that make the roles of a stage."""
+    """In place of runs.Networks, for the functions of wan/stages.py that make the roles of a stage."""
 
     def __init__(self):
         self.asked = []
@@ -107,14 +106,6 @@ class NoShards(LatentShards):
         return torch.zeros(count, *self.shape), torch.zeros(count, *self.null.shape[1:])
 
 
-def stages():
-    """The functions of scripts/distill.py that make the roles of a stage: {stage: function}."""
-    place = importlib.util.spec_from_file_location("distill", ROOT / "scripts/distill.py")
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
-    return module.STAGES
-
-
 @dataclass(frozen=True)
 class Part:
     """What one process does at once: the questions of one role's loss."""
@@ -135,7 +126,7 @@ def trace(config, shape, length, steps, processes=1, exact=False):
     data = NoShards((*shape[:2], SMALL, SMALL), max(1, round(length / numbers)))
     networks = StandIns()
     quiet = replace(config, student=None, teacher=None)
-    roles = stages()[config.stage](quiet, networks, {"prompt": data.null})
+    roles = STAGES[config.stage](quiet, networks, {"prompt": data.null})
     draw, parts, beside = draws(config, data), [], Counter()
     for step in steps:
         batch = draw(step)

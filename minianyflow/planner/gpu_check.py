@@ -20,16 +20,16 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minianyflow.planner.call_costs import ShapeNetworks
-from minianyflow.planner.forward_calls import stages
 from minianyflow.planner.plan import plan_run
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.wan.config import CHOICES, load_config
 from minianyflow.wan.data.shards import write_shards
 from minianyflow.wan.data.videos import WAN_CLIP
 from minianyflow.wan.folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
 from minianyflow.wan.run import draws, guard, prepare
 from minianyflow.wan.shapes import SHAPES, SHARED, build_transformer, latent_shape
+from minianyflow.wan.stages import STAGES
 from minianyflow.wan.trainer import train_run
 
 TINY = SHARED | TINY_TRANSFORMER | {"text_dim": TINY_TEXT["d_model"], "freq_dim": 64}  # what make_tiny_wan makes
@@ -98,7 +98,7 @@ def check(request, output, tell=print):
     """
     if (Path(output) / REPORT).exists():
         raise InputError(f"{output} holds a report, which may have cost hours; name another --output, or remove it")
-    with staged(Path(output)):  # or it would be told after the first case
+    with staging_folder(Path(output)):  # or it would be told after the first case
         pass
     device = torch.device(request.device)
     report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **machine(device), "matrix": matrix_rate(device)}
@@ -121,7 +121,7 @@ def check(request, output, tell=print):
             if case[0] not in report["attention"]:
                 report["attention"][case[0]] = attention_rates(SIZES[case[0]][0], clip, device)
             try:
-                entry |= measure(request, case, config, stages()[config.stage], Path(output))
+                entry |= measure(request, case, config, STAGES[config.stage], Path(output))
             except torch.OutOfMemoryError:
                 entry["left_out"] = "out of memory where the plan had room"
                 tell(f"{name}: {entry['left_out']}")
@@ -334,7 +334,7 @@ def _free(device):
 
 def write(report, output):
     """gpu_check.json and gpu_check.md in the folder `output`."""
-    with staged(Path(output)) as folder:
+    with staging_folder(Path(output)) as folder:
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         (folder / "gpu_check.md").write_text(markdown(report))
 

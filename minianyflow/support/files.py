@@ -17,7 +17,7 @@ except ImportError:  # Windows
 LOCK, UNFINISHED = ".lock", ".unfinished-"
 
 
-def hold(folder):
+def lock_folder(folder):
     """Make `folder`, and let nobody else hold it as long as what this returns is kept; a killed process lets go.
 
     Raises InputError if it is held, or cannot be written to.
@@ -44,7 +44,7 @@ def _locked(file):
 
 
 @contextlib.contextmanager
-def staged(output):
+def staging_folder(output):
     """A folder to write into; its files take their place in `output` only when everything went well."""
     output = Path(output)
     try:
@@ -68,7 +68,7 @@ def staged(output):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(folder):
+def remove_leftovers(folder):
     """Remove what killed processes left unfinished in a folder; what a living one is still writing stays."""
     for left in Path(folder).glob(f"{UNFINISHED}*"):
         with _claimed(left) as free:
@@ -91,7 +91,7 @@ def _claimed(folder):
 
 
 @contextlib.contextmanager
-def whole_folder(folder):
+def new_folder(folder):
     """A folder to write into that becomes `folder`, new or empty until then, only when everything went well."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -20,7 +20,6 @@ from toy_data.blobs import LIGHT, PROMPTS, SIGMA, SIZE, WALLS, render
 FOUND = 0.5  # the amplitude above which there is a ball
 CLEAR = 1.5  # pixels from a wall: a ball faster than any here still touches it outside three clear points
 KEPT = 0.15  # how far the light may be off
-ENOUGH = 2048  # samples below which a Frechet distance says little
 MOST, SWEEPS, PIECE = 4, 4, 4096  # balls looked for; rounds of refinement; frames at a time, to stay in the cache
 _PIXEL = torch.arange(SIZE, dtype=torch.float32)
 _REACH = (WALLS[0] - 1, WALLS[1] + 1)  # where a ball's centre is looked for
@@ -164,29 +163,6 @@ def _summary(seen, balls, frames):
     }
 
 
-def frechet_distance(a, b, least=ENOUGH):
-    """Frechet distance of the Gaussians fitted to samples a, b (n, *shape), n at least `least`; in squared data units.
-
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, equation 6).
-    Small samples read too much, even between equal laws (blob latents, 320 numbers: data against data 2.2 at 2048, .6
-    at 8192), and a floor that high hides differences: compare at one count, beside data against data. With fewer
-    samples than numbers in each it is worked out from their products, whatever the size of a clip.
-    """
-    a, b = _samples(a, least), _samples(b, least)
-    if a.shape[1] != b.shape[1]:
-        raise InputError(f"samples of {a.shape[1]} and {b.shape[1]} numbers each; expected the same: reshape one")
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    if a.shape[1] > min(len(a), len(b)):  # with S = X'X the trace of (S_a S_b)^(1/2) is the sum of the singular values
-        a, b = ((each - mean) / (len(each) - 1) ** 0.5 for each, mean in ((a, mean_a), (b, mean_b)))  # of X_a X_b'
-        shared = torch.linalg.svdvals(a @ b.T).sum()
-        return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * shared)
-    cov_a, cov_b = (torch.cov(each.T).reshape(each.shape[1], -1) for each in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * shared)
-
-
 def drift(latents, reference, partition):
     """Sliced W2 of each chunk's latents (n, F, C, h, w) from the same chunk of `reference`: floats, in data units."""
     if latents.shape[1:] != reference.shape[1:]:
@@ -201,16 +177,6 @@ def _chunks(partition, frames):
         raise InputError(f"chunk partition {tuple(partition)}; expected whole numbers above 0 that sum to {frames}")
     ends = torch.tensor(partition).cumsum(0).tolist()
     return [slice(end - length, end) for end, length in zip(ends, partition, strict=True)]
-
-
-def _samples(samples, least):
-    if samples.ndim < 2 or len(samples) < max(least, 2):
-        raise InputError(
-            f"samples of shape {tuple(samples.shape)}; expected (n, *shape) with n at least {max(least, 2)}: "
-            "small samples flatter it against its floor, draw more"
-        )
-    check_finite("a set of samples", samples)
-    return samples.flatten(1).double().cpu()
 
 
 def _checked(video):

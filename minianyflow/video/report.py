@@ -5,7 +5,6 @@ videos against what a blob video is. Excess is a measure minus the codec's own, 
 """
 
 import json
-import math
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +13,17 @@ from tqdm import tqdm
 
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import guided
-from minianyflow.measures import path_error, sliced_w2, sobol_noise
+from minianyflow.measures import frechet_distance, path_error, sliced_w2, sobol_noise
 from minianyflow.networks.causal import CausalNetwork, causal_rollout
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import KINDS, load_codec, load_network, read_weights
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
+from minianyflow.support.reports import rounded
 from minianyflow.times import generator, time_grid
-from minianyflow.video.measures import drift, frechet_distance, summary
+from minianyflow.video.measures import drift, summary
 from minianyflow.video.stages import GUIDANCE, STAGES, WEIGHTS, path_of
 from toy_data import blobs
 
@@ -175,7 +175,7 @@ def run(weights=WEIGHTS, output="outputs/video", names=None, nfes=NFE, workers=2
         jobs[name, "long"] = (measure_long, (path_of(weights, name), path_of(weights, "codec")))
         if PADDED in steps(name):
             jobs[name, "padded"] = job(name, 0, (PADDED,), padded=True)
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         results = run_jobs(jobs, workers)
         target = results["teacher", "guided euler"][1][max(nfes)] if ("teacher", "guided euler") in jobs else None
         report = {
@@ -251,15 +251,6 @@ def costs(name, weights):
     return {key: sum(cost[key] for cost in each) / len(each) for key in COST}
 
 
-def rounded(value):
-    """Numbers to six places, NaN to None, all the way down: what JSON can hold and people can read."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return (round(value, 6) if math.isfinite(value) else None) if isinstance(value, float) else value
-
-
 def comparison(folder, workers=2, quiet=False, nfes=(1, 4)):
     """Measure the networks in `folder` at a few steps, note it in their provenance, and set it beside those committed.
 
@@ -288,7 +279,7 @@ def note_figures(path, figures):
     """Write what was measured into the provenance of the weights at `path`."""
     beside = Path(path).with_suffix(".json")
     made = json.loads(beside.read_text())
-    with staged(beside.parent) as folder:
+    with staging_folder(beside.parent) as folder:
         (folder / beside.name).write_text(json.dumps(made | {"figures": figures}, indent=1) + "\n")
 
 

@@ -26,12 +26,12 @@ from minianyflow.guidance import guided
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_from
 from minianyflow.networks.codec import codec_cost, train_codec
 from minianyflow.networks.mlp import EvaluationCounter
-from minianyflow.networks.teacher_forcing import TeacherForced, in_turn
+from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
 from minianyflow.networks.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.networks.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role, train
@@ -101,7 +101,7 @@ def make_latents(folder):
     """The latents that every stage trains on and their numbers of balls, encoded once, kept in `folder`."""
     clips = blobs.sample(CLIPS, generator(100))
     latents = load_codec(folder / "codec-0.safetensors").encode(clips.video)
-    with staged(folder) as unfinished:
+    with staging_folder(folder) as unfinished:
         save_file({"latents": latents, "balls": clips.balls}, unfinished / LATENTS, _made_from(folder))
 
 
@@ -218,7 +218,9 @@ def _teacher_forcing(stage, seed, earlier, loss, **pairs):
     data, network = Latents(earlier.folder), earlier.causal(stage.parent, seed)
 
     def draw(step):
-        return in_turn(data.batch(stage.rows, generator(seed, stage.stream, step), **pairs), step, network)
+        return cycle_context_lengths(
+            data.batch(stage.rows, generator(seed, stage.stream, step), **pairs), step, network
+        )
 
     return {"student": _role(network, stage, TeacherForced(loss))}, draw
 
@@ -229,7 +231,7 @@ def build_causal_on_policy(stage, seed, earlier):
     forward = TeacherForced(earlier.forward(STAGES[stage.parent], "causal_teacher"))
     options = dict(stage.options)
     simulate = causal_backward_simulation(options.pop("context_gradient", False), student.first, student.rest)
-    cut = partial(in_turn, network=student)
+    cut = partial(cycle_context_lengths, network=student)
     return _on_policy(stage, seed, earlier, student, forward, options, cut, simulate=simulate)
 
 

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import LOCK, UNFINISHED, hold, sweep
-from minianyflow.wan.guard import on_any
+from minianyflow.support.files import LOCK, UNFINISHED, lock_folder, remove_leftovers
+from minianyflow.wan.guard import any_process
 from minianyflow.wan.trainer import loss_state
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -40,43 +40,43 @@ GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # other error
 class Checkpoints:
     """What `training.train` saves every `every` steps and at the end, in `folder`; the last `keep` stay.
 
-    told: what the run was told, {name: value}; going on with another is refused. carried: objects that go on, too,
+    settings: what the run was told, {name: value}; going on with another is refused. stateful: objects that go on, too,
     {name: object}, each with `state_dict()`, plain enough for JSON, and `load_state_dict(state)`.
     """
 
     folder: Path
     every: int = 500
     keep: int = 3
-    told: dict = field(default_factory=dict)
-    carried: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    stateful: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.folder = Path(self.folder)
         if self.every < 1 or self.keep < 1:
             raise InputError(f"checkpoints every {self.every} steps, {self.keep} kept; expected at least 1 of each")
 
-    def found(self):
+    def folders(self):
         """The folders that stand for whole checkpoints, newest first; whether they are, `problem_of` says."""
         named = [path for path in self.folder.glob("*") if path.name.isdecimal() and path.is_dir()]
         return sorted(named, key=lambda path: int(path.name), reverse=True)
 
-    def hold(self, accelerator):
+    def lock(self, accelerator):
         """Keep other runs away as long as this one lives. Raises InputError if there is one, or writing is refused."""
         self.held, problem = None, None
         try:
-            self.held = hold(self.folder) if accelerator.is_main_process else None
+            self.held = lock_folder(self.folder) if accelerator.is_main_process else None
         except InputError as error:
             problem = str(error)
         problem = next(filter(None, gather_object([problem])), None)
         if problem:
             raise InputError(problem)
 
-    def check_told(self):
+    def check_settings(self):
         """Raise InputError, one line, if the run was told something else when its newest checkpoint was made."""
-        for folder in self.found():
+        for folder in self.folders():
             try:
                 digest = json.loads((folder / MANIFEST).read_text())["files"][STATE]
-                before = json.loads((folder / STATE).read_text())["told"]
+                before = json.loads((folder / STATE).read_text())["settings"]
                 whole = digest == [*_digest(folder / STATE)]
             except (*GONE, ValueError, KeyError, TypeError):
                 continue  # not whole; restore will say so
@@ -84,9 +84,11 @@ class Checkpoints:
                 raise _unreadable(folder, problem) from None
             if not whole:
                 continue
-            names = [name for name in {**before, **self.told} if before.get(name) != self.told.get(name)]
+            names = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
             if names:
-                changes = "; ".join(f"{name} was {before.get(name)}, is {self.told.get(name)}" for name in names[:5])
+                changes = "; ".join(
+                    f"{name} was {before.get(name)}, is {self.settings.get(name)}" for name in names[:5]
+                )
                 expected = "put back what changed, or name another folder with output=FOLDER"
                 raise InputError(f"{folder} was made by another configuration: {changes}; {expected}")
             return
@@ -99,7 +101,7 @@ class Checkpoints:
             moments = [weight for _, weight in _optimised(role)] * 2
             kept = (*role.network.state_dict().values(), *averages, *moments)
             size += sum(each.numel() * each.element_size() for each in kept)
-        needed = size * max(1, self.keep + 1 - len(self.found()))  # an old one goes when a new one is whole
+        needed = size * max(1, self.keep + 1 - len(self.folders()))  # an old one goes when a new one is whole
         place = self.folder.absolute()
         while not place.exists():
             place = place.parent
@@ -118,16 +120,16 @@ class Checkpoints:
         """Save what stands after `done` steps. Raises InputError where it cannot; older ones stay as they are."""
         part, main = self.folder / f"{UNFINISHED}{done:06}", accelerator.is_main_process
         tensors = _tensors(roles, accelerator)
-        if on_any(not all(_finite(each) for each in tensors.values()), accelerator):
-            kept = ", ".join(folder.name for folder in self.found()) or "none"
+        if any_process(not all(_finite(each) for each in tensors.values()), accelerator):
+            kept = ", ".join(folder.name for folder in self.folders()) or "none"
             raise InputError(
                 f"weights are not finite after {done} steps; not saved, and those before are as they were ({kept}): "
                 "lower lr, name another folder with output=FOLDER"
             )
-        state = {"step": done, "processes": accelerator.num_processes, "history": history, "told": self.told}
+        state = {"step": done, "processes": accelerator.num_processes, "history": history, "settings": self.settings}
         state |= {"distribution": accelerator.distributed_type.value}
-        state |= {"hash": hashlib.sha256(json.dumps(self.told, sort_keys=True).encode()).hexdigest()}
-        state |= {"carried": {name: each.state_dict() for name, each in self.carried.items()}}
+        state |= {"hash": hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()}
+        state |= {"stateful": {name: each.state_dict() for name, each in self.stateful.items()}}
         state |= {"versions": {package: version(package) for package in ("torch", "accelerate")}}
         try:
             _together(_renew, part, on=main)
@@ -143,7 +145,7 @@ class Checkpoints:
                 _together(shutil.rmtree, part, True, on=main)
                 raise
         except (OSError, CheckpointException) as problem:
-            kept = ", ".join(folder.name for folder in self.found()) or "none"
+            kept = ", ".join(folder.name for folder in self.folders()) or "none"
             why = f"cannot save a checkpoint after {done} steps in {self.folder} ({_why(problem)})"
             raise InputError(f"{why}; those before are intact ({kept}): mend that, then run the same again") from None
 
@@ -152,7 +154,7 @@ class Checkpoints:
 
         Says on the main process which it is, and which newer ones are not whole and why.
         """
-        folders = self.found()
+        folders = self.folders()
         for folder in folders:
             try:
                 problem = _together(problem_of, folder, accelerator.process_index, accelerator.num_processes)
@@ -176,17 +178,17 @@ class Checkpoints:
             expected = "expected the roles and sizes of this run: name another folder with output=FOLDER"
             raise InputError(f"{folder} does not fit ({_why(why)}); {expected}") from None
         state = json.loads((folder / STATE).read_text())
-        for name, each in self.carried.items():
-            each.load_state_dict(state["carried"][name])
+        for name, each in self.stateful.items():
+            each.load_state_dict(state["stateful"][name])
         if accelerator.is_main_process:
             print(f"going on after {state['step']} steps, from {folder}", flush=True)
         return state["step"], state["history"]
 
     def remove(self):
         """Remove all of them: what a finished run leaves says the same in less room. What is not theirs stays."""
-        for folder in self.found():
+        for folder in self.folders():
             shutil.rmtree(folder, ignore_errors=True)
-        sweep(self.folder)
+        remove_leftovers(self.folder)
         with contextlib.suppress(OSError):  # not empty, or a link to another disk
             (self.folder / LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
@@ -200,11 +202,11 @@ class Checkpoints:
             _put_aside(whole)
         os.replace(part, whole)
         _sync(self.folder)
-        before = [old for old in self.found() if int(old.name) <= int(whole.name)]
-        later = [old for old in self.found() if old not in before]  # found not to be whole: they must not count
+        before = [old for old in self.folders() if int(old.name) <= int(whole.name)]
+        later = [old for old in self.folders() if old not in before]  # found not to be whole: they must not count
         for old in (*later, *before[self.keep :]):
             _put_aside(old)
-        sweep(self.folder)
+        remove_leftovers(self.folder)
 
 
 def problem_of(folder, index=0, parts=1):

@@ -12,11 +12,10 @@ import torch
 from accelerate import PartialState
 from safetensors import safe_open
 
-from minianyflow.measures import path_error, sliced_w2
+from minianyflow.measures import frechet_distance, path_error, sliced_w2
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staged
-from minianyflow.video.measures import frechet_distance
-from minianyflow.video.report import rounded
+from minianyflow.support.files import staging_folder
+from minianyflow.support.reports import rounded
 from minianyflow.wan.config import find_device
 from minianyflow.wan.data.clips import WAN_NULL
 from minianyflow.wan.data.shards import NULL, LatentShards
@@ -224,7 +223,7 @@ def vbench(scorer, samples, steps):
     folders = {samples[label].video(nfe, 0).parent: path.with_suffix("") for (label, nfe), path in todo.items()}
     for (key, path), scores in zip(todo.items(), scorer.score(folders, titles), strict=True):
         known[key] |= scores
-        with staged(path.parent) as inside:
+        with staging_folder(path.parent) as inside:
             (inside / path.name).write_text(json.dumps(known[key], indent=1) + "\n")
     return {
         label: {f"vbench_{name}": [[known[label, nfe][name] for nfe in steps]] for name in scorer.dimensions}
@@ -239,7 +238,7 @@ def write(report, samples, output):
     """Write a report, its curves, a sheet of stills and the prompts of the videos; whole or not at all."""
     from minianyflow.support.figures import save_figure
 
-    with staged(output) as folder:
+    with staging_folder(output) as folder:
         (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         save_figure(curves(report), folder / "any_step.png")
         sheet(samples, next(iter(report["methods"].values()))["nfe"]).save(folder / "sheet.png")
@@ -251,7 +250,7 @@ def curves(report):
     """A Figure: every measure of a report against steps, a line for each source, dotted the data's own reading."""
     import matplotlib.pyplot as plt
 
-    from minianyflow.video.figures import draw_any_step
+    from minianyflow.support.figures import draw_any_step
 
     names = [name for name in _measures(report) if name != "evaluations"]  # which for most are the steps
     rows = -(-len(names) // 3)

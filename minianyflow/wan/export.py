@@ -8,11 +8,12 @@ import torch
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 from diffusers.utils import logging
 
-from minianyflow.networks.causal import chunk_partition
-from minianyflow.networks.lora_roles import Adapter, RoleNetwork, load_role, remove_role, roles_of
+from minianyflow.networks.causal_attention import chunk_partition
+from minianyflow.networks.lora_roles import Adapter, RoleNetwork, remove_role, roles_of
 from minianyflow.networks.pipelines import write_pipeline
+from minianyflow.networks.weights import load_role
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import whole_folder
+from minianyflow.support.files import new_folder
 from minianyflow.times import generator
 from minianyflow.wan.folders import load_parts
 from minianyflow.wan.run import load_run, network_of, read_run, sample, transformer_of, weights_in
@@ -90,7 +91,7 @@ def export_lora(run, output, role="student"):
     plain, expected = (_probe(config, RoleNetwork(network, each)) for each in (None, role))
     remove_role(transformer, role)
     transformer.unload_lora()
-    with whole_folder(output) as inside:
+    with new_folder(output) as inside:
         told = {"r": rank, "lora_alpha": alpha, "target_modules": layers}  # without it diffusers takes alpha for rank
         kind.save_lora_weights(inside, state, transformer_lora_adapter_metadata=told)
         load_quietly(kind(None, None, transformer, None, None), inside, run)

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT
 
 from minianyflow.networks.causal import coarse_patches
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import whole_folder
+from minianyflow.support.files import new_folder
 from minianyflow.times import generator
 from minianyflow.wan.data.shards import write_shards
 
@@ -253,7 +253,7 @@ def make_tiny_wan(folder, seed=0, clips=16, null=""):
     Every caption works; TINY_LENGTH is the prompt length of the shards. null: the text of the null prompt, which for
     Wan itself is its long negative prompt. `folder` must not exist or be empty; whole or not at all.
     """
-    with whole_folder(folder) as inside, torch.random.fork_rng(devices=[]):
+    with new_folder(folder) as inside, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         captions, video = moving_shapes(clips, generator(seed))
         tokenizer = _tokenizer(captions)

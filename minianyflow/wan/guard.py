@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from minianyflow.support.errors import InputError
 
-TERMINATED = 143  # as a shell says that SIGTERM ended it: to a scheduler such a run is not finished
+EXIT_SIGTERM = 143  # as a shell says that SIGTERM ended it: to a scheduler such a run is not finished
 LAUNCHED = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
 LAUNCHER = os.getppid()  # asked for at once: later it may be gone
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """SIGTERM came, or the launcher is gone; what training goes on from has been saved."""
 
 
@@ -41,12 +41,12 @@ class Guard:
     files: Callable | None = None
     skipped: list[int] = field(default_factory=list)  # steps
 
-    def bad(self, losses, norm, accelerator):
+    def is_bad(self, losses, norm, accelerator):
         """Whether the step of a role is bad on any process. losses: of its parts, each (B,)."""
         fine = all(bool((each <= self.above).all()) and bool(each.isfinite().all()) for each in losses)
-        return on_any(not (fine and math.isfinite(float(norm))), accelerator)
+        return any_process(not (fine and math.isfinite(float(norm))), accelerator)
 
-    def note(self, step, role, losses, batch, accelerator):
+    def record(self, step, role, losses, batch, accelerator):
         """Write the batch of all processes down, and skip it or raise InputError. batch: of this process."""
         own = {"losses": torch.cat(losses).tolist(), "rows": batch["row"].tolist() if "row" in batch else []}
         gathered = gather_object([own])
@@ -83,14 +83,14 @@ class Guard:
         self.skipped = list(state["skipped"])
 
 
-def on_any(flag, accelerator):
+def any_process(flag, accelerator):
     """Whether it is so on any process."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def abandoned():
+def launcher_gone():
     """Whether `accelerate launch` or torchrun, which started this process, is gone.
 
     The former passes no signal on to a single process. Any other parent, say a shell that was closed, may go.
@@ -98,15 +98,15 @@ def abandoned():
     return LAUNCHED and os.getppid() != LAUNCHER
 
 
-def leave():
+def exit_at_once():
     """End this process after SIGTERM, at once: process groups may wait for ever at exit."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(TERMINATED)
+    os._exit(EXIT_SIGTERM)
 
 
 @contextlib.contextmanager
-def listening(wanted):
+def catch_sigterm(wanted):
     """A list that is no longer empty once SIGTERM has come."""
     came = []
     if not wanted:
@@ -122,7 +122,7 @@ def listening(wanted):
 FAILURES = []  # errors that ended a thread of a tracker
 
 
-def begin_trackers(accelerator):
+def start_trackers(accelerator):
     """Let the trackers begin, if they can. What ends a thread of theirs is said in one line, as what they raise is."""
     before, after, usual = {*threading.enumerate()}, None, threading.excepthook
 
@@ -138,7 +138,7 @@ def begin_trackers(accelerator):
     after = {*threading.enumerate()}
 
 
-def track(entry, accelerator):
+def log_figures(entry, accelerator):
     """Pass an entry of the history to the trackers; one that fails is a warning, and done without from then on."""
     values = {kind: value for kind, value in entry.items() if kind != "step"}
     _tracking(accelerator, accelerator.log, values, step=entry["step"])

@@ -29,38 +29,37 @@ from torch.distributed.tensor import DTensor
 from minianyflow.batch import part_of
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import Guidance, guided
-from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_rollout, chunk_partition
-from minianyflow.networks.lean import compile_blocks, lean
+from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks
+from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_rollout
+from minianyflow.networks.causal_attention import chunk_partition
 from minianyflow.networks.lora_roles import (
     COARSE_PATCHES,
     EMBEDDERS,
     TARGETS,
     RoleNetwork,
     add_role,
-    checkpoint_blocks,
-    load_role,
     merge_role,
     remove_role,
     roles_of,
-    save_role,
 )
 from minianyflow.networks.mlp import EvaluationCounter
-from minianyflow.networks.teacher_forcing import TeacherForced, as_whole, in_chunks
+from minianyflow.networks.patches import use_per_frame_modulation
+from minianyflow.networks.teacher_forcing import TeacherForced, single_chunk_batch, teacher_forcing_batch
 from minianyflow.networks.wan import Autocast, WanNetwork
-from minianyflow.networks.weights import fingerprint
+from minianyflow.networks.weights import fingerprint, load_role, save_role
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight, sqrt_weight
 from minianyflow.on_policy import backward_simulation, draw_on_policy
 from minianyflow.samplers import sample_flow_map
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staged, sweep
+from minianyflow.support.files import remove_leftovers, staging_folder
 from minianyflow.times import generator, time_grid
 from minianyflow.wan.checkpoints import Checkpoints
 from minianyflow.wan.config import as_yaml, find_device, identity, load_config
-from minianyflow.wan.data.prefetch import share_waited
 from minianyflow.wan.data.shards import MANIFEST, LatentShards, data_identity
 from minianyflow.wan.data.videos import write_clips
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts, load_transformer
-from minianyflow.wan.guard import Guard, begin_trackers, end_trackers
+from minianyflow.wan.guard import Guard, end_trackers, start_trackers
+from minianyflow.wan.prefetch import waiting_share
 
 PATIENCE = timedelta(days=1)  # one process samples while the others wait, longer than the ten minutes of NCCL
 ROLLOUTS, CONTEXT, SAMPLES = 3, 4, 5  # keys (seed, which, step) of random numbers, beside those of shards.py
@@ -87,7 +86,7 @@ class Networks:
             torch.manual_seed(self.config.seed)
             options = {"rank": self.config.rank, "alpha": self.config.alpha, "targets": self._targets()}
             if start:
-                load_role(weights_in(start), self.base, "start", widen=whole)
+                load_role(weights_in(start), self.base, "start", from_bidirectional=whole)
             add_role(self.base, role, **options, start="start" if start else None)
             if start:
                 remove_role(self.base, "start")
@@ -103,7 +102,7 @@ class Networks:
             transformer = self._load(weights_in(start, whole=True) if start else self.config.base, frozen=True)
             return self._counted("teacher", self._wrap(transformer, whole))
         if start and "teacher" not in roles_of(self.base):
-            load_role(weights_in(start), self.base, "teacher", widen=whole)
+            load_role(weights_in(start), self.base, "teacher", from_bidirectional=whole)
         network = RoleNetwork(self._wrap(self.base, whole), "teacher" if start else None)
         return self._counted("teacher", network.requires_grad_(False))
 
@@ -160,7 +159,7 @@ def transformer_of(config, source, dtype=torch.float32, device="cpu"):
 
 def at_work(config, transformer):
     """A transformer, frozen, as a run works with it: blocks without needless copies, checkpointed, compiled."""
-    lean(transformer)
+    use_per_frame_modulation(transformer)
     if config.checkpointing:
         checkpoint_blocks(transformer, config.keep_attention)
     if config.compiled:
@@ -274,13 +273,13 @@ def _cut(batch, config, step):
     whole, long, where = torch.rand(3, generator=generator(config.seed, CONTEXT, step)).tolist()
     partition = chunk_partition(batch["x"].shape[1], config.causal.first, config.causal.rest, ragged=True)
     if step and whole < config.causal.bidirectional:
-        return as_whole(batch)
+        return single_chunk_batch(batch)
     full = config.causal.full_chunks
     if step and long >= config.causal.long_context:
         partition = partition[:full]
     elif step:  # step 0 has the longest: it trains every weight
         partition = partition[: full + 1 + int(where * (len(partition) - full))]
-    return in_chunks(batch, partition, full)
+    return teacher_forcing_batch(batch, partition, full)
 
 
 @torch.no_grad()
@@ -336,10 +335,10 @@ def prepare(config):
     data = LatentShards(config.data, config.data_skip)
     known = told(config, data)
     checkpoints = Checkpoints(output / "checkpoints", config.checkpoints.every, config.checkpoints.keep, known)
-    if config.resume == "never" and checkpoints.found():
+    if config.resume == "never" and checkpoints.folders():
         expected = "set resume=auto to go on, name another folder with output=FOLDER, or remove it"
         raise InputError(f"{config.output} holds checkpoints of an unfinished run, and resume=never; {expected}")
-    checkpoints.check_told()
+    checkpoints.check_settings()
     device = find_device(config.device)
     torch.set_float32_matmul_precision("high")  # adapters are float32
     tracker = None if config.log.tracker == "none" else config.log.tracker
@@ -351,13 +350,13 @@ def prepare(config):
         project_dir=config.output,
         kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    checkpoints.hold(accelerator)
+    checkpoints.lock(accelerator)
     _check_unfinished(output)  # another run may have been at work, and done with it
-    checkpoints.check_told()
+    checkpoints.check_settings()
     if accelerator.is_main_process:
         for folder in (output, *output.glob("samples/*")):
-            sweep(folder)
-    begin_trackers(accelerator)
+            remove_leftovers(folder)
+    start_trackers(accelerator)
     return accelerator, data, checkpoints
 
 
@@ -409,7 +408,7 @@ def sampler(config, data, student, accelerator):
 def save_run(config, data, networks, roles, history, seconds, accelerator, waits=()):
     """Write what a run leaves: the weights of every role that was trained, and how they were made; returns the latter.
 
-    waits: what it waited for data since it was last started (running.ahead), on the main process.
+    waits: what it waited for data since it was last started (prefetch.prefetch), on the main process.
     Then its checkpoints go. On other processes than the main one: None.
     """
     for role in roles.values():
@@ -434,7 +433,7 @@ def save_run(config, data, networks, roles, history, seconds, accelerator, waits
         "distribution": accelerator.distributed_type.value,
         "clip": {"frames": 4 * frames - 3, "height": 8 * high, "width": 8 * wide, "length": data.null.shape[1]},
         "seconds": round(seconds, 1),
-        "waiting_for_data": share_waited(waits),
+        "waiting_for_data": waiting_share(waits),
         "evaluations_a_sample": {
             name: {"forwards": rows / samples, "backwards": with_grad / samples}
             for name, (rows, with_grad) in counts.items()
@@ -442,7 +441,7 @@ def save_run(config, data, networks, roles, history, seconds, accelerator, waits
         "history": history,
         "versions": {package: version(package) for package in ("torch", "diffusers", "peft", "accelerate")},
     }
-    with staged(folder) as unfinished:
+    with staging_folder(folder) as unfinished:
         (unfinished / "config.yaml").write_text(as_yaml(config))
         (unfinished / "run.json").write_text(json.dumps(made, indent=1) + "\n")
     if hasattr(os, "sync"):
@@ -465,7 +464,7 @@ def gather(network):
 def _save(folder, name, networks, network):
     if networks.base is not None:
         return save_role(folder / f"{name}.safetensors", networks.base, network.role)
-    with staged(folder) as unfinished:
+    with staging_folder(folder) as unfinished:
         network.transformer.save_pretrained(unfinished / name)
 
 

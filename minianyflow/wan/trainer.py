@@ -14,7 +14,7 @@ from tqdm import tqdm
 from minianyflow.batch import part_of
 from minianyflow.support.errors import InputError
 from minianyflow.training import accumulate_gradient, check_gradients, check_roles, mean_figures
-from minianyflow.wan.guard import Guard, Stopped, abandoned, listening, on_any, track
+from minianyflow.wan.guard import Guard, Preempted, any_process, catch_sigterm, launcher_gone, log_figures
 
 
 def train_run(
@@ -37,7 +37,7 @@ def train_run(
     options. on_step(step) is called after each step. The history is gathered from all processes every `log_every`
     steps and at the end, and passed to the accelerator's trackers, if it has any.
     checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to; SIGTERM, or the end of what launched it,
-    then ends the run after its step, saved, with `guard.Stopped`. guard: a `guard.Guard` for bad batches; None stops
+    then ends the run after its step, saved, with `guard.Preempted`. guard: a `guard.Guard` for bad batches; None stops
     at the first.
     Raises InputError if a loss stops being finite, a weight that should learn gets no gradient, or one is frozen.
     """
@@ -50,7 +50,7 @@ def train_run(
         checkpoints.check_room(roles)
     if done > steps:
         raise InputError(f"a checkpoint of {done} steps; expected at most steps={steps}: set more")
-    with listening(checkpoints is not None) as terminated:
+    with catch_sigterm(checkpoints is not None) as terminated:
         for step in tqdm(range(done, steps), initial=done, total=steps, **_bar(progress, accelerator)):
             batch, figures = part_of(draw(step), *mine), {"step": step}
             for name, role in roles.items():
@@ -61,14 +61,14 @@ def train_run(
             else:
                 if step % log_every == 0 or step == steps - 1:
                     history.append(_gather(figures))
-                    track(history[-1], accelerator)
+                    log_figures(history[-1], accelerator)
             if checkpoints:
-                stop = on_any(bool(terminated) or abandoned(), accelerator)
+                stop = any_process(bool(terminated) or launcher_gone(), accelerator)
                 if stop or checkpoints.due(step + 1, steps):
                     checkpoints.save(roles, step + 1, history, accelerator)
                 if stop:
-                    why = "its launcher is gone" if abandoned() else "SIGTERM"
-                    raise Stopped(f"{why}: saved after {step + 1} of {steps} steps")
+                    why = "its launcher is gone" if launcher_gone() else "SIGTERM"
+                    raise Preempted(f"{why}: saved after {step + 1} of {steps} steps")
             if on_step:
                 on_step(step)
     return history
@@ -112,8 +112,8 @@ def _step(name, role, network, optimizer, batch, step, steps, accumulate, accele
     losses, figures = accumulate_gradient(role, parts, network, lambda: accelerator.no_sync(network))
     check_gradients(name, role, first=step == 0)
     norm = _clip(network.parameters(), role.clip) if role.clip else 0.0
-    if guard.bad(losses, norm, accelerator):
-        guard.note(step, name, losses, batch, accelerator)
+    if guard.is_bad(losses, norm, accelerator):
+        guard.record(step, name, losses, batch, accelerator)
         optimizer.zero_grad()
         if before:
             role.loss.load_state_dict(before)

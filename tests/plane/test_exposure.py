@@ -9,25 +9,17 @@ from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import OnPolicyLoss, backward_simulation_times, draw_rollouts
 from minianyflow.plane import exposure
-from minianyflow.plane.exposure import (
-    ARMS,
-    NFE,
+from minianyflow.plane.circle_student import (
     WINDOW,
-    Budget,
     CausalMLP,
     ClipScore,
     FrameLoss,
     conditional_velocity,
-    draw_clips,
     frame_by_frame,
-    make_arm,
-    measure,
-    radius_error,
     sample_clips,
     simulate,
-    spent,
-    step_cost,
 )
+from minianyflow.plane.exposure import ARMS, NFE, Budget, draw_clips, make_arm, measure, radius_error, spent, step_cost
 from minianyflow.samplers import sample_euler
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator, time_grid

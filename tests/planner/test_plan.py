@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minianyflow import training
-from minianyflow.networks.causal import causal_mask
+from minianyflow.networks.causal_attention import causal_mask
 from minianyflow.planner.call_costs import Prices
 from minianyflow.planner.costs import Live, kept_pairs
 from minianyflow.planner.forward_calls import Question
@@ -25,6 +25,7 @@ from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.folders import make_tiny_wan
 from minianyflow.wan.run import Networks, draws
+from minianyflow.wan.stages import STAGES
 
 
 def script(name):
@@ -34,7 +35,7 @@ def script(name):
     return module
 
 
-distill, planning = script("distill"), script("plan")
+planning = script("plan")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ class Step:
         data = LatentShards(config.data)
         self.config, self.networks = config, Networks(config, data.shape[0])
         self.null = {"prompt": data.null}
-        self.roles = distill.STAGES[config.stage](config, self.networks, self.null)
+        self.roles = STAGES[config.stage](config, self.networks, self.null)
         self.batch = draws(config, data)(0)  # which trains every weight
         self.take()
         self.batch = draws(config, data)(number)

@@ -10,9 +10,9 @@ import pytest
 
 from minianyflow.support import files
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import hold, staged, sweep, whole_folder
+from minianyflow.support.files import lock_folder, new_folder, remove_leftovers, staging_folder
 from minianyflow.support.jobs import run_jobs
-from minianyflow.wan.data.prefetch import ahead, share_waited
+from minianyflow.wan.prefetch import prefetch, waiting_share
 
 
 def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
@@ -41,7 +41,7 @@ def test_the_next_batch_is_drawn_while_this_one_is_worked_on():
             raise InputError("step 7 is broken")
         return step * 10
 
-    drawn = ahead(draw, 9)
+    drawn = prefetch(draw, 9)
     assert drawn(4) == 40
     assert drawn_ahead.wait(10)  # nobody has asked for it
     assert [drawn(5), drawn(6)] == [50, 60]
@@ -55,48 +55,54 @@ def test_the_next_batch_is_drawn_while_this_one_is_worked_on():
 def test_the_share_of_a_step_that_waits_for_data_is_told(drawing, working, low, high):
     """A batch that takes twice as long as the work beside it: half of every step is waiting."""
     waits = []
-    drawn = ahead(lambda step: time.sleep(10 * drawing if step == 3 else drawing), 10, waits)  # the first is left out
+    drawn = prefetch(
+        lambda step: time.sleep(10 * drawing if step == 3 else drawing), 10, waits
+    )  # the first is left out
     for step in range(3, 10):
         drawn(step)
         time.sleep(working)
-    told = share_waited(waits)
+    told = waiting_share(waits)
     assert told["steps"] == 5  # nor is it known when the last one ended
     assert low <= told["median"] <= high
     assert low - 0.1 <= told["all"] <= high + 0.3
-    assert share_waited([(1, 4), (0, 2), (0, 4)]) == {"steps": 3, "median": 0, "all": 0.1}
-    assert share_waited([]) is None
+    assert waiting_share([(1, 4), (0, 2), (0, 4)]) == {"steps": 3, "median": 0, "all": 0.1}
+    assert waiting_share([]) is None
 
 
 def test_what_killed_processes_left_is_swept_away_and_nothing_else(tmp_path):
     for name in (".unfinished-1/student", "student", ".lock/x"):
         (tmp_path / name).mkdir(parents=True)
-    with staged(tmp_path / "other"):  # of somebody at work elsewhere
-        sweep(tmp_path)
+    with staging_folder(tmp_path / "other"):  # of somebody at work elsewhere
+        remove_leftovers(tmp_path)
         assert list((tmp_path / "other").iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"student", ".lock", "other"}
 
 
 def test_what_a_living_process_writes_is_not_swept_away(tmp_path):
-    with whole_folder(tmp_path / "export") as inside, staged(tmp_path) as folder:
+    with new_folder(tmp_path / "export") as inside, staging_folder(tmp_path) as folder:
         for each in (inside, folder):
             (each / "weights").write_text("new")
-        sweep(tmp_path)
+        remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"export", "weights"}
     assert (tmp_path / "export/weights").read_text() == "new"
 
 
 def test_a_folder_is_held_by_one_where_there_are_locks(tmp_path, monkeypatch):
-    held = hold(tmp_path)
+    held = lock_folder(tmp_path)
     with pytest.raises(InputError, match="another run is at work"):
-        hold(tmp_path)
+        lock_folder(tmp_path)
     held.close()
-    hold(tmp_path).close()
+    lock_folder(tmp_path).close()
 
     def flock(file, how):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
-    with hold(tmp_path), hold(tmp_path), staged(tmp_path) as folder:  # some network disks have none
+    with (
+        lock_folder(tmp_path),
+        lock_folder(tmp_path),
+        staging_folder(tmp_path) as folder,
+    ):  # some network disks have none
         (folder / "file").touch()
     assert (tmp_path / "file").exists()
 
@@ -107,7 +113,7 @@ def test_a_sweep_follows_no_links(tmp_path):
     (tmp_path / "run/.unfinished-1").mkdir(parents=True)
     for link in ("run/.unfinished-link", "run/.unfinished-1/link"):
         (tmp_path / link).symlink_to(tmp_path / "mine")
-    sweep(tmp_path / "run")
+    remove_leftovers(tmp_path / "run")
     assert not (tmp_path / "run/.unfinished-1").exists()
     assert (tmp_path / "mine/file").exists()
 
@@ -118,7 +124,7 @@ def test_what_says_that_all_is_there_comes_last(tmp_path, monkeypatch, names):
     came, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: (came.append(target.name), replace(source, target)))
     monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / name for name in reversed(names)]))
-    with staged(tmp_path) as folder:
+    with staging_folder(tmp_path) as folder:
         for name in names:
             (folder / name).touch()
     assert tuple(came) == names
@@ -128,7 +134,7 @@ def test_what_is_staged_takes_the_place_of_what_a_killed_run_left(tmp_path):
     (tmp_path / "student").mkdir()
     (tmp_path / "student/old").write_text("old")
     (tmp_path / "file").write_text("old")
-    with staged(tmp_path) as folder:
+    with staging_folder(tmp_path) as folder:
         (folder / "student").mkdir()
         (folder / "student/new").write_text("new")
         (folder / "file").write_text("new")

@@ -4,10 +4,9 @@
 
 KIND is ddp, as accelerate has it on a CPU, or shard: accelerate's FSDP2 with the plugin that eight_gpus_fsdp2.yaml asks
 for, on a CPU mesh. accelerate ignores that file silently where there is no GPU, so the plugin is put in its place here.
-A RUN is distill.py's arguments, after preempt=N perhaps: SIGTERM after so many questions of `faults.on_any`.
+A RUN is distill.py's arguments, after preempt=N perhaps: SIGTERM after so many questions of `faults.any_process`.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from minianyflow.support.cli import run
 from minianyflow.wan import guard as faults
 from minianyflow.wan import run as runs
 from minianyflow.wan import trainer as training
+from minianyflow.wan.commands import distill
 from minianyflow.wan.data import shards
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -60,32 +60,30 @@ def main(kind, report, *arguments):
     watch_steps()
     watch_reads()
     PartialState.destroy_process_group = lambda *_: None  # the next run needs it
-    spec = importlib.util.spec_from_file_location("distill", SCRIPTS / "distill.py")
-    distill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(distill)
+    faults.exit_at_once = lambda: faults.EXIT_SIGTERM  # or there would be no report
     told = []
     for again, group in groupby(arguments, lambda each: each == "--"):
         if not again:
-            told.append(one(distill, *group))
+            told.append(one(*group))
             Path(f"{report}.{RANK}").write_text(json.dumps(told))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # as distill.py's own last lines
 
 
-def one(distill, *arguments):
+def one(*arguments):
     """Run once: what was seen."""
     SEEN.update(kinds=set(), sharded=set(), calls=0, processes=None, reads=[])
     preempt = [each for each in arguments if each.startswith("preempt=")]
     SEEN["preempt"] = int(preempt[0].partition("=")[2]) if preempt else None
-    status = run(lambda: distill.main(arguments[len(preempt) :]))
+    status = run(lambda: distill(arguments[len(preempt) :]))
     sets = {name: sorted(value) for name, value in SEEN.items() if isinstance(value, set)}
     return SEEN | sets | {"status": status}
 
 
 def watch_steps():
     """What every step works on; and SIGTERM to the last process alone, in the middle of one: all have to stop."""
-    step, on_any = training._step, faults.on_any
+    step, any_process = training._step, faults.any_process
 
     def looked_at(name, role, network, optimizer, *rest):
         out = step(name, role, network, optimizer, *rest)
@@ -103,9 +101,9 @@ def watch_steps():
         SEEN["calls"] += 1
         if SEEN["calls"] == SEEN["preempt"] and accelerator.is_last_process:
             os.kill(os.getpid(), signal.SIGTERM)
-        return on_any(flag, accelerator)
+        return any_process(flag, accelerator)
 
-    training._step, faults.on_any, training.on_any = looked_at, counted, counted
+    training._step, faults.any_process, training.any_process = looked_at, counted, counted
 
 
 def watch_reads():

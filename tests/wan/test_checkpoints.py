@@ -83,7 +83,7 @@ def test_everything_is_in_a_checkpoint(tmp_path):
     expected |= {f"student/optimizer/{name}/{kind}" for name in names for kind in ("step", "exp_avg", "exp_avg_sq")}
     expected |= {"student/average/n_averaged", "student/loss/diagonal_loss", "random/0/cpu"}
     assert set(tensors) == expected
-    newest = Checkpoints(tmp_path).found()[0]
+    newest = Checkpoints(tmp_path).folders()[0]
     saved = module.distributed.FileSystemReader(newest).read_metadata().state_dict_metadata
     assert set(saved) == expected
     state = json.loads((newest / "state.json").read_text())
@@ -118,7 +118,7 @@ def test_nothing_of_it_could_be_left_out(tmp_path, lost, monkeypatch):
         patch.setattr(module.distributed, "load", forgetful)
         again = run(tmp_path, draw=noisy(6), every=6)
     assert again[0] != whole[0] or not all(torch.equal(again[1][name], whole[1][name]) for name in whole[1])
-    for folder in Checkpoints(tmp_path).found()[:1]:
+    for folder in Checkpoints(tmp_path).folders()[:1]:
         module.shutil.rmtree(folder)
     assert equal(run(tmp_path, draw=noisy(6), every=6), whole)
 
@@ -138,7 +138,7 @@ def test_what_is_not_the_runs_stays_when_its_checkpoints_go(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
     checkpoints = Checkpoints(tmp_path / "checkpoints", every=2)
-    checkpoints.hold(Accelerator(cpu=True))
+    checkpoints.lock(Accelerator(cpu=True))
     run(tmp_path / "checkpoints")
     for name in ("000004-best", "not-whole-000002"):
         (tmp_path / "disk" / name).mkdir()
@@ -149,7 +149,7 @@ def test_what_is_not_the_runs_stays_when_its_checkpoints_go(tmp_path):
 def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_taken(tmp_path, capsys):
     whole = run(None)
     run(tmp_path, stop=7)
-    newest, before, _ = Checkpoints(tmp_path).found()
+    newest, before, _ = Checkpoints(tmp_path).folders()
     assert problem_of(newest) is None
     path = newest / "__0_0.distcp"
     data = path.read_bytes()
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_taken(tmp_pa
     assert said.err.count("is not whole") == 2
     assert "going on after 2 steps" in said.out
     assert equal(again, whole)
-    assert all(problem_of(folder) is None for folder in Checkpoints(tmp_path).found())  # replaced
+    assert all(problem_of(folder) is None for folder in Checkpoints(tmp_path).folders())  # replaced
 
 
 @pytest.mark.parametrize("call", ["save", "_write", "_digest", "rename"])
@@ -194,26 +194,26 @@ def test_an_error_while_saving_is_one_line_and_leaves_what_was_there(tmp_path, m
 
 
 def test_another_configuration_is_named(tmp_path):
-    run(tmp_path, told={"lr": 1.0, "seed": 0})
-    Checkpoints(tmp_path, told={"lr": 1.0, "seed": 0}).check_told()
+    run(tmp_path, settings={"lr": 1.0, "seed": 0})
+    Checkpoints(tmp_path, settings={"lr": 1.0, "seed": 0}).check_settings()
     with pytest.raises(InputError, match=r"lr was 1.0, is 2.0; seed was 0, is None; put back what changed") as problem:
-        Checkpoints(tmp_path, told={"lr": 2.0}).check_told()
+        Checkpoints(tmp_path, settings={"lr": 2.0}).check_settings()
     assert "\n" not in str(problem.value)
-    Checkpoints(tmp_path / "none", told={"lr": 2.0}).check_told()
+    Checkpoints(tmp_path / "none", settings={"lr": 2.0}).check_settings()
 
 
 def test_a_damaged_checkpoint_is_not_asked_what_the_run_was_told(tmp_path, capsys):
-    run(tmp_path, told={"lr": 1.0})
-    newest, before, _ = Checkpoints(tmp_path).found()
+    run(tmp_path, settings={"lr": 1.0})
+    newest, before, _ = Checkpoints(tmp_path).folders()
     path = newest / "state.json"
     path.write_text(path.read_text().replace('"lr": 1.0', '"lr": 3.0'))
-    Checkpoints(tmp_path, told={"lr": 1.0}).check_told()
+    Checkpoints(tmp_path, settings={"lr": 1.0}).check_settings()
     with pytest.raises(InputError, match=rf"{before} was made by another configuration: lr was 1.0, is 3.0"):
-        Checkpoints(tmp_path, told={"lr": 3.0}).check_told()
+        Checkpoints(tmp_path, settings={"lr": 3.0}).check_settings()
     for manifest in ("[]", '{"files": []}', '{"files": {"state.json": 1}}'):
         (newest / "manifest.json").write_text(manifest)
         assert problem_of(newest) == "no manifest.json that can be read"
-        Checkpoints(tmp_path, told={"lr": 1.0}).check_told()
+        Checkpoints(tmp_path, settings={"lr": 1.0}).check_settings()
 
 
 @pytest.mark.parametrize(
@@ -255,18 +255,18 @@ def test_a_disk_that_is_too_small_is_said_at_the_start(tmp_path, monkeypatch):
 def test_broken_checkpoints_that_are_newer_displace_none(tmp_path, capsys):
     """All but the first are broken, and one is kept: what is saved next stays, whatever stood after it."""
     run(tmp_path, stop=7)
-    for folder in Checkpoints(tmp_path).found()[:-1]:
+    for folder in Checkpoints(tmp_path).folders()[:-1]:
         (folder / "manifest.json").unlink()
     run(tmp_path, stop=4, every=1, keep=1)
     assert "going on after 2 steps" in capsys.readouterr().out
-    (kept,) = Checkpoints(tmp_path).found()
+    (kept,) = Checkpoints(tmp_path).folders()
     assert (kept.name, problem_of(kept)) == ("000004", None)
     assert equal(run(tmp_path), run(None))
 
 
 def test_a_disk_that_cannot_be_read_for_a_while_costs_no_checkpoint(tmp_path, monkeypatch):
     whole = run(None)
-    run(tmp_path, stop=7, told={"lr": 1})
+    run(tmp_path, stop=7, settings={"lr": 1})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def hiccup(*_, **__):
@@ -275,7 +275,7 @@ def test_a_disk_that_cannot_be_read_for_a_while_costs_no_checkpoint(tmp_path, mo
     for patched in ((module.Path, "read_text"), (module, "_digest")):
         with monkeypatch.context() as patch:
             patch.setattr(*patched, hiccup)
-            for start in (Checkpoints(tmp_path, told={"lr": 1}).check_told, lambda: run(tmp_path)):
+            for start in (Checkpoints(tmp_path, settings={"lr": 1}).check_settings, lambda: run(tmp_path)):
                 with pytest.raises(InputError, match=r"000006 cannot be read \(Input/output error\); nothing was"):
                     start()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -305,34 +305,34 @@ def test_weights_that_are_not_finite_displace_none(tmp_path):
     options = {"accelerator": Accelerator(cpu=True), "progress": False, "checkpoints": kept, "guard": Lenient()}
     with pytest.raises(InputError, match=r"weights are not finite after 4 steps; not saved.* \(000002\): lower lr"):
         train_run(trained, lambda step: spoil(step) or draws(step), 8, **options)
-    assert [problem_of(folder) for folder in kept.found()] == [None]
+    assert [problem_of(folder) for folder in kept.folders()] == [None]
 
 
 class Lenient(Guard):
     """Finds nothing wrong."""
 
-    def bad(self, *_):
+    def is_bad(self, *_):
         return False
 
 
 def test_a_folder_is_one_runs_alone(tmp_path):
     accelerator, first = Accelerator(cpu=True), Checkpoints(tmp_path / "run")
-    first.hold(accelerator)
+    first.lock(accelerator)
     with pytest.raises(InputError, match=r"another run is at work in .*run; wait for it, or name another"):
-        Checkpoints(tmp_path / "run").hold(accelerator)
+        Checkpoints(tmp_path / "run").lock(accelerator)
     first.held.close()
-    Checkpoints(tmp_path / "run").hold(accelerator)
+    Checkpoints(tmp_path / "run").lock(accelerator)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to .*file/run \(Not a directory\)"):
-        Checkpoints(tmp_path / "file/run").hold(accelerator)
+        Checkpoints(tmp_path / "file/run").lock(accelerator)
 
 
 def test_what_a_run_carries_goes_on(tmp_path):
     guard = Guard()
     guard.skipped = [3]
-    run(tmp_path, carried={"guard": guard})
+    run(tmp_path, stateful={"guard": guard})
     other = Guard()
-    run(tmp_path, carried={"guard": other})
+    run(tmp_path, stateful={"guard": other})
     assert other.skipped == [3]
 
 
@@ -475,7 +475,7 @@ def test_two_processes_stop_together_and_go_on_as_one_and_back(students, tmp_pat
     names = ("causal forward", "causal on_policy", "bidirectional whole weights")
     whole = [arguments(students, name, tmp_path / "whole" / name, "steps=9") for name in names]
     again = [arguments(students, name, tmp_path / "again" / name, "steps=9") for name in names]
-    stopped = [["preempt=7", *each] for each in again]  # on_any is asked once a step, and once for each role of it
+    stopped = [["preempt=7", *each] for each in again]  # any_process is asked once a step, and once for each role of it
     seen = launch(tmp_path / "first", 2, kind, *whole, *stopped)
     seen += launch(tmp_path / "second", 1, kind, *stopped) + launch(tmp_path / "third", 2, kind, *again)
     statuses = [{process["status"] for process in each} for each in seen]

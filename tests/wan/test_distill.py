@@ -1,6 +1,5 @@
 """scripts/distill.py on a tiny Wan: what each stage evaluates, holds in memory, starts from, leaves, and refuses."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -23,21 +22,14 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator
 from minianyflow.wan import run as runs
+from minianyflow.wan import stages
+from minianyflow.wan.commands import distill
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.folders import load_transformer, make_tiny_wan
 from minianyflow.wan.run import Networks, draws, load_run, read_run, sample, simulation
+from minianyflow.wan.stages import STAGES
 from minianyflow.wan.trainer import train_run
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-distill = script("distill")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def folder(tmp_path_factory):
     make_tiny_wan(folder / "wan")
     for architecture in ("bidirectional", "causal"):
         for stage in ("teacher", "forward"):
-            distill.distil(settings(folder, architecture, stage))
+            stages.distil(settings(folder, architecture, stage))
     return folder
 
 
@@ -60,19 +52,19 @@ def settings(folder, architecture, stage, *changes):
 def built(config):
     data = LatentShards(config.data)
     networks = Networks(config, data.shape[0])
-    return networks, distill.STAGES[config.stage](config, networks, {"prompt": data.null}), draws(config, data)
+    return networks, STAGES[config.stage](config, networks, {"prompt": data.null}), draws(config, data)
 
 
 # ---- the mathematics is that of the notebooks
 
 
 def test_the_stages_call_what_the_notebooks_call():
-    assert distill.forward is distill.teacher
+    assert stages.forward is stages.teacher
     config = load_config(["bidirectional", "on_policy", "tiny"])
     assert simulation(config) is on_policy.backward_simulation is backward_simulation
     assert runs.velocity is flow_map.velocity
     assert runs.FlowMapLoss.__module__ == "minianyflow.objectives"
-    assert "train_run(" in Path(distill.__file__).read_text()
+    assert "train_run(" in Path(stages.__file__).read_text()
     assert training.train.__module__ == "minianyflow.training"
 
 
@@ -183,7 +175,7 @@ def test_the_on_policy_student_starts_as_the_forward_stage_ended_and_the_fake_sc
 @pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
 def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
     config = settings(folder, architecture, "on_policy", f"output={tmp_path}/run", "samples.every=2")
-    made = distill.distil(config)
+    made = stages.distil(config)
     again, read = read_run(tmp_path / "run")
     assert again == config
     assert read == made
@@ -196,18 +188,18 @@ def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
     student, last = (load_run(tmp_path / "run", role)[0].state_dict() for role in ("student", "student-last"))
     assert any(not torch.equal(student[name], last[name]) for name in student)
     with pytest.raises(InputError, match="holds a finished run"):
-        distill.distil(config)
+        stages.distil(config)
 
 
 def test_full_weights_are_trained_and_kept_as_stock_has_them(folder, tmp_path):
     changes = ["trained=full", f"output={tmp_path}/run", "checkpointing=false"]
-    distill.distil(settings(folder, "bidirectional", "forward", *changes))
+    stages.distil(settings(folder, "bidirectional", "forward", *changes))
     transformer, config = load_run(tmp_path / "run")
     before = load_transformer(config.base, "bidirectional").state_dict()
     moved = [name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])]
     assert len(moved) == len(before)
     same = [f"student={tmp_path}/run", f"output={tmp_path}/on", "trained=full", "teacher=null"]
-    distill.distil(settings(folder, "bidirectional", "on_policy", *same))
+    stages.distil(settings(folder, "bidirectional", "on_policy", *same))
 
 
 def test_bfloat16_trains_float32_adapters_at_float32_times(folder):
@@ -301,13 +293,13 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
 
 def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monkeypatch):
     """It ended after this one had looked, and before this one held the folder."""
-    hold = runs.Checkpoints.hold
+    lock = runs.Checkpoints.lock
 
     def late(self, accelerator):
-        hold(self, accelerator)
+        lock(self, accelerator)
         (tmp_path / "run/run.json").write_text("{}")
 
-    monkeypatch.setattr(runs.Checkpoints, "hold", late)
+    monkeypatch.setattr(runs.Checkpoints, "lock", late)
     with pytest.raises(InputError, match="run holds a finished run"):
         runs.prepare(settings(folder, "causal", "forward", f"output={tmp_path}/run"))
 
@@ -316,7 +308,7 @@ def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys)
     """Not as another configuration."""
     shutil.copytree(folder / "wan/latents", tmp_path / "data")
     config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
-    kept = runs.Checkpoints(tmp_path / "run/checkpoints", told=runs.told(config, LatentShards(config.data)))
+    kept = runs.Checkpoints(tmp_path / "run/checkpoints", settings=runs.told(config, LatentShards(config.data)))
     _, roles, draw = built(config)
     train_run(roles, draw, 1, progress=False, checkpoints=kept)
     shutil.rmtree(tmp_path / "data")
@@ -334,7 +326,7 @@ def test_a_causal_student_sees_long_and_short_contexts_and_whole_clips():
     for step in range(400):
         part = runs._cut(batch, config, step)
         context, frames = part["context"], part["x"].shape[1]
-        kinds.append("whole" if "whole" in context else "long" if "past" in context else "short")
+        kinds.append("whole" if "single_chunk" in context else "long" if "past" in context else "short")
         before = context["past"].shape[1] if kinds[-1] == "long" else 0
         if kinds[-1] != "whole":
             learnt |= set(range(before, before + frames))
@@ -357,7 +349,7 @@ def test_weights_of_a_clip_too_short_to_be_compressed_are_left_alone(folder):
 
 
 def lines(capsys, *arguments):
-    status = run(partial(distill.main, [*map(str, arguments)]))
+    status = run(partial(distill, [*map(str, arguments)]))
     captured = capsys.readouterr()
     return status, captured.err
 
@@ -409,7 +401,7 @@ def test_bad_input_is_one_line(folder, case, capsys, monkeypatch):
 
 
 def test_the_resolved_configuration_is_printed(capsys):
-    assert distill.main(["--config", "wan-14b", "causal", "on_policy-published", "--print-config"]) == 0
+    assert distill(["--config", "wan-14b", "causal", "on_policy-published", "--print-config"]) == 0
     assert "steps: 1200" in capsys.readouterr().out
 
 
@@ -418,7 +410,7 @@ def test_a_run_says_how_long_it_waited_for_data_and_sweeps_up_after_a_killed_one
         (folder / "said" / left).mkdir(parents=True)
     given = ["--config", "bidirectional", "forward", "tiny", f"base={folder}/wan", f"data={folder}/wan/latents"]
     quick = ["steps=4", "batch=8", "samples.every=0", "log.tracker=none", f"output={folder}/said"]
-    assert distill.main([*given, *quick]) == 0
+    assert distill([*given, *quick]) == 0
     assert not list((folder / "said").rglob(".*"))
     told = json.loads((folder / "said/run.json").read_text())["waiting_for_data"]
     assert told["steps"] == 2  # not the first and the last
@@ -440,9 +432,9 @@ def test_the_table_of_the_docs_is_what_is_counted(tmp_path):
     said = {first: dict(zip(("student", "fake", "teacher"), rest, strict=True)) for first, *rest in cells}
     make_tiny_wan(tmp_path / "wan")
     for architecture in ("bidirectional", "causal"):
-        for stage in distill.STAGES:
+        for stage in STAGES:
             changes = ["steps=6", "batch=4", "samples.every=0"]  # as wan_tiny.py
-            made = distill.distil(settings(tmp_path, architecture, stage, *changes))["evaluations_a_sample"]
+            made = stages.distil(settings(tmp_path, architecture, stage, *changes))["evaluations_a_sample"]
             counted = {role: f"{n['forwards']:.2f}, {n['backwards']:.2f}" for role, n in made.items()}
             assert {role: cell for role, cell in said[f"{architecture} {stage}"].items() if cell} == counted
 

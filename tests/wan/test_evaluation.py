@@ -1,6 +1,5 @@
 """scripts/evaluate.py on the blob students as exported: what is sampled, kept, measured, compared, and refused."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ from diffusers import WanPipeline
 from PIL import Image
 
 from minianyflow.flow_map import velocity
+from minianyflow.measures import frechet_distance
 from minianyflow.networks.causal import causal_rollout
 from minianyflow.networks.pipelines import save_pipeline
 from minianyflow.networks.wan import TextEncoder
@@ -25,10 +25,10 @@ from minianyflow.samplers import sample_euler, sample_flow_map
 from minianyflow.support.cli import run
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator, time_grid
-from minianyflow.video.measures import frechet_distance
 from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan import evaluate as evaluation
 from minianyflow.wan import samples as sampled
+from minianyflow.wan.commands import evaluate as command
 from minianyflow.wan.data.shards import write_shards
 from minianyflow.wan.evaluate import labelled, table
 from minianyflow.wan.folders import encode_prompts, make_tiny_wan
@@ -38,16 +38,6 @@ from toy_data import blobs
 
 STEPS, VIDEOS = (1, 2, 8), 4
 NAMES = {f"{prompt}-{index}.mp4" for prompt in blobs.PROMPTS for index in range(VIDEOS)}
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts/evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = script()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +72,7 @@ def evaluate(folder, monkeypatch):
         options += ["--steps", *steps, "--no-vbench"]
         sources = list(takewhile(lambda each: not str(each).startswith("--"), arguments))
         asked = [*sources, *options, *arguments[len(sources) :]]
-        return run(lambda: script.main([str(each) for each in asked]))
+        return run(lambda: command([str(each) for each in asked]))
 
     return call
 
@@ -94,7 +84,7 @@ def made(folder):
         patch.chdir(folder)
         options = ["--prompts", "prompts.txt", "--data", "held_out", "--videos", VIDEOS, "--batch", 8, "--no-vbench"]
         options += ["--steps", *reversed(STEPS), "--output", "out"]
-        assert run(lambda: script.main([str(each) for each in ["teacher", "eulerian", *options]])) == 0
+        assert run(lambda: command([str(each) for each in ["teacher", "eulerian", *options]])) == 0
     return folder / "out"
 
 
@@ -173,7 +163,7 @@ def test_wan_itself_is_followed_by_eulers_method_on_its_own_times(tmp_path, eval
     size = ["--frames", 5, "--height", 16, "--width", 16, "--length", 8, "--batch", 2]
     asked = [tmp_path / "wan", "--guidance", 4, "--negative", "ugly", *size, "--output", tmp_path / "out"]
     options = ["--prompts", tmp_path / "prompts.txt", "--videos", 2, "--steps", 1, 3, "--no-vbench", "--device", "cpu"]
-    assert run(lambda: script.main([str(each) for each in [*asked, *options]])) == 0
+    assert run(lambda: command([str(each) for each in [*asked, *options]])) == 0
     stock = WanPipeline.from_pretrained(tmp_path / "wan")
     shape = (2, 16, 2, 2)
     z = torch.stack([torch.randn(shape, generator=generator(0, number)) for number in range(2)]).transpose(1, 2)
@@ -498,7 +488,7 @@ def python(tmp_path, monkeypatch):
 def scored(made, folder, python, *arguments, prompts="prompts.txt"):
     options = ["--prompts", prompts, "--videos", VIDEOS, "--batch", 8, "--steps", *STEPS, "--vbench-python", python]
     options += ["--output", folder, *arguments]
-    return run(lambda: script.main([str(each) for each in ["eulerian", *options]]))
+    return run(lambda: command([str(each) for each in ["eulerian", *options]]))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """scripts/export.py and scripts/sample.py on a tiny Wan: what comes out is the run's own network, or one line."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -13,12 +12,13 @@ from accelerate import Accelerator
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 from safetensors import safe_open
 
-from minianyflow.networks.causal import CausalAttention
+from minianyflow.networks.causal_attention import CausalAttention
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
-from minianyflow.support.install import ROOT
 from minianyflow.times import generator
 from minianyflow.training import Role
+from minianyflow.wan.commands import export
+from minianyflow.wan.commands import sample as sampling
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.data.videos import write_clips
@@ -32,18 +32,8 @@ PROMPTS = ["a red square moves left", "a blue disc moves up"]
 CLIP = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 32}
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-export, sampling = script("export"), script("sample")
-
-
-def run_main(module, argv):
-    return run(lambda: module.main(argv))
+def run_main(command, argv):
+    return run(lambda: command(argv))
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +301,7 @@ def test_what_cannot_be_exported_is_one_line(runs, exported, tmp_path, capsys):
     refused(capsys, export, [runs / "causal", exported / "causal"], "exists and is not an empty folder")
     refused(capsys, export, [runs / "causal", exported / "causal", "--lora"], "exists and is not an empty folder")
     refused(capsys, export, [runs / "causal", tmp_path / "x", "--lora", "--dtype", "bf16"], "leave out --dtype")
-    refused(capsys, export, [runs / "causal"], "required: OUT; see export.py --help")
+    refused(capsys, export, [runs / "causal"], "required: OUT; see export --help")
     broken = shutil.copytree(runs / "causal", tmp_path / "broken")
     (broken / "student.safetensors").unlink()
     refused(capsys, export, [broken, tmp_path / "x"], "broken is no run with an adapter of role 'student'")
@@ -464,7 +454,7 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
         ([run, "--prompts", tmp_path / "nothing.txt"], r"nothing.txt \(No such file"),
         ([run, "--prompt", " "], "no prompts in the command line"),
         ([run, *prompt, "--steps", "4", "0"], "0 steps asked for; expected whole numbers, at least 1"),
-        ([run, *prompt, "--steps", "four"], "invalid int value: 'four'; see sample.py --help"),
+        ([run, *prompt, "--steps", "four"], "invalid int value: 'four'; see sample --help"),
         ([run, *prompt, "--frames", "16"], "frames 16; expected 4 n \\+ 1"),
         ([run, *prompt, "--frames", "-3"], "frames -3; expected 4 n"),
         ([run, *prompt, "--height", "40"], "height 40; expected a multiple of 32: .* patches of 4"),
@@ -490,7 +480,7 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
 
 def test_released_weights_come_with_a_word_on_their_licence(capsys, monkeypatch):
     with pytest.raises(SystemExit):
-        sampling.main(["--help"])
+        sampling(["--help"])
     assert "commercial licence" in " ".join(capsys.readouterr().out.split())  # it may break at the hyphen
     monkeypatch.setattr("minianyflow.wan.sample._kind", lambda name: ("bidirectional", "forward"))
 

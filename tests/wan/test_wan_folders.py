@@ -16,6 +16,7 @@ from minianyflow.networks.wan import WanNetwork
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator, time_shift
+from minianyflow.wan.commands import make_tiny_wan as command
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.folders import (
     TINY_LENGTH,
@@ -27,7 +28,6 @@ from minianyflow.wan.folders import (
     make_tiny_wan,
     moving_shapes,
 )
-from scripts import make_tiny_wan as script
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CAPTIONS = ["a red disc moves left", "A cat &amp; a  dog —\n猫", ""]
@@ -379,13 +379,13 @@ def test_parts_keep_their_dtype_rules_and_are_whole(copied):
 
 def test_the_script_makes_one_or_says_why_not(tmp_path, capsys, monkeypatch):
     out = tmp_path / "made"
-    assert run(lambda: script.main([str(out), "--seed", "2"])) == 0
+    assert run(lambda: command([str(out), "--seed", "2"])) == 0
     said = capsys.readouterr()
     assert f"written: {out}/latents, 16 captioned clips of (5, 16, 8, 8)" in said.out
     assert load_transformer(out, "causal").config.num_layers == 2
-    assert run(lambda: script.main([str(out)])) == 2
-    assert run(lambda: script.main([])) == 2
-    assert run(lambda: script.main([str(out / "model_index.json" / "deeper")])) == 2
+    assert run(lambda: command([str(out)])) == 2
+    assert run(lambda: command([])) == 2
+    assert run(lambda: command([str(out / "model_index.json" / "deeper")])) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert f"error: {out} exists and is not an empty folder" in lines[0]

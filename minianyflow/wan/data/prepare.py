@@ -22,7 +22,7 @@ from safetensors.torch import load, load_file, save
 from tqdm import tqdm
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import hold
+from minianyflow.support.files import lock_folder
 from minianyflow.wan.data.clips import DTYPES, read_clip
 from minianyflow.wan.data.shards import AGAIN, MANIFEST, NULL, SKIPPED, read_manifest
 from minianyflow.wan.folders import encode_prompts, encode_video, load_parts
@@ -147,7 +147,7 @@ class Preparation:
         elif any(self.output.glob("*.safetensors")):
             raise InputError(f"{self.output} holds shards without a {MANIFEST}; expected a new folder: name another")
         if write and (retry or not self.finished()):
-            self.held = hold(self.work)
+            self.held = lock_folder(self.work)
         if write and not found:
             self._write(self.output / MANIFEST, _json(self.head | {"finished": False, "shards": {}}))
         if write and retry:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from minianyflow.interpolant import check_finite
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 from minianyflow.times import draw_pairs, generator
 
 NULL, MANIFEST, SKIPPED = "null.safetensors", "manifest.json", "skipped.jsonl"
@@ -211,7 +211,7 @@ def write_shards(folder, latents, prompts, null, captions, size=64, null_text=No
         raise InputError(f"shards of {size} rows; expected at least 1")
     if any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} holds shards already; expected a new folder: name another")
-    with staged(folder) as unfinished:
+    with staging_folder(folder) as unfinished:
         save_file({"prompt": null.contiguous()}, unfinished / NULL, None if null_text is None else {"text": null_text})
         for number, start in enumerate(range(0, len(latents), size)):
             part, path = slice(start, start + size), unfinished / f"{number:05d}.safetensors"

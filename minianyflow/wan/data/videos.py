@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staged
+from minianyflow.support.files import staging_folder
 
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
 FPS = 16  # of Wan's videos
@@ -36,7 +36,7 @@ def write_clips(folder, clips, prompts, fps=FPS):
     names = {label: re.sub(r"[^\w.-]+", "_", str(label)) for label in videos}
     if len(set(names.values())) != len(names):
         raise InputError(f"labels {', '.join(names)} make the same file names; expected other letters in each")
-    with staged(folder) as inside:
+    with staging_folder(folder) as inside:
         for label, video in videos.items():
             for number, clip in enumerate(video):
                 _write(inside / f"{names[label]}-{number}.mp4", clip, fps)

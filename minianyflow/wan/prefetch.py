@@ -5,7 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 
-def ahead(draw, steps, waits=None):
+def prefetch(draw, steps, waits=None):
     """`draw(step)` whose next batch, up to `steps`, is drawn in a thread while this one is worked on.
 
     What is drawn must depend on the step alone; an error is raised when its batch is asked for.
@@ -29,8 +29,8 @@ def ahead(draw, steps, waits=None):
     return drawn
 
 
-def share_waited(waits):
-    """Of the steps of `ahead`, the share that was waiting for data: {"median": of a step, "all": of them together}."""
+def waiting_share(waits):
+    """Of the steps of `prefetch`, the share that was waiting for data: {"median": of a step, "all": of all steps}."""
     if not waits:
         return None
     shares = [waited / seconds for waited, seconds in waits]

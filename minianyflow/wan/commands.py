@@ -1,0 +1,179 @@
+"""The commands for Wan2.1: distill, sample, export, evaluate, make_tiny_wan. Each takes argv and returns a status."""
+
+import sys
+
+from minianyflow.support.cli import Parser
+from minianyflow.support.errors import InputError
+
+SIZES = {"frames": "4 n + 1", "height": "pixels", "width": "pixels", "length": "tokens per prompt"}
+
+
+def distill(argv):
+    """Distil Wan2.1, one stage per run: teacher tuning, forward flow-map training, or on-policy distillation.
+
+    minianyflow distill --config wan-1.3b causal forward [key=value ...]
+
+    On several GPUs: accelerate launch --config_file FILE -m minianyflow distill ..., with a file of scripts/accelerate.
+    SIGTERM saves after the current step and exits with 143; the same command then resumes.
+    """
+    parser = Parser("distill", description=distill.__doc__.splitlines()[0])
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="overlays of minianyflow/wan/configs in order: model, architecture, stage; or paths of your own",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print every option with its value, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of configs/base.yaml")
+    arguments = parser.parse_args(argv)
+    from minianyflow.wan.config import as_yaml, load_config
+
+    files = [name for name in arguments.config if "=" not in name]
+    pairs = [name for name in arguments.config if "=" in name]  # those that follow --config
+    config = load_config(files, [*pairs, *arguments.overrides])
+    if arguments.print_config:
+        print(as_yaml(config), end="")
+        return 0
+    from accelerate import PartialState
+
+    from minianyflow.wan.guard import Preempted, exit_at_once
+    from minianyflow.wan.stages import distil
+
+    try:
+        run = distil(config)
+    except Preempted as stopped:
+        if PartialState().is_main_process:
+            print(f"\n{stopped}; the same command resumes from there", file=sys.stderr)
+        return exit_at_once()  # ends the process with status 143
+    if run:  # on the main process
+        print(f"\nwritten: {config.output}, after {run['seconds']} seconds")
+        if waited := run["waiting_for_data"]:
+            print(f"waiting for data: {waited['median']:.2%} of a step (median), {waited['all']:.2%} of all")
+        for role, count in run["evaluations_a_sample"].items():
+            print(f"{role:10} {count['forwards']:6.2f} forwards and {count['backwards']:.2f} backwards a sample")
+    return 0
+
+
+def sample(argv):
+    """Sample at any step counts: a run of distill, a pipeline of export, or NVIDIA's released AnyFlow weights.
+
+    The released weights carry a non-commercial licence. Wan2.1 itself and other teachers are sampled without guidance
+    here; evaluate has --guidance.
+    """
+    parser = Parser("sample", description=sample.__doc__)
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a run folder, an exported pipeline, or a name on the hub: nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers, "
+        "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers (causal), or those of 14B",
+    )
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
+    parser.add_argument("--prompts", metavar="FILE", help="or a file of them, one per line")
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 4, 32], help="step counts (default: 1 4 32)")
+    for name, what in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the source's, or Wan2.1's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; the same for every step count (default: 0)")
+    parser.add_argument("--image", metavar="FILE", help="the first frame")
+    parser.add_argument("--video", metavar="FILE", help="the first frames, at 16 per second")
+    parser.add_argument("--context", type=int, help="how many frames of --video (default: the first two chunks)")
+    parser.add_argument("--output", default="outputs/samples", metavar="OUT", help="folder (default: outputs/samples)")
+    _device_options(parser)
+    arguments = parser.parse_args(argv)
+    from minianyflow.wan.sample import sample_clips
+
+    sample_clips(arguments)
+    print(f"written: {arguments.output}, clips and sheet.png")
+    return 0
+
+
+def export(argv):
+    """Export a run of distill to stock diffusers: a whole pipeline folder, or its LoRA adapter alone."""
+    parser = Parser("export", description=export.__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run folder of distill")
+    parser.add_argument("output", metavar="OUT", help="a new folder")
+    parser.add_argument("--lora", action="store_true", help="the adapter alone, for pipeline.load_lora_weights(OUT)")
+    parser.add_argument("--role", choices=("student", "student-last"), default="student", help="averaged, or last")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: the run's precision)")
+    arguments = parser.parse_args(argv)
+    if arguments.lora and arguments.dtype:
+        raise InputError("--dtype with --lora; an adapter is written in float32, as trained: leave out --dtype")
+    from minianyflow.wan.export import export_lora, export_pipeline
+
+    if arguments.lora:
+        export_lora(arguments.run, arguments.output, arguments.role)
+    else:
+        export_pipeline(arguments.run, arguments.output, arguments.role, arguments.dtype)
+    print(f"written: {arguments.output}; its README.md says how to load it")
+    return 0
+
+
+def evaluate(argv):
+    """Sample a run, an export, released weights or Wan2.1 at 1 to 128 steps, measure, draw, compare.
+
+    Wan2.1 itself, a WanPipeline, is the teacher to compare with, followed by Euler's method. The released AnyFlow
+    weights carry a non-commercial licence.
+    """
+    parser = Parser("evaluate", description=evaluate.__doc__)
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="run folders of distill, exported pipelines, names on the hub like Wan-AI/Wan2.1-T2V-1.3B-Diffusers or "
+        "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers; ratios are to the first",
+    )
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, one per line")
+    steps = [1, 2, 4, 8, 16, 32, 64, 128]
+    parser.add_argument("--steps", nargs="+", type=int, default=steps, help="step counts (default: 1 to 128, doubling)")
+    parser.add_argument("--data", metavar="SHARDS", help="folder of held-out latents (default: none, and no distance)")
+    parser.add_argument("--videos", type=int, default=5, help="clips per prompt (default: 5, as VBench wants)")
+    for name, what in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the source's, or Wan2.1's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for all sources (default: 0)")
+    parser.add_argument("--batch", type=int, default=1, help="clips sampled and decoded together (default: 1)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="scale, for teachers alone (default: 1, none)")
+    parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)")
+    parser.add_argument(
+        "--vbench", nargs="+", metavar="DIMENSION", help="what VBench scores (default: all it can here)"
+    )
+    parser.add_argument("--no-vbench", action="store_true", help="do not look for VBench")
+    parser.add_argument(
+        "--vbench-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="one that has the package vbench (default: this)",
+    )
+    parser.add_argument("--output", default="outputs/evaluation", metavar="OUT", help="(default: outputs/evaluation)")
+    _device_options(parser)
+    arguments = parser.parse_args(argv)
+    from accelerate import PartialState
+
+    from minianyflow.wan.evaluate import evaluate as evaluate_sources
+    from minianyflow.wan.evaluate import table
+
+    report = evaluate_sources(arguments)
+    PartialState().destroy_process_group()  # one that is left to the end of Python may abort it
+    if report:  # on the main process
+        print(f"\n{table(report)}\n\nwritten: {arguments.output}, any_step.json, any_step.png, sheet.png and videos")
+    return 0
+
+
+def make_tiny_wan(argv):
+    """Make a tiny Wan: a pipeline folder in Wan2.1's layout, of random weights, with captioned latents in it."""
+    parser = Parser("make-tiny-wan", description=make_tiny_wan.__doc__)
+    parser.add_argument("output", metavar="OUT", help="a new folder")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other weights and clips (default: 0)")
+    arguments = parser.parse_args(argv)
+    from minianyflow.wan import folders
+    from minianyflow.wan.data.shards import LatentShards
+
+    folders.make_tiny_wan(arguments.output, arguments.seed)
+    data = LatentShards(f"{arguments.output}/latents")
+    print(f"written: {arguments.output}, a WanPipeline of random weights")
+    print(f"written: {arguments.output}/latents, {len(data)} captioned clips of {data.shape} (frames, channels, h, w)")
+    return 0
+
+
+def _device_options(parser):
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on a GPU, fp32 on a CPU)")
