@@ -69,7 +69,7 @@ def sample(how, network, z, prompt, nfe):
             path = sample_euler(v, noise, times, prompt=text)
         elif how.endswith("ode"):
             ends_only = torch.tensor([1.0, 0.0])
-            path = sample_ode(v, noise, ends_only, rtol=1e-3, atol=1e-3, prompt=text)
+            path = sample_ode(v, noise, ends_only, tolerance=1e-3, prompt=text)
         elif how == "consistency":
             path = sample_consistency(network, noise, times, generator(nfe, index), prompt=text)
         else:
