@@ -19,24 +19,9 @@ from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation_times, draw_on_policy
-from minianyflow.support.errors import InputError
 from minianyflow.times import draw_pairs, generator, time_grid
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=generator(seed), dtype=dtype)
-
-
-def clip(frames, size=4, seed=0, dtype=torch.float32):
-    return draw(2, frames, 4, size, size, seed=seed, dtype=dtype)
-
-
-PROMPT = draw(2, 4, TINY["text_dim"], seed=99)
-T, R = torch.tensor([0.9, 0.4]), torch.tensor([0.3, 0.4])
-
-
-def close(a, b, tolerance=1e-5):
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tolerance)
+from tests.networks.inputs import PROMPT, R, T, clip, close, draw
+from tests.refused import refused
 
 
 def per_frame(times, frames):
@@ -364,7 +349,7 @@ def test_partitions():
     assert chunk_partition(19, 1, 3) == (1, 3, 3, 3, 3, 3, 3)
     assert list(accumulate(chunk_partition(9, 3, 2))) == [3, 5, 7, 9]
     for bad in ((4, 1, 2), (0, 1, 2), (2, 3, 1), (5, 0, 1), (5, 1, 0)):
-        with pytest.raises(InputError, match="do not make chunks"):
+        with refused("do not make chunks"):
             chunk_partition(*bad)
 
 
@@ -394,9 +379,8 @@ LINES = {
 
 @pytest.mark.parametrize("line", LINES)
 def test_bad_input_is_one_clear_line(line):
-    with pytest.raises(InputError, match=line) as caught, torch.no_grad():
+    with refused(line), torch.no_grad():
         LINES[line](CausalNetwork(tiny_causal()))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():
@@ -404,16 +388,15 @@ def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():
     assert chunk_partition(7, 1, 3, ragged=True) == chunk_partition(7, 1, 3)
     u, z, times = CausalNetwork(tiny_causal(), 1, 3, ragged=True), clip(6), time_grid(2)
     cached, plain = (causal_rollout(u, z, times, PROMPT, 1, 3, cached=how, ragged=True)[-1] for how in (True, False))
-    assert torch.allclose(cached, plain, atol=1e-5)
-    with pytest.raises(InputError, match="6 frames do not make chunks of 1, 3"):
-        CausalNetwork(tiny_causal(), 1, 3)(z, torch.rand(2), torch.zeros(2), PROMPT)
+    assert close(cached, plain)
+    with refused("6 frames do not make chunks of 1, 3"):
+        CausalNetwork(tiny_causal(), 1, 3)(z, T, R, PROMPT)
 
 
 def test_a_whole_clip_is_one_chunk_as_in_the_bidirectional_model():
-    transformer = tiny_causal()
-    z, t, r = clip(3), torch.tensor([0.8, 0.6]), torch.tensor([0.1, 0.6])
-    whole = CausalNetwork(transformer)(z, t, r, PROMPT, single_chunk=torch.zeros(2))
-    assert torch.equal(whole, CausalNetwork(transformer, first=3)(z, t, r, PROMPT))
-    assert not torch.allclose(whole, CausalNetwork(transformer)(z, t, r, PROMPT), atol=1e-3)
-    with pytest.raises(InputError, match="got clean or past, single_chunk"):
-        CausalNetwork(transformer)(z, t, r, PROMPT, clean=z, single_chunk=torch.zeros(2))
+    transformer, z = tiny_causal(), clip(3)
+    whole = CausalNetwork(transformer)(z, T, R, PROMPT, single_chunk=torch.zeros(2))
+    assert torch.equal(whole, CausalNetwork(transformer, first=3)(z, T, R, PROMPT))
+    assert not close(whole, CausalNetwork(transformer)(z, T, R, PROMPT), 1e-3)
+    with refused("got clean or past, single_chunk"):
+        CausalNetwork(transformer)(z, T, R, PROMPT, clean=z, single_chunk=torch.zeros(2))

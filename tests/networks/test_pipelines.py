@@ -19,8 +19,8 @@ from minianyflow.networks.codec import Codec
 from minianyflow.networks.pipelines import load_pipeline, save_pipeline
 from minianyflow.networks.wan import PROMPT_LENGTH, TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.samplers import sample_flow_map
-from minianyflow.support.errors import InputError
 from minianyflow.times import time_grid
+from tests.refused import refused
 
 PROMPTS = ["one ball", "two balls"]
 CLIP = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}
@@ -207,22 +207,18 @@ def test_it_needs_nothing_of_ours(folder):
     assert done.stdout.strip() == "(17, 16, 16, 3) False"
 
 
-def refused(message, function, *arguments, **options):
-    with pytest.raises(InputError, match=message) as problem:
-        function(*arguments, **options)
-    assert "\n" not in str(problem.value)
-
-
 def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     target = tmp_path / "new"
     for shift in (0, -1):
-        refused("time shift .* is not positive", save_pipeline, target, network, *parts, shift=shift)
+        with refused("time shift .* is not positive"):
+            save_pipeline(target, network, *parts, shift=shift)
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("minianyflow.networks.pipelines._readme", full)  # the last thing written
-    refused(r"cannot write .*new \(No space left on device\)", save_pipeline, target, network, *parts)
+    with refused(r"cannot write .*new \(No space left on device\)"):
+        save_pipeline(target, network, *parts)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     target.mkdir()
@@ -230,42 +226,51 @@ def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == ["new"]
     assert len({file.stat().st_mode for file in target.rglob("*") if file.is_file()}) == 1  # others may read all of it
     before = sorted(target.rglob("*"))
-    refused("new exists and is not an empty folder; expected a new one", save_pipeline, target, network, *parts)
+    with refused("new exists and is not an empty folder; expected a new one"):
+        save_pipeline(target, network, *parts)
     assert sorted(target.rglob("*")) == before
     (tmp_path / "file").write_text("")
-    refused("file exists and is not an empty folder", save_pipeline, tmp_path / "file", network, *parts)
-    refused("cannot write", save_pipeline, tmp_path / "file/inside", network, *parts)
+    with refused("file exists and is not an empty folder"):
+        save_pipeline(tmp_path / "file", network, *parts)
+    with refused("cannot write"):
+        save_pipeline(tmp_path / "file/inside", network, *parts)
 
 
 def test_parts_that_do_not_fit_are_one_line(network, parts, tmp_path):
     codec, text = parts
-    refused(
-        "a Sequential; expected a WanNetwork", save_pipeline, tmp_path / "a", torch.nn.Sequential(network), codec, text
-    )
+    with refused("a Sequential; expected a WanNetwork"):
+        save_pipeline(tmp_path / "a", torch.nn.Sequential(network), codec, text)
     other = WanNetwork(tiny_transformer(in_channels=8))
-    refused("for 8 latent channels; expected 4", save_pipeline, tmp_path / "a", other, codec, text)
+    with refused("for 8 latent channels; expected 4"):
+        save_pipeline(tmp_path / "a", other, codec, text)
     other = WanNetwork(tiny_transformer(text_dim=32))
-    refused("for 32 wide prompt embeddings; expected 16", save_pipeline, tmp_path / "a", other, codec, text)
+    with refused("for 32 wide prompt embeddings; expected 16"):
+        save_pipeline(tmp_path / "a", other, codec, text)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_that_are_no_pipeline_are_one_line(folder, tmp_path):
-    refused("no model_index.json in .*; expected a folder that save_pipeline wrote", load_pipeline, tmp_path)
+    with refused("no model_index.json in .*; expected a folder that save_pipeline wrote"):
+        load_pipeline(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     weights = broken / "transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused("broken does not load .*; save it again", load_pipeline, broken)
+    with refused("broken does not load .*; save it again"):
+        load_pipeline(broken)
     weights.unlink()
-    refused("broken does not load .*; save it again", load_pipeline, broken)
+    with refused("broken does not load .*; save it again"):
+        load_pipeline(broken)
     (broken / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    refused("broken holds a WanPipeline; expected AnyFlowPipeline or AnyFlowFARPipeline", load_pipeline, broken)
+    with refused("broken holds a WanPipeline; expected AnyFlowPipeline or AnyFlowFARPipeline"):
+        load_pipeline(broken)
     (broken / "model_index.json").write_text("{")
-    refused("broken does not load", load_pipeline, broken)
+    with refused("broken does not load"):
+        load_pipeline(broken)
 
 
 def test_time_that_a_scheduler_cannot_count_is_refused(parts, tmp_path):
-    with pytest.raises(InputError, match=r"time counted to 2\.5; expected a whole number"):
+    with refused(r"time counted to 2\.5; expected a whole number"):
         save_pipeline(tmp_path / "odd", WanNetwork(tiny_transformer(), timesteps=2.5), *parts)
 
 

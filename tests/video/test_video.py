@@ -98,8 +98,9 @@ def test_teacher_forced_hands_the_context_to_the_network_alone():
 
     def loss(u, batch):
         given.update(batch["condition"])
+        return torch.zeros(1), {}
 
-    TeacherForced(loss)(None, {"condition": {"prompt": 1}, "context": {"clean": 2, "past": 3}})
+    TeacherForced(loss)(lambda z, t, r: z, {"condition": {"prompt": 1}, "context": {"clean": 2, "past": 3}})
     assert given == {"prompt": 1, "clean": 2, "past": 3}
 
 
