@@ -18,9 +18,9 @@ from minianyflow.flow_map import rollout
 from minianyflow.interpolant import check_same_shape
 from minianyflow.networks.causal_attention import CausalAttention, causal_mask, chunk_partition, compressed_chunks
 from minianyflow.networks.kv_cache import Cache, cached_frames, fill_cache, read_cache
-from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, to_timesteps
+from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, VideoTimes, to_timesteps
 from minianyflow.networks.wan import TINY, check_latents, copy_time_embedder, to_compute_dtype
-from minianyflow.notation import FrameTimes, Grid, Network, Trajectory
+from minianyflow.notation import Grid, Network, Trajectory
 from minianyflow.on_policy import backward_simulation_times
 from minianyflow.support.errors import InputError
 
@@ -69,8 +69,8 @@ class CausalNetwork(nn.Module):
     def forward(
         self,
         z: Latents,
-        t: FrameTimes | None,
-        r: FrameTimes | None,
+        t: VideoTimes | None,
+        r: VideoTimes | None,
         prompt: Prompt,
         clean: Clean | None = None,
         past: Past | None = None,

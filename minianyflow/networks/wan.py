@@ -15,8 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, to_timesteps
-from minianyflow.notation import FrameTimes
+from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, VideoTimes, to_timesteps
 from minianyflow.support.errors import InputError
 
 TINY = {
@@ -49,7 +48,7 @@ class WanNetwork(nn.Module):
         super().__init__()
         self.transformer, self.timesteps = transformer, timesteps
 
-    def forward(self, z: Latents, t: FrameTimes, r: FrameTimes, prompt: Prompt) -> Latents:
+    def forward(self, z: Latents, t: VideoTimes, r: VideoTimes, prompt: Prompt) -> Latents:
         """The average velocity of z from t down to r.
 
         Raises InputError for latents with other channels than the transformer's, or that patches do not divide.
@@ -79,7 +78,7 @@ class Autocast(nn.Module):
 
 
 def to_compute_dtype(transformer: nn.Module, *tensors: Tensor | None) -> list[Tensor | None]:
-    """States and prompts in the dtype that the transformer computes in; None stays None. FrameTimes stay in float32."""
+    """States and prompts in the dtype that the transformer computes in; None stays None. Times stay in float32."""
     dtype = transformer.patch_embedding.weight.dtype
     return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
 

@@ -18,6 +18,7 @@ from tests.networks.inputs import SHAPE, Watch, adapted, distance, network, outp
 from tests.refused import refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
 def test_attention_that_is_kept_is_not_computed_again(architecture):
     found, attended = [], []
@@ -52,10 +53,7 @@ def test_compiled_blocks_are_the_same_under_every_role(architecture, keep):
     checkpoint_blocks(transformer, keep)
     compile_blocks(transformer, backend="aot_eager")
     for role in ("student", "fake", "student"):
-        ours, theirs = (
-            output_and_gradient(network(transformer, role)),
-            output_and_gradient(network(adapted(architecture), role)),
-        )
+        ours, theirs = (output_and_gradient(network(u, role)) for u in (transformer, adapted(architecture)))
         assert distance(ours, theirs) < 1e-5
     assert counters["stats"]["unique_graphs"] >= 2  # one a role, at least
     assert not counters["graph_break"]

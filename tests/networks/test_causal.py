@@ -57,6 +57,7 @@ def test_the_mask_is_stocks_rule_at_the_true_length(partition, clean, mode):
     assert causal_mask(partition, 16, 4, 2, clean, mode) is ours  # built once
 
 
+@pytest.mark.slow
 def test_flex_attention_takes_the_true_length_too():
     """The kernel that a GPU gets: a BlockMask of a length that 128 does not divide."""
     mask = causal_mask((1, 2, 2), 36, 9, 2, clean=True)
@@ -86,7 +87,7 @@ def test_weights_are_copied_and_coarse_patches_start_as_stocks():
     assert plain.patch_embedding.weight.any()
 
 
-@pytest.mark.parametrize(("past", "frames"), [(0, 1), (0, 3), (1, 4), (5, 4)])
+@pytest.mark.parametrize(("past", "frames"), [(0, 3), (1, 4), (5, 4)])
 @pytest.mark.parametrize("forced", [False, True])
 @torch.no_grad()
 def test_all_chunks_at_once_equal_stock(past, frames, forced):
@@ -123,7 +124,7 @@ def stock_read(stock, context, z, partition):
     return kv_cache, stock(z, t, r, PROMPT, list(partition), **reading)[0]
 
 
-@pytest.mark.parametrize(("seen", "size"), [(0, 4), (1, 4), (3, 4), (7, 4), (1, 16), (5, 16)])
+@pytest.mark.parametrize(("seen", "size"), [(0, 4), (3, 4), (7, 4), (5, 16)])
 @torch.no_grad()
 def test_memory_and_reading_equal_stock(seen, size):
     """Padded always; plain where stock has nothing to pad, since 2 frames of 16 x 16 are 128 queries."""
@@ -140,8 +141,7 @@ def test_memory_and_reading_equal_stock(seen, size):
     assert close(plain(z, T, R, PROMPT, cache=cache), out) == (size == 16)
 
 
-@pytest.mark.parametrize("frames", [5, 9])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("frames", "steps"), [(5, 3), (9, 1)])
 @torch.no_grad()
 def test_a_cache_changes_nothing(frames, steps):
     u = CausalNetwork(tiny_causal())
@@ -295,7 +295,7 @@ def test_reading_leaves_the_cache_alone_and_rows_can_be_picked():
 def test_a_prefix_comes_out_untouched_and_is_seen(cached):
     u, z, times = CausalNetwork(tiny_causal()), clip(7), time_grid(2)
     whole = causal_rollout(u, z, times, PROMPT, cached=cached)
-    for frames in (1, 3, 5):
+    for frames in (1, 5):
         prefix = whole[-1][:, :frames]
         again = causal_rollout(u, z, times, PROMPT, prefix=prefix, cached=cached)
         assert torch.equal(again[:, :, :frames], prefix.expand(3, *prefix.shape))
@@ -317,6 +317,7 @@ def test_backward_simulation_runs_chunk_by_chunk_three_jumps_each():
         assert close(both[:, one], causal_rollout(u, z[one], times, PROMPT[one]))
 
 
+@pytest.mark.slow
 def test_on_policy_training_takes_it():
     """A causal student, its scores bidirectional over the whole clip: each learns, neither trains the other."""
     student, source = CausalNetwork(tiny_causal(num_layers=2)), generator(0)
@@ -333,6 +334,7 @@ def test_on_policy_training_takes_it():
     assert float(fake.transformer.proj_out.weight.grad.abs().sum()) > 0
 
 
+@pytest.mark.slow
 def test_teacher_forcing_trains_with_every_objective():
     student, x = CausalNetwork(tiny_causal(num_layers=2)), clip(5).repeat(4, 1, 1, 1, 1)
     condition = {"prompt": PROMPT.repeat(4, 1, 1), "clean": x[:, 1:], "past": x[:, :1]}

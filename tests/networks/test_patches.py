@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers.models.transformers import transformer_anyflow, transformer_anyflow_far
+from diffusers.models.transformers import transformer_anyflow as bidirectional
+from diffusers.models.transformers import transformer_anyflow_far as causal
 from peft.tuners.lora import LoraLayer
 
 from minianyflow.networks.causal import causal_rollout
@@ -28,10 +29,7 @@ def lora_layers(transformer):
 
 
 def test_the_library_still_has_the_parts_that_are_patched():
-    for module, suffix, layout in (
-        (transformer_anyflow, "", "layout_cfg"),
-        (transformer_anyflow_far, "Causal", "far_cfg"),
-    ):
+    for module, suffix, layout in ((bidirectional, "", "layout_cfg"), (causal, "Causal", "far_cfg")):
         block = inspect.signature(module.AnyFlowTransformerBlock.forward).parameters
         names = ["hidden_states", "encoder_hidden_states", "temb", "rotary_emb", "attention_mask"]
         assert list(block) == ["self", *names, "kv_cache", "kv_cache_flag"]
@@ -100,6 +98,7 @@ def test_adapters_in_the_dtype_of_the_base_are_as_near_float32_as_the_base_is(ar
     assert distance(results(low)[:2], exact[:2]) < 0.03
 
 
+@pytest.mark.slow
 def test_patched_blocks_write_less_and_keep_less():
     written, kept = [], []
     for patch in (lambda transformer: transformer, use_per_frame_modulation):

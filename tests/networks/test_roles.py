@@ -138,6 +138,7 @@ def apart(a, b):
     return max(float((a[name] - b[name]).abs().max()) for name in b) / max(float(b[name].abs().max()) for name in b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("kind", ["wan", "causal"])
 def test_roles_on_one_base_equal_three_separate_copies(kind, checkpointed):
@@ -392,6 +393,7 @@ def test_alpha_scales_what_an_adapter_adds():
     assert close(outs[1] - outs[0], 0.5 * (outs[2] - outs[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wan", "causal"])
 def test_a_bfloat16_base_has_float32_adapters_and_times(kind):
     transformer = base(kind)
@@ -559,6 +561,7 @@ def on_policy_roles(ema=0.9):
     return transformer, networks, trained
 
 
+@pytest.mark.slow
 def test_the_one_loop_trains_roles():
     transformer, networks, trained = on_policy_roles()
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
@@ -572,6 +575,7 @@ def test_the_one_loop_trains_roles():
     assert networks["teacher"].get_parameter("blocks.0.attn1.to_q.lora_A.weight").grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_switched_adapter_stops_the_training(checkpointed):
     """peft's own switch, between the forward and the backward: without a check, no gradient and no error."""
