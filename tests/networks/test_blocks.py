@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from jaxtyping import config
 from torch._dynamo.utils import counters
 
 from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks
@@ -43,8 +44,19 @@ def test_keeping_attention_needs_checkpointing():
 # ---- compiled
 
 
+@pytest.fixture
+def untyped():
+    """Without the check of types: dynamo traces the functions themselves."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "keep"), [("bidirectional", True), ("causal", False)])
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("architecture", "keep"), [("bidirectional", True), pytest.param("causal", False, marks=pytest.mark.long)]
+)
 def test_compiled_blocks_are_the_same_under_every_role(architecture, keep):
     """Traced by dynamo and autograd; the kernels that a GPU gets are not made here."""
     torch.compiler.reset()
@@ -60,6 +72,7 @@ def test_compiled_blocks_are_the_same_under_every_role(architecture, keep):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("untyped")
 def test_a_compiled_on_policy_run_has_the_losses_of_one_that_is_not(tmp_path, monkeypatch):
     """Three roles on one base, rollouts under gradient, an average: all through `training.train`."""
     monkeypatch.setattr(runs, "compile_blocks", partial(compile_blocks, backend="aot_eager"))

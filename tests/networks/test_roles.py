@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -599,42 +595,3 @@ def test_a_switched_adapter_stops_the_training(checkpointed):
     with pytest.raises(expected[0], match=expected[1]):
         train_run({"student": trained["student"]}, draw, 5, accelerator=Accelerator(cpu=True), progress=False)
     assert len(steps) == 2
-
-
-@pytest.mark.long
-def test_two_processes_train_the_roles_that_one_does(tmp_path):
-    launch = {
-        1: [sys.executable],
-        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    }
-    here = Path(__file__)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[2]), "CUDA_VISIBLE_DEVICES": ""}
-    reports = {}
-    for count, command in launch.items():
-        file = tmp_path / f"{count}.json"
-        done = subprocess.run([*command, str(here), str(file)], capture_output=True, text=True, env=env, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-        reports[count] = json.loads(file.read_text())
-    assert [(reports[count]["processes"], reports[count]["kind"]) for count in (1, 2)] == [(1, "NO"), (2, "MULTI_CPU")]
-    assert reports[1]["weights"].keys() == reports[2]["weights"].keys()
-    for name, one in reports[1]["weights"].items():
-        assert close(torch.tensor(one), torch.tensor(reports[2]["weights"][name])), name
-    assert reports[2]["storages"] == reports[1]["storages"]
-
-
-def main(output):
-    """What the test above runs in one process and in two: three on-policy steps."""
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    transformer, networks, trained = on_policy_roles()
-    train_run(trained, lambda step: draw_batch(4), 3, accelerator=accelerator, progress=False)
-    if accelerator.is_main_process:
-        weights = {name: value.tolist() for name, value in transformer.state_dict().items() if "lora_" in name}
-        report = {"processes": accelerator.num_processes, "kind": accelerator.distributed_type.value}
-        report |= {"weights": weights, "storages": storages(*networks.values())}
-        Path(output).write_text(json.dumps(report))
-    accelerator.end_training()  # a process group that is left to the end of Python may abort it
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
