@@ -124,7 +124,10 @@ def stock_read(stock, context, z, partition):
     return kv_cache, stock(z, t, r, PROMPT, list(partition), **reading)[0]
 
 
-@pytest.mark.parametrize(("seen", "size"), [(0, 4), (3, 4), (7, 4), (5, 16)])
+@pytest.mark.parametrize(
+    ("seen", "size"),
+    [(0, 4), (7, 4), pytest.param(3, 4, marks=pytest.mark.slow), pytest.param(5, 16, marks=pytest.mark.slow)],
+)
 @torch.no_grad()
 def test_memory_and_reading_equal_stock(seen, size):
     """Padded always; plain where stock has nothing to pad, since 2 frames of 16 x 16 are 128 queries."""
@@ -180,7 +183,7 @@ def same_gradients(a, b, tolerance=1e-6):
 
 
 @pytest.mark.usefixtures("doubled")
-@pytest.mark.parametrize(("frames", "steps"), [(5, 2), (9, 1)])
+@pytest.mark.parametrize(("frames", "steps"), [(5, 2), pytest.param(9, 1, marks=pytest.mark.slow)])
 def test_gradients_of_a_cached_rollout_are_those_of_recomputation_and_of_checkpointing(frames, steps):
     transformer = tiny_causal(num_layers=2).double()
     u, z, weight = CausalNetwork(transformer), clip(frames, dtype=torch.float64), clip(frames, seed=5).double()

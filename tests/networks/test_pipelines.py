@@ -133,6 +133,7 @@ def test_prompts_are_embedded_as_ours(folder, parts):
     assert distance(theirs, parts[1](prompts)) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_causal_pipeline_is_our_rollout(causal_folder, causal, parts, z):
     """With our attention; untouched, with diffusers' padding; from an image on; for clips longer than trained on."""
     padded = CausalNetwork(copy.deepcopy(causal.transformer), timesteps=TINY_TIMESTEPS, padded=True)
