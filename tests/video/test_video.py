@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from minianyflow import consistency, flow_map, objectives, on_policy, samplers, training
 from minianyflow.interpolant import interpolate
 from minianyflow.measures import sliced_w2, sobol_noise
-from minianyflow.networks import causal, codec, wan
+from minianyflow.networks import causal, wan
 from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
@@ -19,6 +19,7 @@ from minianyflow.plane import exposure, students
 from minianyflow.plane import race as demo
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
+from minianyflow.video import codec_training
 from minianyflow.video import report as video_report
 from minianyflow.video import stages as video_stages
 from minianyflow.video.stages import BUILDERS, GUIDANCE, STAGES, WEIGHTS, Earlier, Latents, path_of
@@ -55,10 +56,10 @@ def test_no_function_of_the_mathematics_is_written_again():
         for name, value in vars(room).items()
         if getattr(value, "__module__", "") == room.__name__
     }
-    for room in (codec, wan, causal, exposure, video_stages, video_report):
+    for room in (codec_training, wan, causal, exposure, video_stages, video_report):
         own = {name for name, value in vars(room).items() if getattr(value, "__module__", "") == room.__name__}
         assert not own & known
-    assert codec.train is exposure.train is training.train
+    assert codec_training.train is exposure.train is training.train
 
 
 def test_blobs_are_what_they_say():
