@@ -12,7 +12,8 @@ from pathlib import Path
 import diffusers
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 
-from minianyflow.networks.causal import CausalAttention, CausalNetwork, chunk_partition
+from minianyflow.networks.causal import CausalNetwork
+from minianyflow.networks.causal_attention import CausalAttention, chunk_partition
 from minianyflow.networks.wan import PROMPT_LENGTH, WanNetwork
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import new_folder
@@ -34,7 +35,7 @@ pipeline = {pipeline}.from_pretrained("{name}")
 ).frames[0]
 ```
 {causal}{notes}{provenance}"""
-IMPORTS = "from minianyflow.networks.causal import CausalAttention\n"
+IMPORTS = "from minianyflow.networks.causal_attention import CausalAttention\n"
 ATTENTION = """for block in pipeline.transformer.blocks:
     block.attn1.set_processor(CausalAttention())
 """

@@ -1,21 +1,26 @@
-"""Teacher forcing: every chunk of a clip learns at once, each seeing clean earlier ones (FAR, arXiv 2503.19325).
+"""Teacher forcing: all chunks of a clip are trained at once, each given clean earlier chunks (FAR, arXiv 2503.19325).
 
-Chunks older than the last full_chunk_limit are only seen, compressed. So a clip is cut off after one chunk or another,
-that all lengths of context are trained.
+Chunks older than the last full_chunk_limit are compressed context and are not trained. So that every length of context
+is trained, a clip is cut off after a number of chunks that changes from step to step.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from minianyflow.batch import Batch
 from minianyflow.objectives import InnerState
 
+Losses = Float[Tensor, "batch"]
 
-def in_chunks(batch, partition, full_chunk_limit):
-    """The part of a batch of whole clips that teacher forcing trains on, cut off after the chunks in `partition`.
 
-    The frames that a network sees at full resolution are x, and, as clean `context`, `clean`; older ones are `past`.
+def teacher_forcing_batch(batch: Batch, partition: tuple[int, ...], full_chunk_limit: int) -> Batch:
+    """The part of a batch of clips that teacher forcing trains on, cut off after the chunks in `partition`.
+
+    The frames at full resolution are x and, as the batch's `context`, `clean`; older ones are its `past`.
     """
     old, end = sum(partition[:-full_chunk_limit]), sum(partition)
     clean, past = batch["x"][:, old:end], batch["x"][:, :old]
@@ -23,24 +28,25 @@ def in_chunks(batch, partition, full_chunk_limit):
     return batch | {"x": clean, "eps": batch["eps"][:, old:end], "context": context}
 
 
-def in_turn(batch, step, network):
-    """`in_chunks` for a CausalNetwork: at each step one chunk fewer, down to those seen in full, then all again."""
+def cycle_context_lengths(batch: Batch, step: int, network: nn.Module) -> Batch:
+    """`teacher_forcing_batch` of one chunk fewer at each step, down to those at full resolution; then all again."""
     partition, full = network.partition(batch["x"].shape[1]), network.transformer.config.full_chunk_limit
     spare = max(len(partition) - full, 0)
-    return in_chunks(batch, partition[: len(partition) - step % (spare + 1)], full)  # step 0 trains every weight
+    end = len(partition) - step % (spare + 1)  # all chunks at step 0: it trains every weight
+    return teacher_forcing_batch(batch, partition[:end], full)
 
 
-def as_whole(batch):
-    """A batch of whole clips for a CausalNetwork to take as one chunk each, as the bidirectional model does."""
-    return batch | {"context": {"whole": torch.zeros(len(batch["x"]))}}
+def single_chunk_batch(batch: Batch) -> Batch:
+    """A batch of clips that a CausalNetwork takes as one chunk each, as the bidirectional model does."""
+    return batch | {"context": {"single_chunk": torch.zeros(len(batch["x"]))}}
 
 
 @dataclass
 class TeacherForced(InnerState):
-    """A loss whose network sees clean earlier chunks: the batch's `context` joins its condition."""
+    """A loss that gives its network clean earlier chunks: the batch's `context` joins the condition."""
 
     forward: Callable
 
-    def __call__(self, u, batch):
-        """As the loss."""
+    def __call__(self, u: Callable, batch: Batch) -> tuple[Losses, dict]:
+        """The losses (B,) and raw losses of the inner loss."""
         return self.forward(u, batch | {"condition": batch["condition"] | batch["context"]})

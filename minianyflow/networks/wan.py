@@ -1,20 +1,29 @@
-"""Wan transformers of diffusers as functions u(z, t, r, prompt), and the text encoder that makes the prompts.
+"""Wan transformers of diffusers as functions u(z, t, r, prompt), and the text encoder that embeds the prompts.
 
-A tiny transformer for two CPU cores and Wan2.1 itself are the same class with other numbers. Shapes:
-    z, u    (B, F, C, H, W)     latents, frames first as diffusers' AnyFlow has them
-    t, r    (B,) or (B, F)      a time for every sample, or for every frame, in [0, 1]
-    prompt  (B, L, D)           embeddings, rows beyond the end of the text zero
+A tiny transformer for two CPU cores and Wan2.1 itself are one class of different sizes; video.py has it in plain torch.
+Shapes:
+    z, u    (B, F, C, H, W)     latents, frames first as in diffusers' AnyFlow
+    t, r    (B,) or (B, F)      one time per sample, or one per frame, in [0, 1]
+    prompt  (B, L, D)           embeddings of the text's L tokens; rows of padding are zero
 """
+
+from collections.abc import Sequence
 
 import torch
 from diffusers import AnyFlowTransformer3DModel
+from jaxtyping import Float
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from minianyflow.support.errors import InputError
 
-TIMESTEPS = 1000.0  # Wan counts time from 0 to 1000
+Latents = Float[Tensor, "batch frames channels height width"]
+Times = Float[Tensor, "batch"] | Float[Tensor, "batch frames"]
+Timesteps = Float[Tensor, "batch frames"]
+Prompt = Float[Tensor, "batch length text_dim"]
+
+TIMESTEPS = 1000.0  # Wan's transformer takes times from 0 to 1000
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 32,
@@ -26,8 +35,8 @@ TINY = {
     "num_layers": 4,
     "rope_max_seq_len": 64,
 }
-TINY_TIMESTEPS = 5.0  # and tiny ones to 5: docs/video.md says what Wan's 160 turns between 0 and 1 do to du/dt
-PROMPT_LENGTH = 4  # tokens; pass it as max_sequence_length to a pipeline: padding is seen, in Wan too
+TINY_TIMESTEPS = 5.0  # tiny ones take 0 to 5: docs/video.md says what Wan's 160 turns between 0 and 1 do to du/dt
+PROMPT_LENGTH = 4  # tokens; pass it to a pipeline as max_sequence_length: attention sees padding, in Wan too
 WORDS = (  # more than blobs need: another toy can be prompted by the same encoder
     *("one", "two", "ball", "balls"),
     *("zero", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -36,58 +45,58 @@ WORDS = (  # more than blobs need: another toy can be prompted by the same encod
 
 
 class WanNetwork(nn.Module):
-    """The average velocity u(z, t, r, prompt) of an AnyFlowTransformer3DModel, whatever its size.
+    """The average velocity u(z, t, r, prompt) of an AnyFlowTransformer3DModel of any size.
 
-    timesteps: what time 1 is counted as, 1000 in Wan; see TINY_TIMESTEPS.
+    timesteps: the number that time 1 becomes for the transformer, 1000 in Wan; see TINY_TIMESTEPS.
     """
 
-    def __init__(self, transformer, timesteps=TIMESTEPS):
+    def __init__(self, transformer: nn.Module, timesteps: float = TIMESTEPS):
         super().__init__()
         self.transformer, self.timesteps = transformer, timesteps
 
-    def forward(self, z, t, r, prompt):
-        """z (B, F, C, H, W), t and r (B,) or (B, F), prompt (B, L, D); returns the shape of z.
+    def forward(self, z: Latents, t: Times, r: Times, prompt: Prompt) -> Latents:
+        """The average velocity of z from t down to r.
 
-        Raises InputError for latents that patches do not divide, or other than the transformer's channels.
+        Raises InputError for latents with other channels than the transformer's, or that patches do not divide.
         """
         check_latents(z, self.transformer.config)
-        t, r = (count_time(each, z, self.timesteps) for each in (t, r))
-        inside = in_dtype(self.transformer, z, prompt)
-        return self.transformer(inside[0], t, r, inside[1], return_dict=False)[0].to(z.dtype)
+        t, r = (to_timesteps(time, z, self.timesteps) for time in (t, r))
+        states, prompt = to_compute_dtype(self.transformer, z, prompt)
+        return self.transformer(states, t, r, prompt, return_dict=False)[0].to(z.dtype)
 
 
 class Autocast(nn.Module):
-    """A network with float32 weights that computes in bfloat16, whoever calls it: an average, a teacher, a sampler."""
+    """A network with float32 weights that computes in bfloat16, as average, teacher or sampler alike."""
 
-    def __init__(self, network):
+    def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     @property
-    def transformer(self):
-        """The network's."""
+    def transformer(self) -> nn.Module:
+        """The transformer of the network."""
         return self.network.transformer
 
-    def forward(self, z, *arguments, **condition):
-        """What the network returns; states in the dtype of z."""
+    def forward(self, z: Latents, *arguments, **condition):
+        """The network's output; states have the dtype of z."""
         with torch.autocast(z.device.type, torch.bfloat16):
             return self.network(z, *arguments, **condition)
 
 
-def in_dtype(transformer, *tensors):
-    """States and prompts in what the transformer computes in; None stays None. Times stay in float32."""
+def to_compute_dtype(transformer: nn.Module, *tensors: Tensor | None) -> list[Tensor | None]:
+    """States and prompts in the dtype that the transformer computes in; None stays None. Times stay in float32."""
     dtype = transformer.patch_embedding.weight.dtype
-    return [each if each is None else each.to(dtype) for each in tensors]
+    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def count_time(t, z, timesteps=TIMESTEPS):
-    """Times (B,) or (B, F) in [0, 1] counted to `timesteps`, one a frame: (B, F), float32."""
+def to_timesteps(t: Times, z: Latents, timesteps: float = TIMESTEPS) -> Timesteps:
+    """Times in [0, 1] as the transformer takes them: one per frame, from 0 to `timesteps`, float32."""
     if t.shape not in (z.shape[:1], z.shape[:2]):
         raise InputError(f"times {tuple(t.shape)} for latents {tuple(z.shape)}; expected (B,) or (B, F)")
     return timesteps * (t[:, None] if t.ndim == 1 else t).float().expand(z.shape[:2])
 
 
-def check_latents(z, config):
+def check_latents(z: Latents, config) -> None:
     """Raise InputError unless z is (B, F, C, H, W) with the channels and a size that the patches divide."""
     if z.ndim != 5 or z.shape[2] != config.in_channels:
         raise InputError(f"latents {tuple(z.shape)}; expected (B, F, {config.in_channels}, H, W)")
@@ -96,8 +105,8 @@ def check_latents(z, config):
         raise InputError(f"latents of {z.shape[3]} x {z.shape[4]}; expected a size that patches {high} x {wide} divide")
 
 
-def tiny_transformer(seed=0, **changes):
-    """A fresh transformer of the size in TINY; the embedder of the target time starts as a copy of the other."""
+def tiny_transformer(seed: int = 0, **changes) -> AnyFlowTransformer3DModel:
+    """A fresh transformer of the size in TINY; its target-time embedder starts as a copy of its time embedder."""
     torch.manual_seed(seed)
     transformer = AnyFlowTransformer3DModel(**TINY | changes)
     copy_time_embedder(transformer)
@@ -105,16 +114,16 @@ def tiny_transformer(seed=0, **changes):
 
 
 @torch.no_grad()
-def copy_time_embedder(transformer):
+def copy_time_embedder(transformer: nn.Module) -> None:
     """Make the target-time embedder a copy of the time embedder: at r = t the network is then Wan exactly."""
     embedder = transformer.condition_embedder
     embedder.delta_embedder.load_state_dict(embedder.time_embedder.state_dict())
 
 
 class TextEncoder(nn.Module):
-    """A word-level tokenizer and a one-layer UMT5 that nothing trains: as much of a text encoder as toys need."""
+    """A word-level tokenizer and a one-layer UMT5 with random, frozen weights: enough of a text encoder for toys."""
 
-    def __init__(self, seed=0):
+    def __init__(self, seed: int = 0):
         super().__init__()
         torch.manual_seed(seed)
         vocabulary = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
@@ -128,10 +137,10 @@ class TextEncoder(nn.Module):
         self.encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), dropout_rate=0.0, **size)).eval()
         self.requires_grad_(False)
 
-    def forward(self, prompts):
+    def forward(self, prompts: Sequence[str]) -> Prompt:
         """Embeddings (B, PROMPT_LENGTH, D) of a list of texts; "" is the null prompt.
 
-        Raises InputError for a word that the tokenizer does not know, a text that is too long, and no list of texts.
+        Raises InputError for a word that the tokenizer does not know, a text that is too long, or what is no list.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"prompts {prompts!r}; expected a list of texts, such as ['one ball']")

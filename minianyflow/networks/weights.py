@@ -1,8 +1,11 @@
-"""How trained networks are kept: NAME.safetensors in half precision, beside it NAME.json, which says where it is from.
+"""Trained networks as files: NAME.safetensors in half precision, and NAME.json, which says what made it.
 
 Nothing is ever unpickled. The metadata of the file says which format and kind it is and how to build the module:
-    wan, causal     the transformer's configuration, and what time 1 is counted as; for causal `first` and `rest`, too
+    wan, causal     the transformer's configuration and `timesteps`; for causal also `first` and `rest`
     codec           the configuration of the AutoencoderKLWan
+    role            rank, alpha and targets of a LoRA adapter, and the transformer's class; in float32, without a .json
+Own code, since huggingface_hub's PyTorchModelHubMixin has one folder per network, writes in place, and rebuilds a
+module only from plain arguments; and since diffusers' save_lora_adapter writes keys that pipelines silently ignore.
 """
 
 import hashlib
@@ -14,46 +17,45 @@ import torch
 from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, AutoencoderKLWan
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.codec import Codec
+from minianyflow.networks.lora_roles import Adapter, add_role, remove_role, role_options, roles_of
 from minianyflow.networks.wan import WanNetwork
-from minianyflow.support.errors import InputError
+from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
 
 FORMAT = "minianyflow 1"
 KINDS = ("wan", "causal", "codec")
-SAMPLED = 256  # values at either end of a tensor that its fingerprint looks at
+SAMPLED = 256  # values at either end of a tensor that its fingerprint reads
 PROVENANCE = ("command", "seeds", "cost", "figures")
 
 
-def save_weights(path, state, made):
+def save_weights(path: str | Path, state: dict[str, Tensor], provenance: dict) -> None:
     """Write a state dict to `path` and its provenance beside it; both whole, or neither.
 
-    state: of a WanNetwork, CausalNetwork or Codec; floats are kept in half precision. made: "kind" and "config", as
-    `describe` gives them, and the provenance: "command" that made it, "seeds", "cost" (forwards, backwards, seconds),
-    "figures" measured, and what else is worth keeping; the versions of torch and diffusers are added.
+    state: of a WanNetwork, CausalNetwork or Codec; floats are written in half precision. provenance: "kind" and
+    "config", as `describe` gives them; the "command" that made it, "seeds", "cost" (forwards, backwards, seconds),
+    "figures" measured, and anything else; the versions of torch and diffusers are added.
     Raises InputError if any of these is missing, or a weight is not finite in half precision.
     """
     path = _checked(path)
-    missing = [name for name in ("kind", "config", *PROVENANCE) if name not in made]
+    missing = [name for name in ("kind", "config", *PROVENANCE) if name not in provenance]
     if missing:
         raise InputError(f"weights without {', '.join(missing)}; expected kind, config, {', '.join(PROVENANCE)}")
-    if made["kind"] not in KINDS:
-        raise InputError(f"weights of kind {made['kind']!r}; expected one of {', '.join(KINDS)}")
-    metadata = {"format": FORMAT, "kind": made["kind"], "config": json.dumps(made["config"])}
-    provenance = {"format": FORMAT} | {name: value for name, value in made.items() if name != "config"}
-    provenance["versions"] = {package: version(package) for package in ("torch", "diffusers")}
-    with staging_folder(path.parent) as folder:
-        data = save({name: _half(name, value) for name, value in state.items()}, metadata)
-        (folder / path.name).write_bytes(data)  # save_file would let nobody else read it
-        (folder / path.name).with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
+    if provenance["kind"] not in KINDS:
+        raise InputError(f"weights of kind {provenance['kind']!r}; expected one of {', '.join(KINDS)}")
+    beside = {"format": FORMAT} | {name: value for name, value in provenance.items() if name != "config"}
+    beside["versions"] = {package: version(package) for package in ("torch", "diffusers")}
+    state = {name: _half(name, value) for name, value in state.items()}
+    _write(path, state, provenance["kind"], provenance["config"], beside)
 
 
-def read_weights(path, *kinds):
+def read_weights(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict, dict]:
     """What `save_weights` wrote: (state dict in float32, configuration, provenance).
 
-    kinds: those expected. The provenance is {} where the weights came without it.
+    kinds: those expected. The provenance is {} where there is no .json.
     Raises InputError for no such file, one cut short or not safetensors, another format or kind.
     """
     metadata, state = _read(path)
@@ -68,8 +70,8 @@ def read_weights(path, *kinds):
     return state, json.loads(metadata["config"]), provenance
 
 
-def describe(module):
-    """What rebuilds a WanNetwork, CausalNetwork or Codec: {"kind", "config"}, for `save_weights`."""
+def describe(module: nn.Module) -> dict:
+    """The kind and configuration of a WanNetwork, CausalNetwork or Codec, for `save_weights`."""
     if isinstance(module, Codec):
         return {"kind": "codec", "config": _public(module.vae.config)}
     if isinstance(module, CausalNetwork):
@@ -80,14 +82,14 @@ def describe(module):
     raise InputError(f"a {type(module).__name__}; expected a WanNetwork, a CausalNetwork or a Codec, not wrapped")
 
 
-def load_codec(path):
-    """The Codec kept at `path`, frozen and in eval mode."""
+def load_codec(path: str | Path) -> Codec:
+    """The Codec in the file `path`, frozen and in eval mode."""
     state, config, _ = read_weights(path, "codec")
     return _rebuilt(lambda: Codec(AutoencoderKLWan(**config)), state, path)
 
 
-def load_network(path):
-    """The WanNetwork or CausalNetwork kept at `path`, frozen and in eval mode."""
+def load_network(path: str | Path) -> WanNetwork | CausalNetwork:
+    """The network in the file `path`, frozen and in eval mode."""
     state, config, _ = read_weights(path, "wan", "causal")
     options = {name: config.pop(name) for name in ("timesteps", "first", "rest") if name in config}
     if "first" not in options:
@@ -95,24 +97,53 @@ def load_network(path):
     return _rebuilt(lambda: CausalNetwork(AnyFlowFARTransformer3DModel(**config), **options), state, path)
 
 
-def load_into(module, state, path):
-    """Load a state dict that was read from `path`; InputError names what is missing, too much or of another shape."""
-    wanted = module.state_dict()
-    missing, extra = ([name for name in one if name not in other] for one, other in ((wanted, state), (state, wanted)))
-    if missing or extra:
-        what = [
-            f"{verb} {names[0]} ({len(names)} in all)" for verb, names in (("lack", missing), ("add", extra)) if names
-        ]
-        raise InputError(f"the weights in {path} {' and '.join(what)}; expected those of a {type(module).__name__}")
-    for name, value in state.items():
-        if value.shape != wanted[name].shape:
-            shapes = f"{tuple(value.shape)}; expected {tuple(wanted[name].shape)}"
-            raise InputError(f"{name} in {path} has shape {shapes}: these weights are of another size")
+def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load a state dict that was read from `path`; InputError names a weight that is missing, unknown or too large."""
+    expected, found = (
+        {name: tuple(value.shape) for name, value in weights.items()} for weights in (module.state_dict(), state)
+    )
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if wrong:
+        name, kind = wrong[0], type(module).__name__
+        shapes = f"{found.get(name, 'no weights')}; expected {expected.get(name, 'none of that name')}"
+        raise InputError(f"{path} has for {name} {shapes}: not the weights of this {kind} ({len(wrong)} do not fit)")
     module.load_state_dict(state)
 
 
+def save_role(path: str | Path, transformer: nn.Module, role: str) -> None:
+    """Write the weights of one adapter to `path`, a .safetensors file, and in its metadata what rebuilds it."""
+    path = _checked(path)
+    choose("role", role, roles_of(transformer))
+    state = {name: value.cpu().contiguous() for name, value in Adapter(transformer, role).state_dict().items()}
+    _write(path, state, "role", role_options(transformer, role) | {"transformer": type(transformer).__name__})
+
+
+def load_role(path: str | Path, transformer: nn.Module, role: str, from_bidirectional: bool = False) -> None:
+    """Load what `save_role` wrote as the adapter `role`, which is added if the transformer does not have it.
+
+    from_bidirectional: a causal transformer also takes the role of a bidirectional one, all of whose layers it has.
+    Raises InputError for no such file or one cut short, and for weights of another architecture, size, rank, alpha or
+    targets; a transformer without the adapter is then left without it.
+    """
+    state, config, _ = read_weights(path, "role")
+    kind, added = config.pop("transformer"), role not in roles_of(transformer)
+    if kind != type(transformer).__name__ and not (from_bidirectional and kind == AnyFlowTransformer3DModel.__name__):
+        raise InputError(f"{path} is a role of an {kind}; expected one of an {type(transformer).__name__}")
+    if added:
+        add_role(transformer, role, **config)
+    try:
+        for name, value in role_options(transformer, role).items():
+            if config[name] != value:
+                raise InputError(f"{path} has {name} {config[name]}; expected {value}, as role {role!r} has it")
+        load_into(Adapter(transformer, role), state, path)
+    except InputError:
+        if added:
+            remove_role(transformer, role)
+        raise
+
+
 def _rebuilt(build, state, path):
-    """The module, without moving the random numbers of whoever loads it."""
+    """The module; the caller's random numbers stay as they are."""
     with torch.random.fork_rng(devices=[]):
         try:
             module = build()
@@ -142,41 +173,41 @@ def _checked(path):
     return path
 
 
+def _write(path, state, kind, config, provenance=None):
+    """Tensors and provenance, whole or not at all."""
+    with staging_folder(path.parent) as folder:
+        data = save(state, {"format": FORMAT, "kind": kind, "config": json.dumps(config)})
+        (folder / path.name).write_bytes(data)  # safetensors' save_file would let nobody else read the file
+        if provenance is not None:
+            (folder / path.name).with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
 def _read(path):
-    """Metadata and tensors of a file that is whole and of our format."""
+    """Metadata and tensors of a file that is whole and of our format; floats in float32."""
     path = _checked(path)
     if not path.is_file():
-        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.safetensors"))) or "none"
-        raise InputError(f"no weights {path.name} in {path.parent}; those there are: {there}")
+        others = ", ".join(sorted(other.stem for other in path.parent.glob("*.safetensors"))) or "none"
+        raise InputError(f"no weights {path.name} in {path.parent}; those there are: {others}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
-        size, whole = path.stat().st_size, _whole_size(path)
-        expected = f"{whole} bytes, by its own header" if whole else "a safetensors file"
-        raise InputError(f"{path} has {size} bytes; expected {expected}: fetch or make it again") from None
+    except SafetensorError as problem:
+        size = path.stat().st_size
+        raise InputError(
+            f"{path}, {size} bytes, is cut short or no safetensors file ({problem}): fetch or make it again"
+        ) from None
     if metadata.get("format") != FORMAT or not {"kind", "config"} <= set(metadata):
         raise InputError(f"{path} has format {metadata.get('format', 'unknown')!r}; expected {FORMAT!r}: make it again")
     return metadata, {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def _whole_size(path):
-    """The bytes a safetensors file says it has: 8, its header, its tensors; None if it does not say."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length) if length < path.stat().st_size else b"")
-            return 8 + length + max(tensor["data_offsets"][1] for name, tensor in header.items() if name[0] != "_")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
+def fingerprint(source: str | Path) -> str:
+    """A short text that identifies weights, wherever they lie and however they are spread over files.
 
-
-def fingerprint(source):
-    """Which weights these are, a short text, wherever they lie and whichever files they are spread over.
-
-    source: a safetensors file, a folder of them or a pipeline's; a name on the hub is its own. Of every tensor its
-    name, kind, shape and a few values at either end are read, so that it takes no time: any training moves those.
+    source: a safetensors file, a folder of them or a pipeline's; a name on the hub is its own fingerprint. It reads the
+    name, dtype and shape of every tensor and a few values at either end, which any training moves, so it is quick.
+    Raises InputError for files that cannot be read.
     """
     path = Path(source)
     if not path.exists():
@@ -188,8 +219,8 @@ def fingerprint(source):
             opened = safe_open(file, "pt")
             tensors |= dict.fromkeys(opened.keys(), opened)
         if (folder / "config.json").is_file():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            digest.update(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
+            config = _public(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            digest.update(json.dumps(config, sort_keys=True).encode())
         for name, opened in sorted(tensors.items()):
             tensor = opened.get_tensor(name)
             flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)

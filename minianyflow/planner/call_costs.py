@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from minianyflow.networks.causal import causal_mask, chunk_partition
+from minianyflow.networks.causal_attention import causal_mask, chunk_partition
 from minianyflow.networks.lora_roles import TARGETS, add_role
 from minianyflow.planner.costs import kept_pairs, measure
 from minianyflow.wan.run import Networks, at_work
@@ -110,12 +110,12 @@ class Prices:
             if key not in self.caches:
                 prompt = torch.empty(len(z), *self.prompt, device="meta")
                 with torch.no_grad():
-                    self.caches[key] = network(known, None, None, prompt, remember=True) if question.before else ()
+                    self.caches[key] = network(known, None, None, prompt, fill_cache=True) if question.before else ()
             return {"cache": self.caches[key]}
         if question.kind == "remember":
-            return {"remember": True}
+            return {"fill_cache": True}
         single = question.kind == "whole" and self.config.architecture == "causal"
-        return {"whole": torch.empty(len(z))} if single else {}
+        return {"single_chunk": torch.empty(len(z))} if single else {}
 
     def _pairs(self, question):
         if question.kind not in ("forced", "remember"):

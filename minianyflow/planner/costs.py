@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry  # FlopCounterMode itself keeps what a backward computes again alive
 
-from minianyflow.networks.causal import causal_mask, compressed_chunks
+from minianyflow.networks.causal_attention import causal_mask, compressed_chunks
 
 
 @dataclass(frozen=True)
@@ -173,5 +173,5 @@ def measure(network, inputs, condition, grad, pairs=None):
         saved=saved,
         transient=transient - saved,
         returning=live.peak - before,
-        cache=size if condition.get("remember") else 0,
+        cache=size if condition.get("fill_cache") else 0,
     )

@@ -53,24 +53,24 @@ class StandIn(nn.Module):
         self.role, self.asked, self.whole, self.caches = role, asked, whole, []
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def forward(self, z, t, r, prompt, clean=None, past=None, cache=None, whole=None, remember=False):
+    def forward(self, z, t, r, prompt, clean=None, past=None, cache=None, single_chunk=None, fill_cache=False):
         """States of the shape of z, with a gradient where a network's would have one; or something like a cache."""
         before, which = 0, None
-        kind = "whole" if self.whole or whole is not None else "all"
+        kind = "whole" if self.whole or single_chunk is not None else "all"
         if clean is not None:
             kind, before = "forced", 0 if past is None else past.shape[1]
         if cache is not None:
             kind, before = "read", cache[0][0].shape[3] if cache else 0
-        if remember:
+        if fill_cache:
             kind = "remember"
         grad = torch.is_grad_enabled() and self.weight.requires_grad
-        made = torch.zeros(len(z), 1, 1, z.shape[1], 1) + self.weight if remember else z + self.weight
-        if remember or cache:
-            seen = made if remember else cache[0][0]
+        made = torch.zeros(len(z), 1, 1, z.shape[1], 1) + self.weight if fill_cache else z + self.weight
+        if fill_cache or cache:
+            seen = made if fill_cache else cache[0][0]
             which = id(seen)
             self.caches.append(seen)  # or another could get its number
         self.asked.append(Question(self.role, len(z), grad, z.requires_grad, kind, z.shape[1], before, which))
-        return ((made, made),) if remember else made
+        return ((made, made),) if fill_cache else made
 
 
 class StandIns:

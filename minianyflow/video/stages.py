@@ -27,7 +27,7 @@ from minianyflow.guidance import guided
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_from
 from minianyflow.networks.codec import codec_cost, train_codec
 from minianyflow.networks.mlp import EvaluationCounter
-from minianyflow.networks.teacher_forcing import TeacherForced, in_turn
+from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
 from minianyflow.networks.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.networks.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
@@ -211,14 +211,14 @@ def build_causal_on_policy(stage, seed, earlier):
     forward = TeacherForced(earlier.forward(STAGES[stage.parent], "causal_teacher"))
     options = dict(stage.options)
     simulate = causal_backward_simulation(options.pop("context_gradient", False), student.first, student.rest)
-    cut = partial(in_turn, network=student)
+    cut = partial(cycle_context_lengths, network=student)
     return _on_policy(stage, seed, earlier, student, forward, options, cut, simulate=simulate)
 
 
 def _teacher_forcing(stage, seed, earlier, loss, **options):
     network, whole = earlier.causal(stage.parent, seed), earlier.draw(stage, seed, **options)
     student = _role(network, stage, TeacherForced(loss))
-    return {"student": student}, lambda step: in_turn(whole(step), step, network)
+    return {"student": student}, lambda step: cycle_context_lengths(whole(step), step, network)
 
 
 def _on_policy(stage, seed, earlier, network, forward, options, cut=lambda batch, step: batch, **simulation):

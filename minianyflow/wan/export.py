@@ -8,9 +8,10 @@ import torch
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 from diffusers.utils import logging
 
-from minianyflow.networks.causal import chunk_partition
-from minianyflow.networks.lora_roles import Adapter, RoleNetwork, load_role, remove_role, roles_of
+from minianyflow.networks.causal_attention import chunk_partition
+from minianyflow.networks.lora_roles import Adapter, RoleNetwork, remove_role, roles_of
 from minianyflow.networks.pipelines import write_pipeline
+from minianyflow.networks.weights import load_role
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import new_folder
 from minianyflow.times import generator

@@ -29,25 +29,24 @@ from torch.distributed.tensor import DTensor
 from minianyflow.batch import part_of
 from minianyflow.flow_map import tangent, velocity
 from minianyflow.guidance import Guidance, guided
-from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_rollout, chunk_partition
-from minianyflow.networks.lean import compile_blocks, lean
+from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks
+from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_rollout
+from minianyflow.networks.causal_attention import chunk_partition
 from minianyflow.networks.lora_roles import (
     COARSE_PATCHES,
     EMBEDDERS,
     TARGETS,
     RoleNetwork,
     add_role,
-    checkpoint_blocks,
-    load_role,
     merge_role,
     remove_role,
     roles_of,
-    save_role,
 )
 from minianyflow.networks.mlp import EvaluationCounter
-from minianyflow.networks.teacher_forcing import TeacherForced, as_whole, in_chunks
+from minianyflow.networks.patches import use_per_frame_modulation
+from minianyflow.networks.teacher_forcing import TeacherForced, single_chunk_batch, teacher_forcing_batch
 from minianyflow.networks.wan import Autocast, WanNetwork
-from minianyflow.networks.weights import fingerprint
+from minianyflow.networks.weights import fingerprint, load_role, save_role
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight, sqrt_weight
 from minianyflow.on_policy import backward_simulation, draw_on_policy
 from minianyflow.samplers import sample_flow_map
@@ -87,7 +86,7 @@ class Networks:
             torch.manual_seed(self.config.seed)
             options = {"rank": self.config.rank, "alpha": self.config.alpha, "targets": self._targets()}
             if start:
-                load_role(weights_in(start), self.base, "start", widen=whole)
+                load_role(weights_in(start), self.base, "start", from_bidirectional=whole)
             add_role(self.base, role, **options, start="start" if start else None)
             if start:
                 remove_role(self.base, "start")
@@ -103,7 +102,7 @@ class Networks:
             transformer = self._load(weights_in(start, whole=True) if start else self.config.base, frozen=True)
             return self._counted("teacher", self._wrap(transformer, whole))
         if start and "teacher" not in roles_of(self.base):
-            load_role(weights_in(start), self.base, "teacher", widen=whole)
+            load_role(weights_in(start), self.base, "teacher", from_bidirectional=whole)
         network = RoleNetwork(self._wrap(self.base, whole), "teacher" if start else None)
         return self._counted("teacher", network.requires_grad_(False))
 
@@ -160,7 +159,7 @@ def transformer_of(config, source, dtype=torch.float32, device="cpu"):
 
 def at_work(config, transformer):
     """A transformer, frozen, as a run works with it: blocks without needless copies, checkpointed, compiled."""
-    lean(transformer)
+    use_per_frame_modulation(transformer)
     if config.checkpointing:
         checkpoint_blocks(transformer, config.keep_attention)
     if config.compiled:
@@ -274,13 +273,13 @@ def _cut(batch, config, step):
     whole, long, where = torch.rand(3, generator=generator(config.seed, CONTEXT, step)).tolist()
     partition = chunk_partition(batch["x"].shape[1], config.causal.first, config.causal.rest, ragged=True)
     if step and whole < config.causal.bidirectional:
-        return as_whole(batch)
+        return single_chunk_batch(batch)
     full = config.causal.full_chunks
     if step and long >= config.causal.long_context:
         partition = partition[:full]
     elif step:  # step 0 has the longest: it trains every weight
         partition = partition[: full + 1 + int(where * (len(partition) - full))]
-    return in_chunks(batch, partition, full)
+    return teacher_forcing_batch(batch, partition, full)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.utils import logging
 from tqdm import tqdm
 
-from minianyflow.networks.causal import chunk_partition, compressed_chunks
+from minianyflow.networks.causal_attention import chunk_partition, compressed_chunks
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
 from minianyflow.wan.config import find_device, load_config

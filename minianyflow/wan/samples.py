@@ -177,7 +177,7 @@ def guided_network(u, config, null, scale):
 
     def causal(z, t, r, prompt, cache=(), **known):
         nulls = null.expand(len(z), *null.shape[1:])
-        if known.get("remember"):
+        if known.get("fill_cache"):
             return tuple(u(z, t, r, prompt=each, **known) for each in (prompt, nulls))
         pairs = zip((prompt, nulls), cache or ((), ()), strict=True)
         return guided_velocity(*(u(z, t, t, prompt=each, cache=past, **known) for each, past in pairs), scale)

@@ -4,7 +4,8 @@ import torch
 
 from minianyflow.course.exercises import check, finish
 from minianyflow.flow_map import rollout
-from minianyflow.networks.causal import attend, causal_backward_simulation, causal_mask, causal_rollout
+from minianyflow.networks.causal import causal_backward_simulation, causal_rollout
+from minianyflow.networks.causal_attention import attend, causal_mask
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.weights import load_codec, load_network
 from minianyflow.times import generator, time_grid
@@ -56,7 +57,7 @@ check(
 
 # 3. An image starts to move (20 minutes). Given one image, make the next 8 frames by hand: encode it, remember it, then
 # roll the next chunk out along `times`. What you need: codec.encode(image) and codec.decode(latents);
-# student(x, None, None, prompt, remember=True) gives a cache; rollout(student, z, times, prompt=..., cache=...).
+# student(x, None, None, prompt, fill_cache=True) gives a cache; rollout(student, z, times, prompt=..., cache=...).
 def next_frames(image, z, times):
     """image (2, 1, 16, 16), z (2, 2, 4, 4, 4) noise of the chunk; return the video (2, 9, 16, 16), image first."""
     ...  # your lines here

@@ -7,9 +7,10 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks
 from minianyflow.networks.causal import CausalNetwork, causal_rollout
-from minianyflow.networks.lean import compile_blocks, lean
-from minianyflow.networks.lora_roles import EMBEDDERS, TARGETS, Adapter, RoleNetwork, add_role, checkpoint_blocks
+from minianyflow.networks.lora_roles import EMBEDDERS, TARGETS, Adapter, RoleNetwork, add_role
+from minianyflow.networks.patches import use_per_frame_modulation
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.objectives import eulerian_target
 from minianyflow.planner.call_costs import ShapeNetworks
@@ -85,12 +86,15 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("architecture", BOTH)
 def test_lean_blocks_are_those_of_stock(architecture):
-    assert apart(asked(network(lean(adapted(architecture)))), asked(network(adapted(architecture)))) < 1e-6
+    assert (
+        apart(asked(network(use_per_frame_modulation(adapted(architecture)))), asked(network(adapted(architecture))))
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("architecture", BOTH)
 def test_in_bfloat16_the_output_of_lean_blocks_is_bitwise_that_of_stock(architecture):
-    ours, _ = asked(network(lean(adapted(architecture, torch.bfloat16))))
+    ours, _ = asked(network(use_per_frame_modulation(adapted(architecture, torch.bfloat16))))
     theirs, _ = asked(network(adapted(architecture, torch.bfloat16)))
     assert torch.equal(ours, theirs)
 
@@ -98,7 +102,10 @@ def test_in_bfloat16_the_output_of_lean_blocks_is_bitwise_that_of_stock(architec
 def test_times_that_differ_from_frame_to_frame():
     z, prompt = torch.randn(2, 5, 16, 8, 8, generator=generator(3)), torch.randn(2, 6, 32, generator=generator(4))
     t = torch.rand(2, 5, generator=generator(5))
-    ours, theirs = (network(each)(z, t, 0.5 * t, prompt=prompt) for each in (lean(adapted(BOTH[0])), adapted(BOTH[0])))
+    ours, theirs = (
+        network(each)(z, t, 0.5 * t, prompt=prompt)
+        for each in (use_per_frame_modulation(adapted(BOTH[0])), adapted(BOTH[0]))
+    )
     assert apart([ours], [theirs]) < 1e-6
 
 
@@ -108,7 +115,7 @@ def test_a_rollout_through_the_cache_is_that_of_stock():
     with torch.no_grad():
         ours, theirs = (
             causal_rollout(network(each), noise, times, prompt, 1, 2)
-            for each in (lean(adapted(BOTH[1])), adapted(BOTH[1]))
+            for each in (use_per_frame_modulation(adapted(BOTH[1])), adapted(BOTH[1]))
         )
     assert apart([ours], [theirs]) < 1e-6
 
@@ -157,7 +164,7 @@ def test_lean_blocks_write_less_and_keep_less():
     written, kept = [], []
     for lighter in (False, True):
         transformer = adapted("bidirectional", torch.bfloat16)
-        net = network(lean(transformer) if lighter else transformer)
+        net = network(use_per_frame_modulation(transformer) if lighter else transformer)
         own, saved = {each.untyped_storage().data_ptr() for each in transformer.parameters()}, {}
 
         def keep(tensor, saved=saved):
@@ -176,7 +183,7 @@ def test_lean_blocks_write_less_and_keep_less():
 def test_attention_that_is_kept_is_not_computed_again(architecture):
     found, attended = [], []
     for keep in (None, False, True):
-        transformer = lean(adapted(architecture))
+        transformer = use_per_frame_modulation(adapted(architecture))
         if keep is not None:
             checkpoint_blocks(transformer, keep)
         with Watch() as watch:
@@ -202,7 +209,7 @@ def test_compiled_blocks_are_the_same_under_every_role(architecture, keep):
     """Traced by dynamo and autograd; the kernels that a GPU gets are not made here."""
     torch.compiler.reset()
     counters.clear()
-    transformer = lean(adapted(architecture))
+    transformer = use_per_frame_modulation(adapted(architecture))
     checkpoint_blocks(transformer, keep)
     compile_blocks(transformer, backend="aot_eager")
     for role in ("student", "fake", "student"):

@@ -9,14 +9,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 from minianyflow.flow_map import pick_rows, velocity
 from minianyflow.networks.causal import (
     CausalNetwork,
-    attend,
     causal_backward_simulation,
     causal_from,
-    causal_mask,
     causal_rollout,
-    chunk_partition,
     tiny_causal,
 )
+from minianyflow.networks.causal_attention import attend, causal_mask, chunk_partition
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.objectives import FlowMapLoss
@@ -148,7 +146,7 @@ def test_memory_and_reading_equal_stock(seen, size):
     partition = chunk_partition(seen + z.shape[1])
     theirs, out = stock_read(tiny_causal(), context, z, partition)
     plain, padded = CausalNetwork(tiny_causal()), CausalNetwork(tiny_causal(), padded=True)
-    cache = plain(context, None, None, PROMPT, remember=True) if seen else ()
+    cache = plain(context, None, None, PROMPT, fill_cache=True) if seen else ()
     for ours, layer in zip(cache, theirs, strict=bool(seen)):
         for mine, name in zip(ours, ("compressed_cache", "full_cache"), strict=True):
             assert close(mine, layer[name][:, :, :, : mine.shape[3]].transpose(0, 1))
@@ -175,7 +173,7 @@ def test_teacher_forcing_sees_what_the_cache_holds():
     """The last chunk of the clean path is the chunk that a cache of the same clean frames is read for."""
     u, x, z = CausalNetwork(tiny_causal()), clip(9), clip(4, seed=1)
     forced = u(z, T, R, PROMPT, clean=x[:, 5:], past=x[:, :5])
-    cache = u(x[:, :7], None, None, PROMPT, remember=True)
+    cache = u(x[:, :7], None, None, PROMPT, fill_cache=True)
     assert close(forced[:, 2:], u(z[:, 2:], T, R, PROMPT, cache=cache))
 
 
@@ -286,7 +284,7 @@ def test_no_chunk_sees_a_later_one():
 @torch.no_grad()
 def test_what_is_remembered_of_a_chunk_does_not_depend_on_later_ones():
     u, x = CausalNetwork(tiny_causal(full_chunk_limit=3)), clip(7)
-    before, after = (u(each, None, None, PROMPT, remember=True) for each in (x, bump(x, 3, (1, 2, 2, 2))))
+    before, after = (u(each, None, None, PROMPT, fill_cache=True) for each in (x, bump(x, 3, (1, 2, 2, 2))))
     assert [tuple(each.shape[3] for each in layer) for layer in before] == [(3 * 1, 4 * 4)] * TINY["num_layers"]
     for mine, theirs in zip(before, after, strict=True):
         assert torch.equal(mine[0], theirs[0])
@@ -297,7 +295,7 @@ def test_what_is_remembered_of_a_chunk_does_not_depend_on_later_ones():
 @torch.no_grad()
 def test_reading_leaves_the_cache_alone_and_rows_can_be_picked():
     u, z = CausalNetwork(tiny_causal()), clip(2)
-    cache = u(clip(3, seed=1), None, None, PROMPT, remember=True)
+    cache = u(clip(3, seed=1), None, None, PROMPT, fill_cache=True)
     before = [[each.clone() for each in layer] for layer in cache]
     out = u(z, T, R, PROMPT, cache=cache)
     assert all(
@@ -376,14 +374,14 @@ LINES = {
     "past= of 3 frames": lambda u: u(clip(6), T, R, PROMPT, past=clip(1)),
     "clean has shape": lambda u: u(clip(3), T, R, PROMPT, clean=clip(1)),
     "got cache, context": lambda u: u(clip(1), T, R, PROMPT, cache=(), context=clip(0)),
-    "got clean or past; expected": lambda u: u(clip(1), None, None, PROMPT, clean=clip(1), remember=True),
+    "got clean or past; expected": lambda u: u(clip(1), None, None, PROMPT, clean=clip(1), fill_cache=True),
     "expected the next chunk, 1": lambda u: u(clip(2), T, R, PROMPT, cache=()),
     "expected the next chunk, 2": lambda u: u(clip(1), T, R, PROMPT, context=clip(3)),
-    "cache of 1 layers": lambda u: u(clip(2), T, R, PROMPT, cache=u(clip(1), None, None, PROMPT, remember=True)[:1]),
+    "cache of 1 layers": lambda u: u(clip(2), T, R, PROMPT, cache=u(clip(1), None, None, PROMPT, fill_cache=True)[:1]),
     "and 2 rows; expected 4 and 1": lambda u: u(
-        clip(2)[:1], T[:1], R[:1], PROMPT[:1], cache=u(clip(1), None, None, PROMPT, remember=True)
+        clip(2)[:1], T[:1], R[:1], PROMPT[:1], cache=u(clip(1), None, None, PROMPT, fill_cache=True)
     ),
-    "at most rope_max_seq_len, 64": lambda u: u(clip(65), None, None, PROMPT, remember=True),
+    "at most rope_max_seq_len, 64": lambda u: u(clip(65), None, None, PROMPT, fill_cache=True),
     "compressed patches 4 x 4": lambda u: causal_rollout(u, clip(5, 6), time_grid(1), PROMPT),
     r"times \(3,\)": lambda u: u(clip(3), torch.rand(3), torch.rand(3), PROMPT),
     r"expected \(B, F, 4, H, W\)": lambda u: u(draw(2, 3, 5, 4, 4), T, R, PROMPT),
@@ -414,8 +412,8 @@ def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():
 def test_a_whole_clip_is_one_chunk_as_in_the_bidirectional_model():
     transformer = tiny_causal()
     z, t, r = clip(3), torch.tensor([0.8, 0.6]), torch.tensor([0.1, 0.6])
-    whole = CausalNetwork(transformer)(z, t, r, PROMPT, whole=torch.zeros(2))
+    whole = CausalNetwork(transformer)(z, t, r, PROMPT, single_chunk=torch.zeros(2))
     assert torch.equal(whole, CausalNetwork(transformer, first=3)(z, t, r, PROMPT))
     assert not torch.allclose(whole, CausalNetwork(transformer)(z, t, r, PROMPT), atol=1e-3)
-    with pytest.raises(InputError, match="got clean or past, whole"):
-        CausalNetwork(transformer)(z, t, r, PROMPT, clean=z, whole=torch.zeros(2))
+    with pytest.raises(InputError, match="got clean or past, single_chunk"):
+        CausalNetwork(transformer)(z, t, r, PROMPT, clean=z, single_chunk=torch.zeros(2))

@@ -13,7 +13,8 @@ from diffusers import AnyFlowFARPipeline, AnyFlowPipeline
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalAttnProcessor
 from PIL import Image
 
-from minianyflow.networks.causal import CausalAttention, CausalNetwork, causal_rollout, tiny_causal
+from minianyflow.networks.causal import CausalNetwork, causal_rollout, tiny_causal
+from minianyflow.networks.causal_attention import CausalAttention
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.pipelines import load_pipeline, save_pipeline
 from minianyflow.networks.wan import PROMPT_LENGTH, TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from minianyflow.flow_map import velocity
 from minianyflow.networks import lora_roles as roles
+from minianyflow.networks.blocks import checkpoint_blocks
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, tiny_causal
 from minianyflow.networks.lora_roles import (
     COARSE_PATCHES,
@@ -27,17 +28,15 @@ from minianyflow.networks.lora_roles import (
     RoleNetwork,
     active_role,
     add_role,
-    bound,
-    checkpoint_blocks,
-    load_role,
+    bind_role,
     merge_role,
     remove_role,
     roles_of,
-    save_role,
     storages,
 )
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
+from minianyflow.networks.weights import load_role, save_role
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
 from minianyflow.support.errors import InputError
@@ -217,7 +216,7 @@ def test_a_forward_runs_under_its_role_and_leaves_none():
         bare = WanNetwork(transformer)(Z, T, R, PROMPT)
         assert close(bare, plain(Z, T, R, PROMPT), 0)  # outside it is the base
         assert close(RoleNetwork(WanNetwork(transformer), None)(Z, T, R, PROMPT), bare, 0)
-        with bound(transformer, "fake"):
+        with bind_role(transformer, "fake"):
             assert close(WanNetwork(transformer)(Z, T, R, PROMPT), out["fake"], 0)
             assert close(networks["student"](Z, T, R, PROMPT), out["student"], 0)
             assert active_role(transformer) == "fake"  # what was active before comes back
@@ -233,7 +232,7 @@ def test_an_exception_leaves_no_role_behind():
     with pytest.raises(InputError, match="expected"):
         networks["student"](Z[:, :, :3], T, R, PROMPT)
     assert active_role(transformer) is None
-    with bound(transformer, "teacher"), pytest.raises(InputError):
+    with bind_role(transformer, "teacher"), pytest.raises(InputError):
         networks["student"](Z[:, :, :3], T, R, PROMPT)
     assert active_role(transformer) is None
 
@@ -285,13 +284,13 @@ def test_backward_under_another_role_raises(monkeypatch):
     checkpoint_blocks(transformer)
 
     def broken():
-        monkeypatch.setattr(roles, "_activate", lambda layers, role: None)
+        monkeypatch.setattr(roles, "_activate", lambda module, role: None)
         forced(transformer)
 
-    with pytest.raises(RuntimeError, match="role 'student' is worked through again under 'fake'"):
+    with pytest.raises(RuntimeError, match="role 'student' is recomputed under 'fake'"):
         gradient(networks["student"], between=broken)
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match="again under 'fake'"):  # in the middle of a block
+    with pytest.raises(RuntimeError, match="recomputed under 'fake'"):  # in the middle of a block
         gradient(
             networks["student"],
             between=lambda: transformer.blocks[1].attn2.register_forward_pre_hook(lambda *_: forced(transformer)),
@@ -395,7 +394,7 @@ def test_alpha_scales_what_an_adapter_adds():
     layer, x = transformer.condition_embedder.time_embedder.linear_2, torch.randn(3, 64)
     outs = []
     for role in (None, "less", "one"):
-        with bound(transformer, role), torch.no_grad():
+        with bind_role(transformer, role), torch.no_grad():
             outs.append(layer(x))
     assert close(outs[1] - outs[0], 0.5 * (outs[2] - outs[0]))
 
@@ -478,11 +477,13 @@ REFUSED = {
     "has alpha 3; expected 1": lambda path: load_role(path, with_role(alpha=1), "r"),
     "has targets": lambda path: load_role(path, with_role(targets=EMBEDDERS), "r"),
     "role of an AnyFlowTransformer3DModel; expected": lambda path: load_role(path, base("causal"), "r"),
-    "another size": lambda path: load_role(path, base(ffn_dim=128), "r"),
-    r"lack blocks\.2": lambda path: load_role(path, base(num_layers=3), "r"),
-    r"add blocks\.1": lambda path: load_role(path, base(num_layers=1), "r"),
+    r"\(256, 3\); expected \(128, 3\): not the weights of this Adapter": lambda path: load_role(
+        path, base(ffn_dim=128), "r"
+    ),
+    r"has for blocks\.2\S* no weights; expected \(3, 64\)": lambda path: load_role(path, base(num_layers=3), "r"),
+    r"blocks\.1\S* \(3, 64\); expected none of that name": lambda path: load_role(path, base(num_layers=1), "r"),
     "those there are: r": lambda path: load_role(path.with_name("s.safetensors"), base(), "r"),
-    "by its own header": lambda path: load_role(cut(path), base(), "r"),
+    "is cut short": lambda path: load_role(cut(path), base(), "r"),
     r"not a \.safetensors": lambda path: save_role(path.with_suffix(".pt"), with_role(), "r"),
     "unknown role 'q'": lambda path: save_role(path, with_role(), "q"),
     "known: r; did you mean 'r'": lambda path: RoleNetwork(WanNetwork(with_role()), "rr"),
@@ -530,7 +531,7 @@ def test_a_role_that_does_not_load_is_not_there(tmp_path):
     save_role(tmp_path / "r.safetensors", with_role(), "r")
     other = base(ffn_dim=128)
     add_role(other, "first", RANK)
-    with pytest.raises(InputError, match="another size"):
+    with pytest.raises(InputError, match="not the weights of this Adapter"):
         load_role(tmp_path / "r.safetensors", other, "r")
     assert set(roles_of(other)) == {"first"}
     assert all(weight.requires_grad for weight in RoleNetwork(WanNetwork(other), "first").parameters())

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minianyflow import training
-from minianyflow.networks.causal import causal_mask
+from minianyflow.networks.causal_attention import causal_mask
 from minianyflow.planner.call_costs import Prices
 from minianyflow.planner.costs import Live, kept_pairs
 from minianyflow.planner.forward_calls import Question

@@ -12,7 +12,7 @@ from minianyflow import consistency, flow_map, objectives, on_policy, samplers, 
 from minianyflow.interpolant import interpolate
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks import causal, codec, wan
-from minianyflow.networks.teacher_forcing import TeacherForced, in_turn
+from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from minianyflow.plane import exposure, students
@@ -82,7 +82,7 @@ def test_teacher_forcing_trains_every_frame_and_sees_only_earlier_chunks():
     x = torch.arange(5.0)[None, :, None, None, None].expand(2, 5, 4, 4, 4)  # a frame holds its own number
     batch, seen = {"x": x, "eps": -x, "condition": {}}, set()
     for step in range(2):
-        part = in_turn(batch, step, network)
+        part = cycle_context_lengths(batch, step, network)
         numbers = [int(frame) for frame in part["x"][0, :, 0, 0, 0]]
         past = part["context"].get("past", x[:, :0])[0, :, 0, 0, 0].tolist()
         assert past == list(range(numbers[0]))
@@ -108,8 +108,8 @@ def test_what_distribution_matching_scores_is_at_time_zero():
     What the scores are asked about, the end noised to t, is then t eps and nothing else.
     """
 
-    def u(z, t, r, prompt, cache=(), remember=False):
-        return () if remember else z / t[:, None, None, None, None]
+    def u(z, t, r, prompt, cache=(), fill_cache=False):
+        return () if fill_cache else z / t[:, None, None, None, None]
 
     source, simulate = generator(0), causal.causal_backward_simulation()
     real, fake = Recorder(), Recorder()
@@ -176,7 +176,7 @@ def noisy(rows):
 
 def context(teacher):
     """What a teacher has to know of the rows of `noisy` beside their prompts: a causal one takes them as one chunk."""
-    return {"whole": torch.zeros(4)} if teacher == "causal_teacher" else {}
+    return {"single_chunk": torch.zeros(4)} if teacher == "causal_teacher" else {}
 
 
 @torch.no_grad()

@@ -326,7 +326,7 @@ def test_a_causal_student_sees_long_and_short_contexts_and_whole_clips():
     for step in range(400):
         part = runs._cut(batch, config, step)
         context, frames = part["context"], part["x"].shape[1]
-        kinds.append("whole" if "whole" in context else "long" if "past" in context else "short")
+        kinds.append("whole" if "single_chunk" in context else "long" if "past" in context else "short")
         before = context["past"].shape[1] if kinds[-1] == "long" else 0
         if kinds[-1] != "whole":
             learnt |= set(range(before, before + frames))

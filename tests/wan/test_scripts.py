@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 from safetensors import safe_open
 
-from minianyflow.networks.causal import CausalAttention
+from minianyflow.networks.causal_attention import CausalAttention
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator

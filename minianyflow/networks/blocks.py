@@ -1,0 +1,74 @@
+"""How the blocks of a transformer run: recomputed in the backward, under the role of their forward; compiled."""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from minianyflow.networks.lora_roles import active_role, bind_role
+
+ATTENTION = tuple(  # kernels of scaled_dot_product_attention
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+)
+
+
+def checkpoint_blocks(transformer: nn.Module, keep_attention: bool = False) -> None:
+    """Keep only the input of each block, and recompute the block in its backward, under the role of its forward.
+
+    keep_attention: the output of fused self-attention is kept as well, (B, N, D) per block: it is most of the work.
+    The backward raises RuntimeError if the recomputation finds another role: its gradient would be wrong, silently.
+    """
+
+    def recompute(block, *arguments):
+        role = active_role(block)
+
+        def run(*arguments):
+            try:
+                return block(*arguments)
+            finally:  # even after an exception: a recomputation stops by one once it has all that it needs
+                _check_role(block, role)
+
+        def contexts():
+            if not keep_attention:
+                return contextlib.nullcontext(), bind_role(block, role)
+            keeping, reading = create_selective_checkpoint_contexts(_keep_attention)
+            return keeping, _both(bind_role(block, role), reading)
+
+        # no block draws random numbers
+        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    transformer.enable_gradient_checkpointing(recompute)
+
+
+def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> nn.Module:
+    """torch.compile for each block, as diffusers' compile_repeated_blocks: one graph serves all blocks of a kind.
+
+    A block is traced anew for each role, with and without gradient, and for one row or several.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # beyond it: slow, silently
+    for block in transformer.blocks:
+        block.compile(backend=backend)
+    return transformer
+
+
+def _keep_attention(context, operation, *arguments, **options):
+    # not that of the text, a few tokens: as much to keep, and little to compute
+    keep = operation in ATTENTION and arguments[1].shape[2] >= arguments[0].shape[2]
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def _both(outer, inner):
+    with outer, inner:
+        yield
+
+
+def _check_role(block, role):
+    found = active_role(block)
+    if found != role:
+        raise RuntimeError(
+            f"a block of role {role!r} is recomputed under {found!r}: its gradient would be wrong; "
+            "leave the active adapter to RoleNetwork"
+        )
