@@ -21,10 +21,9 @@ def video(argv: list[str]) -> int:
     parser.add_argument("--nfe", default="1,2,4,8,16,32,64,128", help="step counts; fewer take less time")
     arguments = parser.parse_args(argv)
     nfes = whole_numbers(arguments.nfe, "step counts")
-    from minianyflow.support.reports import text_table
-    from minianyflow.video.report import WEIGHTS, run
+    from minianyflow.video.report import WEIGHTS, run, table
 
     report = run(arguments.weights or WEIGHTS, arguments.output, None, nfes, arguments.workers, arguments.quiet)
-    print(f"\n{text_table(report)}\n")
+    print(f"\n{table(report)}\n")
     print(f"written to {arguments.output}: any_step.json, any_step.png, from_ideal.png, contact_sheet.png")
     return 0

@@ -25,6 +25,7 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.support.reports import mean, rounded, seed_means, write_report
+from minianyflow.support.reports import text_table as table  # noqa: F401 (of the command)
 from minianyflow.times import generator, time_grid
 from minianyflow.video.measures import drift, summary
 from minianyflow.video.stages import GUIDANCE, STAGES, WEIGHTS, path_of
