@@ -323,9 +323,9 @@ def pause_at(step, path):
 
 def change_batch(step, change):
     """Let a run work on another batch at `step`."""
-    from minianyflow.wan import run as runs
+    from minianyflow.wan import stages
 
-    draws = runs.draws
+    draws = stages.draws
 
     def changed(*given):
         draw = draws(*given)
@@ -338,7 +338,7 @@ def change_batch(step, change):
 
         return drawn
 
-    runs.draws = changed
+    stages.draws = changed
 
 
 def full_disk(bench):

@@ -1,15 +1,28 @@
-"""What every test shares: one thread (fastest for small networks, and bitwise repeatable), targets, random times."""
+"""For all tests: types are checked, one thread (fastest for small networks, repeatable bit for bit), targets, times.
+
+The root and networks/ are imported with a check of all annotations (jaxtyping, beartype): shapes agree within a call.
+A test of bad input gets its InputError from the function itself: see `tests/refused.py`.
+"""
 
 import contextlib
 import io
+import os
+import pkgutil
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-from minianyflow.times import generator
-from toy_data import plane
+import minianyflow
 
-torch.set_num_threads(1)
+ROOT = [f"minianyflow.{module.name}" for module in pkgutil.iter_modules(minianyflow.__path__) if not module.ispkg]
+CHECKED = [*ROOT, "minianyflow.networks"]
+install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")  # int is a float
+
+from minianyflow.times import generator  # noqa: E402
+from toy_data import plane  # noqa: E402
+
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from minianyflow.networks.causal_attention import causal_mask, chunk_partition
 from minianyflow.networks.lora_roles import TARGETS, add_role
 from minianyflow.planner.costs import kept_pairs, measure
-from minianyflow.wan.run import Networks, at_work
+from minianyflow.wan.run_networks import RunNetworks, prepare_transformer
 from minianyflow.wan.shapes import build_transformer
 
 
-class ShapeNetworks(Networks):
+class ShapeNetworks(RunNetworks):
     """The networks of a run around transformers of `shape` that are built (build_transformer), not loaded."""
 
     def __init__(self, config, frames, shape, device="meta", **changes):
@@ -29,7 +29,7 @@ class ShapeNetworks(Networks):
             self.config = replace(self.config, teacher=config.teacher)  # which then is there, and not loaded
 
     def trained(self, role, start=None):
-        """As Networks has it, from no start."""
+        """As RunNetworks has it, from no start."""
         with torch.device(self.device):  # where peft then makes new weights, too
             return super().trained(role)
 
@@ -41,7 +41,7 @@ class ShapeNetworks(Networks):
         dtype = torch.bfloat16 if half else torch.float32
         transformer = build_transformer(self.shape, config.architecture, self.device, dtype, **changes)
         empty = transformer.device.type == "meta"  # nothing runs there that would be faster compiled
-        return at_work(replace(config, compiled=config.compiled and not empty), transformer)
+        return prepare_transformer(replace(config, compiled=config.compiled and not empty), transformer)
 
 
 class Prices:

@@ -15,8 +15,7 @@ from minianyflow.on_policy import draw_on_policy
 from minianyflow.planner.costs import Live
 from minianyflow.times import generator
 from minianyflow.wan.data.shards import LatentShards
-from minianyflow.wan.run import ROLLOUTS, draws
-from minianyflow.wan.stages import STAGES
+from minianyflow.wan.stages import ROLLOUTS, STAGES, draws
 
 SMALL = 2  # high and wide: the latents that stand-ins are asked about
 
@@ -74,17 +73,17 @@ class StandIn(nn.Module):
 
 
 class StandIns:
-    """In place of runs.Networks, for the functions of wan/stages.py that make the roles of a stage."""
+    """In place of RunNetworks, for the functions of wan/stages.py that make the roles of a stage."""
 
     def __init__(self):
         self.asked = []
 
     def trained(self, role, start=None):
-        """As Networks."""
+        """As RunNetworks."""
         return StandIn(role, self.asked, whole=role == "fake")
 
     def teacher(self, whole=False):
-        """As Networks."""
+        """As RunNetworks."""
         return StandIn("teacher", self.asked, whole).requires_grad_(False)
 
 

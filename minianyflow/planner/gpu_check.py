@@ -23,13 +23,13 @@ from minianyflow.planner.call_costs import ShapeNetworks
 from minianyflow.planner.plan import plan_run
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
-from minianyflow.wan.config import CHOICES, load_config
+from minianyflow.wan.config import LAYERS, load_config
 from minianyflow.wan.data.shards import write_shards
 from minianyflow.wan.data.videos import WAN_CLIP
 from minianyflow.wan.folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
-from minianyflow.wan.run import draws, guard, prepare
+from minianyflow.wan.run import guard, prepare
 from minianyflow.wan.shapes import SHAPES, SHARED, build_transformer, latent_shape
-from minianyflow.wan.stages import STAGES
+from minianyflow.wan.stages import STAGES, draws
 from minianyflow.wan.trainer import train_run
 
 TINY = SHARED | TINY_TRANSFORMER | {"text_dim": TINY_TEXT["d_model"], "freq_dim": 64}  # what make_tiny_wan makes
@@ -42,6 +42,7 @@ ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTE
 REPORT = "gpu_check.json"
 OWN = ("architecture", "stage", "steps", "batch", "accumulate", "base", "data", "runs", "output", "device")
 WARM_UP = 1  # steps that are not timed: allocations, choices of kernels, compilation
+CHOICES = {"architecture": LAYERS["architecture"], "stage": tuple(STAGES)}
 
 
 @dataclass

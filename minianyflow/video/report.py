@@ -75,7 +75,7 @@ def sample(how: str, network, z: Tensor, prompt: Tensor, nfe: int) -> Tensor:
         elif how.endswith("euler"):
             path = sample_euler(v, noise, times, prompt=text)
         elif how.endswith("ode"):
-            path = sample_ode(v, noise, torch.tensor([1.0, 0.0]), rtol=1e-3, atol=1e-3, prompt=text)
+            path = sample_ode(v, noise, torch.tensor([1.0, 0.0]), tolerance=1e-3, prompt=text)
         elif how == "consistency":
             path = sample_consistency(network, noise, times, generator(nfe, index), prompt=text)
         else:

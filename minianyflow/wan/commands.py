@@ -25,7 +25,7 @@ def distill(argv):
         help="overlays of minianyflow/wan/configs in order: model, architecture, stage; or paths of your own",
     )
     parser.add_argument("--print-config", action="store_true", help="print every option with its value, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of configs/base.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options; --print-config shows them all")
     arguments = parser.parse_args(argv)
     from minianyflow.wan.config import as_yaml, load_config
 
@@ -33,7 +33,7 @@ def distill(argv):
     pairs = [name for name in arguments.config if "=" in name]  # those that follow --config
     config = load_config(files, [*pairs, *arguments.overrides])
     if arguments.print_config:
-        print(as_yaml(config), end="")
+        print(as_yaml(config, words=True), end="")
         return 0
     from accelerate import PartialState
 

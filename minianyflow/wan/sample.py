@@ -24,7 +24,9 @@ from minianyflow.wan.folders import (
     load_parts,
     load_transformer,
 )
-from minianyflow.wan.run import load_run, network_of, read_run, sample
+from minianyflow.wan.run import load_run, read_run
+from minianyflow.wan.run_networks import network_of
+from minianyflow.wan.sampler import sample
 
 KINDS = {  # pipelines of diffusers, each as architecture and stage; Wan2.1 itself is a teacher that nobody has tuned
     "AnyFlowPipeline": ("bidirectional", "forward"),

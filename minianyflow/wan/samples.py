@@ -25,14 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from minianyflow.flow_map import velocity
-from minianyflow.guidance import guided, guided_velocity
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
 from minianyflow.wan.data.videos import write_clip
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
-from minianyflow.wan.run import sample
+from minianyflow.wan.sampler import guided_network, sample
 
 MOST = 2**28  # numbers in the latents that are kept to be compared: 1 GB a step count, 128 clips of Wan's size
 LONGEST = 240  # bytes of a file's name without its ending
@@ -167,22 +165,6 @@ def sample_all(samples, source, shape, steps, dtype, device, batch=1, guidance=1
     if not all(samples.decoded(*each) for each in wanted):
         (vae,) = load_parts(source.config.base, "vae")
         samples.decode(vae.to(device), steps, batch)
-
-
-def guided_network(u, config, null, scale):
-    """A teacher under guidance: `u` asked with the prompt and with the null one, each with a cache of its own."""
-    if config.architecture == "bidirectional":
-        both = guided(partial(velocity, u), {"prompt": null}, scale)
-        return lambda z, t, r, **condition: both(z, t, **condition)
-
-    def causal(z, t, r, prompt, cache=(), **known):
-        nulls = null.expand(len(z), *null.shape[1:])
-        if known.get("fill_cache"):
-            return tuple(u(z, t, r, prompt=each, **known) for each in (prompt, nulls))
-        pairs = zip((prompt, nulls), cache or ((), ()), strict=True)
-        return guided_velocity(*(u(z, t, t, prompt=each, cache=past, **known) for each, past in pairs), scale)
-
-    return causal
 
 
 def motion(video):

@@ -24,8 +24,8 @@ from minianyflow.support.install import ROOT
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.folders import make_tiny_wan
-from minianyflow.wan.run import Networks, draws
-from minianyflow.wan.stages import STAGES
+from minianyflow.wan.run_networks import RunNetworks
+from minianyflow.wan.stages import STAGES, draws
 
 
 def script(name):
@@ -81,7 +81,7 @@ class Step:
 
     def __init__(self, config, number):
         data = LatentShards(config.data)
-        self.config, self.networks = config, Networks(config, data.shape[0])
+        self.config, self.networks = config, RunNetworks(config, data.shape[0])
         self.null = {"prompt": data.null}
         self.roles = STAGES[config.stage](config, self.networks, self.null)
         self.batch = draws(config, data)(0)  # which trains every weight

@@ -27,8 +27,10 @@ from minianyflow.wan.commands import distill
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.folders import load_transformer, make_tiny_wan
-from minianyflow.wan.run import Networks, draws, load_run, read_run, sample, simulation
-from minianyflow.wan.stages import STAGES
+from minianyflow.wan.run import load_run, read_run
+from minianyflow.wan.run_networks import RunNetworks
+from minianyflow.wan.sampler import sample
+from minianyflow.wan.stages import STAGES, draws, simulation
 from minianyflow.wan.trainer import train_run
 
 
@@ -51,7 +53,7 @@ def settings(folder, architecture, stage, *changes):
 
 def built(config):
     data = LatentShards(config.data)
-    networks = Networks(config, data.shape[0])
+    networks = RunNetworks(config, data.shape[0])
     return networks, STAGES[config.stage](config, networks, {"prompt": data.null}), draws(config, data)
 
 
@@ -62,8 +64,8 @@ def test_the_stages_call_what_the_notebooks_call():
     assert stages.forward is stages.teacher
     config = load_config(["bidirectional", "on_policy", "tiny"])
     assert simulation(config) is on_policy.backward_simulation is backward_simulation
-    assert runs.velocity is flow_map.velocity
-    assert runs.FlowMapLoss.__module__ == "minianyflow.objectives"
+    assert stages.velocity is flow_map.velocity
+    assert stages.FlowMapLoss.__module__ == "minianyflow.objectives"
     assert "train_run(" in Path(stages.__file__).read_text()
     assert training.train.__module__ == "minianyflow.training"
 
@@ -271,7 +273,7 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
 
     def told(*changes, data=folder):
         config = settings(folder, "causal", "on_policy", *changes, f"data={data}/wan/latents")
-        return runs.told(config, LatentShards(config.data))
+        return runs.run_identity(config, LatentShards(config.data))
 
     before = told()
     assert told(*moved) == before
@@ -284,7 +286,7 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
     shard = sorted((tmp_path / "wan/latents").glob("0*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])  # no manifest says how many rows it had
     config = settings(folder, "causal", "on_policy", f"data={tmp_path}/wan/latents", "data_skip=1")
-    assert runs.told(config, LatentShards(config.data, 1))["rows of data"] == before["rows of data"] - 8
+    assert runs.run_identity(config, LatentShards(config.data, 1))["rows of data"] == before["rows of data"] - 8
     shutil.copy(folder / "wan/latents" / shard.name, shard)
     null = tmp_path / "wan/latents/null.safetensors"
     save_file({"prompt": 2 * load_file(null)["prompt"]}, null)
@@ -308,7 +310,7 @@ def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys)
     """Not as another configuration."""
     shutil.copytree(folder / "wan/latents", tmp_path / "data")
     config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
-    kept = runs.Checkpoints(tmp_path / "run/checkpoints", settings=runs.told(config, LatentShards(config.data)))
+    kept = runs.Checkpoints(tmp_path / "run/checkpoints", settings=runs.run_identity(config, LatentShards(config.data)))
     _, roles, draw = built(config)
     train_run(roles, draw, 1, progress=False, checkpoints=kept)
     shutil.rmtree(tmp_path / "data")
@@ -324,7 +326,7 @@ def test_a_causal_student_sees_long_and_short_contexts_and_whole_clips():
     config = load_config(["wan-1.3b", "causal", "forward"], ["causal.bidirectional=0.25"])
     batch, kinds, learnt, old = {"x": torch.zeros(1, 21, 1), "eps": torch.zeros(1, 21, 1)}, [], set(), set()
     for step in range(400):
-        part = runs._cut(batch, config, step)
+        part = stages.chunk_batch(batch, config, step)
         context, frames = part["context"], part["x"].shape[1]
         kinds.append("whole" if "single_chunk" in context else "long" if "past" in context else "short")
         before = context["past"].shape[1] if kinds[-1] == "long" else 0
@@ -356,8 +358,8 @@ def lines(capsys, *arguments):
 
 BAD = {
     "misspelt": (["bidirectional", "forward", "tiny"], ["objectiv=mixed"], "did you mean 'objective'"),
-    "no steps": (["bidirectional", "forward", "tiny"], ["steps=0"], "steps=0; expected at least 1"),
-    "no prompts": (["bidirectional", "forward", "tiny"], ["samples.prompts=[]"], "without prompts"),
+    "no steps": (["bidirectional", "forward", "tiny"], ["steps=0"], "steps=0 in the command line; it should"),
+    "no prompts": (["bidirectional", "forward", "tiny"], ["samples.prompts=[]"], "give prompts, or set samples"),
     "no student": (["bidirectional", "on_policy", "tiny"], ["student=null"], "name the run folder"),
     "no base": (["bidirectional", "forward", "tiny"], ["base=./nowhere"], "no folder ./nowhere"),
     "no data": (["bidirectional", "forward", "tiny"], ["data=nowhere"], "no shards in nowhere"),
@@ -372,7 +374,7 @@ BAD = {
         ["velocity=base", "teacher={folder}/bidirectional-teacher"],
         "is a role of an AnyFlowTransformer3DModel; expected one of an AnyFlowFARTransformer3DModel",
     ),
-    "one full chunk": (["causal", "forward", "tiny"], ["causal.full_chunks=1"], "expected at least 2"),
+    "one full chunk": (["causal", "forward", "tiny"], ["causal.full_chunks=1"], "greater than or equal to 2"),
     "unwritable": (["bidirectional", "forward", "tiny"], ["output=/proc/run"], "cannot write to /proc/run"),
     "no run": (["bidirectional", "on_policy", "tiny"], ["student=./nowhere"], "no folder ./nowhere"),
     "another rank": (["bidirectional", "on_policy", "tiny"], ["rank=2"], "rank 4"),
@@ -402,7 +404,7 @@ def test_bad_input_is_one_line(folder, case, capsys, monkeypatch):
 
 def test_the_resolved_configuration_is_printed(capsys):
     assert distill(["--config", "wan-14b", "causal", "on_policy-published", "--print-config"]) == 0
-    assert "steps: 1200" in capsys.readouterr().out
+    assert "steps: 1200  " in capsys.readouterr().out
 
 
 def test_a_run_says_how_long_it_waited_for_data_and_sweeps_up_after_a_killed_one(folder, capsys):

@@ -32,7 +32,8 @@ from minianyflow.wan.commands import evaluate as command
 from minianyflow.wan.data.shards import write_shards
 from minianyflow.wan.evaluate import labelled, table
 from minianyflow.wan.folders import encode_prompts, make_tiny_wan
-from minianyflow.wan.samples import file_stem, guided_network, motion, roughness
+from minianyflow.wan.sampler import guided_network
+from minianyflow.wan.samples import file_stem, motion, roughness
 from minianyflow.wan.vbench_scores import MODELS
 from toy_data import blobs
 

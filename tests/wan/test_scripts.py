@@ -24,8 +24,11 @@ from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.data.videos import write_clips
 from minianyflow.wan.export import licence
 from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
-from minianyflow.wan.run import Networks, load_run, network_of, optimiser, read_run, sample, save_run
+from minianyflow.wan.run import load_run, read_run, save_run
+from minianyflow.wan.run_networks import RunNetworks, network_of
 from minianyflow.wan.sample import find_source
+from minianyflow.wan.sampler import sample
+from minianyflow.wan.stages import optimiser
 
 ARCHITECTURES = {"bidirectional": AnyFlowPipeline, "causal": AnyFlowFARPipeline}
 PROMPTS = ["a red square moves left", "a blue disc moves up"]
@@ -50,7 +53,7 @@ def make_run(folder, architecture, stage, output, *changes):
     """What distill.py leaves, without its training: alpha is half the rank."""
     where = [f"base={folder}/wan", f"data={folder}/wan/latents", f"output={output}"]
     config = load_config([architecture, stage, "tiny"], [*where, "alpha=2", "log.tracker=none", *changes])
-    networks = Networks(config, 5)
+    networks = RunNetworks(config, 5)
     student = networks.trained("student")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -139,7 +142,7 @@ def test_stock_diffusers_samples_what_our_sampler_does(runs, exported, embedded,
 def test_merged_is_what_the_role_is(runs, embedded):
     for architecture in ARCHITECTURES:
         config, _ = read_run(runs / architecture)
-        student = Networks(config, 5).trained("student", str(runs / architecture))
+        student = RunNetworks(config, 5).trained("student", str(runs / architecture))
         role = sample(config, student, noise(), embedded, 2)
         assert distance(ours(runs / architecture, embedded, 2), role) < 1e-5
 
@@ -282,7 +285,7 @@ def test_an_adapter_without_effect_is_refused(runs, tmp_path, capsys):
         ["bidirectional", "forward", "tiny"],
         [f"base={runs}/wan", f"data={runs}/wan/latents", f"output={tmp_path}/run", "log.tracker=none"],
     )
-    networks = Networks(config, 5)
+    networks = RunNetworks(config, 5)
     save_run(
         config,
         LatentShards(config.data),

@@ -123,7 +123,7 @@ def test_a_batch_depends_on_its_step_alone(folder):
         one.draw(step, 4, seed=3, **PAIRS)
     torch.manual_seed(99)
     again, expected = one.draw(1, 4, seed=3, **PAIRS), other.draw(1, 4, seed=3, **PAIRS)
-    drawn = {"x", "eps", "condition", "row", "t", "r", "split", "lot", "dropped"}
+    drawn = {"x", "eps", "condition", "row", "t", "r", "split", "objective_draw", "dropped"}
     assert again.keys() == expected.keys() == drawn
     assert torch.equal(again["condition"].pop("prompt"), expected["condition"].pop("prompt"))
     assert all(torch.equal(again[name], expected[name]) for name in again if name != "condition")
