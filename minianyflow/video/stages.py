@@ -25,7 +25,6 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
 from minianyflow.guidance import guided
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_from
-from minianyflow.networks.codec import codec_cost, train_codec
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
 from minianyflow.networks.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
@@ -36,6 +35,7 @@ from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role, train
+from minianyflow.video.codec_training import codec_cost, train_codec
 from toy_data import blobs
 
 WEIGHTS = Path(blobs.__file__).parent / "video"  # of the committed run

@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from minianyflow import flow_map, on_policy, training
 from minianyflow.interpolant import interpolate
-from minianyflow.networks import causal, codec
+from minianyflow.networks import causal
 from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import KINDS, describe, load_codec, load_network, read_weights, save_weights
 from minianyflow.plane import exposure, race, students
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
-from minianyflow.video import report, stages
+from minianyflow.video import codec_training, report, stages
 from minianyflow.video.stages import BUILDERS, GUIDANCE, STAGES, WEIGHTS, Earlier, latents_path, path_of
 from toy_data import blobs
 
@@ -32,7 +32,7 @@ def test_video_runs_on_the_functions_of_the_plane():
     assert causal.backward_simulation_times is on_policy.backward_simulation_times
     assert causal.rollout is flow_map.rollout
     assert stages.velocity is report.velocity is flow_map.velocity
-    assert codec.train is exposure.train is training.train
+    assert codec_training.train is exposure.train is training.train
 
 
 def test_blobs_are_what_they_say():
