@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks
 from minianyflow.networks.patches import use_per_frame_modulation
-from minianyflow.planner.call_costs import ShapeNetworks
+from minianyflow.planner.forward_cost import ShapeNetworks
 from minianyflow.planner.gpu_check import TINY, Request, settings
 from minianyflow.wan import run as runs
 from minianyflow.wan.config import load_config
