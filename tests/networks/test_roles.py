@@ -296,33 +296,6 @@ def test_backward_under_another_role_raises(monkeypatch):
         )
 
 
-def test_recomputation_saves_what_it_should():
-    """A checkpointed forward keeps the inputs of its blocks and little else."""
-    transformer, networks = shared()
-
-    def kept():
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            networks["student"](Z, T, R, PROMPT)
-        return sum(sizes)
-
-    plain = kept()
-    checkpoint_blocks(transformer)
-    assert kept() < plain / 3
-
-
-def test_an_optimiser_holds_its_role_by_name_and_moves_nothing_else():
-    transformer, networks = shared()
-    role = Role(networks["student"], lr=0.1, ema=None)
-    (group,) = role.optimizer.param_groups
-    assert group["param_names"] == list(networks["student"].state_dict())
-    before = {name: value.clone() for name, value in transformer.state_dict().items()}
-    losses_of("wan", networks)["student"](networks["student"], draw_batch())[0].mean().backward()
-    role.optimizer.step()
-    moved = {name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {name for name in before if ".student." in name}
-
-
 def test_the_average_is_computed_by_hand_and_shares_the_base():
     transformer, networks = shared()
     counter = EvaluationCounter(networks["student"])
