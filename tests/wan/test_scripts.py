@@ -26,8 +26,8 @@ from minianyflow.wan.export import licence
 from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
 from minianyflow.wan.run import load_run, read_run, save_run
 from minianyflow.wan.run_networks import RunNetworks, network_of
-from minianyflow.wan.sample import find_source
 from minianyflow.wan.sampler import sample
+from minianyflow.wan.sources import find_source
 from minianyflow.wan.stages import optimiser
 
 ARCHITECTURES = {"bidirectional": AnyFlowPipeline, "causal": AnyFlowFARPipeline}
@@ -441,9 +441,9 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
     damaged = shutil.copytree(exported / "causal", tmp_path / "damaged")
     (damaged / "minianyflow.json").write_text("{")
     for arguments, message in (
-        ([tmp_path / "none", *prompt], "no folder .*none; expected a run folder of distill.py, a folder of export.py"),
+        ([tmp_path / "none", *prompt], "no folder .*none; expected the folder of a run or of an export"),
         (["none", *prompt], "no folder none"),
-        ([tmp_path / "in", *prompt], "neither run.json nor model_index.json in .*in; expected a run folder"),
+        ([tmp_path / "in", *prompt], "neither run.json nor model_index.json in .*in; expected the folder of a run"),
         ([tmp_path / "odd", *prompt], "holds a LTXPipeline; expected"),
         ([tmp_path / "next", *prompt], "next holds a WanPipeline of Wan2.2; expected"),
         ([tmp_path / "cut", *prompt], "cut does not load"),
@@ -455,8 +455,8 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
         ([run, "--prompts", tmp_path / "empty.txt"], "no prompts in .*empty.txt"),
         ([run, "--prompts", tmp_path / "latin.txt"], r"latin.txt \(not UTF-8\)"),
         ([run, "--prompts", tmp_path / "nothing.txt"], r"nothing.txt \(No such file"),
-        ([run, "--prompt", " "], "no prompts in the command line"),
-        ([run, *prompt, "--steps", "4", "0"], "0 steps asked for; expected whole numbers, at least 1"),
+        ([run, "--prompt", " "], "no prompts in the list"),
+        ([run, *prompt, "--steps", "4", "0"], "0 steps; expected whole numbers, at least 1"),
         ([run, *prompt, "--steps", "four"], "invalid int value: 'four'; see sample --help"),
         ([run, *prompt, "--frames", "16"], "frames 16; expected 4 n \\+ 1"),
         ([run, *prompt, "--frames", "-3"], "frames -3; expected 4 n"),
@@ -485,11 +485,11 @@ def test_released_weights_come_with_a_word_on_their_licence(capsys, monkeypatch)
     with pytest.raises(SystemExit):
         sampling(["--help"])
     assert "commercial licence" in " ".join(capsys.readouterr().out.split())  # it may break at the hyphen
-    monkeypatch.setattr("minianyflow.wan.sample._kind", lambda name: ("bidirectional", "forward"))
+    monkeypatch.setattr("minianyflow.wan.sources._identify", lambda name: ("bidirectional", "forward"))
 
     def load(*arguments, **options):
         raise InputError("as far as this goes")
 
-    monkeypatch.setattr("minianyflow.wan.sample.load_transformer", load)
+    monkeypatch.setattr("minianyflow.wan.sources.load_transformer", load)
     run_main(sampling, ["nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", "--prompt", "x"])
     assert "non-commercial licence" in capsys.readouterr().err
