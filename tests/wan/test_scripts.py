@@ -22,7 +22,7 @@ from minianyflow.wan.commands import sample as sampling
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.data.videos import write_clips
-from minianyflow.wan.export import licence
+from minianyflow.wan.export import notes
 from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
 from minianyflow.wan.run import load_run, read_run, save_run
 from minianyflow.wan.run_networks import RunNetworks, network_of
@@ -314,14 +314,14 @@ def test_what_cannot_be_exported_is_one_line(runs, exported, tmp_path, capsys):
 
 def test_licences_are_followed_to_where_a_run_began(runs, tmp_path):
     config, _ = read_run(runs / "causal")
-    assert "licence of" in licence(config)
-    assert "Apache" in licence(replace(config, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
+    assert "licence of" in notes(config)
+    assert "Apache" in notes(replace(config, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
     for change in ({"base": "nvidia/AnyFlow-X"}, {"student": "nvidia/AnyFlow-X"}, {"teacher": "nvidia/AnyFlow-X"}):
-        assert "non-commercial" in licence(replace(config, **change))
+        assert "non-commercial" in notes(replace(config, **change))
     first = shutil.copytree(runs / "causal", tmp_path / "first")
     text = (first / "config.yaml").read_text()
     (first / "config.yaml").write_text(re.sub(r"^student: .*$", "student: nvidia/AnyFlow-X", text, flags=re.M))
-    assert "non-commercial" in licence(replace(config, student=str(first)))
+    assert "non-commercial" in notes(replace(config, student=str(first)))
 
 
 # ---- the first frames known
@@ -481,7 +481,7 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_released_weights_come_with_a_word_on_their_licence(capsys, monkeypatch):
+def test_released_weights_come_with_a_word_on_their_notes(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         sampling(["--help"])
     assert "commercial licence" in " ".join(capsys.readouterr().out.split())  # it may break at the hyphen
