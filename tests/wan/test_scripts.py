@@ -1,4 +1,4 @@
-"""scripts/export.py and scripts/sample.py on a tiny Wan: what comes out is the run's own network, or one line."""
+"""Export and sampling of a tiny Wan: what comes out is the run's own network, or one line."""
 
 import json
 import re
@@ -23,13 +23,14 @@ from minianyflow.wan.config import load_config
 from minianyflow.wan.data.shards import LatentShards
 from minianyflow.wan.data.videos import write_clips
 from minianyflow.wan.export import notes
-from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
+from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, moving_shapes
 from minianyflow.wan.run import load_run, read_run, save_run
 from minianyflow.wan.run_networks import RunNetworks, network_of
 from minianyflow.wan.sampler import sample
 from minianyflow.wan.sources import find_source
 from minianyflow.wan.stages import optimiser
 
+pytestmark = pytest.mark.slow
 ARCHITECTURES = {"bidirectional": AnyFlowPipeline, "causal": AnyFlowFARPipeline}
 PROMPTS = ["a red square moves left", "a blue disc moves up"]
 CLIP = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 32}
@@ -40,10 +41,10 @@ def run_main(command, argv):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tiny, tmp_path_factory):
     """{architecture: a finished run}, its student of random weights, the last ones others; and the base under "wan"."""
     folder = tmp_path_factory.mktemp("runs")
-    make_tiny_wan(folder / "wan")
+    (folder / "wan").symlink_to(tiny)
     for architecture in ARCHITECTURES:
         make_run(folder, architecture, "forward", folder / architecture)
     return folder
