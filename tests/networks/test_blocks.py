@@ -13,7 +13,7 @@ from minianyflow.networks.lora_roles import EMBEDDERS, TARGETS, Adapter, RoleNet
 from minianyflow.networks.patches import use_per_frame_modulation
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.objectives import eulerian_target
-from minianyflow.planner.call_costs import ShapeNetworks
+from minianyflow.planner.forward_cost import ShapeNetworks
 from minianyflow.planner.gpu_check import TINY, Request, settings
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
