@@ -60,10 +60,12 @@ def test_a_network_comes_back(tmp_path, name):
     before = torch.get_rng_state()
     again = load_network(path)
     assert torch.equal(before, torch.get_rng_state())  # loading draws no random numbers
-    assert (type(again), describe(again), again.training) == (type(network), describe(network), False)
+    assert (type(again), again.training) == (type(network), False)
+    assert json.dumps(describe(again)) == json.dumps(describe(network))
     assert not any(weight.requires_grad for weight in again.parameters())
+    z = clip(getattr(network, "first", 5))
     with torch.no_grad():
-        assert torch.equal(again(clip(5), T, R, PROMPT), network(clip(5), T, R, PROMPT))
+        assert torch.equal(again(z, T, R, PROMPT), network(z, T, R, PROMPT))
 
 
 def test_a_codec_comes_back_with_its_scale(tmp_path):
