@@ -154,7 +154,7 @@ def test_impossible_mixtures_are_refused(arguments, words):
 
 
 def test_wrong_shapes_are_refused(spiral):
-    with refused(r"expects \(B, 2\)"):
+    with refused(r"expected \(4, 2\)"):
         spiral.velocity(torch.zeros(4, 3).double(), torch.zeros(4).double())
     with refused("past frames"):
         CircleProcess().log_weights(torch.zeros(2, 16, 2))

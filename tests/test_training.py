@@ -210,7 +210,7 @@ def test_training_learns():
 def test_a_weight_without_gradient_is_an_error():
     role = student()
     role.network.unused = torch.nn.Parameter(torch.zeros(2))
-    with refused("no gradient reached unused"):
+    with refused("unused of role 'student' got no gradient"):
         run(role, batches(RING.sample, 8))
 
 
