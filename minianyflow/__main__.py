@@ -120,10 +120,9 @@ def live_html(arguments):
 
 def bench_live(arguments):
     """Measure in a headless browser how quickly the scenes answer, a minute or two; fails if a bar is missed."""
-    from benchmarks.scene_speed import report
+    from benchmarks.scene_speed import main as measure
 
-    browser(install=True)
-    return report(arguments.repeats, arguments.quiet)
+    return measure(["--repeats", str(arguments.repeats), *(["--quiet"] if arguments.quiet else [])])
 
 
 def course(arguments):

@@ -1,6 +1,6 @@
 """Two tiny transformers of other families, each from teacher to flow map on a toy whose truth is exact.
 
-`python tests/benchmarks/backbone_toys.py 0 1 2` prints the table of docs/backbones.md, seed by seed.
+`python -m benchmarks.backbone_toys 0 1 2` prints the table of docs/backbones.md, seed by seed.
 """
 
 import copy
