@@ -30,10 +30,10 @@ def test_sliced_w2_of_a_shift_and_a_scaling():
 
 
 def test_pooled_draws_are_measured_by_their_mean_quantiles():
-    reference = sobol_noise(2048, (2,), 1)
-    draws = torch.randn(32 * 2048, 2, generator=generator(0))
-    pooled, single = sliced_w2(draws, reference), sliced_w2(draws[:2048], reference)
-    assert pooled < 0.7 * single  # sampling noise falls as 1 / sqrt(draws)
+    reference = sobol_noise(512, (2,), 1)
+    draws = torch.randn(64 * 512, 2, generator=generator(0))
+    pooled, single = sliced_w2(draws, reference), sliced_w2(draws[:512], reference)
+    assert pooled < 0.8 * single  # sampling noise falls as 1 / sqrt(draws)
     assert sliced_w2(reference.repeat(3, 1), reference) < 1e-6
 
 
