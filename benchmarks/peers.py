@@ -1,18 +1,24 @@
 """Side by side with what one would pick instead: velocity models of `flow_matching` and of `torchcfm`.
 
-All have the same network, optimiser, data and CPU seconds, and are measured from the same noises at equal evaluations.
+All have the same network, optimiser, data and CPU seconds, and are measured on the same noise at equal evaluations.
 The peers learn a velocity from data by their own losses, and are sampled by Euler and midpoint: flow_matching by its
-ODESolver, torchcfm by torchdiffeq. Ours are mixed flow maps, told apart by the velocity that they learn from: the exact
-one; the data's, which is all that the peers have; or one that they learnt from the data in the first half of the time.
+ODESolver, torchcfm by torchdiffeq. Ours are mixed flow maps that differ in the velocity that they learn from: the exact
+one; the data's, which is all that the peers have; or one that was learned from the data in the first half of the time.
+
+`python -m benchmarks.peers` needs the extra `peers`: pip install 'minianyflow[peers]'. It takes about
+(seconds + 30) x 6 / workers seconds per target: nine minutes by default. The defaults are those of docs/peers.md.
 """
 
 import importlib.util
 import json
+import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import nn
 from torchdiffeq import odeint
 from tqdm import tqdm
@@ -21,8 +27,9 @@ from minianyflow.batch import batches
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
-from minianyflow.plane.race import PIECE, POINTS, Budget, exact_flow, references
+from minianyflow.plane.race import BUDGET, PIECE, POINTS, Budget, exact_flow, references
 from minianyflow.samplers import sample_flow_map
+from minianyflow.support import cli
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
@@ -31,29 +38,29 @@ from minianyflow.training import Role, train
 from toy_data import plane
 
 NFE = (1, 2, 4, 8, 16, 32, 64)
-SOLVERS = {"euler": 1, "midpoint": 2}  # evaluations a step
-PEERS = {  # each with the packages it takes
+SOLVERS = {"euler": 1, "midpoint": 2}  # evaluations per step
+PEERS = {  # {peer: the packages it needs}
     "flow_matching": ("flow_matching",),
     "torchcfm": ("torchcfm",),
     "torchcfm, OT": ("torchcfm", "ot"),
 }
 OURS = ("exact velocity", "data velocity", "learnt velocity")
-DEADLINE = 10**9  # steps: it is the clock that ends a training
+STEPS = 10**9  # never reached: the clock ends a training
 
 
-class Over(Exception):
-    """The seconds of a training are up."""
+class TimeUp(Exception):
+    """The seconds of a training are over."""
 
 
 @dataclass
 class TimedRole(Role):
-    """A role whose learning rate comes down to zero over `seconds` of CPU time, whatever the number of steps."""
+    """A role whose learning rate falls to zero, by a cosine, over `seconds` of CPU time, not over steps."""
 
     seconds: float = 30.0
     start: float | None = None
     steps: int = 0
 
-    def elapsed(self):
+    def elapsed(self) -> float:
         """CPU seconds of this process since the first step."""
         self.start = time.process_time() if self.start is None else self.start
         return time.process_time() - self.start
@@ -64,59 +71,58 @@ class TimedRole(Role):
         return super().schedule(step, steps) * 0.5 * (1 + np.cos(np.pi * share))
 
 
-def train_for(role, draw, progress):
-    """Train one role until its seconds are up; returns its averaged network."""
+def train_for(role: TimedRole, draw: Callable, progress: dict) -> nn.Module:
+    """Train one role for its seconds; returns its averaged network."""
     with tqdm(total=round(role.seconds, 1), unit="s", bar_format="{l_bar}{bar}| {elapsed}", **progress) as bar:
 
         def on_step(step):
             role.steps, elapsed = step + 1, role.elapsed()
             bar.update(min(elapsed, bar.total) - bar.n)
             if elapsed >= role.seconds:
-                raise Over
+                raise TimeUp
 
         try:
-            train({"student": role}, draw, DEADLINE, progress=False, on_step=on_step)
-        except Over:
+            train({"student": role}, draw, STEPS, progress=False, on_step=on_step)
+        except TimeUp:
             return role.average.module
 
 
 class Forwards(nn.Module):
-    """A network u(z, t, r) as a velocity the way the peers have time: 0 is noise, 1 is data."""
+    """A network u(z, t, r) as a velocity in the peers' direction of time: 0 is noise, 1 is data."""
 
     def __init__(self, network, **condition):
         super().__init__()
         self.network, self.condition = network, condition
 
     def forward(self, x, t):
-        """x (B, *shape); t () or (B,), as solvers and losses have it; returns the shape of x."""
+        """x (B, *shape); t () of a solver or (B,) of a loss; returns the shape of x."""
         t = (1 - t).to(x).expand(len(x))
         return -self.network(x, t, t, **self.condition)
 
 
-def conditional_flow(peer):
-    """`(noise, data, times) -> (states, targets)` of a peer, its own."""
+def conditional_flow(peer: str) -> Callable:
+    """The peer's own `(noise, data, times) -> (states, targets)`."""
     if choose("peer", peer, PEERS)[0] == "flow_matching":
         from flow_matching.path import CondOTProbPath
 
         def flow(noise, x, t):
-            drawn = CondOTProbPath().sample(x_0=noise, x_1=x, t=t)
-            return drawn.x_t, drawn.dx_t
+            point = CondOTProbPath().sample(x_0=noise, x_1=x, t=t)
+            return point.x_t, point.dx_t
 
         return flow
     from torchcfm import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 
-    matcher = (ExactOptimalTransportConditionalFlowMatcher if "ot" in PEERS[peer] else ConditionalFlowMatcher)(
-        sigma=0.0
-    )
+    kind = ExactOptimalTransportConditionalFlowMatcher if "ot" in PEERS[peer] else ConditionalFlowMatcher
+    matcher = kind(sigma=0.0)
     return lambda noise, x, t: matcher.sample_location_and_conditional_flow(noise, x, t=t)[1:]
 
 
-def velocity_loss(flow, copies):
-    """The loss of a velocity model, for `train`: mean squares against what `flow` says, copy by copy."""
+def velocity_loss(flow: Callable, copies: int) -> Callable:
+    """The loss of a velocity model, for `train`: mean squares against the targets of `flow`, copy by copy."""
 
     def loss(network, batch):
         state, target = torch.empty_like(batch["x"]), torch.empty_like(batch["x"])
-        for copy in range(copies):  # a plan pairs noise and data of one copy
+        for copy in range(copies):  # optimal transport pairs noise and data of one copy
             rows = slice(copy, None, copies)
             state[rows], target[rows] = flow(batch["eps"][rows], batch["x"][rows], 1 - batch["t"][rows])
         out = Forwards(network, **batch.get("condition", {}))(state, 1 - batch["t"])
@@ -126,8 +132,8 @@ def velocity_loss(flow, copies):
     return loss
 
 
-def solver_of(peer):
-    """`solve(velocity, noise, times, method)`: where that peer's solver ends; times rise from 0 to 1."""
+def solver_of(peer: str) -> Callable:
+    """`solve(velocity, noise, times, method)`: the end points of that peer's solver; times rise from 0 to 1."""
     if peer == "flow_matching":
         from flow_matching.solver import ODESolver
 
@@ -139,8 +145,8 @@ def solver_of(peer):
     )
 
 
-def velocity_sampler(network, solve, method):
-    """`sample(z, nfe, **condition)` of a velocity model: its ends, in `nfe` evaluations."""
+def velocity_sampler(network: nn.Module, solve: Callable, method: str) -> Callable:
+    """`sample(z, nfe, **condition)` of a velocity model: its end points after `nfe` evaluations."""
 
     def sample(z, nfe, **condition):
         times = torch.linspace(0, 1, nfe // SOLVERS[method] + 1)
@@ -149,28 +155,28 @@ def velocity_sampler(network, solve, method):
     return sample
 
 
-def measure(sample, dataset, copies=1, nfe=NFE, progress=None):
-    """Sliced W2 of what `sample(z, nfe, **condition)` makes of the demo's noises: over `nfe`, for each copy."""
+def measure(sample: Callable, dataset: str, copies: int = 1, nfe=NFE, progress=None) -> list[list[float]]:
+    """Sliced W2 of `sample(z, nfe, **condition)` for the demo's noise: per copy, a list over `nfe`."""
     condition = {"copy": torch.arange(copies).repeat(PIECE)} if copies > 1 else {}
     reference, _ = references(dataset)
     by_steps = []
     for steps in tqdm(nfe, unit="sampler", **progress or {"disable": True}):
         pieces = sobol_noise(POINTS, (2,)).split(PIECE)
         ends = torch.cat([sample(z.repeat_interleave(copies, 0), steps, **condition) for z in pieces])
-        by_steps.append([sliced_w2(each, reference) for each in ends.reshape(-1, copies, 2).transpose(0, 1)])
-    return [list(each) for each in zip(*by_steps, strict=True)]
+        by_steps.append([sliced_w2(end, reference) for end in rearrange(ends, "(n copy) xy -> copy n xy", copy=copies)])
+    return [list(distances) for distances in zip(*by_steps, strict=True)]
 
 
-def train_peer(peer, dataset, seeds, budget, seconds, progress):
-    """The role of a velocity model, trained; `.average.module` is what one samples from."""
-    np.random.seed(seeds[0])  # torchcfm draws its plans from numpy's own state
+def train_peer(peer, dataset, seeds, budget, seconds, progress) -> list[TimedRole]:
+    """The trained role of a velocity model; sample from its `.average.module`."""
+    np.random.seed(seeds[0])  # torchcfm draws its pairs from numpy's global state
     role = make_role(seeds, budget, seconds, velocity_loss(conditional_flow(peer), len(seeds)))
     train_for(role, batches(plane.load(dataset).sample, budget.rows, seeds, diagonal=1.0, end=0.0), progress)
     return [role]
 
 
-def train_ours(velocity, dataset, seeds, budget, seconds, progress):
-    """The roles of a mixed flow map, the last one it; before it its teacher, if it has one of its own."""
+def train_ours(velocity, dataset, seeds, budget, seconds, progress) -> list[TimedRole]:
+    """The trained roles of a mixed flow map: first its teacher, if it learns one, last the map."""
     mixture, mixed = plane.load(dataset), FLOW_MAPS["mixed"]
     if choose("velocity", velocity, dict.fromkeys(OURS, velocity)) == "data velocity":
         roles = [make_role(seeds, budget, seconds, FlowMapLoss(mixed))]
@@ -179,23 +185,23 @@ def train_ours(velocity, dataset, seeds, budget, seconds, progress):
         roles = [make_role(seeds, budget, seconds, loss)]
     else:
         teacher = make_role(seeds, budget, seconds / 2, FlowMapLoss({}, weight=torch.ones_like))
-        taught = train_for(teacher, batches(mixture.sample, budget.rows, seeds, diagonal=1.0, end=0.0), progress)
-        loss = FlowMapLoss(mixed, lambda z, t, **condition: taught(z, t, t, **condition), adaptive=0.5)
-        roles = [teacher, make_role(seeds, budget, seconds / 2, loss, taught)]
+        learned = train_for(teacher, batches(mixture.sample, budget.rows, seeds, diagonal=1.0, end=0.0), progress)
+        loss = FlowMapLoss(mixed, lambda z, t, **condition: learned(z, t, t, **condition), adaptive=0.5)
+        roles = [teacher, make_role(seeds, budget, seconds / 2, loss, learned)]
     train_for(roles[-1], batches(mixture.sample, budget.rows, seeds), progress)
     return roles
 
 
-def make_role(seeds, budget, seconds, loss, start=None):
-    """One network for all seeds, from the weights of `start` if there is one."""
+def make_role(seeds, budget: Budget, seconds: float, loss: Callable, start: nn.Module | None = None) -> TimedRole:
+    """One network for all seeds, with the weights of `start` if it is given."""
     network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
     if start is not None:
         network.load_state_dict(start.state_dict())
     return TimedRole(network, loss, lr=budget.lr, cosine=False, seconds=seconds)
 
 
-def run_contestant(name, dataset, seeds, budget, seconds, quiet, position=0):
-    """Train one contestant, sample and measure it, on one thread: its part of the report, {label: ...}."""
+def run_method(name, dataset, seeds, budget, seconds, quiet, position=0) -> dict[str, dict]:
+    """Train one method, sample and measure it, on one thread: its part of the report, {label: ...}."""
     torch.set_num_threads(1)
     progress = {"desc": f"{dataset}, {name}", "position": position, "disable": quiet or None, "leave": False}
     trains = train_peer if name in PEERS else train_ours
@@ -207,32 +213,26 @@ def run_contestant(name, dataset, seeds, budget, seconds, quiet, position=0):
         "network_evaluations": sum(role.network.rows + role.average.module.rows for role in roles),
     }
     if name in PEERS:
-        samplers = {
-            f"{name}, {method}": (velocity_sampler(network, solver_of(name), method), each)
-            for method, each in SOLVERS.items()
-        }
+        solve = solver_of(name)
+        samplers = {f"{name}, {method}": (velocity_sampler(network, solve, method), n) for method, n in SOLVERS.items()}
     else:
-        samplers = {f"flow map, {name}": (flow_map_sampler(network), 1)}
+        samplers = {f"flow map, {name}": (lambda z, nfe, **c: sample_flow_map(network, z, time_grid(nfe), **c)[-1], 1)}
     report = {}
     for label, (sample, evaluations) in samplers.items():
-        nfe = [steps for steps in NFE if steps % evaluations == 0]
+        nfe = [count for count in NFE if count % evaluations == 0]
         distances = measure(sample, dataset, len(seeds), nfe, progress | {"desc": f"{dataset}, sampling {label}"})
-        report[label] = {"nfe": nfe, "sliced_w2": [[round(each, 6) for each in copy] for copy in distances], **cost}
+        rounded = [[round(distance, 6) for distance in copy] for copy in distances]
+        report[label] = {"nfe": nfe, "sliced_w2": rounded, **cost}
     return report
 
 
-def flow_map_sampler(network):
-    """`sample(z, nfe, **condition)` of a flow map: one jump an evaluation."""
-    return lambda z, nfe, **condition: sample_flow_map(network, z, time_grid(nfe), **condition)[-1]
-
-
-def check_peers(peers):
+def check_peers(peers: tuple[str, ...]) -> None:
     """Raise InputError for a peer that is unknown or not installed."""
     for peer in peers:
         for package in choose("peer", peer, PEERS):
             if importlib.util.find_spec(package) is None:
                 raise InputError(
-                    f"{package} is not installed here; pip install 'minianyflow[peers]', or leave {peer!r} out: --peers"
+                    f"{package} is not installed here; pip install 'minianyflow[peers]', or leave {peer!r} out"
                 )
 
 
@@ -259,7 +259,7 @@ def run(
         for dataset in datasets:
             for name in (*OURS, *peers):
                 arguments = (name, dataset, tuple(seeds), budget, seconds, quiet)
-                jobs[dataset, name] = (run_contestant, arguments)
+                jobs[dataset, name] = (run_method, arguments)
         results = run_jobs(jobs, workers)
         report = {
             "seeds": list(seeds),
@@ -275,55 +275,78 @@ def run(
     return report
 
 
-def target_report(dataset, results):
-    """One target as it stands in the JSON: floors, methods, and how many times closer ours are."""
+def target_report(dataset: str, results: dict) -> dict:
+    """The part of the report for one target: the floors, and the methods by label."""
     reference, other = references(dataset)
     parts = [result for (target, name), result in results.items() if target == dataset and name != "exact"]
-    methods = {label: method for part in parts for label, method in part.items()}
     return {
         "exact_flow": {"sliced_w2": round(sliced_w2(results[dataset, "exact"][0], reference), 6)},
         "reference_floor": {"sliced_w2": round(sliced_w2(reference, other), 6)},
-        "methods": methods,
+        "methods": {label: method for part in parts for label, method in part.items()},
     }
 
 
-def means(method):
-    """{nfe: mean over the seeds}."""
-    return {
-        nfe: sum(each) / len(each)
-        for nfe, each in zip(method["nfe"], zip(*method["sliced_w2"], strict=True), strict=True)
-    }
+def by_nfe(method: dict) -> dict[int, tuple[float, ...]]:
+    """{nfe: the distances of all seeds}."""
+    return dict(zip(method["nfe"], zip(*method["sliced_w2"], strict=True), strict=True))
 
 
-def ratios(target, ours, nfe=4):
+def ratios(target: dict, ours: str, nfe: int = 4) -> dict[str, float]:
     """How many times closer `ours` is than each peer at equal evaluations: {label: ratio of means over the seeds}."""
-    mine = means(target["methods"][f"flow map, {ours}"])[nfe]
-    return {
-        label: round(means(method)[nfe] / mine, 1)
-        for label, method in target["methods"].items()
-        if not label.startswith("flow map") and nfe in method["nfe"]
+    methods = {label: by_nfe(method) for label, method in target["methods"].items()}
+    mine = methods[f"flow map, {ours}"][nfe]
+    peers = {
+        label: method[nfe] for label, method in methods.items() if not label.startswith("flow map") and nfe in method
     }
+    return {label: round(sum(theirs) / len(theirs) / (sum(mine) / len(mine)), 1) for label, theirs in peers.items()}
 
 
-def table(target):
-    """One target as Markdown: a row a method, a column for each number of evaluations; mean over the seeds (range)."""
-    rows = [
-        "| sliced W2 x 1000, mean (range) | " + " | ".join(map(str, NFE)) + " | steps |",
-        "|---" * (len(NFE) + 2) + "|",
-    ]
+def markdown(head: str, columns, rows) -> str:
+    """A table in Markdown."""
+    lines = [f"| {head} | {' | '.join(map(str, columns))} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def table(target: dict) -> str:
+    """A target as Markdown: a row per method, a column per number of evaluations; mean over the seeds (range)."""
+    rows = []
     for label, method in target["methods"].items():
-        seeds = dict(zip(method["nfe"], zip(*method["sliced_w2"], strict=True), strict=True))
-        cells = [
-            f"{1000 * sum(each) / len(each):.1f} ({1000 * (max(each) - min(each)):.1f})" if each else "-"
-            for each in (seeds.get(nfe) for nfe in NFE)
-        ]
-        rows.append(f"| {label} | {' | '.join(cells)} | {method['steps']} |")
-    return "\n".join(rows)
+        seeds = by_nfe(method)
+        cells = [(1000 * np.mean(seeds[nfe]), 1000 * np.ptp(seeds[nfe])) if nfe in seeds else None for nfe in NFE]
+        texts = ["{:.1f} ({:.1f})".format(*cell) if cell else "-" for cell in cells]
+        rows.append([label, *texts, method["steps"]])
+    return markdown("sliced W2 x 1000, mean (range)", [*NFE, "steps"], rows)
 
 
-def ratio_table(target, nfe=4):
+def ratio_table(target: dict, nfe: int = 4) -> str:
     """How many times closer each of ours is than each peer at `nfe` evaluations, as Markdown."""
     by_ours = {ours: ratios(target, ours, nfe) for ours in OURS}
-    rows = [f"| times closer at {nfe} evaluations than | " + " | ".join(OURS) + " |", "|---" * (len(OURS) + 1) + "|"]
-    rows += [f"| {peer} | " + " | ".join(f"{by_ours[ours][peer]}" for ours in OURS) + " |" for peer in by_ours[OURS[0]]]
-    return "\n".join(rows)
+    rows = [[peer, *(by_ours[ours][peer] for ours in OURS)] for peer in by_ours[OURS[0]]]
+    return markdown(f"times closer at {nfe} evaluations than", OURS, rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare and print the tables; returns the exit status."""
+    parser = cli.Parser("python -m benchmarks.peers", description=__doc__)
+    add = parser.add_argument
+    add("--target", nargs="+", default=["spiral"], metavar="NAME", help="spiral, ring8, checkerboard (default: spiral)")
+    add("--seconds", type=float, default=150.0, help="CPU seconds of training per method (default: 150)")
+    add("--width", type=int, default=128, help="of every network (default: 128)")
+    add("--seeds", default="0,1,2", help="trained together, as one network (default: 0,1,2)")
+    names = "flow_matching, torchcfm, 'torchcfm, OT' (default: all; nothing after --peers: ours alone)"
+    add("--peers", nargs="*", default=list(PEERS), metavar="PEER", help=names)
+    add("--output", default="outputs/compare", help="folder (default: outputs/compare)")
+    add("--workers", type=int, default=2, help="processes; each trains one method on one core (default: 2)")
+    add("--quiet", action="store_true", help="no progress bars")
+    arguments = parser.parse_args(argv)
+    options = (arguments.seconds, tuple(arguments.peers), arguments.output, arguments.workers, arguments.quiet)
+    budget = replace(BUDGET, width=arguments.width)
+    report = run(tuple(arguments.target), cli.whole_numbers(arguments.seeds), *options, budget)
+    for name, target in report["targets"].items():
+        print(f"\n{name}\n\n{table(target)}\n\n{ratio_table(target)}")
+    print(f"\nwritten: {arguments.output}/peers.json, {arguments.output}/peers.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,32 +1,33 @@
-"""How quickly the scenes answer, measured in a headless Chromium: four figures, each with its bar."""
+"""How quickly the scenes answer, measured in a headless Chromium: four figures, each with its bar.
+
+`python -m benchmarks.scene_speed` takes a minute or two; its exit status is 1 if a bar is missed.
+"""
 
 import os
 import statistics
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from playwright.sync_api import sync_playwright
 from tqdm import tqdm
 
-from minianyflow.live.app import serve
-from minianyflow.live.browser import (
-    READY,
-    chromium,
-    jupyter_lab,
-    open_notebook,
-    run_cells,
-    shut_down,
-    watched,
-    write_notebook,
-)
+from benchmarks.browser import jupyter_lab, open_notebook, run_cells, shut_down, watched
+from minianyflow.live.app import serve, write_notebook
+from minianyflow.live.pages import READY, chromium, page_text
+from minianyflow.live.player import Pack
+from minianyflow.live.scenes import open_scene
+from minianyflow.support import cli, install
 from minianyflow.support.errors import InputError
 
-PARTICLES, STEPS, FRAMES_OF, MOVED_TO = 1000, 32, 3, 16  # of the bars: 32 steps when scrubbed, 16 when a control moves
-SECONDS = 2.0  # of scrubbing, for one figure
+PARTICLES, PANELS = 1000, 3
+SCRUB_STEPS, CONTROL_STEPS = 32, 16
+SECONDS = 2.0  # of scrubbing, per measurement
 BARS = {
-    "scrub": (f"scrubbing, {PARTICLES} particles x {STEPS} steps x {FRAMES_OF} panels", "frames/s", "at least", 30),
-    "control": (f"control moved to new picture, {PARTICLES} particles, {MOVED_TO} steps", "ms", "at most", 150),
+    "scrub": (f"scrubbing, {PARTICLES} particles x {SCRUB_STEPS} steps x {PANELS} panels", "frames/s", "at least", 30),
+    "control": (f"control moved to new picture, {PARTICLES} particles, {CONTROL_STEPS} steps", "ms", "at most", 150),
     "notebook": ("opened notebook, kernel ready, to the first picture", "s", "at most", 3),
     "live": ("make live, page opened to first scene usable", "s", "at most", 6),
 }
@@ -46,7 +47,7 @@ SCRUB = """async (seconds) => {
 MOVE = """async ([label, shown]) => {
   const root = document.querySelector(".lm-player"), before = root.dataset.serial;
   const menus = [...document.querySelectorAll(".widget-dropdown")];
-  const menu = menus.find((each) => each.querySelector(".widget-label").textContent === label).querySelector("select");
+  const menu = menus.find((menu) => menu.querySelector(".widget-label").textContent === label).querySelector("select");
   const drawn = new Promise((done) => {
     const watch = new MutationObserver(() => root.dataset.serial !== before && (watch.disconnect(), done()));
     watch.observe(root, { attributes: true });
@@ -59,15 +60,20 @@ MOVE = """async ([label, shown]) => {
 }"""
 
 
-def run(repeats=5, quiet=False):
+def run(repeats: int = 5, quiet: bool = False) -> dict[str, list[float]]:
     """Measure all four `repeats` times; returns {name: [figures]}."""
+    if repeats < 1:
+        raise InputError(f"{repeats} repeats; expected at least 1")
     with ExitStack() as stack:
-        browser, folder = stack.enter_context(chromium()), Path(stack.enter_context(TemporaryDirectory()))
+        browser = stack.enter_context(chromium(stack.enter_context(sync_playwright())))
+        folder = Path(stack.enter_context(TemporaryDirectory()))
         bar = stack.enter_context(tqdm(total=2 + 2 * repeats, unit="measurement", disable=quiet or None))
         figures = {"scrub": scrub(browser, folder, repeats)}
         bar.update()
         figures |= {name: [] for name in BARS if name not in figures}
-        write_notebook(folder / "race.ipynb", f"from minianyflow.live import scenes\nscenes.race(steps={MOVED_TO})")
+        write_notebook(
+            folder / "race.ipynb", f"from minianyflow.live import scenes\nscenes.race(steps={CONTROL_STEPS})"
+        )
         address = stack.enter_context(jupyter_lab(folder))
         for last in [False] * (repeats - 1) + [True]:
             with watched(browser) as page:
@@ -91,15 +97,11 @@ def run(repeats=5, quiet=False):
     return figures
 
 
-def scrub(browser, folder, repeats):
-    """Frames a second, several times over; the panels are those of the race without the exact flow's."""
-    from minianyflow.live.pages import page_text
-    from minianyflow.live.player import Pack
-    from minianyflow.live.scenes import open_scene
-
-    race, pack = open_scene("race", steps=STEPS), Pack()
+def scrub(browser, folder: Path, repeats: int) -> list[float]:
+    """Frames per second, `repeats` times, of the race without the panel of the exact flow."""
+    race, pack = open_scene("race", steps=SCRUB_STEPS), Pack()
     scene = race.draw(pack, particles=PARTICLES, **race.state())
-    scene["panels"] = scene["panels"][-FRAMES_OF:]
+    scene["panels"] = scene["panels"][-PANELS:]
     page = {"title": race.title, "controls": [], "scenes": {"": scene}}
     (folder / "scrub.html").write_text(page_text(page, pack.payload), encoding="utf-8")
     with watched(browser) as tab:
@@ -109,12 +111,12 @@ def scrub(browser, folder, repeats):
         return [tab.evaluate(SCRUB, SECONDS) for _ in range(repeats)]
 
 
-def moves(page, repeats):
-    """Milliseconds from a menu to the new picture, in a notebook that is open: flow map there and back."""
+def moves(page, repeats: int) -> list[float]:
+    """Milliseconds from a change of the menu `flow map` to the new picture, in a notebook that is open."""
     label = "flow map"
     options = page.evaluate(
         """(label) => [...document.querySelectorAll(".widget-dropdown")]
-        .find((each) => each.querySelector(".widget-label").textContent === label)
+        .find((menu) => menu.querySelector(".widget-label").textContent === label)
         .querySelectorAll("option").values().map((each) => each.value).toArray()""",
         label,
     )
@@ -123,34 +125,37 @@ def moves(page, repeats):
     return times[len(options) :]  # the first round loads each student
 
 
-def table(figures):
-    """The figures beside their bars, as text; with what the machine was doing."""
+def missed(figures: dict[str, list[float]]) -> list[str]:
+    """The names of the bars that are not met."""
+    middle = {name: statistics.median(figures[name]) for name in BARS}
+    better = {"at least": lambda figure, bar: figure >= bar, "at most": lambda figure, bar: figure <= bar}
+    return [name for name, (_, _, word, bar) in BARS.items() if not better[word](middle[name], bar)]
+
+
+def table(figures: dict[str, list[float]]) -> str:
+    """The figures beside their bars, and the load of the machine, as text."""
     width = max(len(what) for what, *_ in BARS.values())
     lines = [f"{'median of several':<{width}}  {'measured':>16}  bar"]
-    short = missed(figures)
     for name, (what, unit, word, bar) in BARS.items():
         middle, spread = statistics.median(figures[name]), f"{min(figures[name]):.3g} to {max(figures[name]):.3g}"
-        verdict = "MISSED" if name in short else "holds"
+        verdict = "MISSED" if name in missed(figures) else "holds"
         lines += [f"{what:<{width}}  {middle:>7.3g} {unit:<8}  {word} {bar}: {verdict} ({spread})"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return "\n".join([*lines, f"{cores} of {os.cpu_count()} cores{load} (of the whole machine)"])
 
 
-def missed(figures):
-    """The names of the bars that are not met."""
-    middle = {name: statistics.median(figures[name]) for name in BARS}
-    return [
-        name
-        for name, (_, _, word, bar) in BARS.items()
-        if (middle[name] < bar if word == "at least" else middle[name] > bar)
-    ]
-
-
-def report(repeats=5, quiet=False):
+def main(argv: list[str] | None = None) -> int:
     """Measure and print the table; 1 if a bar is missed."""
-    if repeats < 1:
-        raise InputError(f"{repeats} repeats; expected at least 1")
-    figures = run(repeats, quiet)
+    parser = cli.Parser("python -m benchmarks.scene_speed", description=__doc__)
+    parser.add_argument("--repeats", default=5, type=int, help="of every measurement (default: 5)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    arguments = parser.parse_args(argv)
+    install.browser(install=True)
+    figures = run(arguments.repeats, arguments.quiet)
     print(table(figures))
     return 1 if missed(figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

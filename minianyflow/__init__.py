@@ -44,7 +44,7 @@ _MODULES = {
         "draw_on_policy",
         "draw_rollouts",
     ),
-    "measures": ("component_mass", "energy_distance", "off_share", "path_error", "sliced_w2", "sobol_noise"),
+    "measures": ("off_share", "path_error", "sliced_w2", "sobol_noise"),
     "batch": ("Batch", "batches"),
     "training": ("Role", "train"),
     "networks.mlp": ("MLP", "EvaluationCounter"),

@@ -1,44 +1,48 @@
-"""What a step of training draws: a batch that depends on the step alone, and the parts it is cut into."""
+"""The batch of a training step, which depends on the step alone, and its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minianyflow.interpolant import check_finite
+from minianyflow.notation import Condition, State, Times
 from minianyflow.support.errors import InputError
 from minianyflow.times import draw_pairs, generator
 
 
 class Batch(TypedDict, total=False):
-    """The tensors of one step, all with B rows. A loss names the keys that it reads."""
+    """The tensors of one step, all with B rows. A loss documents the keys that it reads."""
 
-    x: Tensor  # data (B, *shape)
-    eps: Tensor  # noise (B, *shape)
-    t: Tensor  # (B,), with r <= t: times.draw_pairs
-    r: Tensor  # (B,)
-    split: Tensor  # (B,) uniform: where a semigroup target cuts the jump
-    lot: Tensor  # (B,) uniform: which objective a row r < t draws
-    dropped: Tensor  # (B,) bool: rows trained without their condition
-    condition: dict[str, Tensor]  # what the network takes beside z, t, r: tensors (B, ...)
-    context: dict[str, Tensor]  # clean earlier frames (networks/teacher_forcing.py)
-    frame: Tensor  # (B,) whole numbers: the frame that learns (plane/circle_student.py)
-    noise: Tensor  # (B, *shape) where a rollout starts: on_policy.draw_on_policy
-    lengths: Tensor  # (B,) steps N of the simulated rollout
-    step: Tensor  # (B,) the step g of the rollout that is taken as it is
-    score_t: Tensor  # (B,) times at which the scores are compared
-    score_eps: Tensor  # (B, *shape) noise of that comparison
-    fake_t: Tensor  # (B,) times at which the fake score learns
-    row: Tensor  # (B,) rows of the data set
+    x: State  # data
+    eps: State  # noise
+    t: Times  # with r <= t: times.draw_pairs
+    r: Times
+    split: Times  # uniform: where a semigroup target cuts the jump
+    objective_draw: Times  # uniform: which objective a row r < t learns from
+    dropped: Bool[Tensor, " batch"]  # rows trained without their condition
+    condition: dict[str, Condition]  # the network's arguments besides z, t, r
+    context: dict[str, Tensor]  # clean earlier frames: networks/teacher_forcing.py
+    frame: Int[Tensor, " batch"]  # the frame that learns: plane/circle_student.py
+    noise: State  # where a rollout starts: on_policy.draw_on_policy
+    lengths: Int[Tensor, " batch"]  # number of steps N of the simulated rollout
+    step: Int[Tensor, " batch"]  # the step g of the rollout that is taken as it is
+    score_t: Times  # the times of the scores in distribution matching
+    score_eps: State  # the noise of distribution matching
+    fake_t: Times  # the times at which the fake score learns
+    row: Int[Tensor, " batch"]  # row numbers in the data set
 
 
-def batches(sample: Callable, rows: int, seeds=(0,), **pairs) -> Callable[[int], Batch]:
-    """`draw(step)` for `train`: the batch of that step, the same for every process.
+def batches(
+    sample: Callable[..., State], rows: int, seeds: Sequence[int] = (0,), **pairs: float
+) -> Callable[[int], Batch]:
+    """`draw(step)` for `train`: the batch of that step, the same in all processes.
 
-    sample(count, generator) gives data (count, *shape). Each of `seeds` has `rows` rows, with its own data and noise;
-    all seeds share the times, so that rows of one kind are evaluated together. With several seeds the condition
-    `copy` (B,) names the seed of each row (networks/mlp.py). `pairs` goes to `draw_pairs`.
+    sample(count, generator): returns data (count, *shape). Each of `seeds` has `rows` rows with its own data and noise;
+    all seeds share the times. With several seeds, the condition `copy` (B,) is the seed's index of each row
+    (networks/mlp.py). pairs: arguments of `draw_pairs`. Raises InputError for data that is not finite.
     """
 
     def draw(step):
@@ -54,8 +58,11 @@ def batches(sample: Callable, rows: int, seeds=(0,), **pairs) -> Callable[[int],
     return draw
 
 
-def part_of(batch: Batch, index: int, parts: int, device=None) -> Batch:
-    """Rows [index B / parts, (index + 1) B / parts) of every tensor of a batch, conditions included."""
+def part_of(batch: Batch, index: int, parts: int, device: torch.device | str | None = None) -> Batch:
+    """Rows [index B / parts, (index + 1) B / parts) of all tensors of a batch, conditions included.
+
+    Raises InputError if B is not a multiple of `parts`.
+    """
     size = len(next(iter(batch.values())))
     if size % parts:
         raise InputError(f"a batch of {size} rows does not divide into {parts} equal parts (processes x accumulation)")

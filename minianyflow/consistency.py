@@ -1,30 +1,38 @@
 """Consistency distillation, the baseline: the bottom edge r = 0 of the flow map, f(z, t) = z - t u(z, t, 0).
 
-Discrete (Consistency Models, algorithm 2): on a grid of N times, one step of the teacher from t_n to t_{n-1}; the
-target is where the averaged student says that the trajectory from there ends.
-Continuous (sCM, section 3): the limit N -> infinity, with its stabilisers: the tangent is normalised and warmed up.
-f(z, 0) = z by construction. Shapes: see interpolant.py.
+Discrete (Consistency Models, algorithm 2): the teacher takes one step from t_n to t_{n-1} on a grid of N times; the
+target is the end point that the averaged student predicts from there.
+Continuous (sCM, section 3): the limit N -> infinity; the tangent is normalised and warmed up, for stability.
+f(z, 0) = z by construction. Letters and types: notation.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from minianyflow.batch import Batch
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.interpolant import broadcast_time, interpolate
+from minianyflow.notation import Condition, Losses, Network, State, Times, Velocity
 from minianyflow.objectives import DELTA, adaptive_weight, eulerian_target
 from minianyflow.support.errors import InputError, choose
 
 
-def time_weight(t):
-    """t, on the error of the network: then the error of the end point is what counts, but for one more factor t."""
+def time_weight(t: Times) -> Times:
+    """t: the weight of the network's squared error. (t^2 would weigh the squared error of the end point.)"""
     return t
 
 
 @torch.no_grad()
-def consistency_target(u_average, z, t, s, velocity, solver="euler", **condition):
-    """What u(z, t, 0) should be: (z - f(z', s)) / t, with z' one step of `velocity` from t to s, f the average's."""
+def consistency_target(
+    u_average: Network, z: State, t: Times, s: Times, velocity: Velocity, solver: str = "euler", **condition: Condition
+) -> State:
+    """The target of u(z, t, 0): (z - f(z', s)) / t, with z' one step of `velocity` from t to s, f that of `u_average`.
+
+    solver: "euler", or "heun", of second order.
+    """
     v = velocity(z, t, **condition)
     if choose("solver", solver, {"euler": False, "heun": True}):
         v = (v + velocity(displace(z, v, t, s), s, **condition)) / 2
@@ -38,30 +46,32 @@ def consistency_target(u_average, z, t, s, velocity, solver="euler", **condition
 
 
 @torch.no_grad()
-def continuous_target(u, z, t, v, warm=1.0, constant=0.1, derivative="difference", delta=DELTA):
-    """u + g / (|g| + constant), with the tangent g = (v - u) - warm t du/dt normalised per row; warm grows 0 to 1."""
+def continuous_target(
+    u: Network, z: State, t: Times, v: State, warm: float = 1.0, derivative: str = "difference", delta: float = DELTA
+) -> State:
+    """u + g / (|g| + 0.1), with the tangent g = (v - u) - warm t du/dt, normalised per row; warm grows 0 to 1."""
     end = torch.zeros_like(t)
-    here = u(z, t, end)
-    tangent = (1 - warm) * v + warm * eulerian_target(u, z, t, end, v, derivative, delta) - here
+    now = u(z, t, end)
+    tangent = (1 - warm) * v + warm * eulerian_target(u, z, t, end, v, derivative, delta) - now
     size = tangent.flatten(1).norm(dim=1) / tangent[0].numel() ** 0.5  # (B,), root mean square where sCM has the norm
-    return here + tangent / broadcast_time(size + constant, z)
+    return now + tangent / broadcast_time(size + 0.1, z)
 
 
 @dataclass
 class ConsistencyLoss:
     """velocity: `velocity(z, t)` of the teacher. average: the averaged student (discrete form only).
 
-    form: "discrete" on `grid` times, or "continuous" with the tangent warmed up over `warmup` calls (parts of
-    steps). weight: of a row, from its t, on the squared error of the network output.
-    adaptive: see `objectives.adaptive_weight`.
+    form: "discrete" on a grid of `grid` times, or "continuous", with the tangent warmed up over `warmup` calls, one
+    per micro-batch. weight: the weight of a row's squared error, a function of its t. adaptive: see
+    `objectives.adaptive_weight`. Raises InputError for an unknown form, and a discrete one without average or grid.
     """
 
-    velocity: Callable
-    average: Callable | None = None
+    velocity: Velocity
+    average: Network | None = None
     form: str = "discrete"
     grid: int = 64
     solver: str = "euler"
-    weight: Callable = time_weight
+    weight: Callable[[Times], Times] = time_weight
     adaptive: float = 0.0
     warmup: int = 1000
     calls: int = 0
@@ -72,18 +82,18 @@ class ConsistencyLoss:
         if self.average is None or self.grid < 1:
             raise InputError("discrete consistency distillation needs average=, an EMA of the student, and grid >= 1")
 
-    def state_dict(self):
-        """What goes on from one step to the next: the calls so far, for the warm-up."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The number of calls so far, for the warm-up."""
         return {"calls": torch.tensor(self.calls)}
 
-    def load_state_dict(self, state):
-        """Take back what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a state from `state_dict`."""
         self.calls = int(state["calls"])
 
-    def __call__(self, u, batch):
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         """Weighted losses (B,) and the raw mean squared error.
 
-        batch: x, eps (B, *shape) and t (B,), uniform: as `draw_pairs(count, diagonal=1, end=0)` draws it.
+        batch: x, eps (B, *shape) and a uniform t (B,), from `draw_pairs(count, diagonal=1, end=0)`.
         """
         t, condition = batch["t"], batch.get("condition", {})
         if self.form == "discrete":

@@ -1,52 +1,55 @@
-"""Flow maps: everything that can be done with one function `u(z, t, r, **condition)`.
+"""Flow maps: what can be done with one function `u(z, t, r, **condition)`.
 
 The probability-flow ODE dz/dt = v(z, t) carries a state z at time t to Phi(z; t -> r) at time r <= t.
-`u` is the average velocity of that journey, so that  Phi(z; t -> r) = z - (t - r) u(z, t, r)  (AnyFlow, section 3).
-A three-layer MLP on the plane is such a `u`, and so is a Wan2.1 transformer. Shapes: see interpolant.py.
+`u` is the average velocity on the way:  Phi(z; t -> r) = z - (t - r) u(z, t, r)  (AnyFlow, section 3).
+A small MLP on the plane is such a `u`, and so is a Wan2.1 transformer. Letters and types: notation.py.
 """
 
 from itertools import pairwise
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
+from minianyflow.notation import Condition, FrameTimes, Grid, Network, State, Trajectory
 from minianyflow.times import check_grid
 
 
-def displace(z, u, t, r):
+def displace(z: State, u: State, t: FrameTimes, r: FrameTimes) -> State:
     """Follow the average velocity `u` (a tensor) from t to r: z - (t - r) u."""
     check_same_shape("the average velocity", u, z)
     return z - broadcast_time(t - r, z) * u
 
 
-def velocity(u, z, t, **condition):
+def velocity(u: Network, z: State, t: FrameTimes, **condition: Condition) -> State:
     """The diagonal of the map: u(z, t, t) is the velocity v(z, t) of the ODE."""
     return u(z, t, t, **condition)
 
 
-def tangent(u):
+def tangent(u: Network) -> Network:
     """`u` with its velocity in place of the average velocity: a rollout of it is Euler's method."""
     return lambda z, t, r, **condition: u(z, t, t, **condition)
 
 
-def jump(u, z, t, r, **condition):
+def jump(u: Network, z: State, t: FrameTimes, r: FrameTimes, **condition: Condition) -> State:
     """Phi(z; t -> r), one evaluation. Raises InputError for r > t or times outside [0, 1]."""
     check_times(t, r)
     return displace(z, u(z, t, r, **condition), t, r)
 
 
-def end_point(u, z, t, **condition):
+def end_point(u: Network, z: State, t: FrameTimes, **condition: Condition) -> State:
     """The consistency map f(z, t) = Phi(z; t -> 0): the bottom edge of the triangle of times."""
     return jump(u, z, t, torch.zeros_like(t), **condition)
 
 
-def rollout(u, z, times, **condition):
-    """Jump along `times` and hand out the whole trajectory.
+def rollout(u: Network, z: State, times: Grid, **condition: Condition) -> Trajectory:
+    """Jump along `times` and return the whole trajectory.
 
-    times: (N + 1,) for all samples, or (N + 1, B), one column a sample; falling. A jump of length zero is not
+    times: falling, (N + 1,) for all samples, or (N + 1, B), one column per sample. A jump of length zero is not
     evaluated, so its rows cost nothing. Returns (N + 1, B, *shape): the state at each time, `z` itself first.
-    Gradients flow through every jump; wrap in torch.no_grad() to sample.
+    Gradients flow through all jumps; wrap in torch.no_grad() to sample. Raises InputError for a grid that rises.
     """
     check_grid(times)
     times = times.to(z.device)
@@ -65,11 +68,10 @@ def _move(u, z, t, r, condition):
     rows = moving.nonzero().squeeze(1)
     if len(rows) == 0:
         return z
-    there = pick_rows(condition, rows)
-    jumped = displace(z[rows], u(z[rows], t[rows], r[rows], **there), t[rows], r[rows])
-    return z.index_copy(0, rows, jumped)
+    u_rows = u(z[rows], t[rows], r[rows], **pick_rows(condition, rows))
+    return z.index_copy(0, rows, displace(z[rows], u_rows, t[rows], r[rows]))
 
 
-def pick_rows(condition, rows):
-    """The condition of some rows of a batch: its entries are tensors (B, ...), or tuples of them, however nested."""
+def pick_rows(condition: dict[str, Condition], rows: Int[Tensor, " rows"]) -> dict[str, Condition]:
+    """The condition of some rows of a batch."""
     return tree_map(lambda value: value[rows], condition)

@@ -1,7 +1,7 @@
-"""Classifier-free guidance fused into the flow map, so that sampling needs no second forward.
+"""Classifier-free guidance fused into the flow map, so that sampling needs no second evaluation.
 
 The guided velocity is v_null + g (v - v_null), with v_null = u(z, t, t | null), the unconditional velocity.
-Exact (MeanFlow, eq. 13): this velocity is the target and the tangent, and the map learned is that of the guided ODE.
+Exact (MeanFlow, eq. 13): this velocity is the target and the tangent; the student learns the map of the guided ODE.
 Published (AnyFlow's code): (u - (1 - g) u_null(z, t, r)) / g is regressed on v - (t - r) / g du/dt along the unguided
 velocity. The two agree where r = t and nowhere else: the fixed point is not a flow map (tests/test_minimisers.py).
 """
@@ -10,21 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from minianyflow.flow_map import pick_rows
+from minianyflow.notation import Condition, Network, State, Times, Velocity
 from minianyflow.support.errors import InputError
 
 
-def guided_velocity(v, v_null, scale):
+def guided_velocity(v: State, v_null: State, scale: float) -> State:
     """v_null + scale (v - v_null); scale 1 is no guidance. AnyFlow's fused g = 3 is this scale."""
     return v_null + scale * (v - v_null)
 
 
-def guided(velocity, null, scale):
-    """A teacher's velocity(z, t, **condition) under guidance, asked with the condition and with `null`.
+def guided(velocity: Velocity, null: Mapping[str, Tensor], scale: float) -> Velocity:
+    """A teacher's velocity(z, t, **condition) under guidance: evaluated with the condition and with `null`.
 
-    null: what stands in place of a condition, tensors (1, ...). Rows that have it already are asked once. For a
-    student's own null branch see `Guidance`.
+    null: the null condition, tensors (1, ...) by name. Rows that have it already are evaluated once. For a student's
+    own unconditional branch see `Guidance`.
     """
 
     def both(z, t, **condition):
@@ -42,14 +45,15 @@ def guided(velocity, null, scale):
 
 @dataclass
 class Guidance:
-    """scale: g >= 1. null: what the unconditional branch has in place of a condition, tensors (1, ...).
+    """How the student is guided by its own unconditional branch. Raises InputError for a scale below 1.
 
-    Conditions that are not named in `null` stay as they are. Rows that dropped theirs, `dropped` in a batch, teach the
-    branch itself: without any, it would pull towards what nothing has trained.
+    scale: g >= 1. null: the null condition, tensors (1, ...) by name; conditions that it does not name stay as they
+    are. published: AnyFlow's form instead of the exact one. Rows that dropped their condition (`dropped` in a batch)
+    train the unconditional branch: without such rows, guidance would use a branch that was never trained.
     """
 
     scale: float
-    null: Mapping[str, torch.Tensor]
+    null: Mapping[str, Tensor]
     published: bool = False
 
     def __post_init__(self):
@@ -57,13 +61,22 @@ class Guidance:
             raise InputError(f"guidance scale {self.scale}; expected at least 1, which is none")
 
     @torch.no_grad()
-    def pull(self, u, z, t, r, v, kept, condition):
-        """(g - 1) (v - u_null(z, t, r)) for the rows `kept` (B,) bool, zero for rows that dropped their condition.
+    def pull(
+        self,
+        u: Network,
+        z: State,
+        t: Times,
+        r: Times,
+        v: State,
+        conditional: Bool[Tensor, " batch"],
+        condition: dict[str, Condition],
+    ) -> State:
+        """(g - 1) (v - u_null(z, t, r)) for the rows `conditional`, zero for rows that dropped their condition.
 
-        Only the kept rows are evaluated; no gradient. Returns (B, *shape).
+        Only the conditional rows are evaluated, without gradient.
         """
         out = torch.zeros_like(v)
-        rows = kept.nonzero().squeeze(1)
+        rows = conditional.nonzero().squeeze(1)
         if len(rows) and self.scale != 1:
             null = {name: value.expand(len(rows), *value.shape[1:]) for name, value in self.null.items()}
             v_null = u(z[rows], t[rows], r[rows], **pick_rows(condition, rows) | null)

@@ -1,20 +1,28 @@
 """Exact truth: Gaussian mixtures, whose density, score and velocity are formulas and whose flow is known to 1e-7.
 
-A mixture of K isotropic Gaussians N(mean_k, sigma_k^2) with weights pi_k, in any number of dimensions. Seen through
-the interpolant, z_t is again a mixture: N((1-t) mean_k, s_k^2) with s_k^2 = (1-t)^2 sigma_k^2 + t^2.
-Where every row has weights of its own (a conditional law: given the frames so far, say), pass `log_weights` (B, K).
+A mixture of K isotropic Gaussians N(mean_k, sigma_k^2) with weights pi_k, in any number of dimensions D. The law of
+z_t is again a mixture, of N((1-t) mean_k, s_k^2) with s_k^2 = (1-t)^2 sigma_k^2 + t^2.
+For a conditional law, in which each row has weights of its own, pass `log_weights` (B, K).
 """
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from minianyflow.interpolant import broadcast_time, check_finite, check_times
+from minianyflow.notation import Samples, State, Times
 from minianyflow.support.errors import InputError
+
+LogWeights = Float[Tensor, "batch components"] | None
+Numbers = Tensor | Sequence
 
 
 class GaussianMixture:
-    """means (K, *shape); sigma and weights: a number, or one each component (K,)."""
+    """means (K, *shape); sigma: a number, or one per component (K,); weights (K,), equal if None."""
 
-    def __init__(self, means, sigma, weights=None):
+    def __init__(self, means: Numbers, sigma: float | Numbers, weights: Numbers | None = None):
         means = torch.as_tensor(means)
         if means.ndim < 2 or len(means) == 0:
             raise InputError(f"means of shape {tuple(means.shape)}; a mixture needs (components, *shape), one at least")
@@ -25,14 +33,16 @@ class GaussianMixture:
         for name, value in [("means", means), ("sigma", self.sigma), ("weights", weights)]:
             check_finite(name, value)
         if len(weights) != len(means) or len(self.sigma) not in (1, len(means)):
-            raise InputError(f"{len(means)} means, {len(self.sigma)} sigmas, {len(weights)} weights; expected one each")
+            raise InputError(
+                f"{len(means)} means, {len(self.sigma)} sigmas, {len(weights)} weights; expected one per component"
+            )
         if bool((self.sigma <= 0).any()) or bool((weights < 0).any()) or not bool(weights.sum() > 0):
             raise InputError("a mixture needs positive sigma and weights that are not negative and not all zero")
         self.weights = (weights / weights.sum()).to(means.dtype)  # (K,)
 
-    def to(self, *args, **kwargs):
+    def to(self, target: torch.device | torch.dtype | str) -> "GaussianMixture":
         """The same mixture on another device or in another dtype."""
-        parts = [value.to(*args, **kwargs) for value in (self.means, self.sigma, self.weights)]
+        parts = [value.to(target) for value in (self.means, self.sigma, self.weights)]
         return GaussianMixture(parts[0].reshape(-1, *self.shape), *parts[1:])
 
     def _components(self, z, t, log_weights):
@@ -50,16 +60,16 @@ class GaussianMixture:
         log_weights = self.weights.log() if log_weights is None else log_weights
         return log_weights - 0.5 * distance / variance - log_norm, variance, keep
 
-    def log_density(self, z, t, log_weights=None):
-        """log p_t(z): (B,)."""
+    def log_density(self, z: State, t: Times, log_weights: LogWeights = None) -> Float[Tensor, " batch"]:
+        """log p_t(z)."""
         return torch.logsumexp(self._components(z, t, log_weights)[0], 1)
 
-    def posterior(self, z, t, log_weights=None):
-        """The probability that z at time t came from component k: (B, K)."""
+    def posterior(self, z: State, t: Times, log_weights: LogWeights = None) -> Float[Tensor, "batch components"]:
+        """The probability that z at time t came from component k."""
         return self._components(z, t, log_weights)[0].softmax(1)
 
-    def velocity(self, z, t, log_weights=None):
-        """v(z, t) = E[eps - x | z_t = z], exact at every t in [0, 1]: (B, *shape)."""
+    def velocity(self, z: State, t: Times, log_weights: LogWeights = None) -> State:
+        """v(z, t) = E[eps - x | z_t = z], exact at all t in [0, 1]."""
         log_parts, variance, keep = self._components(z, t, log_weights)
         posterior = log_parts.softmax(1)  # (B, K)
         slope = (t[:, None] - keep * self.sigma**2) / variance  # (B, 1 or K): cov(eps - x, z) / var(z)
@@ -67,33 +77,38 @@ class GaussianMixture:
         away = (posterior * slope).sum(1, keepdim=True) * z.flatten(1)  # (B, D)
         return (away - towards).reshape(z.shape)
 
-    def score(self, z, t, log_weights=None):
-        """grad_z log p_t(z): (B, *shape)."""
+    def score(self, z: State, t: Times, log_weights: LogWeights = None) -> State:
+        """grad_z log p_t(z)."""
         log_parts, variance, keep = self._components(z, t, log_weights)
         posterior = log_parts.softmax(1) / variance  # (B, K)
         return (keep * (posterior @ self.means) - posterior.sum(1, keepdim=True) * z.flatten(1)).reshape(z.shape)
 
     @torch.no_grad()
-    def flow(self, z, t, r, log_weights=None, tolerance=1e-10):
-        """Phi(z; t -> r), every row with its own t and r: the ODE solved in float64, good to 1e-7; (B, *shape)."""
+    def flow(self, z: State, t: Times, r: Times, log_weights: LogWeights = None, tolerance: float = 1e-10) -> State:
+        """Phi(z; t -> r): the ODE solved in float64, right to 1e-7. Each row has its own t and r.
+
+        Raises InputError for times outside 0 <= r <= t <= 1 and for states that are not finite.
+        """
         check_times(t, r)
         check_finite("the state", z)
         exact, start, stop = self.to(torch.float64), t.double(), r.double()
         log_weights = None if log_weights is None else log_weights.double()
         length = broadcast_time(stop - start, z)
 
-        from torchdiffeq import odeint  # loads a good part of scipy
+        from torchdiffeq import odeint  # imports much of scipy
 
         def velocity(fraction, state):  # fraction of the way from t to r
             return length * exact.velocity(state, start + fraction * (stop - start), log_weights)
 
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=z.device)
-        worst = {"norm": lambda error: error.abs().max()}  # every row, not their mean
+        worst = {"norm": lambda error: error.abs().max()}  # of all rows, not their mean
         end = odeint(velocity, z.double(), ends, method="dopri8", rtol=tolerance, atol=tolerance, options=worst)[-1]
         return end.to(z.dtype)
 
-    def average_velocity(self, z, t, r, log_weights=None, tolerance=1e-10):
-        """The exact `u(z, t, r)`, usable wherever a network is: (z - Phi(z; t -> r)) / (t - r), and v where r = t."""
+    def average_velocity(
+        self, z: State, t: Times, r: Times, log_weights: LogWeights = None, tolerance: float = 1e-10
+    ) -> State:
+        """The exact `u(z, t, r)`, in place of a network: (z - Phi(z; t -> r)) / (t - r), and v where r = t."""
         u = self.velocity(z, t, log_weights)
         rows = (t > r).nonzero().squeeze(1)
         if len(rows):
@@ -103,12 +118,12 @@ class GaussianMixture:
             u[rows] = ((start - end) / broadcast_time(t - r, start)).to(z.dtype)
         return u
 
-    def sample(self, count, generator=None):
-        """`count` independent samples: (count, *shape)."""
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Samples:
+        """`count` independent samples."""
         return self._around(torch.multinomial(self.weights, count, replacement=True, generator=generator), generator)
 
-    def sample_stratified(self, count, generator=None):
-        """`count` samples, in order of component, each with its exact share (rounded at random): quieter."""
+    def sample_stratified(self, count: int, generator: torch.Generator | None = None) -> Samples:
+        """`count` samples in order of component; each component has its exact share, rounded at random."""
         edges = self.weights.double().cumsum(0)
         places = (torch.arange(count) + torch.rand(1, generator=generator, dtype=torch.float64)) / count
         return self._around(torch.searchsorted(edges, places).clamp(max=len(edges) - 1), generator)

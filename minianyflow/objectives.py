@@ -7,30 +7,34 @@ Four identities hold for a flow map Phi(z; t -> r) = z - (t - r) u(z, t, r) alon
     Lagrangian   d/dr Phi(z; t -> r) = v(Phi, r)              v(Phi, r) + (t - r) du/dr    (Boffi et al., prop. 2.1)
     semigroup    Phi(t -> r) = Phi(s -> r) o Phi(t -> s)      average velocity of the two jumps
 
-A target is always stop-gradient: these functions run without one and never see the weights that learn from them.
-Shapes: z, v (B, *shape), t, r, s (B,); r < t. Every target of a row r < t costs two evaluations of `u`.
+A target is always stop-gradient: these functions run without gradient. A target of a row r < t costs two evaluations
+of `u`. Letters and types: notation.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
+from minianyflow.batch import Batch
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times, data_velocity, interpolate
+from minianyflow.notation import Losses, Network, State, Times, Velocity, Weight
 from minianyflow.support.errors import InputError, choose
 from minianyflow.times import time_grid
 
-DELTA = 2e-3  # half the width of a central difference: flat between 1e-3 and 5e-3 on the plane, in float32
+DELTA = 2e-3  # half the width of a central difference; on the plane 1e-3 to 5e-3 are equally good, in float32
 
 
-def sqrt_weight(t):
-    """sqrt(1 - t): quiet where the state is almost all noise. AnyFlow's own is t sqrt(1 - t), poor on the plane."""
+def sqrt_weight(t: Times) -> Times:
+    """sqrt(1 - t): small where the state is almost all noise. AnyFlow's weight t sqrt(1 - t) is poor on the plane."""
     return (1 - t).sqrt()
 
 
-def anyflow_weight(shift=1.0):
+def anyflow_weight(shift: float = 1.0) -> Weight:
     """AnyFlow's weight of a row, a function of t: t sqrt(1 - t), of mean 1 over the shifted grid of 1000 times."""
     grid = time_grid(1000, shift)[:-1]
     mean = float((grid * sqrt_weight(grid)).mean())
@@ -38,11 +42,13 @@ def anyflow_weight(shift=1.0):
 
 
 @torch.no_grad()
-def eulerian_target(u, z, t, r, v, derivative="difference", delta=DELTA):
+def eulerian_target(
+    u: Network, z: State, t: Times, r: Times, v: State, derivative: str = "difference", delta: float = DELTA
+) -> State:
     """v - (t - r) du/dt, the derivative of u along (v, 1, 0) in (z, t, r).
 
-    derivative: "difference", central, one-sided where t + delta > 1 or t - delta < r (any network, fused attention
-    too); or "jvp", exact by forward mode.
+    derivative: "difference", a central difference, one-sided where t + delta > 1 or t - delta < r (for any network,
+    fused attention too); or "jvp", exact by forward mode.
     """
     if choose("derivative", derivative, {"difference": False, "jvp": True}):
         du = torch.func.jvp(lambda z, t: u(z, t, r), (z, t), (v, torch.ones_like(t)))[1]
@@ -54,20 +60,25 @@ def eulerian_target(u, z, t, r, v, derivative="difference", delta=DELTA):
 
 
 @torch.no_grad()
-def lagrangian_target(u, z, t, r, velocity, derivative="difference", delta=DELTA):
-    """v(Phi, r) + (t - r) du/dr at Phi = Phi(z; t -> r). `velocity(z, t)` is asked at Phi: one more evaluation."""
+def lagrangian_target(
+    u: Network, z: State, t: Times, r: Times, velocity: Velocity, derivative: str = "difference", delta: float = DELTA
+) -> State:
+    """v(Phi, r) + (t - r) du/dr. `velocity(z, t)` is evaluated at Phi = Phi(z; t -> r): one more evaluation.
+
+    derivative: as for `eulerian_target`.
+    """
     if choose("derivative", derivative, {"difference": False, "jvp": True}):
-        here, du = torch.func.jvp(lambda r: u(z, t, r), (r,), (torch.ones_like(r),))
+        now, du = torch.func.jvp(lambda r: u(z, t, r), (r,), (torch.ones_like(r),))
     else:
         upper, lower = torch.minimum(r + delta, t), (r - delta).clamp(min=0)
         below = u(z, t, lower)
         du = (u(z, t, upper) - below) / broadcast_time(upper - lower, z)
-        here = below + broadcast_time(r - lower, z) * du  # u(z, t, r) to second order, for free
-    return velocity(displace(z, here, t, r), r) + broadcast_time(t - r, z) * du
+        now = below + broadcast_time(r - lower, z) * du  # u(z, t, r) to second order, without an evaluation
+    return velocity(displace(z, now, t, r), r) + broadcast_time(t - r, z) * du
 
 
 @torch.no_grad()
-def semigroup_target(u, z, t, r, s):
+def semigroup_target(u: Network, z: State, t: Times, r: Times, s: Times) -> State:
     """The average velocity of two jumps t -> s -> r, for r <= s <= t."""
     first = u(z, t, s)
     second = u(displace(z, first, t, s), s, r)
@@ -80,14 +91,14 @@ FLOW_MAPS = {name: {name: 1.0} for name in TARGETS} | {"mixed": {"eulerian": 0.5
 
 
 class InnerState:
-    """A loss that carries the state of the loss inside it, `self.forward`, from one step to the next."""
+    """A loss around another one, `self.forward`, whose state it saves and restores."""
 
-    def state_dict(self):
-        """The state of the loss inside, {name: tensor}."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the inner loss, {name: tensor}."""
         return self.forward.state_dict() if hasattr(self.forward, "state_dict") else {}
 
-    def load_state_dict(self, state):
-        """Take back what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a state from `state_dict`."""
         if state:
             self.forward.load_state_dict(state)
 
@@ -96,21 +107,21 @@ class InnerState:
 class FlowMapLoss:
     """The forward stage: rows with r = t learn the velocity, the others a mixture of the targets above.
 
-    shares: how the rows r < t are divided, e.g. {"eulerian": 0.5, "semigroup": 0.5}; {} is for r = t alone.
-    velocity: `velocity(z, t, **condition)` of a teacher or of exact truth; None takes the data velocity eps - x.
-    guidance: a `Guidance`, or None. weight: of a row, from its t. adaptive: see `adaptive_weight`. rebalance: see
-    `rebalanced`.
+    shares: the share of rows r < t per objective, e.g. {"eulerian": 0.5, "semigroup": 0.5}; {} is for r = t alone.
+    velocity: that of a teacher or of exact truth; None takes the data velocity eps - x. weight: the weight of a row,
+    a function of its t. adaptive: see `adaptive_weight`. rebalance: see `rebalanced`.
+    Raises InputError for shares, guidance and velocity that do not go together.
     """
 
     shares: Mapping[str, float]
-    velocity: Callable | None = None
+    velocity: Velocity | None = None
     guidance: Guidance | None = None
-    weight: Callable = sqrt_weight
+    weight: Weight = sqrt_weight
     adaptive: float = 0.0
     derivative: str = "difference"
     delta: float = DELTA
     rebalance: bool = False
-    diagonal_loss: torch.Tensor | None = field(default=None, init=False)  # of the last part with rows r = t
+    diagonal_loss: Tensor | None = field(default=None, init=False)  # of the last micro-batch with rows r = t
 
     def __post_init__(self):
         for name in self.shares:
@@ -119,23 +130,23 @@ class FlowMapLoss:
             raise InputError(f"shares {dict(self.shares)}; expected shares that are not negative and not all zero")
         if "lagrangian" in self.shares and self.velocity is None:
             raise InputError(
-                "a Lagrangian target asks for the velocity where a jump lands, and data does not have it: "
+                "a Lagrangian target needs the velocity where a jump lands, and data does not have it: "
                 "pass velocity=, a teacher's or the exact one"
             )
         if self.guidance and self.guidance.published and set(self.shares) - {"eulerian"}:
             raise InputError(f"published guidance is for the Eulerian target alone; got {', '.join(self.shares)}")
 
-    def __call__(self, u, batch):
-        """Weighted losses (B,), and the raw mean squared error of each kind of row that is present.
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
+        """Weighted losses (B,), and the mean squared error, without weights, of the kinds of rows in the batch.
 
-        batch: `x`, `eps` (B, *shape), what `times.draw_pairs` draws, and, where the network takes a condition,
-        `condition` (a dict of tensors (B, ...)) and `dropped` (B,) bool: rows whose condition is the null one.
+        batch: `x`, `eps`, the result of `times.draw_pairs`, and, if the network takes a condition, `condition` and
+        `dropped`, the rows whose condition is the null one.
         """
         t, r = batch["t"], batch["r"]
         check_times(t, r)
         if self.guidance and "dropped" not in batch:
             raise InputError(
-                "guidance without `dropped` in the batch; expected which rows dropped their condition: "
+                "guidance without `dropped` in the batch; expected the rows that dropped their condition: "
                 "draw_pairs(..., drop=0.1) draws them"
             )
         z = interpolate(batch["x"], batch["eps"], t)
@@ -151,16 +162,16 @@ class FlowMapLoss:
             loss, self.diagonal_loss = rebalanced(loss, t == r, self.diagonal_loss)
         return loss, {name: error[rows].detach().mean() for name, rows in kinds.items()}
 
-    def state_dict(self):
-        """What goes on from one step to the next: the mean loss of the last rows r = t, for rebalancing."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mean loss of the last rows r = t, for rebalancing."""
         return {} if self.diagonal_loss is None else {"diagonal_loss": self.diagonal_loss}
 
-    def load_state_dict(self, state):
-        """Take back what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a state from `state_dict`."""
         self.diagonal_loss = state.get("diagonal_loss")
 
-    def kinds(self, batch):
-        """The rows of each kind that is present: {"tangent": ..., name: ...}, each (n,) indices."""
+    def kinds(self, batch: Batch) -> dict[str, Int[Tensor, " _"]]:
+        """The indices of the rows of each kind in the batch: {"tangent": ..., name: ...}."""
         off = (batch["t"] > batch["r"]).nonzero().squeeze(1)
         if len(off) and not self.shares:
             raise InputError("rows with r < t and no objective for them: name one in `shares`, or draw diagonal=1")
@@ -168,17 +179,17 @@ class FlowMapLoss:
         lower = 0.0
         for name, share in self.shares.items():
             upper = lower + share / sum(self.shares.values())
-            rows[name] = off[(batch["lot"][off] >= lower) & (batch["lot"][off] < upper)]
+            rows[name] = off[(batch["objective_draw"][off] >= lower) & (batch["objective_draw"][off] < upper)]
             lower = upper
         return {name: index for name, index in rows.items() if len(index)}
 
     @torch.no_grad()
     def _target(self, name, u, batch, rows, z):
-        """The target of one kind of row, and what scales its loss."""
+        """The target of the rows of one kind, and the factor of their loss."""
         options = {"derivative": self.derivative, "delta": self.delta}
         t, r = batch["t"][rows], batch["r"][rows]
         condition = pick_rows(batch.get("condition", {}), rows)
-        kept = ~batch["dropped"][rows] if "dropped" in batch else torch.ones_like(t, dtype=torch.bool)
+        dropped = batch["dropped"][rows] if "dropped" in batch else torch.zeros_like(t, dtype=torch.bool)
 
         def bound(z, t, r):
             return u(z, t, r, **condition)
@@ -188,7 +199,7 @@ class FlowMapLoss:
             v = self.velocity(z, t, **condition) if self.velocity else data_velocity(x, eps)
             check_same_shape("the velocity", v, z)
             exact = self.guidance and not self.guidance.published
-            return v + self.guidance.pull(u, z, t, t, v, kept, condition) if exact else v
+            return v + self.guidance.pull(u, z, t, t, v, ~dropped, condition) if exact else v
 
         if name == "semigroup":
             return semigroup_target(bound, z, t, r, r + batch["split"][rows] * (t - r)), 1.0
@@ -197,27 +208,29 @@ class FlowMapLoss:
         v = velocity(z, t)
         target = v if name == "tangent" else eulerian_target(bound, z, t, r, v, **options)
         if self.guidance and self.guidance.published:
-            target = target + self.guidance.pull(u, z, t, r, v, kept, condition)
-            return target, torch.where(kept, self.guidance.scale**-2, 1.0).to(z)
+            target = target + self.guidance.pull(u, z, t, r, v, ~dropped, condition)
+            return target, torch.where(dropped, 1.0, self.guidance.scale**-2).to(z)
         return target, 1.0
 
 
-def adaptive_weight(error, power, floor=5e-3):
+def adaptive_weight(error: Losses, power: float, floor: float = 5e-3) -> Losses | float:
     """(error + floor)^-power, stop-gradient (MeanFlow, section 4.3): 0 is plain squares, 0.5 nearly absolute values.
 
-    error (B,). Rows that are far off pull less. Right for targets without noise (an exact or taught velocity): with
-    the data velocity, whose noise is in the error, it moves the minimum away from the mean.
+    Rows with a large error count less. This is right for targets without noise (a teacher's velocity or the exact
+    one). The data velocity is noisy: the weight would move the minimum away from the mean.
     """
     return (error.detach() + floor) ** -power if power else 1.0
 
 
-def rebalanced(loss, diagonal, before=None):
-    """AnyFlow's rebalancing: every row r < t is scaled so that its loss equals the mean loss of the rows r = t.
+def rebalanced(
+    loss: Losses, diagonal: Bool[Tensor, " batch"], before: Tensor | None = None
+) -> tuple[Losses, Tensor | None]:
+    """AnyFlow's rebalancing: the loss of each row r < t is scaled to the mean loss of the rows r = t.
 
-    loss (B,), diagonal (B,) bool; the mean is taken over all processes, of one part where a step accumulates. A part
-    without any row r = t takes the mean `before`; without that, too, its loss is left alone.
-    It cancels the time weight of those rows, and the scaled loss no longer shows flow-map error: log the raw one.
-    Returns the losses (B,) and the mean.
+    diagonal: the rows r = t. Their mean is taken over all processes, per micro-batch. A micro-batch without such rows
+    takes the mean `before`; without `before`, its losses stay as they are.
+    Rebalancing cancels the time weight of the rows r < t, and the scaled loss no longer shows the error of the flow
+    map: log the error without weights. Returns the losses and the mean.
     """
     total = torch.stack([loss[diagonal].sum(), diagonal.sum()]).detach()
     if torch.distributed.is_initialized():

@@ -1,36 +1,52 @@
 """The on-policy stage: Flow Map Backward Simulation and distribution matching (AnyFlow, section 4; DMD2).
 
-A student with many steps visits states that no forward process makes. Backward simulation lands on them cheaply: of a
-rollout over N steps only one is taken as it is; all steps before it are one jump, all after it another.
+A student that takes many steps visits states that noised data never shows. Backward simulation reaches them in three
+jumps at most: one step of a rollout over N steps is taken as it is, one jump replaces all steps before it, and one
+jump all steps after it. Letters and types: notation.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from minianyflow.batch import Batch
 from minianyflow.flow_map import rollout, velocity
 from minianyflow.interpolant import broadcast_time, clean_from_velocity, interpolate
+from minianyflow.notation import Condition, Loss, Losses, Network, State, Times, Trajectory, Velocity
 from minianyflow.objectives import FlowMapLoss, InnerState
 from minianyflow.support.errors import InputError, choose
 from minianyflow.times import time_shift
 
-STEPS = (2, 4, 8, 16, 50)  # the rollouts that AnyFlow simulates
+STEPS = (2, 4, 8, 16, 50)  # the lengths of the rollouts that AnyFlow simulates
+
+Counts = Int[Tensor, "batch"]
 
 
-def draw_rollouts(count, generator=None, steps=STEPS):
-    """For each of `count` samples a rollout length N out of `steps` and a step g in 0..N-1: two (count,) tensors."""
+def draw_rollouts(
+    count: int, generator: torch.Generator | None = None, steps: Sequence[int] = STEPS
+) -> tuple[Counts, Counts]:
+    """For each of `count` samples a rollout length N out of `steps` and a step g in 0..N-1."""
     if min(steps) < 1:
         raise InputError(f"rollouts of {steps} steps; expected at least one step")
     lengths = torch.tensor(steps)[torch.randint(len(steps), (count,), generator=generator)]
     return lengths, (torch.rand(count, generator=generator) * lengths).long()
 
 
-def draw_on_policy(shape, count, generator=None, steps=STEPS, shift=1.0, fake_time="uniform"):
-    """What on-policy training draws for `count` samples of `shape`, on top of the batch of the forward loss.
+def draw_on_policy(
+    shape: Sequence[int],
+    count: int,
+    generator: torch.Generator | None = None,
+    steps: Sequence[int] = STEPS,
+    shift: float = 1.0,
+    fake_time: str = "uniform",
+) -> dict[str, Tensor]:
+    """The random numbers of on-policy training, for `count` samples of `shape`, besides those of the forward loss.
 
     Returns a dict: `noise`, `score_eps` (count, *shape), `lengths`, `step`, `score_t` (count,), uniform and shifted.
-    With fake_time="logit_normal" also `fake_t` (count,), the times that AnyFlow's fake score learns at, shifted too.
+    With fake_time="logit_normal" also `fake_t` (count,), the shifted times at which AnyFlow's fake score learns.
     """
     uniform = choose("fake_time", fake_time, {"uniform": True, "logit_normal": False})
     noise, score_eps = torch.randn(2, count, *shape, generator=generator)
@@ -41,10 +57,10 @@ def draw_on_policy(shape, count, generator=None, steps=STEPS, shift=1.0, fake_ti
     return drawn if uniform else drawn | {"fake_t": time_shift(normal.sigmoid(), shift)}
 
 
-def backward_simulation_times(lengths, step, shift=1.0):
-    """The times 1 -> t_g -> t_{g+1} -> 0 on a grid of N steps, one column a sample: (4, B), float32.
+def backward_simulation_times(lengths: Counts, step: Counts, shift: float = 1.0) -> Float[Tensor, "4 batch"]:
+    """The times 1 -> t_g -> t_{g+1} -> 0 on a grid of N steps, one column per sample, float32.
 
-    lengths: N (B,); step: g (B,), 0 <= g < N. The first jump has length zero for g = 0, the last for g = N - 1.
+    lengths: N; step: g, 0 <= g < N. The first jump has length zero for g = 0, the last for g = N - 1.
     """
     if not bool(((step >= 0) & (step < lengths)).all()):
         raise InputError("found a step g outside 0..N-1; draw N and g with draw_rollouts")
@@ -53,20 +69,24 @@ def backward_simulation_times(lengths, step, shift=1.0):
     return time_shift(torch.stack([ends, inner[0], inner[1], 0 * ends]), shift)
 
 
-def backward_simulation(u, z, lengths, step, shift=1.0, **condition):
-    """Three jumps at most for a rollout of any length; returns (4, B, *shape), the last of them at t = 0.
+def backward_simulation(
+    u: Network, z: State, lengths: Counts, step: Counts, shift: float = 1.0, **condition: Condition
+) -> Trajectory:
+    """Three jumps at most for a rollout of any length; returns (4, B, *shape), the last state at t = 0.
 
-    Gradient flows through all jumps. Zero-length ones are left out row by row: 2.6 evaluations a sample on average
+    Gradients flow through all jumps. Jumps of length zero are not evaluated: 2.6 evaluations per sample on average,
     with the published lengths.
     """
     return rollout(u, z, backward_simulation_times(lengths, step, shift).to(z.device), **condition)
 
 
-def distribution_matching_loss(x, real_velocity, fake_velocity, t, eps):
-    """Per-sample loss (B,) whose gradient moves samples x from the fake score's density to the real one's (DMD2).
+def distribution_matching_loss(
+    x: State, real_velocity: Velocity, fake_velocity: Velocity, t: Times, eps: State
+) -> Losses:
+    """A loss per sample whose gradient moves samples x from the fake score's density to the real one's (DMD2).
 
-    x: clean samples, t = 0, with gradient. They are noised to t (B,); both scores say what was clean; the gradient
-    (x_fake - x_real) / mean|x - x_real| reaches x alone.
+    x: clean samples, t = 0, with gradient. They are noised to t; both scores predict the clean sample. The gradient,
+    2 / D (x_fake - x_real) / mean|x - x_real| for D numbers per sample, reaches x alone.
     """
     with torch.no_grad():
         z = interpolate(x, eps, t)
@@ -79,22 +99,22 @@ def distribution_matching_loss(x, real_velocity, fake_velocity, t, eps):
 
 @dataclass
 class OnPolicyLoss(InnerState):
-    """The student's loss: distribution matching on simulated rollouts, plus the forward loss, which keeps many steps.
+    """The student's loss: distribution matching on simulated rollouts, plus the forward loss, for many steps.
 
-    real: velocity(z, t) of the teacher. fake: the fake score, a network u(z, t, r). forward: the forward stage's loss.
-    simulate: what makes the samples, in the form of `backward_simulation`.
-    batch: what `forward` needs, and `noise` (B, *shape), `lengths`, `step`, `score_t` (B,), `score_eps` (B, *shape).
+    real: the teacher's velocity. fake: the fake score, a network u(z, t, r). forward: the forward stage's loss.
+    simulate: makes the samples, with the signature of `backward_simulation`.
+    The batch has the tensors of `forward` and those of `draw_on_policy`.
     """
 
-    real: Callable
-    fake: Callable
-    forward: FlowMapLoss | None
+    real: Velocity
+    fake: Network
+    forward: Loss | None
     forward_weight: float = 1.0
     shift: float = 1.0
-    simulate: Callable = backward_simulation
+    simulate: Callable[..., Trajectory] = backward_simulation
 
-    def __call__(self, u, batch):
-        """Losses (B,) and the raw errors by name: "distribution matching" and the kinds of `forward`."""
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
+        """Losses (B,), and the errors without weights by name: "distribution matching" and the kinds of `forward`."""
         condition = batch.get("condition", {})
         x = self.simulate(u, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)[-1]
         loss = distribution_matching_loss(
@@ -113,17 +133,17 @@ class OnPolicyLoss(InnerState):
 
 @dataclass
 class FakeScoreLoss:
-    """The fake score's loss: flow matching on what the student makes now, without gradient to it.
+    """The fake score's loss: flow matching on the student's present samples, without gradient to the student.
 
-    batch: as above; at the times `fake_t` (B,) if it has them, else at `score_t`.
+    The batch is that of `OnPolicyLoss`. The times are `fake_t` if the batch has them, else `score_t`.
     """
 
-    student: Callable
+    student: Network
     shift: float = 1.0
-    simulate: Callable = backward_simulation
+    simulate: Callable[..., Trajectory] = backward_simulation
 
-    def __call__(self, u, batch):
-        """Losses (B,) and the raw error, of rows r = t."""
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
+        """Losses (B,), and their mean, the error of rows r = t."""
         condition = batch.get("condition", {})
         with torch.no_grad():
             x = self.simulate(self.student, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)

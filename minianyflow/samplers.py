@@ -1,7 +1,7 @@
-"""Samplers: ways to walk from noise (t = 1) to data (t = 0).
+"""Samplers: ways to go from noise (t = 1) to data (t = 0).
 
 Each takes noise `z` (B, *shape) and falling `times` (N + 1,), and returns the whole trajectory (N + 1, B, *shape).
-One evaluation of the network a step, except the exact ODE. Sampling takes no gradient.
+Each costs one evaluation of the network per step, except the ODE solver. Sampling takes no gradient.
 """
 
 from itertools import pairwise
@@ -10,24 +10,27 @@ import torch
 
 from minianyflow.flow_map import end_point, rollout
 from minianyflow.interpolant import interpolate
+from minianyflow.notation import Condition, Grid, Network, State, Trajectory, Velocity
 from minianyflow.support.errors import InputError
 from minianyflow.times import check_grid
 
 
 @torch.no_grad()
-def sample_flow_map(u, z, times, **condition):
+def sample_flow_map(u: Network, z: State, times: Grid, **condition: Condition) -> Trajectory:
     """Any-step sampling: z_t -> z_r by one jump of the flow map (AnyFlow, algorithm 1)."""
     return rollout(u, z, times, **condition)
 
 
 @torch.no_grad()
-def sample_euler(velocity, z, times, **condition):
-    """Euler's method on dz/dt = velocity(z, t): a rollout that takes the tangent for the average velocity."""
+def sample_euler(velocity: Velocity, z: State, times: Grid, **condition: Condition) -> Trajectory:
+    """Euler's method on dz/dt = velocity(z, t): a rollout with the velocity in place of the average velocity."""
     return rollout(lambda z, t, r, **c: velocity(z, t, **c), z, times, **condition)
 
 
 @torch.no_grad()
-def sample_consistency(u, z, times, generator=None, **condition):
+def sample_consistency(
+    u: Network, z: State, times: Grid, generator: torch.Generator | None = None, **condition: Condition
+) -> Trajectory:
     """Multistep consistency sampling (Consistency Models, algorithm 1): jump to the end, add fresh noise, repeat."""
     check_grid(times, columns=False)
     trajectory = [z]
@@ -42,28 +45,27 @@ def sample_consistency(u, z, times, generator=None, **condition):
 
 
 @torch.no_grad()
-def sample_consistency_deterministic(u, z, times, **condition):
-    """A consistency map used as if it were a flow map: part of the way along the line to its end point.
+def sample_consistency_deterministic(u: Network, z: State, times: Grid, **condition: Condition) -> Trajectory:
+    """A consistency map used as if it were a flow map: each step goes along the line to its end point.
 
-    Wrong even when the map is exact, and more so with more steps: `u(z, t, 0)` is the average velocity of the whole
-    journey to 0, not of the part from t to r.
+    This is wrong even when the map is exact, and more so with more steps: `u(z, t, 0)` is the average velocity of the
+    whole way to 0, not of the part from t to r.
     """
     return rollout(lambda z, t, r, **c: u(z, t, torch.zeros_like(r), **c), z, times, **condition)
 
 
 @torch.no_grad()
-def sample_ode(velocity, z, times, method="dopri5", rtol=1e-5, atol=1e-5, **condition):
-    """dz/dt = velocity(z, t) by any torchdiffeq solver; the state at each of `times`."""
-    from torchdiffeq import odeint  # loads a good part of scipy
+def sample_ode(
+    velocity: Velocity, z: State, times: Grid, method: str = "dopri5", tolerance: float = 1e-5, **condition: Condition
+) -> Trajectory:
+    """Solve dz/dt = velocity(z, t) by any solver of torchdiffeq; returns the state at each of `times`."""
+    from torchdiffeq import odeint  # imports much of scipy
 
     check_grid(times, columns=False)
     if bool((times[1:] == times[:-1]).any()):
         raise InputError("a time grid with two equal times; expected falling ones for an ODE solver")
-    return odeint(
-        lambda t, z: velocity(z, t.expand(len(z)).to(z.dtype), **condition),
-        z,
-        times.to(z),
-        method=method,
-        rtol=rtol,
-        atol=atol,
-    )
+
+    def slope(t, z):
+        return velocity(z, t.expand(len(z)).to(z.dtype), **condition)
+
+    return odeint(slope, z, times.to(z), method=method, rtol=tolerance, atol=tolerance)

@@ -1,33 +1,35 @@
-"""Times: where a sampler steps, and which (t, r) training draws. t = 1 is noise, t = 0 is data.
+"""Times: where a sampler steps, and which pairs (t, r) training draws. t = 1 is noise, t = 0 is data.
 
-Pairs are random for every sample and stratified over the batch: a batch of any size is safe. Published mix (AnyFlow):
+Pairs are random for every sample and stratified over the batch, so a batch may have any size. Published mix (AnyFlow):
 half of the rows on the diagonal r = t, a quarter on the bottom edge r = 0, a quarter free.
 """
 
 import hashlib
 
 import torch
+from torch import Tensor
 
+from minianyflow.notation import Grid, Times
 from minianyflow.support.errors import InputError
 
 
-def time_shift(s, shift=1.0):
+def time_shift(s: Tensor, shift: float = 1.0) -> Tensor:
     """Move times towards the noise: s -> shift s / (1 + (shift - 1) s). AnyFlow uses 5 for Wan2.1; 1 is no shift."""
     if not shift > 0:
         raise InputError(f"time shift {shift} is not positive; use 1 for none, 5 for Wan2.1")
     return shift * s / (1 + (shift - 1) * s)
 
 
-def time_grid(steps, shift=1.0, device=None):
+def time_grid(steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> Grid:
     """The times of a sampler that takes `steps` steps: (steps + 1,), from 1 down to 0, float32."""
     if int(steps) != steps or steps < 1:
-        raise InputError(f"{steps} steps asked for; a sampler takes a whole number of steps, at least 1")
+        raise InputError(f"{steps} steps; a sampler takes a whole number of steps, at least 1")
     return time_shift(torch.linspace(1, 0, int(steps) + 1, device=device), shift).clamp(max=1)  # a shift may round up
 
 
-def check_grid(times, columns=True):
-    """Raise InputError unless `times` (N + 1,), or (N + 1, B) if `columns`, falls (or rests) inside [0, 1], N >= 1."""
-    if not isinstance(times, torch.Tensor):
+def check_grid(times: Grid, columns: bool = True) -> None:
+    """Raise InputError unless `times` (N + 1,), or (N + 1, B) if `columns`, never rises, is in [0, 1], and N >= 1."""
+    if not isinstance(times, Tensor):
         raise InputError(f"times {times!r}; expected a tensor (steps + 1,), as time_grid(steps) makes")
     if times.ndim not in ((1, 2) if columns else (1,)) or len(times) < 2:
         raise InputError(f"a time grid of shape {tuple(times.shape)}; expected (steps + 1,), as time_grid(steps) makes")
@@ -35,8 +37,8 @@ def check_grid(times, columns=True):
         raise InputError("a time grid must fall from noise (1) towards data (0) inside [0, 1]; use time_grid(steps)")
 
 
-def generator(*key):
-    """A torch generator that depends on the whole numbers `key` alone, say (seed, step).
+def generator(*key: int) -> torch.Generator:
+    """A torch generator that depends on the whole numbers `key` alone, for example (seed, step).
 
     torch keeps only 32 bits of a seed, so `seed << 32 | step` would repeat itself: the key is hashed first.
     """
@@ -44,23 +46,32 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def stratified_uniform(count, generator=None):
+def stratified_uniform(count: int, generator: torch.Generator | None = None) -> Times:
     """(count,) numbers in [0, 1), one in each of `count` equal cells, in random order; one number is plain uniform.
 
-    Cutting [0, 1) into shares thus gives every share its exact count, rounded at random: right on average for a
-    batch of one, and a share may be empty.
+    Shares of [0, 1) then get their exact counts of rows, rounded at random. This is right on average even for a batch
+    of one; a share may be empty.
     """
     jitter = torch.rand(count, generator=generator)
     return ((torch.randperm(count, generator=generator) + jitter) / count).clamp(max=1 - 2**-24)
 
 
-def draw_pairs(count, generator=None, diagonal=0.5, end=0.25, shift=1.0, drop=0.0):
-    """Pairs of times for `count` samples, and the random numbers that objectives spend on them.
+def draw_pairs(
+    count: int,
+    generator: torch.Generator | None = None,
+    diagonal: float = 0.5,
+    end: float = 0.25,
+    shift: float = 1.0,
+    drop: float = 0.0,
+) -> dict[str, Tensor]:
+    """Pairs of times for `count` samples, and the random numbers that objectives use.
 
-    Returns a dict of (count,) float32: `t`, `r` (the larger and the smaller of two uniforms, shifted; a share `end` has
-    r = 0; a share `diagonal` has r = t, one uniform), `split` (uniform: where a semigroup target cuts the jump) and
-    `lot` (uniform, stratified inside each of the three kinds: which objective a row draws). With `drop` > 0 also
-    `dropped` (bool): which rows are to be trained without their condition; AnyFlow drops a tenth.
+    Returns a dict of (count,) tensors, float32:
+        t, r            the larger and the smaller of two uniforms, shifted; r = 0 for a share `end` of the rows, and
+                        r = t, one uniform, for a share `diagonal`
+        split           uniform: where a semigroup target cuts the jump
+        objective_draw  uniform, stratified inside each of the three kinds: which objective a row r < t learns from
+        dropped         bool, if `drop` > 0: which rows are trained without their condition; AnyFlow drops a tenth
     """
     if min(diagonal, end) < 0 or diagonal + end > 1:
         raise InputError(f"shares diagonal={diagonal}, end={end}; expected shares >= 0 that add up to at most 1")
@@ -68,11 +79,11 @@ def draw_pairs(count, generator=None, diagonal=0.5, end=0.25, shift=1.0, drop=0.
     first, second = time_shift(torch.rand(2, count, generator=generator), shift)
     edges = torch.tensor([0.0, diagonal, diagonal + end, 1.0])
     kind = torch.bucketize(place, edges[1:3], right=True)  # 0: diagonal, 1: end, 2: free
-    lot = (place - edges[kind]) / (edges[kind + 1] - edges[kind])
+    objective_draw = (place - edges[kind]) / (edges[kind + 1] - edges[kind])
     pairs = {
         "t": torch.where(kind == 0, first, torch.maximum(first, second)),
         "r": torch.where(kind == 0, first, torch.where(kind == 1, 0.0, torch.minimum(first, second))),
         "split": torch.rand(count, generator=generator),
-        "lot": lot,
+        "objective_draw": objective_draw,
     }
     return pairs | {"dropped": torch.rand(count, generator=generator) < drop} if drop else pairs

@@ -1,7 +1,8 @@
 """All stages of both architectures on a tiny Wan, as they run on the real one: two cores, under five minutes.
 
 Makes the tiny Wan, then tunes a teacher, trains the forward stage and distils on-policy, bidirectional and causal; the
-last students are sampled, exported and sampled again. Every command is printed before it runs.
+last students are sampled, exported and sampled again. Prints every command before it runs, and a table at the end.
+OUTPUT/evaluations.json is what docs/wan/evaluations.json is a copy of.
 """
 
 import json
@@ -15,12 +16,11 @@ from pathlib import Path
 from minianyflow.support.cli import Parser, run
 from minianyflow.support.errors import InputError
 
-SCRIPTS = Path(__file__).parent
 ARCHITECTURES, STAGES = ("bidirectional", "causal"), ("teacher", "forward", "on_policy")
 
 
 def commands(folder):
-    """What is run, in order: lists of arguments."""
+    """All commands in order: lists of arguments."""
     where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents"]
     yield ["make_tiny_wan.py", f"{folder}/wan"]
     for architecture in ARCHITECTURES:
@@ -34,24 +34,20 @@ def commands(folder):
 
 
 def table(folder):
-    """Evaluations a sample of every stage, as counted, its seconds, and the median share of a step waiting for data."""
-    lines = ["evaluations a sample (forwards, backwards)".ljust(79) + "seconds  waiting"]
+    """Evaluations per sample of every stage, its seconds, and the median share of a step waiting for data."""
+    lines = ["evaluations per sample (forwards, backwards)".ljust(79) + "seconds  waiting"]
+    counted = {}
     for architecture in ARCHITECTURES:
         for stage in STAGES:
-            made = json.loads((Path(folder) / f"{architecture}-{stage}" / "run.json").read_text())
-            each = made["evaluations_a_sample"].items()
-            counts = ", ".join(f"{role} {n['forwards']:.2f}, {n['backwards']:.2f}" for role, n in each)
-            measured = f"{made['seconds']:6.0f}  {made['waiting_for_data']['median']:7.2%}"
+            report = json.loads((Path(folder) / f"{architecture}-{stage}" / "run.json").read_text())
+            roles = report["evaluations_a_sample"]
+            counts = ", ".join(f"{role} {n['forwards']:.2f}, {n['backwards']:.2f}" for role, n in roles.items())
+            measured = f"{report['seconds']:6.0f}  {report['waiting_for_data']['median']:7.2%}"
             lines.append(f"{architecture} {stage}".ljust(26) + counts.ljust(54) + measured)
+            rounded = {role: {kind: round(n, 4) for kind, n in count.items()} for role, count in roles.items()}
+            counted[f"{architecture} {stage}"] = rounded
+    (Path(folder) / "evaluations.json").write_text(json.dumps(counted, indent=1) + "\n")
     return "\n".join(lines)
-
-
-def _call(command, environment, folder):
-    """The status of a command; Ctrl-C names what is left."""
-    try:
-        return subprocess.call(command, env=environment)
-    except KeyboardInterrupt:
-        raise InputError(f"interrupted; remove {folder}, then run the same command again") from None
 
 
 def main(argv=None):
@@ -64,7 +60,10 @@ def main(argv=None):
     start, one = time.perf_counter(), os.environ | {"OMP_NUM_THREADS": "1"}  # small networks run best on one thread
     for name, *rest in commands(arguments.output):
         print(f"\n$ python scripts/{name} {shlex.join(rest)}", flush=True)
-        status = _call([sys.executable, str(SCRIPTS / name), *rest], one, arguments.output)
+        try:
+            status = subprocess.call([sys.executable, str(Path(__file__).with_name(name)), *rest], env=one)
+        except KeyboardInterrupt:
+            raise InputError(f"interrupted; remove {arguments.output}, then run the same command again") from None
         if status:
             return status
     print(f"\n{table(arguments.output)}\n\nall of it took {time.perf_counter() - start:.0f} seconds")

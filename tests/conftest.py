@@ -1,18 +1,51 @@
-"""What every test shares: one thread (fastest for small networks, and bitwise repeatable), targets, random times."""
+"""For all tests: types are checked, one thread (fastest for small networks, repeatable bit for bit), targets, times.
+
+The root and networks/ are imported with a check of all annotations (jaxtyping, beartype): shapes agree within a call.
+A test of bad input gets its InputError from the function itself: see `tests/refused.py`.
+"""
+
+import contextlib
+import io
+import os
+import pkgutil
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-from minianyflow.times import generator
-from toy_data import plane
+import minianyflow
 
-torch.set_num_threads(1)
+ROOT = [f"minianyflow.{module.name}" for module in pkgutil.iter_modules(minianyflow.__path__) if not module.ispkg]
+CHECKED = [*ROOT, "minianyflow.networks"]
+install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")  # int is a float
+
+from minianyflow.times import generator  # noqa: E402
+from toy_data import plane  # noqa: E402
+
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
 def spiral():
     """The spiral in float64."""
     return plane.spiral().to(torch.float64)
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory):
+    """The folder and the printed text of a short `demo` of all methods: two seeds, few steps, few points."""
+    from minianyflow.plane import commands, race
+
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = ["--steps", "60", "--seeds", "4,5", "--quiet", "--output", str(folder)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        for name, value in {"POINTS": 256, "PIECE": 128, "NFE": (1, 2, 4, 16, 64)}.items():
+            patch.setattr(race, name, value)
+        patch.setattr(
+            race, "run_jobs", lambda jobs, workers: {name: job(*given) for name, (job, given) in jobs.items()}
+        )
+        assert commands.demo(arguments) == 0
+    return folder, printed.getvalue()
 
 
 @pytest.fixture

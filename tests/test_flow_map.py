@@ -17,8 +17,8 @@ from minianyflow.samplers import (
     sample_flow_map,
     sample_ode,
 )
-from minianyflow.support.errors import InputError
 from minianyflow.times import generator, time_grid, time_shift
+from tests.refused import refused
 from toy_data import plane
 from toy_data.gaussians import Gaussian
 
@@ -139,9 +139,8 @@ ONES, HALF = torch.ones(4), torch.full((4,), 0.5)
     ],
 )
 def test_bad_input_is_one_clear_line(make, words):
-    with pytest.raises(InputError, match=words) as problem:
+    with refused(words):
         make()
-    assert "\n" not in str(problem.value)
 
 
 def still(z, t, r):

@@ -6,17 +6,15 @@ import pytest
 import torch
 
 from minianyflow.measures import (
-    component_mass,
     directions,
-    energy_distance,
     off_share,
     path_error,
     sliced_w2,
     sobol_noise,
 )
 from minianyflow.samplers import sample_euler
-from minianyflow.support.errors import InputError
 from minianyflow.times import generator, time_grid
+from tests.refused import refused
 from toy_data import plane
 from toy_data.circle import CircleProcess
 
@@ -66,13 +64,7 @@ def test_path_error_is_a_mean_distance():
     assert path_error(torch.zeros(4, 2), torch.tensor([[3.0, 4.0]]).expand(4, 2)) == 5
 
 
-def test_energy_distance_sees_a_shift_and_nothing_else():
-    a, b = torch.randn(2, 1500, 2, generator=generator(0))
-    assert abs(energy_distance(a, b)) < 0.01
-    assert energy_distance(a, b + 1) > 0.3
-
-
-def test_off_share_and_mass():
+def test_off_share():
     ring = plane.ring8()
     samples = ring.sample_stratified(4000, generator(0))
     assert off_share(samples, ring) == pytest.approx(math.exp(-8), abs=2e-3)  # beyond four sigmas in the plane
@@ -81,12 +73,10 @@ def test_off_share_and_mass():
     exact = clips.sample_stratified(4000, generator(1))  # 16 frames: 32 dimensions
     assert off_share(exact, clips) < 2e-3
     assert off_share(1.3 * exact, clips) > 0.99
-    assert torch.allclose(component_mass(samples, ring), ring.weights, atol=1e-3)
-    assert component_mass(samples[:1], ring).sum() == 1
 
 
 def test_bad_input_is_one_clear_line():
-    with pytest.raises(InputError, match="expected"):
+    with refused("expected"):
         sliced_w2(torch.zeros(4, 2), torch.zeros(3, 2))
-    with pytest.raises(InputError, match="NaN"):
+    with refused("NaN"):
         sliced_w2(torch.full((4, 2), float("nan")), torch.zeros(4, 2))

@@ -1,9 +1,15 @@
-"""`from minianyflow import ...`: which names, from where, and what importing them costs."""
+"""The public face: names, where they are from, what importing them costs, and that all arguments have types."""
 
+import ast
 import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 import minianyflow
 
@@ -41,3 +47,30 @@ def test_all_names_together_need_neither_diffusers_nor_matplotlib_nor_many_modul
     assert "minianyflow.training" in loaded
     packages = {name.partition(".")[0] for name in loaded}
     assert not packages & {"diffusers", "transformers", "accelerate", "peft", "matplotlib", "scipy", "torchdiffeq"}
+
+
+FOLDER = Path(minianyflow.__path__[0])
+TYPED = [*FOLDER.glob("[!_]*.py"), FOLDER / "networks" / "mlp.py"]
+
+
+def public_functions(tree):
+    """Public functions of a module, and methods of its public classes that a user calls."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node)
+        elif isinstance(node, ast.FunctionDef) and (node.name in ("__init__", "__call__") or node.name[0] != "_"):
+            yield node
+
+
+@pytest.mark.parametrize("file", TYPED, ids=lambda file: file.stem)
+def test_all_arguments_and_results_have_types(file):
+    for function in public_functions(ast.parse(file.read_text())):
+        spec = function.args
+        arguments = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, (spec.vararg, spec.kwarg))]
+        assert all(argument.annotation for argument in arguments if argument.arg != "self"), function.name
+        assert function.returns or function.name == "__init__", function.name
+
+
+def test_a_wrong_shape_is_an_error_while_tests_run():
+    with pytest.raises(TypeCheckError):
+        minianyflow.data_velocity(torch.zeros(4, 2), torch.zeros(4, 3))

@@ -21,6 +21,7 @@ from minianyflow.times import generator
 from minianyflow.training import Role
 from minianyflow.wan.guard import Guard, end_trackers, log_figures, start_trackers
 from minianyflow.wan.trainer import train_run
+from tests.refused import refused
 from toy_data import plane
 
 RING = plane.ring8()
@@ -74,7 +75,7 @@ def test_a_row_is_computed_by_the_copy_it_names_wherever_it_stands():
 def test_accumulated_parts_equal_the_whole():
     draw = batches(RING.sample, 32)
     assert same(run(student(), draw)[1], run(student(), draw, accumulate=4)[1], 2e-5)
-    with pytest.raises(InputError, match="does not divide"):
+    with refused("does not divide"):
         run(student(), draw, accumulate=5)
 
 
@@ -209,7 +210,7 @@ def test_training_learns():
 def test_a_weight_without_gradient_is_an_error():
     role = student()
     role.network.unused = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(InputError, match="no gradient reached unused"):
+    with refused("no gradient reached unused"):
         run(role, batches(RING.sample, 8))
 
 
@@ -225,7 +226,7 @@ def test_a_gradient_that_goes_missing_later_is_an_error():
         return losses
 
     role.loss = freezing
-    with pytest.raises(InputError, match=r"weight1 of role 'student' was frozen after .*\(1 weights in all\)"):
+    with refused(r"weight1 of role 'student' was frozen after .*\(1 weights in all\)"):
         run(role, batches(RING.sample, 8))
     assert len(steps) == 3
 
@@ -242,9 +243,8 @@ def test_a_gradient_that_goes_missing_later_is_an_error():
     ],
 )
 def test_bad_input_is_one_clear_line(start, words):
-    with pytest.raises(InputError, match=words) as problem:
+    with refused(words):
         start()
-    assert "\n" not in str(problem.value)
 
 
 # ---- bad batches and trackers
@@ -281,7 +281,7 @@ def test_bad_batches_are_skipped_within_a_bound_and_change_nothing(tmp_path, cap
     assert "step 3; skipped (1 of 2)" in capsys.readouterr().err
     assert [entry["step"] for entry in history] == [step for step in range(12) if step not in (3, 7)]
     assert all(bool(weight.isfinite().all()) for weight in weights)
-    with pytest.raises(InputError, match="step 9; 2 were skipped before; expected finite losses"):
+    with refused("step 9; 2 were skipped before; expected finite losses"):
         run(student(), poisoned([3, 7, 9]), guard=Guard(2))
 
 
@@ -293,7 +293,7 @@ def test_what_a_loss_remembers_survives_a_skipped_batch():
 
 
 def test_a_loss_above_the_bound_or_a_gradient_that_is_not_finite_is_bad():
-    with pytest.raises(InputError, match="at step 0"):
+    with refused("at step 0"):
         run(student(), batches(RING.sample, 16), guard=Guard(above=1e-3))
     role = student(clip=1.0)
     role.network.bias0.register_hook(lambda grad: grad * float("inf"))

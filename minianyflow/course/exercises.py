@@ -1,8 +1,13 @@
-"""Exercises: the check that shows yours beside what was expected, and the student's files made from the solutions.
+"""Exercises: the check that shows a student's answer beside the expected one, and the student's files.
 
 A solution is a short script in `notebooks/solutions/`. Lines between `# SOLUTION` and `# END` are left out of the
 student's copy in `notebooks/exercises/`. `python -m minianyflow exercises` writes the copies.
 """
+
+import re
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,40 +16,46 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
 SOLUTIONS, EXERCISES = ROOT / "notebooks/solutions", ROOT / "notebooks/exercises"
-torch.set_num_threads(1)  # small networks and solves are fastest so
+torch.set_num_threads(1)  # fastest for small networks and solves
 GAP = "...  # your lines here"
-_solved = {}
+_solved = {}  # {exercise: whether it is solved}; an exercise that is checked again counts once
 
 
-def check(exercise, yours, expected, hint, tolerance=1e-4):
-    """Compare `yours()` with what was expected, print both side by side, and give the hint if they differ.
+def check(exercise: str, yours: Callable, expected, hint: str, tolerance: float = 1e-4) -> bool:
+    """Compare `yours()` with `expected`, print both side by side, and the hint if they differ.
 
     yours: a function without arguments, so that an error in it can be explained. expected: a number, a text, a list or
-    a tensor. Returns whether it is solved; `finish` counts.
+    a tensor. tolerance: relative to the largest expected number. Returns whether it is solved; `finish` counts.
     """
-    solved, shown, why = _judge(yours, expected, tolerance)
-    print(f"{exercise}: {'solved' if solved else why}")
-    left, right = _lines(shown), _lines(expected)
-    width = max(map(len, left), default=0)
-    print(f"    {'yours'.ljust(width)}   expected")
-    for index in range(max(len(left), len(right))):
-        one = left[index] if index < len(left) else ""
-        print(f"    {one.ljust(max(width, 5))}   {right[index] if index < len(right) else ''}")
+    solved, shown, problem = _judge(yours, expected, tolerance)
+    print(f"{exercise}: {'solved' if solved else problem}")
+    rows = [("yours", "expected"), *zip_longest(_lines(shown), _lines(expected), fillvalue="")]
+    width = max(len(left) for left, _ in rows)
+    for left, right in rows:
+        print(f"    {left.ljust(width)}   {right}")
     if not solved:
         print(f"    hint: {hint}")
-    _solved[exercise] = solved  # asked again, it counts once
+    _solved[exercise] = solved
     return solved
 
 
-def finish():
-    """The last line of an exercise file: says how many are solved; exit status 1 unless all are."""
+def finish() -> None:
+    """The last line of an exercise file: prints how many are solved; exit status 1 unless all are."""
     print(f"\n{sum(_solved.values())} of {len(_solved)} solved")
     if not all(_solved.values()):
         raise SystemExit(1)
 
 
+def _numbers(value):
+    """A value as an array of floats, or None if it does not consist of numbers."""
+    try:
+        return np.asarray(torch.as_tensor(value).detach(), dtype=float)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def _judge(yours, expected, tolerance):
-    """(whether solved, what to show, why not)."""
+    """(whether it is solved, what to show, the problem)."""
     try:
         value = yours()
     except Exception as problem:
@@ -52,54 +63,37 @@ def _judge(yours, expected, tolerance):
     if value is None or value is ...:
         return False, "nothing", "not solved yet"
     if isinstance(expected, str):
-        same = str(value).strip().lower() == expected.strip().lower()
-        return same, value, "not the answer expected"
-    try:
-        mine, theirs = (np.asarray(torch.as_tensor(each).detach(), dtype=float) for each in (value, expected))
-    except (TypeError, ValueError, RuntimeError):
+        return str(value).strip().lower() == expected.strip().lower(), value, "not the answer expected"
+    answer, truth = _numbers(value), _numbers(expected)
+    if answer is None:
         return False, value, f"a {type(value).__name__}, where numbers were expected"
-    if mine.shape != theirs.shape:
-        return False, value, f"shape {mine.shape}, where {theirs.shape} was expected"
-    if np.isnan(mine).any():
+    if answer.shape != truth.shape:
+        return False, value, f"shape {answer.shape}, where {truth.shape} was expected"
+    if np.isnan(answer).any():
         return False, value, "NaN in your answer"
-    gap = float(np.abs(mine - theirs).max(initial=0))
-    return gap <= tolerance * max(1.0, float(np.abs(theirs).max(initial=0))), value, f"off by {gap:.3g} at most"
+    gap = np.abs(answer - truth).max(initial=0)
+    return bool(gap <= tolerance * max(1.0, np.abs(truth).max(initial=0))), value, f"off by {gap:.3g} at most"
 
 
 def _lines(value, most=6):
     """A value as a few short lines."""
-    if isinstance(value, torch.Tensor | np.ndarray | list | tuple):
-        try:
-            numbers = np.asarray(torch.as_tensor(value).detach(), dtype=float)
-            rows = numbers.reshape(-1, numbers.shape[-1]) if numbers.ndim > 1 else np.atleast_1d(numbers)
-            return [np.array2string(row, precision=4, suppress_small=True, threshold=8) for row in rows[:most]]
-        except (TypeError, ValueError, RuntimeError):
-            pass
-    if isinstance(value, float):
-        return [f"{value:.6g}"]
-    return str(value).splitlines()[:most] or [""]
+    several = isinstance(value, torch.Tensor | np.ndarray | list | tuple)
+    if several and (numbers := _numbers(value)) is not None:
+        rows = numbers.reshape(-1, numbers.shape[-1]) if numbers.ndim > 1 else np.atleast_1d(numbers)
+        return [np.array2string(row, precision=4, suppress_small=True, threshold=8) for row in rows[:most]]
+    return str(f"{value:.6g}" if isinstance(value, float) else value).splitlines()[:most] or [""]
 
 
-def student_copy(solution):
-    """The text of a student's file: what stands between the marks is replaced by a gap."""
-    lines, inside = [], False
-    for number, line in enumerate(solution.splitlines(), 1):
-        mark = line.strip()
-        if mark in ("# SOLUTION", "# END"):
-            if inside == (mark == "# SOLUTION"):
-                raise InputError(f"line {number}: {mark} out of place; expected # SOLUTION, lines, # END in turn")
-            inside = mark == "# SOLUTION"
-            if inside:
-                lines.append(line.replace("# SOLUTION", GAP))
-        elif not inside:
-            lines.append(line)
-    if inside:
-        raise InputError("# SOLUTION without # END")
-    return "\n".join(lines) + "\n"
+def student_copy(solution: str) -> str:
+    """The text of a student's file: a gap in place of the lines between the marks. InputError for a lone mark."""
+    copy = re.sub(r"# SOLUTION$((?!# SOLUTION$).)*?# END$", GAP, solution, flags=re.S | re.M)
+    if mark := re.search(r"^ *(# SOLUTION|# END)$", copy, re.M):
+        raise InputError(f"{mark[1]} out of place; expected # SOLUTION, lines, # END in turn")
+    return copy
 
 
-def write_exercises():
-    """Write every student's file; returns their paths. A file that a student has begun is not touched."""
+def write_exercises() -> list[Path]:
+    """Write every student's file; returns their paths. Raises InputError for a file that a student has changed."""
     EXERCISES.mkdir(exist_ok=True)
     written = []
     for solution in sorted(SOLUTIONS.glob("[0-9]*.py")):

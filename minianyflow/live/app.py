@@ -1,38 +1,32 @@
 """The scenes as one full-window app for a class: Voila serves them from this machine, ready before a page is opened.
 
-One kernel waits with the first scene drawn (a preheated one); the others are built when they are first asked for.
+One kernel waits with the first scene drawn; another scene is built when it is first chosen.
 """
 
+import os
+import socket
+import subprocess
+import sys
 import time
 import webbrowser
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from minianyflow.live.browser import free_port, serving, write_notebook
+import ipywidgets
+import nbformat
+
+from minianyflow.live import scenes
+from minianyflow.live.player import STATIC
 from minianyflow.support.errors import InputError, choose
 
-TITLES = {
-    "race": "1  The race",
-    "triangle": "2  The triangle",
-    "backward_simulation": "3  Backward simulation",
-    "exposure": "4  Exposure bias",
-    "video": "5  Video",
-}
-FRONT_ENDS = [
-    "@voila-dashboards/widgets-manager8",
-    "@jupyter-widgets/jupyterlab-manager",
-    "anywidget",
-]  # whatever else is installed for JupyterLab stays out
-STATIC = Path(__file__).parent / "static"
+TITLES = {name: f"{number}  {title}" for number, (name, (_, _, title)) in enumerate(scenes.SCENES.items(), 1)}
+EXTENSIONS = ["@voila-dashboards/widgets-manager8", "@jupyter-widgets/jupyterlab-manager", "anywidget"]  # and no others
 
 
-def app(first="race"):
-    """The widget that Voila shows: a menu of the scenes above the one that is on."""
-    import ipywidgets
-
-    from minianyflow.live import scenes
-
+def app(first: str = "race") -> ipywidgets.Widget:
+    """The widget that Voila shows: a menu of the scenes above the chosen one."""
     choose("scene", first, TITLES)
     built, stage = {}, ipywidgets.VBox()
     menu = ipywidgets.ToggleButtons(options=[(title, name) for name, title in TITLES.items()], value=first)
@@ -53,8 +47,11 @@ def app(first="race"):
     return ipywidgets.VBox([menu, stage]).add_class("live")
 
 
-def prepared(first):
-    """`app(first)`, as the served notebook calls it: the file `ready` beside it says that it is drawn, or why not."""
+def prepared(first: str) -> ipywidgets.Widget:
+    """`app(first)` in the notebook that is served. The file `ready` beside it appears when it is drawn or has failed.
+
+    The file contains the error, or nothing.
+    """
     problem = ""
     try:
         return app(first)
@@ -63,30 +60,30 @@ def prepared(first):
         raise
     finally:
         Path("unready").write_text(problem)
-        Path("unready").replace("ready")  # whole, whenever it is looked at
+        Path("unready").replace("ready")  # a reader never sees half of it
 
 
 @contextmanager
-def serve(scene="race", port=0):
-    """Voila with that scene drawn and waiting; yields its address and the process."""
+def serve(scene: str = "race", port: int = 0) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Voila with that scene drawn and waiting; yields its address and its process."""
     choose("scene", scene, TITLES)
-    port = free_port(port)  # taken: said before anything is started
+    port = free_port(port)  # an error about the port comes before anything is started
     with TemporaryDirectory(prefix="minianyflow-live-") as folder:
         folder = Path(folder)
         write_notebook(folder / "live.ipynb", f"from minianyflow.live import app\napp.prepared({scene!r})")
         options = ["--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", "--template=minianyflow"]
         options += ["--preheat_kernel=True", "--pool_size=1", "--show_tracebacks=True"]
-        options += [f"--VoilaConfiguration.extension_allowlist={FRONT_ENDS}"]
-        command, address = ["-m", "voila", folder / "live.ipynb", *options], f"http://127.0.0.1:{port}/"
+        options += [f"--VoilaConfiguration.extension_allowlist={EXTENSIONS}"]
         environment = {"JUPYTER_PATH": str(STATIC), "IPYTHONDIR": str(folder)}
-        with serving(command, address, folder / "log", environment, ready=folder / "ready") as process:
-            if problem := (folder / "ready").read_text():
+        command, ready = ["-m", "voila", folder / "live.ipynb", *options], folder / "ready"
+        with serving(command, ready.exists, folder / "log", environment) as process:
+            if problem := ready.read_text():
                 raise InputError(f"{scene} cannot be drawn: {problem}")
-            yield address, process
+            yield f"http://127.0.0.1:{port}/", process
 
 
-def run(scene="race", port=8866, open_page=True):
-    """Serve until interrupted; opens the browser once the first scene is ready."""
+def run(scene: str = "race", port: int = 8866, open_page: bool = True) -> int:
+    """Serve until interrupted and return the exit status; open the browser once the first scene is ready."""
     choose("scene", scene, TITLES)
     start = time.perf_counter()
     print(f"drawing {scene} (some seconds)", flush=True)
@@ -99,3 +96,49 @@ def run(scene="race", port=8866, open_page=True):
         except KeyboardInterrupt:
             print("\nended")
             return 0
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    """Write a notebook of these code cells."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+
+
+def free_port(port: int = 0) -> int:
+    """`port`, if it is free on loopback, or any free one for 0. Raises InputError if it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            raise InputError(f"port {port} is not free; expected one that is: name another, or 0 for any") from None
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(
+    command: Sequence, ready: Callable[[], bool], log: Path, environment: dict[str, str], seconds: float = 180
+) -> Iterator[subprocess.Popen]:
+    """A server, `python COMMAND`, from when `ready()` is true to the end of the block; yields its process.
+
+    Its output goes to the file `log`. Raises InputError with the last line of that if it ends or is not ready in time.
+    """
+    command = [sys.executable, *map(str, command)]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | environment)
+    try:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                last = (Path(log).read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+                raise InputError(f"{' '.join(command[1:3])} was not ready within {seconds} s; it says: {last}")
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,30 +1,33 @@
-"""The one player: a canvas that gets trajectories once, as bytes, and scrubs time in the browser.
+"""The one player: a canvas that receives trajectories once, as bytes, and scrubs time in the browser.
 
-`Pack` collects what a scene shows: numbers as bytes, everything else as JSON. `Player` is the widget; static/player.js
-draws, and needs no widget: an offline page uses the same file. Panels, by their "kind":
+`Pack` collects what a scene shows: numbers as bytes, everything else as JSON. `Player` is the widget. static/player.js
+draws; it needs no widget, so an offline page uses the same file. Panels, by their "kind":
     plane       points (T, n, 2) at T times; ghosts (n, 2) grey below; exact (T', n, 2) paths beside those `followed`
-    triangle    a chain of times, its jumps as dots; `drag` lets one move them
+    triangle    a chain of times, its jumps as dots; with `drag` a user can move them
     chart       lines over time, or bars
     video       clips (n, T, H, W) of greys
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import anywidget
 import numpy as np
 import traitlets
+from numpy.typing import ArrayLike
 
 from minianyflow.support.errors import InputError, choose
 
 STATIC = Path(__file__).parent / "static"
 KINDS = dict.fromkeys(("plane", "triangle", "chart", "video"))
-FARTHEST = 8.0  # of a coordinate that is drawn, in data units: steps of 1/4096 up to there
-GREYS = 15  # a video needs no more, and its bytes squeeze well
+LARGEST = 8.0  # the largest coordinate that is drawn, in data units: 16 bits give steps of 1/4096 up to there
+GREYS = 15  # shades of a video; so few compress well
 
 
 class Player(anywidget.AnyWidget):
-    """scene: JSON, what to draw. payload: the bytes of its arrays. picked: a chain of times moved by hand; empty again
-    once it is heard."""
+    """scene: JSON, what to draw. payload: the bytes of its arrays. picked: a chain of times that a user has moved; the
+    kernel empties it once it has read it.
+    """
 
     _esm = STATIC / "player.js"
     _css = STATIC / "player.css"
@@ -32,31 +35,32 @@ class Player(anywidget.AnyWidget):
     payload = traitlets.Bytes(b"").tag(sync=True)
     picked = traitlets.List(traitlets.Float()).tag(sync=True)
 
-    def show(self, scene, payload):
-        """Draw another scene: one message, so that arrays and what names them never disagree."""
+    def show(self, scene: dict, payload: bytes) -> None:
+        """Draw another scene: one message, so that the arrays always fit the JSON that names them."""
         with self.hold_sync():
             self.payload = payload
             self.scene = scene | {"serial": self.scene.get("serial", 0) + 1}
 
 
 class Pack:
-    """Arrays on their way to the browser: each once, however many scenes show it.
+    """Arrays on their way to the browser: an array is sent once, however many scenes show it.
 
-    add_points and add_video return the name to show an array by; `scene` makes the JSON, `payload` the bytes.
+    add_points and add_video return the name under which a panel shows the array. `arrays` describes them by name,
+    `scene` makes the JSON, `payload` is the bytes.
     """
 
     def __init__(self):
-        self.pieces, self.arrays, self.size = {}, {}, 0
+        self.names, self.arrays, self.data = {}, {}, bytearray()
 
-    def add_points(self, values, farthest=FARTHEST):
-        """Coordinates of any shape as 16-bit numbers; what lies beyond `farthest` is put there."""
+    def add_points(self, values: ArrayLike, largest: float = LARGEST) -> str:
+        """Coordinates of any shape as 16-bit numbers, clipped to `largest`."""
         values = np.asarray(values, dtype=np.float32)
         if not np.isfinite(values).all():
             raise InputError(f"an array {values.shape} to draw holds NaN or infinity; expected finite numbers")
-        scale = farthest / 32767
+        scale = largest / 32767
         return self._add(np.clip(np.rint(values / scale), -32767, 32767).astype("<i2"), "int16", scale)
 
-    def add_video(self, clips):
+    def add_video(self, clips: ArrayLike) -> str:
         """Clips (n, T, H, W) in [0, 1], as bytes of GREYS + 1 shades."""
         clips = np.asarray(clips, dtype=np.float32)
         if clips.ndim != 4:
@@ -65,45 +69,49 @@ class Pack:
 
     def _add(self, array, kind, scale):
         data = array.tobytes()
-        name = self.pieces.setdefault((data, array.shape, scale), f"a{len(self.pieces)}")
+        name = self.names.setdefault((data, array.shape, scale), f"a{len(self.names)}")
         if name not in self.arrays:
-            self.arrays[name] = {"offset": self.size, "shape": list(array.shape), "type": kind, "scale": scale}
-            self.size += len(data) + len(data) % 2
+            self.arrays[name] = {"offset": len(self.data), "shape": list(array.shape), "type": kind, "scale": scale}
+            self.data += data + bytes(len(data) % 2)  # the browser reads 16-bit numbers at even offsets only
         return name
 
-    @property
-    def payload(self):
-        """All arrays, each at its offset; numbers of two bytes at even ones."""
-        return b"".join(data + bytes(len(data) % 2) for data, _, _ in self.pieces)
+    def plane(
+        self, title: str, colour: str, path: ArrayLike, times: Iterable, exact=None, ghosts=None, **style
+    ) -> dict:
+        """A panel of particles on the plane, path (T, n, 2) at T `times`; the module's docstring names the rest."""
+        shown = {"points": path, "exact": exact, "ghosts": ghosts}
+        names = {key: self.add_points(values) for key, values in shown.items() if values is not None}
+        return {"kind": "plane", "title": title, "colour": colour, "times": [float(t) for t in times]} | names | style
 
-    def scene(self, title, panels, axis, **more):
+    @property
+    def payload(self) -> bytes:
+        """All arrays, one after another."""
+        return bytes(self.data)
+
+    def scene(self, title: str, panels: list[dict], axis: dict, **more) -> dict:
         """The JSON of a scene.
 
-        axis: {"label", "from", "to", "stops", "digits"}, what is scrubbed; `stops` are where arrow keys halt.
+        panels: dicts with a "kind"; `measures`, {name: text}, is printed below. axis: what is scrubbed, see time_axis.
         more: `note`, a line below; `columns` of the grid of panels; `position` to begin at, 0 to 1;
         `duration` in milliseconds; `loop`.
         """
         for panel in panels:
             choose("kind of panel", panel["kind"], KINDS)
-        used = {value for panel in panels for value in _names(panel)}
-        arrays = {name: told for name, told in self.arrays.items() if name in used}
+        parts = panels + [line for panel in panels for line in panel.get("lines", [])]
+        used = {part.get(key) for part in parts for key in ("points", "ghosts", "exact", "clips")}
+        arrays = {name: array for name, array in self.arrays.items() if name in used}
         return {"title": title, "panels": panels, "axis": axis, "arrays": arrays, **more}
 
 
-def _names(panel):
-    keys = ("points", "ghosts", "exact", "clips")
-    return [panel[key] for key in keys if panel.get(key)] + [line["points"] for line in panel.get("lines", [])]
+def unpack(scene: dict, payload: bytes, name: str) -> np.ndarray:
+    """The array of that name as the browser reads it, in data units."""
+    array = choose("array", name, scene["arrays"])
+    kind = {"int16": "<i2", "uint8": "u1"}[array["type"]]
+    values = np.frombuffer(payload, kind, int(np.prod(array["shape"])), array["offset"])
+    return values.reshape(array["shape"]) * np.float32(array["scale"])
 
 
-def unpacked(scene, payload, name):
-    """The array of that name as the browser reads it, in data units; for tests, and for pictures of what is drawn."""
-    told = choose("array", name, scene["arrays"])
-    kind = {"int16": "<i2", "uint8": "u1"}[told["type"]]
-    values = np.frombuffer(payload, kind, int(np.prod(told["shape"])), told["offset"])
-    return values.reshape(told["shape"]) * np.float32(told["scale"])
-
-
-def time_axis(stops, label="t", digits=2):
-    """The axis of a scene that runs through `stops`, from the first to the last."""
+def time_axis(stops: Iterable, label: str = "t", digits: int = 2) -> dict:
+    """The axis of a scene that runs through `stops`, where arrow keys halt, from the first to the last."""
     stops = [float(stop) for stop in stops]
     return {"label": label, "from": stops[0], "to": stops[-1], "stops": stops, "digits": digits}

@@ -18,17 +18,8 @@ from minianyflow.flow_map import rollout
 from minianyflow.interpolant import check_same_shape
 from minianyflow.networks.causal_attention import CausalAttention, causal_mask, chunk_partition, compressed_chunks
 from minianyflow.networks.kv_cache import Cache, cached_frames, fill_cache, read_cache
-from minianyflow.networks.wan import (
-    TIMESTEPS,
-    TINY,
-    Latents,
-    Prompt,
-    Times,
-    check_latents,
-    copy_time_embedder,
-    to_compute_dtype,
-    to_timesteps,
-)
+from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, Times, to_timesteps
+from minianyflow.networks.wan import TINY, check_latents, copy_time_embedder, to_compute_dtype
 from minianyflow.on_policy import backward_simulation_times
 from minianyflow.support.errors import InputError
 

@@ -13,16 +13,15 @@ from functools import lru_cache
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from minianyflow.networks.kv_cache import read_layer, write_layer
+from minianyflow.networks.video import Heads, Tokens
 from minianyflow.support.errors import InputError, choose
 
-Tokens = Float[Tensor, "batch tokens width"]
-Heads = Float[Tensor, "batch heads tokens head_dim"]
 Mask = Bool[Tensor, "queries keys"] | BlockMask
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minianyflow.networks.wan import Latents, Prompt
+from minianyflow.networks.video import Latents, Prompt
 from minianyflow.support.errors import InputError
 
 Compressed = Float[Tensor, "batch 2 heads compressed head_dim"]

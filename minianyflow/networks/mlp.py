@@ -1,26 +1,38 @@
-"""Networks `u(z, t, r)` for the plane: a multilayer perceptron that knows two times."""
+"""Networks `u(z, t, r)` for the plane: a multilayer perceptron of a state and two times."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
+from minianyflow.notation import FrameTimes, Network, State, Times
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
 
 
 class MLP(nn.Module):
-    """Average velocity of states of any `shape`, flattened; several independent copies trained as one.
+    """Average velocity of states of any `shape`; several independent copies of the network, trained as one.
 
-    seeds: one copy each. With S > 1 copies every row names its own, `u(z, t, r, copy=copy)` with copy (B,) in 0..S-1:
-    a condition like any other, so that it follows the row wherever an objective takes it. A copy's outputs and
-    gradients are what they would be alone; together they cost little more than one.
-    The times enter as slow sines and cosines of t and of t - r, which derivatives in time survive (from one turn on
-    they get worse, sixteen ruin them), and as log t and log r, since at time t detail of size t is resolved.
+    seeds: one copy per seed. With S > 1 copies, `u(z, t, r, copy=copy)` takes the copy of each row, in 0..S-1: a
+    condition like any other, which an objective passes on with its row. Outputs and gradients of a copy are those of
+    a network alone; all copies together cost little more than one network.
+    turns: frequencies of the sines and cosines of t and of t - r. They are low, for the sake of derivatives in time:
+    these get worse from 1 turn on and are useless at 16. log t and log r enter as well: at time t, details of size t
+    are resolved.
     """
 
-    def __init__(self, shape=(2,), width=64, depth=4, seeds=(0,), turns=(0.125, 0.25, 0.5)):
+    def __init__(
+        self,
+        shape: Sequence[int] = (2,),
+        width: int = 64,
+        depth: int = 4,
+        seeds: Sequence[int] = (0,),
+        turns: Sequence[float] = (0.125, 0.25, 0.5),
+    ):
         super().__init__()
         self.shape, self.copies, self.layers = tuple(shape), len(seeds), depth + 1
         size = math.prod(shape)
@@ -32,8 +44,8 @@ class MLP(nn.Module):
             self.register_parameter(f"weight{index}", nn.Parameter(weight / math.sqrt(fan_in)))  # (S, in, out)
             self.register_parameter(f"bias{index}", nn.Parameter(torch.zeros(len(seeds), 1, fan_out)))
 
-    def forward(self, z, t, r, copy=None):
-        """z (B, *shape), t and r (B,), copy (B,) whole numbers if there are several copies; returns (B, *shape)."""
+    def forward(self, z: State, t: Times, r: Times, copy: Int[Tensor, " batch"] | None = None) -> State:
+        """u(z, t, r); copy: the copy of each row, if there are several. Raises InputError for other shapes."""
         if z.shape[1:] != self.shape or t.shape != r.shape or t.shape != z.shape[:1]:
             raise InputError(
                 f"z {tuple(z.shape)}, t {tuple(t.shape)}, r {tuple(r.shape)}; this network expects z (B, "
@@ -46,7 +58,7 @@ class MLP(nn.Module):
         hidden = torch.cat([z.flatten(1), phase.sin(), phase.cos(), fine], 1)  # (B, D + 4 turns + 2)
         if copy is None:
             return self._layers(hidden[None])[0].reshape(z.shape)
-        if self._in_turn(copy):  # the usual case, at no cost
+        if self._in_turn(copy):  # the usual case: a reshape instead of an index
             grid = hidden.reshape(-1, self.copies, hidden.shape[1]).transpose(0, 1)
             return self._layers(grid).transpose(0, 1).reshape(z.shape)
         place, longest = self._places(copy)
@@ -55,37 +67,37 @@ class MLP(nn.Module):
         return out.index_select(0, place).reshape(z.shape)
 
     def _in_turn(self, copy):
-        """Whether the rows belong to the copies 0, 1, ..., S-1, 0, 1, ..., S-1, and so on."""
+        """Whether the copies of the rows are 0, 1, ..., S-1, 0, 1, ..., S-1, and so on."""
         turns = torch.arange(self.copies, device=copy.device)
         return len(copy) % self.copies == 0 and bool((copy.reshape(-1, self.copies) == turns).all())
 
     def _places(self, copy):
-        """Where each row goes in a (copies, longest) grid that holds the rows of every copy side by side."""
-        mine = nn.functional.one_hot(copy, self.copies)  # (B, S)
-        so_far = mine.cumsum(0)
-        longest = int(so_far[-1].max())
-        return copy * longest + (so_far * mine).sum(1) - 1, longest
+        """The place of each row in a (copies, longest) grid, with the rows of a copy side by side."""
+        belongs = nn.functional.one_hot(copy, self.copies)  # (B, S)
+        count = belongs.cumsum(0)
+        longest = int(count[-1].max())
+        return copy * longest + (count * belongs).sum(1) - 1, longest
 
     def _layers(self, hidden):
         *inner, last = ((getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(self.layers))
         for weight, bias in inner:
             out = nn.functional.gelu(torch.baddbmm(bias, hidden, weight), approximate="tanh")
-            hidden = hidden + out if hidden.shape == out.shape else out  # a residual wherever widths agree
+            hidden = hidden + out if hidden.shape == out.shape else out  # a residual where widths agree
         return torch.baddbmm(last[1], hidden, last[0])  # (S, n, D)
 
 
 class EvaluationCounter(nn.Module):
-    """Wraps a network and counts what it evaluates: `rows` states, and how many of them `with_grad`.
+    """Wraps a network and counts its evaluations: `rows` states, `with_grad` of them with gradient.
 
-    A forward-mode derivative is one call and counts as one, though it costs about two.
+    A forward-mode derivative counts as one evaluation, though it costs about two.
     """
 
-    def __init__(self, network):
+    def __init__(self, network: Network):
         super().__init__()
         self.network, self.rows, self.with_grad = network, 0, 0
 
-    def forward(self, z, t, r, **condition):
-        """What the network returns, counted."""
+    def forward(self, z: State, t: FrameTimes | None, r: FrameTimes | None, **condition: Any) -> Any:
+        """What the network returns."""
         self.rows += len(z)
         self.with_grad += len(z) * torch.is_grad_enabled()
         return self.network(z, t, r, **condition)

@@ -1,7 +1,7 @@
-"""Out to diffusers: any network trained here as a pipeline folder that stock diffusers loads and samples.
+"""Export to diffusers: a network trained here as a pipeline folder that stock diffusers loads and samples.
 
-A WanNetwork becomes an AnyFlowPipeline, a CausalNetwork an AnyFlowFARPipeline. A pipeline has its latents the other way
-round, channels first: (B, C, F, H, W).
+A WanNetwork becomes an AnyFlowPipeline, a CausalNetwork an AnyFlowFARPipeline. Their latents are channels first:
+(B, C, F, H, W).
 """
 
 import copy
@@ -10,11 +10,12 @@ from itertools import count
 from pathlib import Path
 
 import diffusers
-from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, DiffusionPipeline, FlowMapEulerDiscreteScheduler
 
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.causal_attention import CausalAttention, chunk_partition
-from minianyflow.networks.wan import PROMPT_LENGTH, WanNetwork
+from minianyflow.networks.codec import Codec
+from minianyflow.networks.wan import PROMPT_LENGTH, TextEncoder, WanNetwork
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import new_folder
 from minianyflow.times import time_grid
@@ -35,60 +36,81 @@ pipeline = {pipeline}.from_pretrained("{name}")
 ).frames[0]
 ```
 {causal}{notes}{provenance}"""
-IMPORTS = "from minianyflow.networks.causal_attention import CausalAttention\n"
-ATTENTION = """for block in pipeline.transformer.blocks:
+CAUSAL = {  # what the README of a causal pipeline adds
+    "imports": "from minianyflow.networks.causal_attention import CausalAttention\n",
+    "attention": """for block in pipeline.transformer.blocks:
     block.attn1.set_processor(CausalAttention())
-"""
-CAUSAL = """
+""",
+    "causal": """
 Without minianyflow leave out its import and the loop over blocks: diffusers' own attention then pads the keys of a
 chunk with zeros and lets the chunk see them, which the network was not trained with.
-"""
+""",
+}
 
 
-def save_pipeline(folder, network, codec, text, shift=1.0, made=None, stage="forward"):
+def save_pipeline(
+    folder: str | Path,
+    network: WanNetwork | CausalNetwork,
+    codec: Codec,
+    text: TextEncoder,
+    shift: float = 1.0,
+    provenance: dict | None = None,
+    stage: str = "forward",
+) -> None:
     """Write a complete pipeline to `folder`, which must not exist or be empty; whole or not at all.
 
-    network: WanNetwork or CausalNetwork. codec: Codec. text: TextEncoder. shift: the time shift it samples with.
-    made: its provenance, as `weights.read_weights` returns it, for the README. stage: "teacher" for a velocity alone,
-    which our scripts then follow by Euler's method.
+    shift: the time shift that it samples with. provenance: as `weights.read_weights` returns it, for the README.
+    stage: "teacher" for a velocity without target time, which `minianyflow sample` follows by Euler's method.
     Raises InputError for a folder with something in it, or parts that do not fit together.
     """
     time_grid(1, shift)  # says what is wrong with a shift
     pipeline = _assemble(network, codec, text, _scheduler(network, shift))
-    known = {"stage": stage, "clip": {"frames": 17, "height": 16, "width": 16, "length": PROMPT_LENGTH}}
-    files = {"minianyflow.json": json.dumps(known, indent=1) + "\n"}
+    clip = {"frames": 17, "height": 16, "width": 16, "length": PROMPT_LENGTH}
+    files = {"minianyflow.json": json.dumps({"stage": stage, "clip": clip}, indent=1) + "\n"}
     what = "A flow map u(z, t, r) for 16 x 16 videos of 17 frames"
-    write_pipeline(folder, pipeline, what, "two balls", BLOBS, made, files=files)
+    write_pipeline(folder, pipeline, what, "two balls", BLOBS, provenance, files=files)
 
 
-def write_pipeline(folder, pipeline, what, prompt, options, made=None, notes="", files=None):
+def write_pipeline(
+    folder: str | Path,
+    pipeline: DiffusionPipeline,
+    what: str,
+    prompt: str,
+    options: dict,
+    provenance: dict | None = None,
+    notes: str = "",
+    files: dict[str, str] | None = None,
+) -> None:
     """Write a pipeline of diffusers to `folder`, with a README that loads it; whole or not at all.
 
-    what: one line on what it makes. prompt, options: of the call in the README. notes: what else there is to say there.
-    files: {name: text} to be put beside. Raises InputError as `save_pipeline`.
+    what: one line on what it generates. prompt, options: of the call in the README. notes: more text for the README.
+    files: {name: text} to write beside. Raises InputError as `save_pipeline`.
     """
     with new_folder(folder) as inside:
         pipeline.save_pretrained(inside)
         for name, text in (files or {}).items():
             (inside / name).write_text(text)
         name, kind = Path(folder).name, type(pipeline).__name__
-        (inside / "README.md").write_text(_readme(name, kind, what, prompt, options, made, notes))
+        (inside / "README.md").write_text(_readme(name, kind, what, prompt, options, provenance, notes))
 
 
-def load_pipeline(folder):
-    """The stock pipeline in `folder`; a causal one with our attention, which has no padded keys."""
-    folder, known = Path(folder), {each.__name__: each for each in (AnyFlowPipeline, AnyFlowFARPipeline)}
+def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
+    """The stock pipeline in `folder`; a causal one with our attention, which has no padded keys.
+
+    Raises InputError for a folder without a pipeline, with another one, or with one that diffusers cannot load.
+    """
+    folder, kinds = Path(folder), {kind.__name__: kind for kind in (AnyFlowPipeline, AnyFlowFARPipeline)}
     index = folder / "model_index.json"
     if not index.is_file():
         raise InputError(f"no model_index.json in {folder}; expected a folder that save_pipeline wrote")
     try:
         name = json.loads(index.read_text()).get("_class_name")
-        if name not in known:
-            raise InputError(f"{folder} holds a {name}; expected {' or '.join(known)}")
-        pipeline = known[name].from_pretrained(folder, local_files_only=True)
+        if name not in kinds:
+            raise InputError(f"{folder} holds a {name}; expected {' or '.join(kinds)}")
+        pipeline = kinds[name].from_pretrained(folder, local_files_only=True)
     except InputError:
         raise
-    except Exception as problem:  # what diffusers and transformers raise for a broken folder is anything
+    except Exception as problem:  # diffusers and transformers raise anything for a broken folder
         why = str(problem).strip().partition("\n")[0]
         raise InputError(f"{folder} does not load ({why}); save it again with save_pipeline") from None
     if isinstance(pipeline, AnyFlowFARPipeline):
@@ -110,12 +132,12 @@ def _assemble(network, codec, text, scheduler):
     if not isinstance(network, WanNetwork | CausalNetwork):
         raise InputError(f"a {type(network).__name__}; expected a WanNetwork or a CausalNetwork, not wrapped")
     config = network.transformer.config
-    for what, given, expected in (
+    for what, found, expected in (
         ("latent channels", config.in_channels, codec.vae.config.z_dim),
         ("wide prompt embeddings", config.text_dim, text.encoder.config.d_model),
     ):
-        if given != expected:
-            raise InputError(f"a transformer for {given} {what}; expected {expected}, as the codec and text have")
+        if found != expected:
+            raise InputError(f"a transformer for {found} {what}; expected {expected}, as the codec and text have")
     parts = {"tokenizer": text.tokenizer, "text_encoder": text.encoder, "vae": codec.vae, "scheduler": scheduler}
     if isinstance(network, WanNetwork):
         return AnyFlowPipeline(transformer=network.transformer, **parts)
@@ -125,7 +147,7 @@ def _assemble(network, codec, text, scheduler):
 def _in_chunks(network):
     """The transformer with the network's own chunks in its configuration: a pipeline reads them there."""
     transformer, first, rest = network.transformer, network.first, network.rest
-    frames = next(each for each in count(max(FRAMES, first)) if (each - first) % rest == 0)
+    frames = next(number for number in count(max(FRAMES, first)) if (number - first) % rest == 0)
     partition = chunk_partition(frames, first, rest)
     if tuple(transformer.config.chunk_partition) == tuple(partition):
         return transformer
@@ -134,9 +156,9 @@ def _in_chunks(network):
     return transformer
 
 
-def _readme(name, pipeline, what, prompt, options, made, notes):
-    causal = pipeline == AnyFlowFARPipeline.__name__
+def _readme(name, pipeline, what, prompt, options, provenance, notes):
     options = {"height": None, "width": None, "num_frames": None, "num_inference_steps": 4} | options
+    source = f"\nHow it was made:\n\n```json\n{json.dumps(provenance, indent=1)}\n```\n" if provenance else ""
     return README.format(
         name=name,
         pipeline=pipeline,
@@ -144,9 +166,7 @@ def _readme(name, pipeline, what, prompt, options, made, notes):
         version=diffusers.__version__,
         prompt=json.dumps(prompt, ensure_ascii=False),
         options=", ".join(f"{option}={value}" for option, value in options.items()),
-        imports=IMPORTS if causal else "",
-        attention=ATTENTION if causal else "",
-        causal=CAUSAL if causal else "",
         notes=f"\n{notes}\n" if notes else "",
-        provenance=f"\nHow it was made:\n\n```json\n{json.dumps(made, indent=1)}\n```\n" if made else "",
+        provenance=source,
+        **(CAUSAL if pipeline == AnyFlowFARPipeline.__name__ else dict.fromkeys(CAUSAL, "")),
     )

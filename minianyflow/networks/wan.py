@@ -11,19 +11,13 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AnyFlowTransformer3DModel
-from jaxtyping import Float
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, Times, to_timesteps
 from minianyflow.support.errors import InputError
 
-Latents = Float[Tensor, "batch frames channels height width"]
-Times = Float[Tensor, "batch"] | Float[Tensor, "batch frames"]
-Timesteps = Float[Tensor, "batch frames"]
-Prompt = Float[Tensor, "batch length text_dim"]
-
-TIMESTEPS = 1000.0  # Wan's transformer takes times from 0 to 1000
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 32,
@@ -87,13 +81,6 @@ def to_compute_dtype(transformer: nn.Module, *tensors: Tensor | None) -> list[Te
     """States and prompts in the dtype that the transformer computes in; None stays None. Times stay in float32."""
     dtype = transformer.patch_embedding.weight.dtype
     return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-
-
-def to_timesteps(t: Times, z: Latents, timesteps: float = TIMESTEPS) -> Timesteps:
-    """Times in [0, 1] as the transformer takes them: one per frame, from 0 to `timesteps`, float32."""
-    if t.shape not in (z.shape[:1], z.shape[:2]):
-        raise InputError(f"times {tuple(t.shape)} for latents {tuple(z.shape)}; expected (B,) or (B, F)")
-    return timesteps * (t[:, None] if t.ndim == 1 else t).float().expand(z.shape[:2])
 
 
 def check_latents(z: Latents, config) -> None:

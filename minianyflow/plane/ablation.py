@@ -1,13 +1,14 @@
 """What limits the mixed flow map on the plane, what moves it, and how the baseline was tuned: one change at a time."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from minianyflow.consistency import time_weight
-from minianyflow.plane.race import BUDGET, check, exact_flow, in_report, run_method
+from minianyflow.plane.race import BUDGET, Budget, check, exact_flow, in_report, run_method
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
-from toy_data import plane
+from minianyflow.support.reports import rounded, write_report
 
 # Factors on the budget, and settings of the loss or of the pairs drawn; all else as in the demo.
 CHANGES = {
@@ -42,10 +43,16 @@ CHANGES = {
 }
 
 
-def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/ablation", workers=2, quiet=False):
-    """Train each method once for each of its CHANGES; writes `ablation.json`, in the form of the demo's."""
-    plane.load(dataset)
-    check(seeds, budget)
+def run(
+    dataset: str = "spiral",
+    seeds: Sequence[int] = (0, 1, 2),
+    budget: Budget = BUDGET,
+    output: str | Path = "outputs/ablation",
+    workers: int = 2,
+    quiet: bool = False,
+) -> dict:
+    """Train each method once for each of its CHANGES; writes `ablation.json`, in the form of the race's report."""
+    check(dataset, seeds, budget)
     with staging_folder(output) as folder:
         jobs = {"exact": (exact_flow, (dataset,))}
         for method, changes in CHANGES.items():
@@ -54,8 +61,8 @@ def run(dataset="spiral", seeds=(0, 1, 2), budget=BUDGET, output="outputs/ablati
                 arguments = (method, dataset, tuple(seeds), replace(budget, **changed), options, quiet)
                 jobs[f"{method}, {name}" if name else method] = (run_method, arguments)
         results = run_jobs(jobs, workers)
-        ends = results.pop("exact")[0]
+        ends, _ = results.pop("exact")
         methods = {name: in_report(result, seeds, ends) for name, result in results.items()}
-        report = {"dataset": dataset, "seeds": list(seeds), "methods": methods}
-        (folder / "ablation.json").write_text(json.dumps(report, indent=1) + "\n")
+        report = rounded({"dataset": dataset, "seeds": list(seeds), "methods": methods})
+        write_report(report, folder / "ablation.json")
     return report

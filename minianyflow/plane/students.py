@@ -1,13 +1,15 @@
-"""Trained students of the plane, and every method's sampler by its name: all that a picture of them needs.
+"""Trained students of the plane: how each method samples, and how weights are written and read.
 
-`demo.run` trains and writes them; those of the committed runs are in toy_data/students.
+The race writes one file per method; those of the committed runs are in toy_data/students.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FLOW_MAPS
@@ -22,7 +24,7 @@ METHODS = ("euler", *FLOW_MAPS, "consistency")
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method gets: training steps, rows of a batch for each seed, learning rate, network."""
+    """What every method gets: training steps, rows per batch and seed, learning rate, size of the network."""
 
     steps: int = 10000
     rows: int = 128
@@ -31,7 +33,7 @@ class Budget:
     depth: int = 4
 
 
-def sample(method, network, dataset, z, nfe, draw=0, **condition):
+def sample(method: str, network, dataset: str, z: Tensor, nfe: int, draw: int = 0, **condition) -> Tensor:
     """The trajectory (nfe + 1, B, 2) of one method from noise `z` (B, 2) in `nfe` evaluations."""
     if choose("method", method, dict.fromkeys(METHODS, method)) == "euler":
         return sample_euler(plane.load(dataset).velocity, z, time_grid(nfe))
@@ -40,16 +42,37 @@ def sample(method, network, dataset, z, nfe, draw=0, **condition):
     return sample_flow_map(network, z, time_grid(nfe), **condition)
 
 
-def load_student(method, copy=0, folder=STUDENTS):
-    """The trained network u(z, t, r) of one seed, from what `run` wrote; by default the one in toy_data/."""
+def load_student(method: str, copy: int = 0, folder: str | Path = STUDENTS) -> MLP:
+    """The network u(z, t, r) of one seed that a race wrote; by default of the committed spiral."""
     path = Path(folder) / f"{choose('method', method, dict.fromkeys(METHODS[1:], method))}.safetensors"
+    weights, seeds, budget = read_copy(path, copy)
+    return frozen(MLP(width=budget["width"], depth=budget["depth"], seeds=seeds), weights)
+
+
+def save_copies(path: Path, weights: dict[str, Tensor], budget, seeds, **metadata: str) -> None:
+    """Write weights with one copy per seed along their first axis, and the budget and the seeds beside them."""
+    metadata |= {"budget": json.dumps(asdict(budget)), "seeds": json.dumps(list(seeds))}
+    save_file(weights, path, metadata)
+
+
+def read_copy(path: str | Path, copy: int, prefix: str = "") -> tuple[dict[str, Tensor], list[int], dict]:
+    """The weights, in float32, of one copy from a file of `save_copies`, [its seed], and the budget.
+
+    prefix: only weights whose names begin with it, without it. Raises InputError if there is no such file or copy.
+    """
+    path = Path(path)
     if not path.exists():
-        raise InputError(f"no {path.name} in {folder}; make one with python -m minianyflow demo --output {folder}")
+        raise InputError(f"no {path.name} in {path.parent}; expected a folder that `demo` or `exposure` has written")
     with safe_open(path, "pt") as file:
-        made, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    seeds, budget = json.loads(made["seeds"]), Budget(**json.loads(made["budget"]))
-    if not 0 <= copy < len(seeds):
-        raise InputError(f"copy {copy} of a student with {len(seeds)} copies; expected 0 to {len(seeds) - 1}")
-    network = MLP(width=budget.width, depth=budget.depth, seeds=seeds[copy : copy + 1])
-    network.load_state_dict({name: value[copy : copy + 1] for name, value in weights.items()})
+        metadata, names = file.metadata(), [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        weights = {name.removeprefix(prefix): file.get_tensor(name)[copy : copy + 1].float() for name in names}
+    seeds = json.loads(metadata["seeds"])
+    if not names or not 0 <= copy < len(seeds):
+        raise InputError(f"copy {copy} of {prefix or path.stem}; expected 0 to {len(seeds) - 1} of a trained student")
+    return weights, seeds[copy : copy + 1], json.loads(metadata["budget"])
+
+
+def frozen(network, weights: dict[str, Tensor]):
+    """The network with these weights, ready to sample."""
+    network.load_state_dict(weights)
     return network.eval().requires_grad_(False)

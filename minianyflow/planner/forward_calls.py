@@ -1,6 +1,6 @@
-"""Who is asked what in a step of training: a stage's own losses, on their own draws, with stand-ins for the networks.
+"""Which forward calls a training step makes: the losses of a stage run on their own draws, with recording networks.
 
-A stand-in writes down how many rows it is asked for, with or without gradient, and answers without computing.
+A recording network computes nothing. It records the rows of each call, whether gradient is needed, and the context.
 """
 
 import contextlib
@@ -12,143 +12,133 @@ from torch import nn
 
 from minianyflow.batch import part_of
 from minianyflow.on_policy import draw_on_policy
-from minianyflow.planner.costs import Live
-from minianyflow.times import generator
-from minianyflow.wan.data.shards import LatentShards
-from minianyflow.wan.run import ROLLOUTS, draws
-from minianyflow.wan.stages import STAGES
+from minianyflow.planner.counters import LiveBytes, tensors_in
+from minianyflow.times import draw_pairs, generator
+from minianyflow.wan.config import Config
+from minianyflow.wan.data.latents import TIMES
+from minianyflow.wan.stages import ROLLOUTS, STAGES, draws
 
-SMALL = 2  # high and wide: the latents that stand-ins are asked about
+SMALL = 2  # height and width of the latents that recording networks get
 
 
 @dataclass(frozen=True)
-class Question:
-    """To whom, for how many rows, with gradient or not, with gradient to the state or not; and what the state is.
+class ForwardCall:
+    """One forward of the network of a role.
 
-    kind: "all" frames, "whole", "forced" (chunks at once, with the clean ones), "read" or "remember" (of a cache).
-    before: frames that are known, `past` or in the cache. cache: which one is read.
+    grad: whether a backward follows. state_grad: whether gradient reaches the state z. kind: "plain"; of a causal
+    network "one_chunk", "teacher_forced" (all chunks at once, beside clean ones), "fill_cache" or "read_cache".
+    frames: of z. context: number of earlier frames, clean or in the cache. cache: the id of the one used.
     """
 
     role: str
     rows: int
     grad: bool
-    moved: bool
+    state_grad: bool
     kind: str
     frames: int
-    before: int = 0
+    context: int = 0
     cache: int | None = None
 
     @property
-    def costs(self):
-        """What decides the cost of a row: that of a forward is the same with a backward after it."""
-        grad = self.role != "teacher" and (self.grad or self.kind != "remember")
-        return replace(self, rows=1, cache=None, grad=grad, moved=self.moved and self.grad)
+    def per_row(self) -> "ForwardCall":
+        """The call that has the cost of one row; a forward costs the same whether or not a backward follows."""
+        grad = self.role != "teacher" and (self.grad or self.kind != "fill_cache")
+        return replace(self, rows=1, cache=None, grad=grad, state_grad=self.state_grad and self.grad)
 
 
-class StandIn(nn.Module):
-    """Takes a network's place in its loss: writes down what it is asked in `asked`, and answers without computing."""
+class RecordingNetwork(nn.Module):
+    """Takes a network's place in a loss: appends each call to `calls`, and computes nothing."""
 
-    def __init__(self, role, asked, whole=False):
+    def __init__(self, role, calls, one_chunk=False):
         super().__init__()
-        self.role, self.asked, self.whole, self.caches = role, asked, whole, []
+        self.role, self.calls, self.one_chunk, self.caches = role, calls, one_chunk, []
         self.weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, z, t, r, prompt, clean=None, past=None, cache=None, single_chunk=None, fill_cache=False):
-        """States of the shape of z, with a gradient where a network's would have one; or something like a cache."""
-        before, which = 0, None
-        kind = "whole" if self.whole or single_chunk is not None else "all"
+        """A tensor of the shape of z, with gradient where the network's has one; or a stand-in for a cache."""
+        kind, context, which = "one_chunk" if self.one_chunk or single_chunk is not None else "plain", 0, None
         if clean is not None:
-            kind, before = "forced", 0 if past is None else past.shape[1]
-        if cache is not None:
-            kind, before = "read", cache[0][0].shape[3] if cache else 0
-        if fill_cache:
-            kind = "remember"
-        grad = torch.is_grad_enabled() and self.weight.requires_grad
-        made = torch.zeros(len(z), 1, 1, z.shape[1], 1) + self.weight if fill_cache else z + self.weight
+            kind, context = "teacher_forced", 0 if past is None else past.shape[1]
+        elif cache is not None:
+            kind, context = "read_cache", cache[0][0].shape[3] if cache else 0
+        elif fill_cache:
+            kind = "fill_cache"
+        out = torch.zeros(len(z), 1, 1, z.shape[1], 1) + self.weight if fill_cache else z + self.weight
         if fill_cache or cache:
-            seen = made if fill_cache else cache[0][0]
-            which = id(seen)
-            self.caches.append(seen)  # or another could get its number
-        self.asked.append(Question(self.role, len(z), grad, z.requires_grad, kind, z.shape[1], before, which))
-        return ((made, made),) if fill_cache else made
+            self.caches.append(out if fill_cache else cache[0][0])  # held, so that no other cache gets its id
+            which = id(self.caches[-1])
+        grad = torch.is_grad_enabled() and self.weight.requires_grad
+        self.calls.append(ForwardCall(self.role, len(z), grad, z.requires_grad, kind, z.shape[1], context, which))
+        return ((out, out),) if fill_cache else out
 
 
-class StandIns:
-    """In place of runs.Networks, for the functions of wan/stages.py that make the roles of a stage."""
+class RecordingNetworks:
+    """Takes the place of RunNetworks where a stage builds its roles."""
 
     def __init__(self):
-        self.asked = []
+        self.calls = []
 
     def trained(self, role, start=None):
-        """As Networks."""
-        return StandIn(role, self.asked, whole=role == "fake")
+        """As RunNetworks.trained."""
+        return RecordingNetwork(role, self.calls, one_chunk=role == "fake")
 
     def teacher(self, whole=False):
-        """As Networks."""
-        return StandIn("teacher", self.asked, whole).requires_grad_(False)
+        """As RunNetworks.teacher."""
+        return RecordingNetwork("teacher", self.calls, whole).requires_grad_(False)
 
 
-class NoShards(LatentShards):
-    """Draws as LatentShards does, but all samples are zeros."""
+class ZeroClips:
+    """Takes the place of the data of a run: times and dropped prompts are drawn as there, all clips are zero."""
 
     def __init__(self, shape, length):
-        self.shape, self.null = shape, torch.ones(1, length, 1)
+        self.shape, self.null = shape, torch.ones(1, length, 1)  # guidance skips rows whose prompt is the null prompt
 
-    def __len__(self):
-        return 1 << 20
-
-    def _order(self, seed, epoch):
-        return torch.arange(len(self))
-
-    def rows(self, indices):
-        """Zeros, as many as asked for."""
-        count = len(list(indices))
-        return torch.zeros(count, *self.shape), torch.zeros(count, *self.null.shape[1:])
+    def draw(self, step, rows, seed=0, part=(0, 1), **pairs):
+        """The batch of `step`, as the data of a run draws it."""
+        times = draw_pairs(rows, generator(seed, TIMES, step), **pairs)
+        dropped = times.get("dropped", torch.zeros(rows, dtype=torch.bool))
+        x, eps = torch.zeros(2, rows, *self.shape)
+        prompt = dropped[:, None, None] * self.null
+        return part_of({"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": torch.arange(rows)} | times, *part)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one process does at once: the questions of one role's loss."""
+class MicroBatch:
+    """What one process computes at once: the forward calls of one role's loss on its part of the batch."""
 
     step: int
     process: int
     role: str
-    asked: tuple
+    calls: tuple[ForwardCall, ...]
 
 
-def trace(config, shape, length, steps, processes=1, exact=False):
-    """Every Part of these steps, in order, and bytes beside networks, {role: at most}.
+def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=False) -> tuple[list[MicroBatch], dict]:
+    """Every micro-batch of these steps, in order; and the bytes beside networks (batch, loss), {role: largest}.
 
-    shape: (F, C, H, W) of a clip; length: numbers of a prompt. exact: rollouts are those of these very steps, not
-    others like them, which takes as long as drawing their noise.
+    shape: (F, C, H, W) of a clip. length: numbers per prompt. exact: the rollouts of these very steps, not others of
+    the same distribution; that takes as long as drawing their noise.
     """
-    numbers = shape[2] * shape[3] / SMALL**2  # in place of each one there is here
-    data = NoShards((*shape[:2], SMALL, SMALL), max(1, round(length / numbers)))
-    networks = StandIns()
-    quiet = replace(config, student=None, teacher=None)
-    roles = STAGES[config.stage](quiet, networks, {"prompt": data.null})
-    draw, parts, beside = draws(config, data), [], Counter()
-    for step in steps:
+    scale = shape[2] * shape[3] / SMALL**2  # numbers of a real clip per number here
+    data = ZeroClips((*shape[:2], SMALL, SMALL), max(1, round(length / scale)))
+    networks = RecordingNetworks()
+    roles = STAGES[config.stage](replace(config, student=None, teacher=None), networks, {"prompt": data.null})
+    draw, micro_batches, beside = draws(config, data), [], Counter()
+    for number, step in enumerate(steps):
         batch = draw(step)
         if exact and config.stage == "on_policy":
-            source = generator(config.seed, ROLLOUTS, step)  # the noise of a clip's size comes first
+            source = generator(config.seed, ROLLOUTS, step)  # it draws the noise of a real clip first
             drawn = draw_on_policy(shape, config.batch, source, tuple(config.on_policy.rollouts))
             batch |= {name: drawn[name] for name in ("lengths", "step")}
         for name, role in roles.items():
             for index in range(processes * config.accumulate):
-                networks.asked.clear()
+                networks.calls.clear()
                 part = part_of(batch, index, processes * config.accumulate)
-                given = list(_tensors(part))
-                live = Live([*given, data.null, *role.network.parameters()])
-                with live if step == steps[0] else contextlib.nullcontext():  # it is slow, and all steps are alike
+                inputs = tensors_in(part)
+                live = LiveBytes([*inputs, data.null, *role.network.parameters()])
+                with contextlib.nullcontext() if number else live:  # it is slow, and all steps are alike
                     losses, _ = role.loss(role.network, part)
-                there = live.now + sum(each.nbytes for each in given)  # when the backward begins
+                before_backward = live.now + sum(tensor.nbytes for tensor in inputs)
                 losses.mean().backward()
-                beside[name] = max(beside[name], numbers * there)
-                parts.append(Part(step, index // config.accumulate, name, tuple(networks.asked)))
-    return parts, beside
-
-
-def _tensors(batch):
-    for value in batch.values():
-        yield from value.values() if isinstance(value, dict) else [value]
+                beside[name] = max(beside[name], scale * before_backward)
+                micro_batches.append(MicroBatch(step, index // config.accumulate, name, tuple(networks.calls)))
+    return micro_batches, beside

@@ -8,7 +8,7 @@ from minianyflow.support.errors import InputError, choose
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: bytes. rate: dense bfloat16 FLOP a second, sums in float32. source: where the two are from."""
+    """memory: bytes. rate: dense bfloat16 FLOP per second, with sums in float32. source: of both numbers."""
 
     name: str
     memory: float
@@ -28,11 +28,11 @@ GPUS = {
 }
 
 
-def find_gpu(name="h200", memory=None, rate=None):
-    """The GPU called `name`; memory (GB) and rate (TFLOP/s) stand in place of its own."""
-    for what, value in (("memory", memory), ("rate", rate)):
+def find_gpu(name: str = "h200", memory: float | None = None, rate: float | None = None) -> Gpu:
+    """The GPU called `name`, with another memory (GB) or rate (TFLOP/s) if given. Raises InputError for bad values."""
+    for what, value, unit in (("memory", memory, "GB"), ("rate", rate, "TFLOP/s")):
         if value is not None and not 0 < value < inf:
-            raise InputError(f"--{what} {value}; expected more than 0, in {'GB' if what == 'memory' else 'TFLOP/s'}")
+            raise InputError(f"a GPU with {what} {value} {unit}; expected more than 0")
     if memory and rate:
         return Gpu(f"{memory:g} GB", 1e9 * memory, 1e12 * rate, "the command line")
     gpu = choose("GPU", str(name).lower(), GPUS)

@@ -1,139 +1,184 @@
-"""A plan in words, as JSON, and the table of docs/plan.md."""
+"""The Plan of a run as numbers, text and JSON; and the tables of docs/plan.md, from the plans in docs/plan/plans.json.
 
-from dataclasses import replace
+Nothing heavy is imported: plan.py makes plans.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from math import inf
 
-from tqdm import tqdm
-
-from minianyflow.planner.gpus import GPUS
-from minianyflow.planner.plan import SPARE, plan_run
+from minianyflow.planner.gpus import GPUS, Gpu
 from minianyflow.support.errors import InputError
-from minianyflow.wan.config import load_config
-from minianyflow.wan.data.videos import WAN_CLIP
+from minianyflow.support.install import ROOT
 
-SIZES, ARCHITECTURES = {"wan-1.3b": "1.3B", "wan-14b": "14B"}, ("bidirectional", "causal")
-STAGES = ("teacher", "forward", "on_policy")
-PRICE = 3.0  # of a GPU-hour, an example for the docs: no offer of anybody's
+SPARE = 0.05  # share of a GPU's memory for what is not counted: CUDA's own, workspaces, fragments
+PLANS = ROOT / "docs/plan/plans.json"
+PRICE = 3.0  # per GPU-hour: an example for the docs, nobody's offer
+SIZES, KINDS = {"1.3B": "wan-1.3b", "14B": "wan-14b"}, ("bidirectional", "causal")
+ONE, EIGHT, SHARDED = "1 x h200", "8 x h200", "8 x h200 with FSDP2"  # setups of the published plans
+LARGEST = "the largest GPU of the table, one clip at a time"
+OUTSIDE = {  # bytes that training does not load: parameters of Wan2.1's text encoder (UMT5-XXL) and VAE
+    "text encoder, bfloat16": 2 * 5_680_910_336,
+    "VAE, float32": 4 * 126_892_531,
+}
 
 
-def check_share(share, price=None):
-    """Raise InputError for a share of the rate that is none, or a price that is no number of at least 0."""
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    run: its architecture, stage, base, steps and batch. memory: bytes on one GPU by part, at the peak. flop: model FLOP
+    of one GPU per step; flop_with_recompute: with what checkpointing recomputes. slowest: time of the slowest process
+    over the mean. evaluations: {role: (forwards, backwards)} per sample. roles: FLOP by role. changes: if the run does
+    not fit, pairs ({option: value}, bytes of the peak); every set of options is complete.
+    """
+
+    run: dict
+    gpu: Gpu
+    gpus: int
+    sharded: bool
+    memory: dict
+    flop: float
+    flop_with_recompute: float
+    slowest: float
+    evaluations: dict
+    roles: dict
+    changes: list = field(default_factory=list)
+
+    @property
+    def peak(self) -> float:
+        """Bytes on one GPU."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak fits this GPU, with SPARE left."""
+        return self.peak <= (1 - SPARE) * self.gpu.memory
+
+    def seconds(self, share: float = 0.5) -> float:
+        """Seconds per step if model FLOP reach `share` of the GPU's rate."""
+        return self.slowest * self.flop / (share * self.gpu.rate)
+
+    def hours(self, share: float = 0.5) -> float:
+        """Hours for all steps."""
+        return self.seconds(share) * self.run["steps"] / 3600
+
+    def money(self, price: float, share: float = 0.5) -> float:
+        """For all GPUs, at `price` per GPU-hour."""
+        return price * self.gpus * self.hours(share)
+
+
+def check_share(share: float, price: float | None = None) -> None:
+    """Raise InputError for a share outside (0, 1], or a price that is not a number of at least 0."""
     if not 0 < share <= 1:
-        raise InputError(f"--share {share}; expected a share of the GPU's rate, above 0 and at most 1")
+        raise InputError(f"a share {share} of the GPU's rate; expected more than 0 and at most 1")
     if price is not None and not 0 <= price < inf:
-        raise InputError(f"--price {price}; expected what one GPU costs for an hour")
+        raise InputError(f"a price of {price} per GPU-hour; expected a number of at least 0")
 
 
-def describe(plan, share=0.5, price=None):
-    """Lines to print."""
-    config, gpu = plan.config, plan.gpu
+def as_options(changes: dict) -> str:
+    """Options as "name=value ..."."""
+    if changes.get("gpu", "") is None:
+        return LARGEST
+    return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
+
+
+def describe(plan: Plan, share: float = 0.5, price: float | None = None, word: Callable = as_options) -> str:
+    """The plan as lines of text. word(changes): the text of a set of options."""
+    run, gpu = plan.run, plan.gpu
     how = "" if plan.gpus == 1 else " with FSDP2" if plan.sharded else " with DDP"
     lines = [
-        f"{config.architecture} {config.stage}, {config.base}, on {plan.gpus} x {gpu.name}{how}; planned, not measured",
+        f"{run['architecture']} {run['stage']}, {run['base']}, on {plan.gpus} x {gpu.name}{how}; planned, not measured",
         "",
-        "memory of one GPU, GB, at the moment when it is most",
+        "memory of one GPU, GB, at the peak",
         *(f"  {name:42}{size / 1e9:9.2f}" for name, size in plan.memory.items() if size),
         f"  {'in all':42}{plan.peak / 1e9:9.2f}   of {gpu.memory / 1e9:g}: {'fits' if plan.fits else 'does not fit'}"
         f" ({SPARE:.0%} are left for what is not counted)",
-        *(["  what to change, each line whole (--sharded is eight_gpus_fsdp2.yaml):"] if plan.short else []),
-        *(
-            f"    {change}: {size / 1e9:.1f} GB{'' if plan.enough(change) else ', not enough'}"
-            for change, size in plan.short.items()
-        ),
-        "  not there in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.outside.items()),
+    ]
+    if plan.changes:
+        lines.append("  what to change; each line is complete:")
+    for changes, peak in plan.changes:
+        enough = changes.get("gpu") or peak <= (1 - SPARE) * gpu.memory
+        lines.append(f"    {word(changes)}: {peak / 1e9:.1f} GB{'' if enough else ', not enough'}")
+    lines += [
+        "  not loaded in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in OUTSIDE.items()),
         "",
-        "network evaluations a sample (forwards, backwards), TFLOP of one GPU a step",
+        "network evaluations per sample (forwards, backwards), TFLOP of one GPU per step",
         *(
-            f"  {role:10}{rows[0]:8.2f}{rows[1]:8.2f}{plan.roles[role] / 1e12:12.1f}"
-            for role, rows in plan.evaluations.items()
+            f"  {role:10}{forwards:8.2f}{backwards:8.2f}{plan.roles[role] / 1e12:12.1f}"
+            for role, (forwards, backwards) in plan.evaluations.items()
         ),
-        f"  {'in all':26}{plan.flop / 1e12:12.1f}   with what checkpointing computes again "
+        f"  {'in all':26}{plan.flop / 1e12:12.1f}   with recomputation by checkpointing "
         f"{plan.flop_with_recompute / 1e12:.1f}",
         "",
-        f"{plan.seconds(share):.1f} seconds a step at {share:.0%} of {gpu.rate / 1e12:g} TFLOP/s, "
-        f"{config.steps} steps: {plan.hours(share):.1f} hours, {plan.gpus * plan.hours(share):.1f} GPU-hours",
+        f"{plan.seconds(share):.1f} seconds per step at {share:.0%} of {gpu.rate / 1e12:g} TFLOP/s, "
+        f"{run['steps']} steps: {plan.hours(share):.1f} hours, {plan.gpus * plan.hours(share):.1f} GPU-hours",
     ]
-    bill = [] if price is None else [f"money: {plan.money(price, share):,.0f}, at {price:g} a GPU-hour"]
-    return "\n".join([*lines, *bill])
-
-
-def as_json(plan, share=0.5, price=None):
-    """The same as a dict of plain values: bytes, FLOP, hours."""
-    made = {
-        "stage": plan.config.stage,
-        "architecture": plan.config.architecture,
-        "base": plan.config.base,
-        "gpu": plan.gpu.name,
-        "gpus": plan.gpus,
-        "sharded": plan.sharded,
-        "memory": plan.memory,
-        "peak": plan.peak,
-        "room": plan.gpu.memory,
-        "fits": plan.fits,
-        "change": plan.short,
-        "outside_training": plan.outside,
-        "flop": plan.flop,
-        "flop_with_recompute": plan.flop_with_recompute,
-        "flop_by_role": plan.roles,
-        "evaluations_a_sample": plan.evaluations,
-        "share": share,
-        "seconds_a_step": plan.seconds(share),
-        "hours": plan.hours(share),
-        "gpu_hours": plan.gpus * plan.hours(share),
-    }
-    return made | ({"money": plan.money(price, share)} if price is not None else {})
-
-
-RUNS = tuple(product(SIZES, ARCHITECTURES, STAGES))
-MODELS = tuple(product(SIZES, ARCHITECTURES, (1, 8)))  # each on so many GPUs
-
-
-def table(share=0.5, runs=RUNS):
-    """Rows of {1.3B, 14B} x {bidirectional, causal} x stages: GPU-hours on every GPU of the table where it fits."""
-    names = list(GPUS)
-    lines = [
-        f"| run | steps x batch | PFLOP a step | GB | {' | '.join(names)} |",
-        "|" + "---|" * (len(names) + 4),
-    ]
-    for size, kind, stage in tqdm(runs, unit="run"):
-        plan = published(size, kind, stage)
-        config = plan.config
-        on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
-        cells = [f"{each.hours(share):,.0f}" if each.fits else "-" for each in on]
-        what = f"{SIZES[size]} {kind} {stage}"
-        lines.append(
-            f"| {what} | {config.steps} x {config.batch} | {plan.flop / 1e15:,.1f} | {plan.peak / 1e9:.0f} | "
-            f"{' | '.join(cells)} |"
-        )
+    if price is not None:
+        lines.append(f"money: {plan.money(price, share):,.0f}, at {price:g} per GPU-hour")
     return "\n".join(lines)
 
 
-def bills(price=PRICE, share=0.5, gpu="h200", models=MODELS):
-    """Rows of whole models, their three stages one after another: GPU-hours, days and money, on one GPU and eight."""
-    lines = [
-        f"| whole model | on | the largest stage, GB | GPU-hours | days | at {price:g} a GPU-hour |",
-        "|" + "---|" * 6,
-    ]
-    for size, kind, gpus in tqdm(models, unit="bill"):
-        stages = [("bidirectional", "teacher"), (kind, "forward"), (kind, "on_policy")]
-        plans = [published(size, *stage, gpu, gpus) for stage in stages]
-        if not all(plan.fits for plan in plans) and gpus > 1:
-            plans = [published(size, *stage, gpu, gpus, sharded=True) for stage in stages]
-        how = f"{gpus} x {gpu}{' with FSDP2' * plans[0].sharded}"
-        large = max(plan.peak for plan in plans) / 1e9
-        cells = ["does not fit", "-", "-"]
-        if all(plan.fits for plan in plans):
-            hours, money = (
-                sum(each) for each in ([p.hours(share) for p in plans], [p.money(price, share) for p in plans])
-            )
-            cells = [f"{gpus * hours:,.0f}", f"{hours / 24:.1f}", f"{money:,.0f}"]
-        lines.append(f"| {SIZES[size]} {kind} | {how} | {large:.0f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def as_json(plan: Plan, share: float = 0.5, price: float | None = None, word: Callable = as_options) -> dict:
+    """The plan as a dict of plain values: bytes, FLOP, hours."""
+    report = {name: plan.run[name] for name in ("stage", "architecture", "base")}
+    report |= {"gpu": plan.gpu.name, "gpus": plan.gpus, "sharded": plan.sharded}
+    report |= {"memory": plan.memory, "peak": plan.peak, "room": plan.gpu.memory, "fits": plan.fits}
+    report |= {"change": {word(changes): peak for changes, peak in plan.changes}, "outside_training": OUTSIDE}
+    report |= {"flop": plan.flop, "flop_with_recompute": plan.flop_with_recompute, "flop_by_role": plan.roles}
+    report |= {"evaluations_a_sample": plan.evaluations, "share": share, "seconds_a_step": plan.seconds(share)}
+    report |= {"hours": plan.hours(share), "gpu_hours": plan.gpus * plan.hours(share)}
+    return report | ({"money": plan.money(price, share)} if price is not None else {})
 
 
-def published(size, kind, stage, gpu=None, gpus=1, sharded=False):
-    """The Plan of a stage with the recipe's steps and batch, one clip at a time on every GPU."""
-    config = load_config([size, kind, stage])
-    config = replace(config, accumulate=config.batch // gpus, data="")
-    return plan_run(config, WAN_CLIP, gpu, gpus, sharded=sharded, advise=False)
+# The tables of docs/plan.md
+
+
+def plans_as_json(plans: dict[str, Plan]) -> str:
+    """Plans by name, as the text of plans.json: one line per plan."""
+    rows = [f"{json.dumps(name)}: {json.dumps(asdict(plan) | {'gpu': plan.gpu.name})}" for name, plan in plans.items()]
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def read_plans() -> dict[str, Plan]:
+    """The plans of docs/plan/plans.json, by the names that plan.published_plans gives them."""
+    rows = json.loads(PLANS.read_text())
+    return {name: Plan(**row | {"gpu": GPUS[row["gpu"]]}) for name, row in rows.items()}
+
+
+def stage_table(plans: dict[str, Plan] | None = None, share: float = 0.5) -> str:
+    """One row per size, architecture and stage on one GPU: GPU-hours on every GPU of the table where it fits."""
+    rows = []
+    for name, plan in (plans or read_plans()).items():
+        stage, setup = name.split(", ")
+        if setup == ONE:
+            on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
+            hours = [f"{other.hours(share):,.0f}" if other.fits else "-" for other in on]
+            work = [f"{plan.run['steps']} x {plan.run['batch']}", f"{plan.flop / 1e15:,.1f}", f"{plan.peak / 1e9:.0f}"]
+            rows.append([stage, *work, *hours])
+    return _table(["run", "steps x batch", "PFLOP per step", "GB", *GPUS], rows)
+
+
+def bill_table(plans: dict[str, Plan] | None = None, price: float = PRICE, share: float = 0.5) -> str:
+    """One row per whole model (three stages in turn) on one and on eight GPUs: GPU-hours, days and money."""
+    plans, rows = plans or read_plans(), []
+    for size, kind, setups in product(SIZES, KINDS, ((ONE,), (EIGHT, SHARDED))):
+        stages = [f"{size} {stage}" for stage in ("bidirectional teacher", f"{kind} forward", f"{kind} on_policy")]
+        for setup in setups:
+            model = [plans[f"{stage}, {setup}"] for stage in stages]
+            if fits := all(plan.fits for plan in model):
+                break
+        hours, peak = sum(plan.hours(share) for plan in model), max(plan.peak for plan in model)
+        bill = [f"{model[0].gpus * hours:,.0f}", f"{hours / 24:.1f}", f"{price * model[0].gpus * hours:,.0f}"]
+        bill = bill if fits else ["does not fit", "-", "-"]
+        rows.append([f"{size} {kind}", setup, f"{peak / 1e9:.0f}", *bill])
+    return _table(
+        ["whole model", "on", "the largest stage, GB", "GPU-hours", "days", f"at {price:g} per GPU-hour"], rows
+    )
+
+
+def _table(titles, rows):
+    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])

@@ -15,6 +15,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
+def experiment_parser(command, output, seeds=None):
+    """A parser with the options of every experiment: --output, --workers, --quiet, and --seeds if it takes some."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(command.__name__, description=command.__doc__, formatter_class=defaults)
+    if seeds:
+        parser.add_argument("--seeds", default=seeds, help="trained together, as one network")
+    parser.add_argument("--output", default=output, help="folder for what is written")
+    parser.add_argument("--workers", default=2, type=int, help="processes; each takes one core")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
 def run(command):
     """command(), whose exit status is returned: bad input, a missing package and an interruption are one line each."""
     try:

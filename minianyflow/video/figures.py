@@ -1,28 +1,53 @@
-"""Pictures of videos: contact sheets, players that work in a saved notebook, any-step curves of a video report.
+"""Pictures of videos: contact sheets, players that work in a saved notebook, the curves of a video report.
 
-Videos are grey, (n, T, H, W) in [0, 1]; what is outside is clipped. `save_figure` of `pictures` writes a figure.
+Videos are grey, (n, T, H, W) in [0, 1]; values outside are clipped.
 """
 
 import io
+from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from minianyflow.networks.codec import Codec
 from minianyflow.support.errors import InputError
-from minianyflow.support.figures import draw_any_step
+from minianyflow.support.figures import draw_any_step, save_figure
+from minianyflow.times import generator
+from toy_data import blobs
 
+CURVES = ("teacher", "eulerian", "lagrangian", "semigroup", "mixed", "consistency", "on_policy")
+SHOWN = {"teacher": (1, 4, 32), "eulerian": (1, 4, 32), "consistency": (1, 32), "on_policy": (1,), "causal": (4,)}
 _GREYS = 64  # a quarter of all: smaller files, and no eye sees it
 
 
-def contact_sheet(rows, frames=(0, 4, 8, 12, 16), titles=("one ball", "two balls")):
-    """A Figure of stills: a row for each video of `rows` {label: (n, T, H, W)}, a block of `frames` for each title.
+def save_figures(report: dict, ends: dict, clips: Sequence[int], codec: Codec, folder: Path) -> None:
+    """Write the pictures of a report: any-step curves of two measures, and a contact sheet of the clips SHOWN.
+
+    ends: {stage: {nfe: latents}}; clips: which of them to show.
+    """
+    curves = report | {"methods": {name: method for name, method in report["methods"].items() if name in CURVES}}
+    save_figure(any_step_curves(curves, "sliced_w2", "sliced W2 of latents"), folder / "any_step.png")
+    save_figure(any_step_curves(curves, "from_ideal", "distance from ideal blobs"), folder / "from_ideal.png")
+    rows = {"data": blobs.sample(2, generator(7)).video}
+    for name, counts in SHOWN.items():
+        label = "flow map" if name == "eulerian" else name.replace("_", "-")
+        for nfe in counts:
+            if nfe in ends.get(name, {}):
+                rows[f"{label}, {nfe}"] = codec.decode(ends[name][nfe][clips])
+    save_figure(contact_sheet(rows), folder / "contact_sheet.png")
+
+
+def contact_sheet(rows: dict, frames: Sequence[int] = (0, 4, 8, 12, 16), titles=blobs.PROMPTS) -> Figure:
+    """A figure of stills: a row for each video of `rows` {label: (n, T, H, W)}, a block of `frames` for each title.
 
     Block k shows clip k. Raises InputError for a clip or a frame that a video does not have.
     """
     rows = {label: _checked(label, video, len(titles), max(frames) + 1) for label, video in rows.items()}
     height, width = next(iter(rows.values())).shape[2:]
-    gap, inch = max(1, width // 16), 0.95  # between stills, in pixels; a still
+    gap, inch = max(1, width // 16), 0.95  # pixels between stills; size of a still
     size = (len(titles) * len(frames) * inch + 1.9, len(rows) * inch * 1.06 + 0.8)
     figure, grid = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False, layout="constrained")
     for axes_row, (label, video) in zip(grid, rows.items(), strict=True):
@@ -44,28 +69,28 @@ def contact_sheet(rows, frames=(0, 4, 8, 12, 16), titles=("one ball", "two balls
 
 
 def player(video, titles=None, columns=8, scale=6, fps=8):
-    """The videos playing side by side, in a loop: an image for a notebook's output, no kernel needed.
+    """The videos side by side, in a loop: an image for a notebook's output, which needs no kernel.
 
-    video: (n, T, H, W), or {label: (n, T, H, W)} for a labelled row each; the first `columns` clips are shown, under
-    their `titles`. An animated PNG, since nbconvert shows no GIF; `animated_png` gives the bytes.
+    video: (n, T, H, W), or {label: (n, T, H, W)} for one labelled row per entry; the first `columns` clips are shown,
+    under their `titles`. An animated PNG, since nbconvert shows no GIF; `animated_png` returns the bytes.
     """
-    from IPython.display import Image as Shown
+    from IPython.display import Image as NotebookImage
 
-    return Shown(data=animated_png(video, titles, columns, scale, fps), format="png")
+    return NotebookImage(data=animated_png(video, titles, columns, scale, fps), format="png")
 
 
-def animated_png(video, titles=None, columns=8, scale=6, fps=8):
-    """What `player` shows, as bytes. A bar below says how far the clip is; the last frame is held for a moment."""
+def animated_png(video, titles: Sequence[str] | None = None, columns=8, scale=6, fps=8) -> bytes:
+    """The bytes of `player`. A bar below shows the time; the last frame lasts half a second longer."""
     rows = video if isinstance(video, dict) else {"": video}
-    rows = {label: _checked(label, each)[:columns] for label, each in rows.items()}
-    shapes = {each.shape for each in rows.values()}
+    rows = {label: _checked(label, clips)[:columns] for label, clips in rows.items()}
+    shapes = {clips.shape for clips in rows.values()}
     if len(shapes) != 1 or scale < 1 or fps <= 0:
         raise InputError(f"videos {shapes}, scale {scale}, fps {fps}; expected one shape for all rows, scale 1 or more")
-    frames = [np.concatenate([each[:, k] for each in rows.values()]) for k in range(next(iter(shapes))[1])]
-    back, corners, bar = _stage(list(rows), titles or [], next(iter(shapes)), scale)
+    frames = [np.concatenate([clips[:, k] for clips in rows.values()]) for k in range(next(iter(shapes))[1])]
+    background, corners, bar = _background(list(rows), titles or [], next(iter(shapes)), scale)
     pictures = []
     for k, tiles in enumerate(frames):
-        picture = back.copy()
+        picture = background.copy()
         for tile, (left, top) in zip(tiles, corners, strict=True):
             grey = np.round(np.round(np.clip(tile, 0, 1) * (_GREYS - 1)) * 255 / (_GREYS - 1)).astype(np.uint8)
             large = grey.repeat(scale, 0).repeat(scale, 1)
@@ -80,8 +105,8 @@ def animated_png(video, titles=None, columns=8, scale=6, fps=8):
     return file.getvalue()
 
 
-def _stage(labels, titles, shape, scale):
-    """What does not move: a picture with labels and titles, where the tiles go, and the box of the bar."""
+def _background(labels, titles, shape, scale):
+    """The background: a picture with labels and titles, the corners of the tiles, and the box of the bar."""
     count, _, height, width = shape
     font = ImageFont.load_default(16)
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
@@ -101,8 +126,8 @@ def _stage(labels, titles, shape, scale):
     return picture, [(left + x * step_x, top + y * step_y) for y in range(len(labels)) for x in range(count)], bar
 
 
-def any_step_curves(report, measure, ylabel=None):
-    """A Figure of `draw_any_step`, the legend beside it."""
+def any_step_curves(report: dict, measure: str, ylabel: str | None = None) -> Figure:
+    """A figure of `draw_any_step`, the legend beside it."""
     figure, axes = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
     draw_any_step(axes, report, measure, ylabel)
     axes.legend(fontsize=12, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -1,30 +1,30 @@
 """Small video latents, from a codec to any-step students: every stage, and how all are trained in their order.
 
-    codec        a tiny AutoencoderKLWan (codec.py)
+    codec        a tiny AutoencoderKLWan (networks/codec.py)
     teacher      flow matching, bidirectional
     flow maps    from the teacher, by each objective of the plane; consistency, the baseline, from the same teacher
     on-policy    from a flow map; beside it the forward stage alone, continued at equal cost
     causal       from a flow map: teacher forcing, then on-policy, with and without gradient through the context
 
-No mathematics stands here: objectives, backward simulation, samplers and the loop are those of the plane.
+This module has no mathematics: objectives, backward simulation, samplers and the loop are those of the plane.
 """
 
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
 from minianyflow.guidance import guided
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_from
-from minianyflow.networks.codec import codec_cost, train_codec
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
 from minianyflow.networks.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
@@ -35,10 +35,10 @@ from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role, train
+from minianyflow.video.codec_training import codec_cost, train_codec
 from toy_data import blobs
 
 WEIGHTS = Path(blobs.__file__).parent / "video"  # of the committed run
-LATENTS = "latents.safetensors"
 CLIPS = 16384  # encoded once, for all stages
 
 
@@ -46,9 +46,9 @@ CLIPS = 16384  # encoded once, for all stages
 class Stage:
     """kind: how it trains (`BUILDERS`). parent: the stage that it starts from. steps, rows, lr: of the loop.
 
-    options: of its loss. guidance: scale of its teacher's velocity, 1 is none. stream: the number of its stream of
-    batches; what goes on from a student has another than that student. One student a seed; seed 0 of the parent where
-    that has fewer.
+    seeds: one student per seed, from seed 0 of the parent where that has fewer. options: of its loss. stream: the
+    number of its stream of batches, another one than that of the student it starts from. guidance: scale of its
+    teacher's velocity, 1 for none.
     """
 
     kind: str
@@ -65,8 +65,9 @@ class Stage:
 THREE = (0, 1, 2)
 ALONE = ("codec", "teacher")  # nothing else can be trained beside them: they get two cores
 CONSISTENCY_EMA, FAKE_RATE = 0.95, 5.0
-DROPPED = 0.1  # of a teacher's rows, that it may be guided
-GUIDANCE = 2.0  # for all students: what they learn is then a better law than the teacher's own, see docs/video.md
+DROPPED = 0.1  # share of a teacher's rows with the null prompt, so that it can be guided
+GUIDANCE = 2.0  # for all students: the guided law is nearer to the data than the teacher's own, see docs/video.md
+FLOW_MATCHING = {"diagonal": 1.0, "end": 0.0}  # shares of the pairs of times: r = t in all rows
 FORWARD = {name: {"shares": shares, "adaptive": 0.5} for name, shares in FLOW_MAPS.items()}
 EULERIAN = FORWARD["eulerian"]
 STAGES = {
@@ -92,45 +93,45 @@ STAGES = {
 # What the stages train on
 
 
-def sample_videos(count, source, frames):
+def path_of(folder: str | Path, name: str, seed: int = 0) -> Path:
+    """The weights of a stage; those of seed 0 if it was trained with fewer seeds."""
+    return Path(folder) / f"{name}-{seed if seed in STAGES[name].seeds else 0}.safetensors"
+
+
+def latents_path(folder: str | Path) -> Path:
+    """The latents that stages train on; another codec or another number of clips has another file."""
+    return Path(folder) / f"latents-{CLIPS}-{_digest(path_of(folder, 'codec'))}.safetensors"
+
+
+def sample_videos(count: int, source, frames: int) -> Tensor:
     """Videos (count, frames, 16, 16) of bouncing blobs."""
     return blobs.sample(count, source, frames).video
 
 
-def make_latents(folder):
-    """The latents that every stage trains on and their numbers of balls, encoded once, kept in `folder`."""
+def make_latents(folder: str | Path) -> None:
+    """Encode the clips that every stage trains on, and write them with their numbers of balls."""
     clips = blobs.sample(CLIPS, generator(100))
-    latents = load_codec(folder / "codec-0.safetensors").encode(clips.video)
+    latents = load_codec(path_of(folder, "codec")).encode(clips.video)
     with staging_folder(folder) as unfinished:
-        save_file({"latents": latents, "balls": clips.balls}, unfinished / LATENTS, _made_from(folder))
+        save_file({"latents": latents, "balls": clips.balls}, unfinished / latents_path(folder).name)
 
 
-def _made_from(folder):
-    """What decides the latents, as their file says it: the codec that is there today, and how many clips."""
-    return {"codec": _digest(folder / "codec-0.safetensors"), "clips": str(CLIPS)}
+class Earlier:
+    """What a stage finds in its folder: latents, networks to start from, and teachers.
 
-
-def _has_latents(folder):
-    """Whether the latents are there, of the codec and as many clips as today."""
-    if not (folder / LATENTS).exists():
-        return False
-    with safe_open(folder / LATENTS, "pt") as file:
-        return file.metadata() == _made_from(folder)
-
-
-class Latents:
-    """Batches of latents and prompts. draw(step) of any role: the same batch for whoever asks.
-
-    Rows drop their prompt with probability `drop` (then it is the null prompt). `pairs` goes to `draw_pairs`.
+    teachers: an EvaluationCounter per teacher of this stage.
     """
 
-    def __init__(self, folder):
-        held = load_file(Path(folder) / LATENTS)
-        self.latents, self.balls = held["latents"], held["balls"]
+    def __init__(self, folder: str | Path):
+        self.folder, self.teachers, data = folder, [], load_file(latents_path(folder))
+        self.latents, self.balls = data["latents"], data["balls"]
         self.prompts = TextEncoder()(["", *blobs.PROMPTS])  # (3, L, D); number 0 is the null prompt
 
-    def batch(self, rows, source, drop=0.0, **pairs):
-        """x, eps (rows, 5, 4, 4, 4), the pairs of times, and the prompts as the condition."""
+    def batch(self, rows: int, source: torch.Generator, drop: float = 0.0, **pairs):
+        """x, eps (rows, 5, 4, 4, 4), the pairs of times (of `draw_pairs`), and the prompts as the condition.
+
+        Rows have the null prompt with probability `drop`.
+        """
         index = torch.randint(len(self.latents), (rows,), generator=source)
         dropped = torch.rand(rows, generator=source) < drop
         prompt = self.prompts[torch.where(dropped, 0, self.balls[index])]
@@ -138,63 +139,53 @@ class Latents:
         eps = torch.randn(x.shape, generator=source)
         return {"x": x, "eps": eps, "condition": {"prompt": prompt}} | draw_pairs(rows, source, **pairs)
 
+    def draw(self, stage: Stage, seed: int, **options) -> Callable[[int], dict]:
+        """draw(step): the batches of a stage, the same for all its roles. options: of `batch`."""
+        return lambda step: self.batch(stage.rows, generator(seed, stage.stream, step), **options)
 
-# How each kind trains: build(stage, seed, earlier) gives roles, the first of which is kept, and draw(step)
-
-
-class Earlier:
-    """What earlier stages left in a folder: to train on, to ask (counted), and the latents."""
-
-    def __init__(self, folder):
-        self.folder, self.asked = folder, []
-
-    def network(self, name, seed=0):
-        """A copy to train on."""
+    def network(self, name: str, seed: int = 0):
+        """A copy to train, of the network of an earlier stage."""
         return load_network(path_of(self.folder, name, seed)).requires_grad_(True)
 
-    def causal(self, name, seed=0):
-        """A copy to train on chunk by chunk, from a causal network or a bidirectional one."""
+    def causal(self, name: str, seed: int = 0) -> CausalNetwork:
+        """A copy to train chunk by chunk, from a causal network or a bidirectional one."""
         network = self.network(name, seed)
         if isinstance(network, CausalNetwork):
             return network
         return CausalNetwork(causal_from(network.transformer), timesteps=network.timesteps)
 
-    def velocity(self, name, guidance=1.0):
+    def velocity(self, name: str, guidance: float = 1.0) -> Callable:
         """The velocity(z, t, **condition) of a teacher, guided away from the null prompt if `guidance` is above 1."""
-        self.asked.append(EvaluationCounter(load_network(path_of(self.folder, name))))
-        return guided(partial(velocity, self.asked[-1]), {"prompt": TextEncoder()([""])}, guidance)
+        self.teachers.append(EvaluationCounter(load_network(path_of(self.folder, name))))
+        return guided(partial(velocity, self.teachers[-1]), {"prompt": TextEncoder()([""])}, guidance)
 
-    def forward(self, stage, teacher="teacher"):
-        """The forward stage's loss with a teacher's velocity: why not that of data, see docs/video.md."""
+    def forward(self, stage: Stage, teacher: str = "teacher") -> FlowMapLoss:
+        """The loss of the forward stage with a teacher's velocity; why not that of data, see docs/video.md."""
         return FlowMapLoss(**{"delta": 5e-3} | stage.options, velocity=self.velocity(teacher, stage.guidance))
+
+
+# How each kind trains: build(stage, seed, earlier) returns the roles, the first of which is saved, and draw(step)
 
 
 def build_teacher(stage, seed, earlier):
     """Flow matching on data; a tenth of the rows without their prompt."""
-    data = Latents(earlier.folder)
     network = WanNetwork(tiny_transformer(seed), TINY_TIMESTEPS)
     teacher = _role(network, stage, FlowMapLoss({}, weight=torch.ones_like))
-    return {"teacher": teacher}, lambda step: data.batch(
-        stage.rows, generator(seed, step), DROPPED, diagonal=1.0, end=0.0
-    )
+    return {"teacher": teacher}, lambda step: earlier.batch(stage.rows, generator(seed, step), DROPPED, **FLOW_MATCHING)
 
 
 def build_flow_map(stage, seed, earlier):
     """The forward stage."""
-    data = Latents(earlier.folder)
     student = _role(earlier.network(stage.parent, seed), stage, earlier.forward(stage))
-    return {"student": student}, lambda step: data.batch(stage.rows, generator(seed, stage.stream, step))
+    return {"student": student}, earlier.draw(stage, seed)
 
 
 def build_consistency(stage, seed, earlier):
     """Discrete consistency distillation, with the options that the baseline has on the plane."""
-    data = Latents(earlier.folder)
     student = _role(earlier.network(stage.parent, seed), stage, None, ema=CONSISTENCY_EMA)
     options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5} | stage.options
     student.loss = ConsistencyLoss(earlier.velocity("teacher", stage.guidance), student.average, **options)
-    return {"student": student}, lambda step: data.batch(
-        stage.rows, generator(seed, stage.stream, step), diagonal=1.0, end=0.0
-    )
+    return {"student": student}, earlier.draw(stage, seed, **FLOW_MATCHING)
 
 
 def build_on_policy(stage, seed, earlier):
@@ -206,7 +197,7 @@ def build_on_policy(stage, seed, earlier):
 def build_causal_teacher(stage, seed, earlier):
     """Flow matching on data by teacher forcing, from the bidirectional teacher."""
     loss = FlowMapLoss({}, weight=torch.ones_like)
-    return _teacher_forcing(stage, seed, earlier, loss, drop=DROPPED, diagonal=1.0, end=0.0)
+    return _teacher_forcing(stage, seed, earlier, loss, drop=DROPPED, **FLOW_MATCHING)
 
 
 def build_causal(stage, seed, earlier):
@@ -214,19 +205,8 @@ def build_causal(stage, seed, earlier):
     return _teacher_forcing(stage, seed, earlier, earlier.forward(stage, "causal_teacher"))
 
 
-def _teacher_forcing(stage, seed, earlier, loss, **pairs):
-    data, network = Latents(earlier.folder), earlier.causal(stage.parent, seed)
-
-    def draw(step):
-        return cycle_context_lengths(
-            data.batch(stage.rows, generator(seed, stage.stream, step), **pairs), step, network
-        )
-
-    return {"student": _role(network, stage, TeacherForced(loss))}, draw
-
-
 def build_causal_on_policy(stage, seed, earlier):
-    """Chunk by chunk from its own context; scores see the whole clip; teacher forcing beside it."""
+    """On-policy training chunk by chunk from its own context; scores see the whole clip; teacher forcing beside it."""
     student = earlier.causal(stage.parent, seed)
     forward = TeacherForced(earlier.forward(STAGES[stage.parent], "causal_teacher"))
     options = dict(stage.options)
@@ -235,19 +215,23 @@ def build_causal_on_policy(stage, seed, earlier):
     return _on_policy(stage, seed, earlier, student, forward, options, cut, simulate=simulate)
 
 
-def _on_policy(stage, seed, earlier, network, forward, options, cut=None, **how):
-    data = Latents(earlier.folder)
+def _teacher_forcing(stage, seed, earlier, loss, **options):
+    network, whole = earlier.causal(stage.parent, seed), earlier.draw(stage, seed, **options)
+    student = _role(network, stage, TeacherForced(loss))
+    return {"student": student}, lambda step: cycle_context_lengths(whole(step), step, network)
+
+
+def _on_policy(stage, seed, earlier, network, forward, options, cut=lambda batch, step: batch, **simulation):
     student = _role(network, stage, None, betas=(0.0, 0.999))
     fake = _role(earlier.network("teacher"), stage, None, lr=FAKE_RATE * stage.lr, betas=(0.0, 0.999))
-    student.loss = OnPolicyLoss(earlier.velocity("teacher", stage.guidance), fake.network, forward, **options, **how)
-    fake.loss = FakeScoreLoss(student.network, **how)
-
-    def draw(step):
-        batch = data.batch(stage.rows, generator(seed, stage.stream, step))
-        rollouts = draw_on_policy(batch["x"].shape[1:], stage.rows, generator(seed, 4, step))
-        return (cut(batch, step) if cut else batch) | rollouts
-
-    return {"student": student, "fake": fake}, draw
+    real = earlier.velocity("teacher", stage.guidance)
+    student.loss = OnPolicyLoss(real, fake.network, forward, **options, **simulation)
+    fake.loss = FakeScoreLoss(student.network, **simulation)
+    whole, shape = earlier.draw(stage, seed), earlier.latents.shape[1:]
+    return {
+        "student": student,
+        "fake": fake,
+    }, lambda step: cut(whole(step), step) | draw_on_policy(shape, stage.rows, generator(seed, 4, step))
 
 
 def _role(network, stage, loss, lr=None, ema=0.99, **options):
@@ -268,13 +252,8 @@ BUILDERS = {
 # One stage, and all of them
 
 
-def path_of(folder, name, seed=0):
-    """Where the weights of a stage are; seed 0 if it was trained with fewer seeds."""
-    return Path(folder) / f"{name}-{seed if seed in STAGES[name].seeds else 0}.safetensors"
-
-
-def train_stage(name, seed, folder, quiet=False, position=0):
-    """Train one stage with one seed and keep it in `folder` with its provenance; it needs its parents there."""
+def train_stage(name: str, seed: int, folder: str | Path, quiet: bool = False, position: int = 0) -> None:
+    """Train one stage with one seed, and write it into `folder`, where its parents are, with its provenance."""
     torch.set_num_threads(2 if name in ALONE else 1)
     stage, path = STAGES[name], path_of(folder, name, seed)
     bar = {"desc": f"{name} {seed}", "position": position, "disable": quiet or None}
@@ -287,29 +266,36 @@ def train_stage(name, seed, folder, quiet=False, position=0):
         roles, draw = BUILDERS[stage.kind](stage, seed, earlier)
         history = train(roles, draw, stage.steps, progress=bar)
         network = next(iter(roles.values())).average.module.network
-        counters = [each for role in roles.values() for each in (role.network, role.average.module)] + earlier.asked
+        counters = [counter for role in roles.values() for counter in (role.network, role.average.module)]
+        counters += earlier.teachers
     cost = {
         "steps": stage.steps,
-        "forwards": sum(each.rows for each in counters),
-        "backwards": sum(each.with_grad for each in counters),
+        "forwards": sum(counter.rows for counter in counters),
+        "backwards": sum(counter.with_grad for counter in counters),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    made = {"command": "python -m minianyflow weights", "seeds": [seed], "stage": asdict(stage)}
-    made["parent"] = _parent(folder, name, seed)
-    made |= {"cost": cost, "losses": {kind: round(error, 5) for kind, error in history[-1].items()}, "figures": {}}
-    save_weights(path, network.state_dict(), describe(network) | made)
+    provenance = {
+        "command": "python -m minianyflow weights",
+        "seeds": [seed],
+        "stage": asdict(stage),
+        "parent": _parent(folder, name, seed),
+        "cost": cost,
+        "losses": {kind: round(error, 5) for kind, error in history[-1].items()},
+        "figures": {},
+    }
+    save_weights(path, network.state_dict(), describe(network) | provenance)
 
 
-def train_all(folder="outputs/weights", workers=2, quiet=False):
-    """Train every stage that `folder` does not have yet, each once its parent is there, `workers` at a time.
+def train_all(folder: str | Path = "outputs/weights", workers: int = 2, quiet: bool = False) -> None:
+    """Train every stage that `folder` does not have yet, after its parent, `workers` at a time.
 
-    Each is kept as soon as it is done: an interrupted run goes on from there. One that is there with other settings, or
-    from another parent, is trained again; so are the latents of another codec made again.
+    Each is written as soon as it is done: an interrupted run resumes from there. One that is there with other settings,
+    or from another parent, is trained again; so are the latents of another codec made again.
     """
     folder = Path(folder)
     if not _is_done(folder, "codec", 0):
         run_jobs({"codec": (train_stage, ("codec", 0, folder, quiet))}, workers)
-    if not _has_latents(folder):
+    if not latents_path(folder).exists():
         make_latents(folder)
     jobs, after = {}, {}
     for name, stage in STAGES.items():  # parents stand before what starts from them
@@ -323,13 +309,13 @@ def train_all(folder="outputs/weights", workers=2, quiet=False):
 
 
 def _is_done(folder, name, seed):
-    """Whether this one is there, trained with the settings of today from the parent that is there today."""
+    """Whether this one is there, trained with today's settings from the parent that is there now."""
     path = path_of(folder, name, seed)
     if not path.exists():
         return False
-    made = read_weights(path, *KINDS)[2]
-    same = json.loads(json.dumps(asdict(STAGES[name])))
-    return made.get("stage") == same and made.get("parent") == _parent(folder, name, seed)
+    provenance = read_weights(path, *KINDS)[2]
+    settings = json.loads(json.dumps(asdict(STAGES[name])))
+    return provenance.get("stage") == settings and provenance.get("parent") == _parent(folder, name, seed)
 
 
 def _parent(folder, name, seed):

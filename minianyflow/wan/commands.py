@@ -25,7 +25,7 @@ def distill(argv):
         help="overlays of minianyflow/wan/configs in order: model, architecture, stage; or paths of your own",
     )
     parser.add_argument("--print-config", action="store_true", help="print every option with its value, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of configs/base.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options; --print-config shows them all")
     arguments = parser.parse_args(argv)
     from minianyflow.wan.config import as_yaml, load_config
 
@@ -33,7 +33,7 @@ def distill(argv):
     pairs = [name for name in arguments.config if "=" in name]  # those that follow --config
     config = load_config(files, [*pairs, *arguments.overrides])
     if arguments.print_config:
-        print(as_yaml(config), end="")
+        print(as_yaml(config, words=True), end="")
         return 0
     from accelerate import PartialState
 
@@ -71,8 +71,7 @@ def sample(argv):
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
     parser.add_argument("--prompts", metavar="FILE", help="or a file of them, one per line")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 4, 32], help="step counts (default: 1 4 32)")
-    for name, what in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the source's, or Wan2.1's)")
+    _size_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the same for every step count (default: 0)")
     parser.add_argument("--image", metavar="FILE", help="the first frame")
     parser.add_argument("--video", metavar="FILE", help="the first frames, at 16 per second")
@@ -80,9 +79,27 @@ def sample(argv):
     parser.add_argument("--output", default="outputs/samples", metavar="OUT", help="folder (default: outputs/samples)")
     _device_options(parser)
     arguments = parser.parse_args(argv)
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise InputError("give either --prompt TEXT ... or --prompts FILE")
+    if arguments.image and arguments.video:
+        raise InputError("both --image and --video; a clip starts from one of them: leave out the other")
+    if arguments.context and not arguments.video:
+        raise InputError("--context without --video; it is the number of its frames to start from")
     from minianyflow.wan.sample import sample_clips
+    from minianyflow.wan.sources import read_prompts
 
-    sample_clips(arguments)
+    sample_clips(
+        arguments.source,
+        read_prompts(arguments.prompt, arguments.prompts),
+        arguments.steps,
+        arguments.output,
+        _clip(arguments),
+        arguments.seed,
+        arguments.image or arguments.video,
+        1 if arguments.image else arguments.context,
+        arguments.device,
+        arguments.precision,
+    )
     print(f"written: {arguments.output}, clips and sheet.png")
     return 0
 
@@ -125,24 +142,13 @@ def evaluate(argv):
     parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, one per line")
     steps = [1, 2, 4, 8, 16, 32, 64, 128]
     parser.add_argument("--steps", nargs="+", type=int, default=steps, help="step counts (default: 1 to 128, doubling)")
-    parser.add_argument("--data", metavar="SHARDS", help="folder of held-out latents (default: none, and no distance)")
+    parser.add_argument("--data", metavar="FOLDER", help="folder of held-out latents (default: none, and no distance)")
     parser.add_argument("--videos", type=int, default=5, help="clips per prompt (default: 5, as VBench wants)")
-    for name, what in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the source's, or Wan2.1's)")
+    _size_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for all sources (default: 0)")
     parser.add_argument("--batch", type=int, default=1, help="clips sampled and decoded together (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale, for teachers alone (default: 1, none)")
     parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)")
-    parser.add_argument(
-        "--vbench", nargs="+", metavar="DIMENSION", help="what VBench scores (default: all it can here)"
-    )
-    parser.add_argument("--no-vbench", action="store_true", help="do not look for VBench")
-    parser.add_argument(
-        "--vbench-python",
-        default=sys.executable,
-        metavar="PYTHON",
-        help="one that has the package vbench (default: this)",
-    )
     parser.add_argument("--output", default="outputs/evaluation", metavar="OUT", help="(default: outputs/evaluation)")
     _device_options(parser)
     arguments = parser.parse_args(argv)
@@ -151,7 +157,21 @@ def evaluate(argv):
     from minianyflow.wan.evaluate import evaluate as evaluate_sources
     from minianyflow.wan.evaluate import table
 
-    report = evaluate_sources(arguments)
+    report = evaluate_sources(
+        arguments.sources,
+        arguments.prompts,
+        arguments.steps,
+        arguments.output,
+        arguments.data,
+        arguments.videos,
+        _clip(arguments),
+        arguments.seed,
+        arguments.batch,
+        arguments.guidance,
+        arguments.negative,
+        arguments.device,
+        arguments.precision,
+    )
     PartialState().destroy_process_group()  # one that is left to the end of Python may abort it
     if report:  # on the main process
         print(f"\n{table(report)}\n\nwritten: {arguments.output}, any_step.json, any_step.png, sheet.png and videos")
@@ -165,13 +185,23 @@ def make_tiny_wan(argv):
     parser.add_argument("--seed", type=int, default=0, help="another seed, other weights and clips (default: 0)")
     arguments = parser.parse_args(argv)
     from minianyflow.wan import folders
-    from minianyflow.wan.data.shards import LatentShards
+    from minianyflow.wan.data.latents import LatentSet
 
     folders.make_tiny_wan(arguments.output, arguments.seed)
-    data = LatentShards(f"{arguments.output}/latents")
+    data = LatentSet(f"{arguments.output}/latents")
     print(f"written: {arguments.output}, a WanPipeline of random weights")
     print(f"written: {arguments.output}/latents, {len(data)} captioned clips of {data.shape} (frames, channels, h, w)")
     return 0
+
+
+def _size_options(parser):
+    for name, words in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{words} (default: the source's, or Wan2.1's)")
+
+
+def _clip(arguments):
+    """The sizes that are given."""
+    return {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
 
 
 def _device_options(parser):

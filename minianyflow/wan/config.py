@@ -1,227 +1,225 @@
-"""What a run of scripts/distill.py is told: one set of options, layer upon layer of YAML, checked before anything.
+"""The configuration of a run: typed options, overlays of YAML over their defaults, all checked before anything runs.
 
-configs/base.yaml holds every option with its default and says what it means. Over it come overlays, a name for
-those beside it, in the order of LAYERS; then key=value pairs. Nothing is left to be found out hours later: unknown
-options, wrong types and settings that contradict each other are one line each.
+An option, its default, its bounds and its words stand once, in the classes below. Over the defaults come overlays
+(names of files in configs/, or paths) in the order of LAYERS, then key=value pairs. Unknown options, wrong types and
+settings that contradict each other are one line each. `${name}` in a value is the value of another option.
 """
 
 import difflib
+import json
 import re
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, Strict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from minianyflow.support.errors import InputError, choose
 
 CONFIGS = Path(__file__).parent / "configs"
-LAYERS = {  # one of each at most, in this order: a later one may set what an earlier one has set
+LAYERS = {  # at most one of each, in this order: a later layer may set what an earlier one has set
     "model": ("wan-1.3b", "wan-14b"),
     "architecture": ("bidirectional", "causal"),
     "stage": ("teacher", "forward", "on_policy", "forward-published", "on_policy-published"),
     "size": ("tiny",),
 }
-
-
-@dataclass
-class Guidance:
-    """Fused into the flow map: guidance.Guidance."""
-
-    scale: float
-    published: bool
-
-
-@dataclass
-class Causal:
-    """Chunks and what of them is trained on."""
-
-    first: int
-    rest: int
-    full_chunks: int
-    long_context: float
-    bidirectional: float
-
-
-@dataclass
-class OnPolicy:
-    """Backward simulation and distribution matching: on_policy.OnPolicyLoss, on_policy.FakeScoreLoss."""
-
-    rollouts: list[int]
-    real_guidance: float
-    fake_lr: float
-    forward_weight: float
-    context_gradient: bool
-    score_time: str
-
-
-@dataclass
-class Log:
-    """What is written down, and where."""
-
-    every: int
-    tracker: str
-
-
-@dataclass
-class Samples:
-    """What is sampled while training."""
-
-    every: int
-    steps: list[int]
-    prompts: list[str]
-
-
-@dataclass
-class Checkpoints:
-    """What a run goes on from: checkpoints.Checkpoints."""
-
-    every: int
-    keep: int
-
-
-@dataclass
-class OnNan:
-    """What becomes of a bad batch: faults.Guard."""
-
-    skip: int
-    above: float | None
-
-
-@dataclass
-class Config:
-    """Every option; base.yaml says what they mean."""
-
-    stage: str
-    architecture: str
-    runs: str
-    output: str
-    base: str
-    student: str | None
-    teacher: str | None
-    data: str
-    data_skip: int
-    seed: int
-
-    objective: str
-    velocity: str | None  # None until it is resolved
-    delta: float
-    diagonal: float
-    end: float
-    shift: float
-    drop: float
-    guidance: Guidance
-    weight: str
-    rebalance: bool
-    adaptive: float
-
-    trained: str
-    rank: int
-    alpha: float
-    steps: int
-    batch: int
-    accumulate: int
-    lr: float
-    betas: list[float]
-    weight_decay: float
-    warmup: int
-    clip: float | None
-    ema: float
-    ema_after: int
-
-    precision: str
-    checkpointing: bool
-    keep_attention: bool
-    compiled: bool
-    device: str
-
-    causal: Causal
-    on_policy: OnPolicy
-    checkpoints: Checkpoints
-    resume: str
-    on_nan: OnNan
-    log: Log
-    samples: Samples
-
-
-CHOICES = {
-    "stage": ("teacher", "forward", "on_policy"),
-    "architecture": ("bidirectional", "causal"),
-    "objective": ("eulerian", "lagrangian", "semigroup", "mixed"),
-    "velocity": ("data", "base"),
-    "weight": ("sqrt", "anyflow"),
-    "trained": ("lora", "full"),
-    "precision": ("bf16", "fp32"),
-    "device": ("auto", "cpu", "cuda"),
-    "on_policy.score_time": ("uniform", "logit_normal"),
-    "resume": ("auto", "never"),
-    "log.tracker": ("tensorboard", "none"),
-}
-AT_LEAST = {
-    **dict.fromkeys(("steps", "batch", "accumulate", "rank", "log.every"), 1),
-    **dict.fromkeys(("causal.first", "causal.rest"), 1),
-    "causal.full_chunks": 2,
-    **dict.fromkeys(("guidance.scale", "on_policy.real_guidance"), 1),
-    **dict.fromkeys(("adaptive", "weight_decay", "warmup", "ema_after", "on_policy.forward_weight"), 0),
-    **dict.fromkeys(("checkpoints.every", "checkpoints.keep"), 1),
-    **dict.fromkeys(("on_nan.skip", "data_skip", "samples.every", "diagonal", "end", "seed"), 0),
-}
-POSITIVE = ("lr", "on_policy.fake_lr", "delta", "shift", "alpha", "clip", "on_nan.above")
-FREE = (  # what a run that goes on may be told anew: on sound data, what a step computes is the same but for rounding
+FREE = (  # what may change when a run resumes: on sound data, what a step computes is the same but for rounding
     *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
     *("checkpoints", "resume", "on_nan", "log", "samples"),
 )
-SHARES = ("causal.long_context", "causal.bidirectional", "drop", "ema")
+PROMPTS = [
+    "A red panda eats bamboo in a misty forest, close up, soft morning light.",
+    "A sailing boat crosses a stormy sea at dusk, seen from above.",
+]
+typed = dataclass(config=ConfigDict(strict=True, allow_inf_nan=False, coerce_numbers_to_str=True))
+Text = Annotated[str, Strict(False)]  # a folder may be called 2024
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Objective = Literal["eulerian", "lagrangian", "semigroup", "mixed"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-def load_config(files=(), overrides=()):
-    """The `Config` of base.yaml, then `files` in order, then `overrides` ("key=value", dots for sections).
+def option(default, words, **bounds):
+    """A field of a configuration: its default, its words and its bounds."""
+    return Field(default, description=words, **bounds)
+
+
+@typed
+class Guidance:
+    """Classifier-free guidance, learnt into the flow map."""
+
+    scale: float = option(3.0, "guidance scale; 1: none", ge=1)
+    published: bool = option(False, "false: the flow map of the guided ODE; true: AnyFlow's form, eulerian alone")
+
+
+@typed
+class Causal:
+    """What architecture=causal adds: chunks of latent frames."""
+
+    first: Count = option(1, "latent frames of the first chunk")
+    rest: Count = option(3, "latent frames of other chunks; the last may be shorter: 1, 3, 3, 3, 3, 3, 3, 2 of 21")
+    full_chunks: int = option(3, "number of last chunks seen in full; older ones are seen in coarse patches", ge=2)
+    long_context: Share = option(0.5, "share of batches with compressed chunks before those that are trained")
+    bidirectional: Share = option(0.1, "share of steps that train the clip as one chunk")
+
+
+@typed
+class OnPolicy:
+    """What stage=on_policy adds: backward simulation and distribution matching."""
+
+    rollouts: list[Count] = option([2, 4, 8, 16, 50], "step counts of the simulated rollouts", min_length=1)
+    real_guidance: float = option(4.0, "guidance scale of the teacher: null + scale (text - null)", ge=1)
+    fake_lr: float = option("${lr}", "learning rate of the fake score", gt=0)
+    forward_weight: float = option(1.0, "weight of the forward loss; without it the many-step end is lost", ge=0)
+    context_gradient: bool = option(False, "causal: whether gradient passes through earlier chunks")
+    score_time: Literal["uniform", "logit_normal"] = option("uniform", "times of the fake score, before the shift")
+
+
+@typed
+class Checkpoints:
+    """The folder checkpoints/ of the run; removed when the run is finished."""
+
+    every: Count = option(500, "steps between checkpoints; also saved at the end, and at SIGTERM")
+    keep: Count = option(3, "number of newest checkpoints on disk")
+
+
+@typed
+class OnNan:
+    """What happens to a batch whose loss or gradient is not finite; bad_batch.json names its samples."""
+
+    skip: int = option(0, "number of bad batches that are skipped, without a step; the next one stops the run", ge=0)
+    above: float | None = option(1e4, "a loss above this is bad, too; null: any finite loss is good", gt=0)
+
+
+@typed
+class Log:
+    """Losses as entries of the history."""
+
+    every: Count = option(10, "steps between entries")
+    tracker: Literal["tensorboard", "none"] = option("tensorboard", "where entries go, beside run.json")
+
+
+@typed
+class Samples:
+    """Clips that are sampled while training."""
+
+    every: int = option(500, "steps between samples; 0: never", ge=0)
+    steps: list[Count] = option([1, 4, 32], "step counts of the samples", min_length=1)
+    prompts: list[Text] = option(PROMPTS, "prompts of the samples")
+
+
+@typed
+class Config:
+    """All options of a run. The defaults are our recipe for the forward stage of Wan2.1 1.3B."""
+
+    stage: Literal["teacher", "forward", "on_policy"] = option("forward", "on_policy: distribution matching")
+    architecture: Literal["bidirectional", "causal"] = option("bidirectional", "causal: chunk by chunk")
+    runs: Text = option("outputs/wan-1.3b", "folder of the runs of one model")
+    output: Text = option("${runs}/${architecture}-${stage}", "folder of this run")
+    base: Text = option("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "pipeline with the frozen transformer: folder or hub name")
+    student: Text | None = option(None, "run folder that the student starts from; null: from the base")
+    teacher: Text | None = option(None, "run folder of the tuned teacher; null: the base itself")
+    data: Text = option("data/wan-1.3b", "folder of captioned latents")
+    data_skip: int = option(0, "number of broken clips that are left out; one more stops the run", ge=0)
+    seed: int = option(0, "seed of weights, data order and noise", ge=0)
+
+    objective: Objective = option("mixed", "what the flow map is regressed on; mixed: half eulerian, half semigroup")
+    velocity: Literal["data", "base"] | None = option(None, "data: eps - x; base: the teacher's; null: by objective")
+    delta: float = option(5e-3, "half the width of the finite difference in time", gt=0)
+    diagonal: Share = option(0.5, "share of rows with r = t")
+    end: Share = option(0.25, "share of rows with r = 0")
+    shift: float = option(5.0, "time shift s -> shift s / (1 + (shift - 1) s), for t, r and sampling", gt=0)
+    drop: Share = option(0.1, "share of rows with the null prompt")
+    guidance: Guidance = Field(default_factory=Guidance)
+    weight: Literal["sqrt", "anyflow"] = option("anyflow", "weight of a row by its t: t sqrt(1 - t), or sqrt(1 - t)")
+    rebalance: bool = option(False, "scale rows r < t to the mean loss of rows r = t; not with semigroup rows")
+    adaptive: float = option(0.0, "power of the adaptive weight; 0: none", ge=0)
+
+    trained: Literal["lora", "full"] = option("lora", "lora: adapters on one frozen base; full: all weights, per role")
+    rank: Count = option(256, "rank of the adapters")
+    alpha: float = option("${rank}", "scale of the adapters, times their rank", gt=0)
+    steps: Count = option(6000, "optimiser steps")
+    batch: Count = option(32, "global batch size: over all processes and micro-batches")
+    accumulate: Count = option(1, "number of micro-batches per process (gradient accumulation)")
+    lr: float = option(5e-5, "learning rate of AdamW, constant after the warm-up", gt=0)
+    betas: list[Beta] = option([0.9, 0.95], "betas of AdamW", min_length=2, max_length=2)
+    weight_decay: float = option(0.0, "weight decay of AdamW", ge=0)
+    warmup: int = option(1000, "steps of linear warm-up", ge=0)
+    clip: float | None = option(1.0, "maximal gradient norm; null: no clipping", gt=0)
+    ema: Share = option(0.999, "decay of the weight average")
+    ema_after: int = option(1000, "steps before the average begins", ge=0)
+
+    precision: Literal["bf16", "fp32"] = option("bf16", "bf16: trained weights and times stay in float32")
+    checkpointing: bool = option(True, "recompute activations in the backward pass")
+    keep_attention: bool = option(False, "but not those of self-attention: less work, twice the memory per block")
+    compiled: bool = option(False, "torch.compile each block: minutes at the start, then fewer passes over memory")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one")
+
+    causal: Causal = Field(default_factory=Causal)
+    on_policy: OnPolicy = Field(default_factory=OnPolicy)
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
+    resume: Literal["auto", "never"] = option("auto", "auto: resume from the newest whole checkpoint, if there is one")
+    on_nan: OnNan = Field(default_factory=OnNan)
+    log: Log = Field(default_factory=Log)
+    samples: Samples = Field(default_factory=Samples)
+
+
+SECTIONS = {name: field.annotation for name, field in Config.__pydantic_fields__.items() if field.default_factory}
+OPTIONS = {  # {full name: field}, in order
+    (f"{name}.{inner}" if inner else name): leaf
+    for name, field in Config.__pydantic_fields__.items()
+    for inner, leaf in (SECTIONS[name].__pydantic_fields__ if name in SECTIONS else {"": field}).items()
+}
+
+
+def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """The `Config` of the defaults, then `files` in order, then `overrides` ("key=value", dots for sections).
 
     files: names of overlays in minianyflow/wan/configs, like "causal", or paths ending in .yaml.
     Raises InputError, one line, for what does not exist, has another type or contradicts.
     """
-    _check_order(files)
-    merged = OmegaConf.structured(Config)
-    for name in ("base", *files):
-        path = _path(name)
-        merged = _merge(merged, _read(path), path.name)
-    merged = _merge(merged, _parse(overrides), "the command line")
+    _check_order([str(file) for file in files])
+    merged, origin = OmegaConf.create(), {}
+    for name, field in OPTIONS.items():
+        OmegaConf.update(merged, name, field.default)
+    for where, layer in [*map(_read, files), ("the command line", _parse(list(overrides)))]:
+        origin |= {name: f" in {where}" for name, _ in _flat(OmegaConf.to_container(layer), where)}
+        merged = OmegaConf.merge(merged, layer)
     try:
-        config = OmegaConf.to_object(merged)
+        values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as problem:
-        raise InputError(f"the configuration does not resolve: {_first_line(problem)}") from None
+        raise InputError(f"the configuration does not resolve: {str(problem).splitlines()[0]}") from None
+    config = _typed(Config, {name: value for name, value in values.items() if name not in SECTIONS}, origin)
+    for name, kind in SECTIONS.items():
+        setattr(config, name, _typed(kind, values[name], origin, f"{name}."))
     config.velocity = config.velocity or ("base" if config.objective == "lagrangian" else "data")
-    check_config(config)
+    flat = dict(_flat(asdict(config)))
+    for wrong, names, why in _contradictions(config):
+        if wrong:
+            raise InputError(f"{', '.join(f'{name}={flat[name]}' for name in names.split())}: {why}")
     return config
 
 
-def as_yaml(config):
-    """All of a `Config`, resolved, as text that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def as_yaml(config: Config, words: bool = False) -> str:
+    """All of a `Config`, resolved, as text that `load_config` reads back; with `words`, one line per option."""
+    lines = [(f"{name}: {json.dumps(value)}", OPTIONS[name].description) for name, value in _flat(asdict(config))]
+    return "".join(f"{line:42}  # {text}\n" for line, text in lines) if words else OmegaConf.to_yaml(asdict(config))
 
 
-def identity(config):
-    """What may not change while a run goes on, {option: value}: all but FREE."""
-    flat = {}
-    for name in _option_names(Config):
-        if name.split(".")[0] not in FREE:
-            flat[name] = _get(config, name)
-    return flat
+def identity(config: Config) -> dict[str, Any]:
+    """What may not change when a run resumes, {option: value}: all but FREE."""
+    return {name: value for name, value in _flat(asdict(config)) if name.split(".")[0] not in FREE}
 
 
-def check_config(config):
-    """Raise InputError for a value outside its range, or settings that contradict each other."""
-    _check_ranges(config)
-    for wrong, what in _contradictions(config):
-        if wrong:
-            raise InputError(what)
-
-
-def find_device(name):
-    """The torch device for `device`: auto takes a GPU where there is one. Raises InputError where one is missing."""
+def find_device(name: str) -> torch.device:
+    """The torch device for `device`: auto takes a GPU if there is one. Raises InputError if a GPU is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if choose("device", name, {"cpu": False, "cuda": True}) and not torch.cuda.is_available():
@@ -229,217 +227,109 @@ def find_device(name):
     return torch.device(name)
 
 
-# What may stand in a configuration
-
-
-def _check_ranges(config):
-    for name, known in CHOICES.items():
-        choose(name, _get(config, name), dict.fromkeys(known))
-    for name, least in AT_LEAST.items():
-        if not _get(config, name) >= least:
-            raise InputError(f"{name}={_get(config, name)}; expected at least {least}")
-    for name in POSITIVE:
-        value = _get(config, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{name}={value}; expected more than 0")
-    for name in SHARES:
-        if not 0 <= _get(config, name) <= 1:
-            raise InputError(f"{name}={_get(config, name)}; expected a share, from 0 to 1")
-    for name in ("samples.steps", "on_policy.rollouts"):
-        if not _get(config, name) or min(_get(config, name)) < 1:
-            raise InputError(f"{name}={_get(config, name)}; expected step counts, each at least 1")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise InputError(f"betas={config.betas}; expected two numbers from 0 to below 1")
-
-
-def _contradictions(config):
-    """Pairs: is it so, and what to say then."""
-    teacher = config.stage == "teacher"
-    forward = config.stage == "forward" or (config.stage == "on_policy" and config.on_policy.forward_weight > 0)
-    published, scale = config.guidance.published, config.guidance.scale
-    chunk_teacher = config.stage == "forward" and config.teacher  # on-policy the teacher scores whole clips
+def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
+    """Whether settings contradict each other; which; why, and what to set instead."""
+    teacher, scale, from_base = c.stage == "teacher", c.guidance.scale, c.velocity == "base"
+    forward = c.stage == "forward" or (c.stage == "on_policy" and c.on_policy.forward_weight > 0)
+    chunk_teacher = c.stage == "forward" and c.teacher  # on-policy the teacher scores whole clips
+    semigroup, no_prompt = c.objective in ("semigroup", "mixed"), not "".join(c.samples.prompts).strip()
     yield (
-        config.batch % config.accumulate,
-        f"batch={config.batch} does not divide into accumulate={config.accumulate} equal parts; change either",
+        c.batch % c.accumulate,
+        "batch accumulate",
+        "the batch does not divide into equal micro-batches; change either",
     )
-    yield (
-        config.diagonal + config.end > 1,
-        f"diagonal={config.diagonal} and end={config.end} are more than all rows; expected a sum of at most 1",
-    )
-    yield (
-        teacher and config.diagonal < 1,
-        f"stage=teacher with diagonal={config.diagonal}; a teacher learns r = t alone: name the overlay teacher",
-    )
-    yield (
-        teacher and scale != 1,
-        f"stage=teacher with guidance.scale={scale}; a teacher is guided where it is asked: set guidance.scale=1",
-    )
-    yield (
-        forward and config.diagonal == 1,
-        f"stage={config.stage} with diagonal=1 has no row r < t to learn a flow map from; the default is 0.5",
-    )
-    yield (
-        forward and published and config.objective != "eulerian",
-        f"guidance.published with objective={config.objective}; it is for eulerian alone: "
-        "set objective=eulerian or guidance.published=false",
-    )
-    yield (
-        forward and config.rebalance and config.objective in ("semigroup", "mixed"),
-        f"rebalance with objective={config.objective}; a semigroup target has no noise, so that its rows scaled up to "
-        "the others' loss would drown them: set rebalance=false",
-    )
-    yield (
-        config.objective == "lagrangian" and config.velocity == "data",
-        "objective=lagrangian with velocity=data; it asks for the velocity where a jump lands, which data does not "
-        "have: set velocity=base",
-    )
-    yield (
-        forward and config.architecture == "causal" and config.velocity == "base" and not chunk_teacher,
-        "velocity=base for a causal student; it takes a teacher that was trained chunk by chunk: in stage=forward set "
-        "teacher= to the run of a causal teacher, or set velocity=data",
-    )
-    yield (
-        scale != 1 and not config.drop,
-        f"guidance.scale={scale} with drop=0; nothing would train the null prompt: set drop=0.1",
-    )
-    yield (
-        config.stage == "on_policy" and not config.student,
-        "stage=on_policy without a student; name the run folder of a forward stage: student=FOLDER",
-    )
-    yield (
-        config.keep_attention and not config.checkpointing,
-        "keep_attention with checkpointing=false, which keeps everything; set one of them the other way",
-    )
-    yield (
-        config.warmup >= config.steps,
-        f"warmup={config.warmup} of steps={config.steps}; lr would never be reached: set warmup lower",
-    )
-    yield (
-        config.ema_after >= config.steps,
-        f"ema_after={config.ema_after} of steps={config.steps}; the average would never begin: set ema_after lower",
-    )
-    yield (
-        config.ema == 1,
-        "ema=1; the average would never move: set ema lower, like 0.999",
-    )
-    yield (
-        config.on_nan.skip and config.clip is None,
-        f"on_nan.skip={config.on_nan.skip} with clip=null; a gradient that is not finite would pass: set clip=1",
-    )
-    yield (
-        config.samples.every and not [prompt for prompt in config.samples.prompts if prompt.strip()],
-        f"samples.every={config.samples.every} without prompts; give samples.prompts=[...], or samples.every=0",
-    )
-
-
-def _get(config, name):
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
-
-
-# Reading and merging
+    yield c.diagonal + c.end > 1, "diagonal end", "these are more than all rows; expected a sum of at most 1"
+    yield teacher and c.diagonal < 1, "stage diagonal", "a teacher learns r = t alone; name the overlay teacher"
+    yield teacher and scale != 1, "stage guidance.scale", "a teacher is guided when it samples; set guidance.scale=1"
+    yield forward and c.diagonal == 1, "stage diagonal", "no row r < t to learn a flow map from; the default is 0.5"
+    why = "the published form is for eulerian alone; set objective=eulerian or guidance.published=false"
+    yield forward and c.guidance.published and c.objective != "eulerian", "guidance.published objective", why
+    why = "a semigroup target has no noise, and its rows scaled up would drown the others; set rebalance=false"
+    yield forward and c.rebalance and semigroup, "rebalance objective", why
+    why = "lagrangian needs the velocity at the end of a jump, which data does not have; set velocity=base"
+    yield c.objective == "lagrangian" and not from_base, "objective velocity", why
+    why = "this takes a teacher trained chunk by chunk; in stage=forward set teacher= to its run, or set velocity=data"
+    causal_from_base = forward and c.architecture == "causal" and from_base
+    yield causal_from_base and not chunk_teacher, "architecture velocity teacher", why
+    yield scale != 1 and not c.drop, "guidance.scale drop", "nothing would train the null prompt; set drop=0.1"
+    why = "on-policy distillation starts from a student; name the run folder of a forward stage: student=FOLDER"
+    yield c.stage == "on_policy" and not c.student, "stage student", why
+    why = "without checkpointing all activations are kept; set one of them the other way"
+    yield c.keep_attention and not c.checkpointing, "keep_attention checkpointing", why
+    yield c.warmup >= c.steps, "warmup steps", "lr would never be reached; set warmup lower"
+    yield c.ema_after >= c.steps, "ema_after steps", "the average would never begin; set ema_after lower"
+    yield c.ema == 1, "ema", "the average would never move; set ema lower, like 0.999"
+    yield c.on_nan.skip and c.clip is None, "on_nan.skip clip", "a gradient that is not finite would pass; set clip=1"
+    yield c.samples.every and no_prompt, "samples.every samples.prompts", "give prompts, or set samples.every=0"
 
 
 def _check_order(files):
-    """Overlays of ours stand in the order of LAYERS: one named too early would silently be undone."""
-    layers = list(LAYERS)
-    layer = {name: index for index, kind in enumerate(layers) for name in LAYERS[kind]}
-    named = [str(file) for file in files if str(file) in layer]
-    for one, other in pairwise(named):
-        if layer[one] >= layer[other]:
-            expected = f"one of each at most, in the order {', '.join(layers)}"
-            kinds = f"{layers[layer[one]]} {one!r} before {layers[layer[other]]} {other!r}"
-            raise InputError(f"{kinds}; expected {expected}")
+    """Overlays stand in the order of LAYERS: one named too early would silently be undone."""
+    layers = [(name, layer) for layer, names in LAYERS.items() for name in names]
+    place = {name: (list(LAYERS).index(layer), f"{layer} {name!r}") for name, layer in layers}
+    for (one, first), (other, second) in pairwise(place[file] for file in files if file in place):
+        if one >= other:
+            raise InputError(f"{first} before {second}; expected one of each at most, in the order {', '.join(LAYERS)}")
 
 
-def _path(name):
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise InputError(f"no file {name}; expected one, or one of {', '.join(_overlays())}")
-        return path
-    return choose("configuration", str(name), _overlays())
-
-
-def _overlays():
-    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
-
-
-def _read(path):
+def _read(name):
+    """(file name, options) of an overlay or a path."""
+    path, overlays = Path(name), {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if path.suffix not in (".yaml", ".yml"):
+        path = choose("configuration", str(name), overlays)
+    elif not path.is_file():
+        raise InputError(f"no file {name}; expected one, or one of {', '.join(overlays)}")
     try:
-        given = OmegaConf.load(path)
+        layer = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as problem:
         why = " ".join(str(problem).split())
         raise InputError(f"{path} is not YAML ({why}); expected lines like `steps: 6000`") from None
-    if not OmegaConf.is_dict(given):
+    if not OmegaConf.is_dict(layer):
         raise InputError(f"{path} holds no options; expected lines like `steps: 6000`")
-    return given
+    return path.name, layer
 
 
 def _parse(overrides):
-    for each in overrides:
-        name, equals, _ = each.partition("=")
-        if not equals or not name.strip():
-            raise InputError(f"{each!r} on the command line; expected key=value, like steps=100 or guidance.scale=2")
+    for pair in overrides:
+        if not re.match(r" *[\w.]+ *=", pair):
+            raise InputError(f"{pair!r} on the command line; expected key=value, like steps=100 or guidance.scale=2")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.from_dotlist(overrides)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as problem:
-        raise InputError(f"{' '.join(overrides)} cannot be read ({_first_line(problem)}); quote values") from None
+        raise InputError(
+            f"{' '.join(overrides)} cannot be read ({str(problem).splitlines()[0]}); quote values"
+        ) from None
 
 
-def _merge(merged, given, where):
-    _check_keys(OmegaConf.to_container(given, resolve=False), Config, where)
-    try:
-        return OmegaConf.merge(merged, given)
-    except OmegaConfBaseException as problem:
-        key = re.sub(r"\[\d+\]$", "", problem.full_key or "")
-        value = OmegaConf.select(given, key) if key else given
-        raise InputError(f"{key}={value} in {where}; expected {_expected(key)}") from None
-
-
-def _check_keys(given, section, where, prefix=""):
-    kinds = {each.name: each.type for each in fields(section)}
+def _flat(given, where="", prefix=""):
+    """Pairs (full name, value). Raises InputError for an option that does not exist."""
     for name, value in given.items():
         full = f"{prefix}{name}"
-        if name not in kinds:
-            raise InputError(f"unknown option {full!r} in {where}; {_nearest(full, kinds, prefix)}")
-        if is_dataclass(kinds[name]):
-            if not isinstance(value, dict):
-                options = ", ".join(f"{full}.{each.name}" for each in fields(kinds[name]))
-                raise InputError(f"{full}={value} in {where}; it is a section: set one of {options}")
-            _check_keys(value, kinds[name], where, f"{full}.")
-        elif isinstance(value, dict):
-            raise InputError(f"unknown option {full}.{next(iter(value), '')} in {where}; {full} is no section")
+        if isinstance(value, dict) and full in SECTIONS:
+            yield from _flat(value, where, f"{full}.")
+        elif isinstance(value, dict) or full not in OPTIONS:
+            full += f".{next(iter(value), '')}" if full in OPTIONS else ""
+            raise InputError(f"unknown option {full!r} in {where}; {_nearest(full)}")
+        else:
+            yield full, value
 
 
-def _nearest(name, here, prefix):
-    """What may have been meant: an option of that name in another section, or one spelt nearly so."""
-    every = list(_option_names(Config))
+def _nearest(name):
+    """What may have been meant: options of the section, of that name elsewhere, or spelt nearly so."""
     last = name.rpartition(".")[2]
-    near = [full for full in every if full.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(name, every, n=2, cutoff=0.6)
-    near = near or [prefix + each for each in difflib.get_close_matches(last, list(here), n=2, cutoff=0.5)]
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else "base.yaml has all there are"
+    near = [full for full in OPTIONS if name == full.partition(".")[0] or last == full.rpartition(".")[2]]
+    near = near or difflib.get_close_matches(name, OPTIONS, n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(OPTIONS)}"
 
 
-def _option_names(section, prefix=""):
-    for each in fields(section):
-        yield from (
-            _option_names(each.type, f"{prefix}{each.name}.") if is_dataclass(each.type) else [prefix + each.name]
-        )
-
-
-def _expected(name):
-    kind = Config
-    for part in name.split("."):
-        kind = next(each.type for each in fields(kind) if each.name == part)
-    either = " or null" if kind in (str | None, float | None) else ""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words |= {list[str]: "a list of texts", list[int]: "a list of whole numbers", list[float]: "a list of numbers"}
-    words |= {float | None: "a number", str | None: "text"}
-    return words[kind] + either
-
-
-def _first_line(problem):
-    return next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+def _typed(kind, values, origin, prefix=""):
+    """kind(**values). Raises InputError for the first value of another type or out of bounds."""
+    try:
+        return kind(**values)
+    except ValidationError as problem:
+        error = problem.errors()[0]
+    value, name = values[error["loc"][0]], f"{prefix}{error['loc'][0]}"
+    if error["type"] == "literal_error":
+        choose(name, value, dict.fromkeys(get_args(OPTIONS[name].annotation)))
+    why = f"{error['msg']} ({OPTIONS[name].description})".replace("Input", "it").replace("List", "it")
+    raise InputError(f"{name}={value}{origin.get(name, '')}; {why}")

@@ -1,243 +1,187 @@
-"""What more steps buy: sources sampled from the same noise at any step counts, measured, drawn, set side by side.
+"""What more steps buy: sources sampled from the same noise at any step counts, measured, drawn, side by side.
 
-Always, and with no download: distances of latents from held-out ones, how far a sample is from the source's own sample
-of most steps, how smoothly frames change, what it cost. VBench's scores where its package and models are.
+Measured without any download: distances of latents from held-out ones, the distance to the source's own sample of most
+steps, motion, evaluations and seconds. VBench's scores are read if its command was run (docs/evaluation.md).
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
 
 from minianyflow.measures import frechet_distance, path_error, sliced_w2
 from minianyflow.support.errors import InputError
+from minianyflow.support.figures import draw_any_step, save_figure
 from minianyflow.support.files import staging_folder
 from minianyflow.support.reports import rounded
 from minianyflow.wan.config import find_device
-from minianyflow.wan.data.clips import WAN_NULL
-from minianyflow.wan.data.shards import NULL, LatentShards
-from minianyflow.wan.data.videos import WAN_CLIP, read_video, stills
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.options import WAN_NULL
+from minianyflow.wan.data.read_video import read_video
+from minianyflow.wan.data.write_video import clip_sheet
 from minianyflow.wan.folders import decode_latents, load_parts
-from minianyflow.wan.sample import check_clip, find_source, known_clip, read_prompts
-from minianyflow.wan.samples import Samples, costs, fingerprint, motion, roughness, sample_all
-from minianyflow.wan.vbench_scores import VIDEOS, VBenchScores
+from minianyflow.wan.sampler import step_label
+from minianyflow.wan.samples import Samples, motion, roughness, sample_all, source_fingerprint
+from minianyflow.wan.sources import DTYPES, check_clip, check_numbers, find_source, known_clip, read_prompts
 
-DECODED = 64  # held-out clips whose frames are looked at, at most
-SHOWN = (1, 4)  # step counts of the sheet, beside the most
+DECODED = 64  # number of held-out clips that are decoded, at most
+SHOWN = (1, 4)  # step counts on the sheet, beside the most
 DISTANCES = ("frechet", "sliced_w2")  # from held-out latents
-MEASURES = {  # in the order of the picture and of the table: what the axis says
+MEASURES = {  # in the order of the picture and of the table: the label of the axis
     "frechet": "Frechet distance of latents",
     "sliced_w2": "sliced W2 of latents",
     "path_error": "distance to own sample of {most} steps",
     "temporal_roughness": "roughness in time",
     "motion": "motion (rms change of a pixel)",
-    "evaluations": "network evaluations a clip",
-    "seconds": "seconds a clip",
+    "evaluations": "network evaluations per clip",
+    "seconds": "seconds per clip",
 }
 
 
-def evaluate(arguments):
-    """Sample, measure, draw; writes any_step.json, any_step.png, sheet.png, prompts.json. Returns the report.
+def evaluate(
+    sources: list[str],
+    prompts: str | Path,
+    steps: list[int],
+    output: str | Path,
+    data: str | Path | None = None,
+    videos: int = 5,
+    clip: dict[str, int] | None = None,
+    seed: int = 0,
+    batch: int = 1,
+    guidance: float = 1.0,
+    negative: str | None = None,
+    device: str = "auto",
+    precision: str | None = None,
+) -> dict | None:
+    """Sample, measure, draw; writes any_step.json, any_step.png, sheet.png, prompts.json to `output`; the report.
 
-    arguments: of scripts/evaluate.py. On other processes than the main one: None.
+    prompts: a file, one per line. data: a folder of held-out latents; None: no distances. videos: clips per prompt.
+    clip: changes to the sources' frames, height, width and length. batch: clips sampled together. guidance, negative:
+    scale and null prompt of teachers. On other processes than the main one: None. Raises InputError for what does not
+    fit, before anything is sampled where it can.
     """
-    steps, names = check_arguments(arguments), labelled(arguments.sources)
-    prompts = list(dict.fromkeys(read_prompts(None, arguments.prompts)))
-    clips = {name: _clip(arguments, known_clip(name)) for name in names.values()}
-    sizes = {name: "{frames} x {height} x {width}".format(**clip) for name, clip in clips.items()}
+    check_numbers(steps, frames=(clip or {}).get("frames"))
+    for name, number in (("videos", videos), ("batch", batch), ("guidance", guidance)):
+        if not number >= 1:
+            raise InputError(f"{name} {number}; expected at least 1")
+    steps, names, texts = sorted(set(steps)), labelled(sources), list(dict.fromkeys(read_prompts(file=prompts)))
+    clips = {name: known_clip(name) | (clip or {}) for name in names.values()}
+    sizes = {name: "{frames} x {height} x {width}".format(**size) for name, size in clips.items()}
     if len({*sizes.values()}) > 1:
-        told = ", ".join(f"{size} ({name})" for name, size in sizes.items())
-        raise InputError(f"clips of {told}; expected one size: ask for --frames, --height and --width")
-    data = LatentShards(arguments.data) if arguments.data else None
-    if data and (min(len(prompts) * arguments.videos, len(data) // 2)) < 2:
-        counts = f"{len(prompts) * arguments.videos} clips asked for and {len(data)} held-out latents"
-        raise InputError(f"{counts}; a Frechet distance needs 2 and 4, half of them for its floor: leave out --data")
-    scorer = None if arguments.no_vbench else VBenchScores(arguments.vbench_python, prompts, arguments.vbench)
-    if scorer:
-        _tell(scorer, arguments.videos)
-    device = find_device(arguments.device)
-    device = PartialState().device if device.type == "cuda" else device  # one a process
-    made = {label: _sampled(arguments, label, name, prompts, steps, data, device) for label, name in names.items()}
+        differ = ", ".join(f"{size} ({name})" for name, size in sizes.items())
+        raise InputError(f"clips of {differ}; expected one size: set frames, height and width")
+    held_out = LatentSet(data) if data else None
+    if data and min(len(texts) * videos, len(held_out) // 2) < 2:
+        counts = f"{len(texts) * videos} clips and {len(held_out)} held-out latents"
+        raise InputError(f"{counts}; a Frechet distance needs 2 and 4, half of them for its floor: leave out the data")
+    device = find_device(device)
+    device = PartialState().device if device.type == "cuda" else device  # one per process
+    precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    samples = {}
+    for label, name in names.items():
+        source = find_source(name, DTYPES[precision], "cpu")
+        check_clip(source, clips[name])
+        shape, base = source.shape(clips[name]), source.config.base
+        if data and shape != held_out.shape:
+            raise InputError(
+                f"{name} makes latents {shape}; expected {held_out.shape}, as {data} has: set another size"
+            )
+        scale = guidance if source.config.stage == "teacher" else 1.0  # a student has it inside
+        if source.config.stage == "teacher" and scale == 1 and PartialState().is_main_process:
+            print(f"note: {label} is a teacher, sampled without guidance; students have theirs inside", file=sys.stderr)
+        null = "" if scale == 1 else null_text(held_out) if negative is None else negative
+        settings = {"source": source_fingerprint(name), "prompts": texts, "videos": videos, "clip": clips[name]}
+        settings |= {"seed": seed, "precision": precision, "guidance": scale, "negative": null}
+        samples[label] = Samples(Path(output) / label, settings)
+        length = clips[name]["length"]
+        sample_all(samples[label], source, shape, steps, DTYPES[precision], device, batch, scale, null, length)
     if not PartialState().is_main_process:
         return None
-    shape, base = next(iter(made.values()))[1:]
-    samples = {label: each for label, (each, *_) in made.items()}
-    report = measured(samples, steps, shape, data, lambda: load_parts(base, "vae")[0].to(device), arguments.batch)
-    report = {"dataset": arguments.data, "prompts": arguments.prompts, "seeds": [arguments.seed]} | report
-    for label, name in names.items():
-        report["methods"][label] = {"source": name} | report["methods"][label]
-    if scorer and scorer.dimensions:
-        report["vbench"] = {"prompts": "its own" if scorer.own else "custom input", "videos": arguments.videos}
-        for label, scores in vbench(scorer, samples, steps).items():
-            report["methods"][label] |= scores
-    if scorer and scorer.missing:
-        report["vbench_missing"] = scorer.missing
+    report = measured(samples, steps, shape, held_out, lambda: load_parts(base, "vae")[0].to(device), batch)
+    report = {"dataset": data and str(data), "prompts": str(prompts), "seeds": [seed]} | report
+    report["methods"] = {label: {"source": names[label]} | method for label, method in report["methods"].items()}
     report = rounded(report)
-    write(report, samples, arguments.output)
+    write(report, samples, output)
     return report
 
 
-def _sampled(arguments, label, name, prompts, steps, data, device):
-    """Everything that one source makes: its Samples, the shape of its latents, where its codec is."""
-    precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    source = find_source(name, dtype, "cpu")
-    clip = _clip(arguments, source.clip)
-    check_clip(source, clip, 0)
-    shape = source.shape(clip)
-    if data and shape != data.shape:
-        expected = f"{data.shape}, as {arguments.data} has: ask for --frames, --height and --width, or other --data"
-        raise InputError(f"{name} makes latents {shape}; expected {expected}")
-    guidance = arguments.guidance if source.config.stage == "teacher" else 1.0  # a student has it inside
-    if source.config.stage == "teacher" and guidance == 1 and PartialState().is_main_process:
-        print(f"note: {label} is a teacher, sampled without guidance; students have theirs inside", file=sys.stderr)
-    negative = "" if guidance == 1 else null_text(data) if arguments.negative is None else arguments.negative
-    settings = {"source": fingerprint(name), "prompts": prompts, "videos": arguments.videos, "clip": clip}
-    settings |= {"seed": arguments.seed, "precision": precision, "guidance": guidance, "negative": negative}
-    samples, base = Samples(Path(arguments.output) / label, settings), source.config.base
-    sample_all(samples, source, shape, steps, dtype, device, arguments.batch, guidance, negative, clip["length"])
-    return samples, shape, base
-
-
-def _clip(arguments, known):
-    """The size that is asked for; what is not is the source's."""
-    given = {key: getattr(arguments, key) for key in WAN_CLIP}
-    return known | {key: value for key, value in given.items() if value is not None}
-
-
-def _tell(scorer, videos):
-    """Say on stderr what of VBench is missing."""
-    if not PartialState().is_main_process:
-        return
-    if scorer.missing:
-        print(f"note: {scorer.told()}", file=sys.stderr)
-    if scorer.dimensions and scorer.own and videos < VIDEOS:
-        print(f"note: {videos} clips of a prompt; VBench's standard asks for {VIDEOS}", file=sys.stderr)
-
-
-def check_arguments(arguments):
-    """The step counts in order, each once. Raises InputError for what is wrong whatever the sources."""
-    for steps in arguments.steps:
-        if steps < 1:
-            raise InputError(f"{steps} steps asked for; expected whole numbers, at least 1")
-    for what in ("videos", "batch"):
-        if getattr(arguments, what) < 1:
-            raise InputError(f"--{what} {getattr(arguments, what)}; expected at least 1")
-    if not arguments.guidance >= 1:
-        raise InputError(f"--guidance {arguments.guidance}; expected at least 1, which is none")
-    if arguments.frames is not None and (arguments.frames < 1 or arguments.frames % 4 != 1):
-        raise InputError(f"frames {arguments.frames}; expected 4 n + 1, like 17 or 81: the codec takes four together")
-    if arguments.no_vbench and arguments.vbench:
-        raise InputError("both --vbench and --no-vbench; leave out one")
-    return sorted(set(arguments.steps))
-
-
-def labelled(sources):
-    """{label: source}: the ends of their names, with as much before them as tells them apart."""
+def labelled(sources: list[str]) -> dict[str, str]:
+    """{label: source}: the ends of their names, as long as they must be to differ."""
     parts = [[part for part in str(source).split("/") if part not in ("", ".")] or [source] for source in sources]
-    if len({tuple(each) for each in parts}) < len(parts):
-        raise InputError(f"sources {', '.join(sources)}; expected each once")
+    if len({tuple(part) for part in parts}) < len(parts):
+        raise InputError(f"sources {', '.join(sources)}; expected different ones")
     length = next(n for n in range(1, 1 + max(map(len, parts))) if len({tuple(p[-n:]) for p in parts}) == len(parts))
-    return {"-".join(each[-length:]): source for each, source in zip(parts, sources, strict=True)}
+    return {"-".join(part[-length:]): source for part, source in zip(parts, sources, strict=True)}
 
 
-def null_text(data):
-    """The text of the null prompt of a set of shards; without one, Wan's negative prompt."""
+def null_text(data: LatentSet | None) -> str:
+    """The text of the null prompt of a set of latents; without one, Wan's negative prompt."""
     if data is None:
         return WAN_NULL
-    with safe_open(data.folder / NULL, "pt") as file:
-        text = (file.metadata() or {}).get("text")
-    if text is None:
-        raise InputError(f"{data.folder} does not say of which text its null prompt is; give it by --negative")
-    return text
+    if data.null_text is None:
+        raise InputError(f"{data.folder} does not say of which text its null prompt is; give the negative prompt")
+    return data.null_text
 
 
 # Measures
 
 
 @torch.no_grad()
-def measured(samples, steps, shape, data=None, codec=None, batch=1):
-    """The report: {"measure", "floors", "methods"}. samples: {label: Samples}, all finished. codec(): loads it.
+def measured(samples: dict[str, Samples], steps, shape, data=None, load_codec=None, batch=1) -> dict:
+    """The report: {"measure", "floors", "methods"} of finished samples.
 
-    Latents of so many held-out clips are compared as there are samples of both; as many others against them are the
-    floor, what the distances read where there is no error.
+    As many latents of held-out clips are compared as there are samples of both; the distance of other held-out clips
+    from those is the floor, what the distances read without error.
     """
-    kept, floors, reference = next(iter(samples.values())).kept(shape), {}, None
+    first = next(iter(samples.values()))
+    kept, floors, reference, decoded = first.kept(shape), {}, None, []
     if data:
         count = min(kept, len(data) // 2)
         rows = torch.linspace(0, len(data) - 1, 2 * count).round().long().tolist()  # from all of them
         reference, other = (data.rows(rows[start::2])[0] for start in range(2))
-        few, vae = reference[:: -(-count // DECODED)], codec()
-        looked = [motion(clip) for part in few.split(batch) for clip in _decoded(vae, part)]
-        known = {name: [each[name] for each in looked] for name in looked[0]}
-        floors["data"] = _distances(other, reference) | _moving(known)
-    measure = {
-        "sampled": next(iter(samples.values())).count,
-        "compared": len(reference) if data else 0,
-        "path_error": kept,
-        "path_error_to": steps[-1],
-        "directions": 128,
-        "decoded_data": len(looked) if data else 0,
-    }
-    methods = {label: _method(each, steps, kept, reference) for label, each in samples.items()}
+        vae = load_codec()
+        for part in reference[:: -(-count // DECODED)].split(batch):
+            decoded += [motion(clip) for clip in decode_latents(vae, part.to(vae.device), len(part)).cpu()]
+        figures = {name: [clip[name] for clip in decoded] for name in decoded[0]}
+        floors["data"] = _distances(other, reference) | _moving(figures)
+    measure = {"sampled": first.count, "compared": len(reference) if data else 0, "path_error": kept}
+    measure |= {"path_error_to": steps[-1], "directions": 128, "decoded_data": len(decoded)}
+    methods = {label: _method(source, steps, kept, reference) for label, source in samples.items()}
     return {"measure": measure, "floors": floors, "methods": methods}
 
 
 def _method(samples, steps, kept, reference):
-    """One source as it stands in the JSON: for every measure a list over step counts, one for its one seed."""
-    target, figures = samples.read(steps[-1], kept), []
-    for each in steps:
-        latents, known = samples.read(each, kept), samples.known(each)
-        found = {} if reference is None else _distances(latents[: len(reference)], reference)
+    """One source in the report: for every measure a list over step counts, one for its one seed."""
+    target, by_steps = samples.read(steps[-1], kept), []
+    for count in steps:
+        latents, known = samples.read(count, kept), samples.figures(count)
+        figures = {} if reference is None else _distances(latents[: len(reference)], reference)
         if len(steps) > 1:
-            found["path_error"] = path_error(latents, target) if each < steps[-1] else float("nan")
-        figures.append(found | _moving(known) | costs(known))
-    keys = [name for name in MEASURES if name in figures[0]]
-    return {"nfe": steps} | {name: [[each[name] for each in figures]] for name in keys}
+            figures["path_error"] = path_error(latents, target) if count < steps[-1] else float("nan")
+        costs = {name: statistics.median(known[name]) for name in ("evaluations", "seconds")}
+        by_steps.append(figures | _moving(known) | costs | samples.vbench(count))
+    names = dict.fromkeys([name for name in MEASURES if name in by_steps[0]])
+    names |= dict.fromkeys(name for figures in by_steps for name in figures)  # VBench's
+    return {"nfe": steps} | {name: [[figures.get(name) for figures in by_steps]] for name in names}
 
 
 def _distances(latents, reference):
     return {"frechet": frechet_distance(latents, reference, 2), "sliced_w2": sliced_w2(latents, reference)}
 
 
-def _moving(known):
-    change = sum(known["change"]) / len(known["change"])
-    return {"temporal_roughness": roughness(known), "motion": change**0.5}
+def _moving(figures):
+    change = sum(figures["change"]) / len(figures["change"])
+    return {"temporal_roughness": roughness(figures), "motion": change**0.5}
 
 
-def _decoded(vae, latents):
-    return decode_latents(vae, latents.to(vae.device), len(latents)).cpu()
+# The picture, the sheet and the table
 
 
-def vbench(scorer, samples, steps):
-    """{label: {"vbench_DIMENSION": [[a score for each step count]]}}, scored once and kept beside the samples."""
-    places = {
-        (label, nfe): each.folder / "vbench" / f"{nfe}_steps.json" for label, each in samples.items() for nfe in steps
-    }
-    known = {key: json.loads(path.read_text()) if path.exists() else {} for key, path in places.items()}
-    todo = {key: path for key, path in places.items() if not {*scorer.dimensions} <= {*known[key]}}
-    titles = next(iter(samples.values())).titles()
-    folders = {samples[label].video(nfe, 0).parent: path.with_suffix("") for (label, nfe), path in todo.items()}
-    for (key, path), scores in zip(todo.items(), scorer.score(folders, titles), strict=True):
-        known[key] |= scores
-        with staging_folder(path.parent) as inside:
-            (inside / path.name).write_text(json.dumps(known[key], indent=1) + "\n")
-    return {
-        label: {f"vbench_{name}": [[known[label, nfe][name] for nfe in steps]] for name in scorer.dimensions}
-        for label in samples
-    }
-
-
-# What is shown
-
-
-def write(report, samples, output):
+def write(report: dict, samples: dict[str, Samples], output: str | Path) -> None:
     """Write a report, its curves, a sheet of stills and the prompts of the videos; whole or not at all."""
-    from minianyflow.support.figures import save_figure
-
     with staging_folder(output) as folder:
         (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         save_figure(curves(report), folder / "any_step.png")
@@ -246,18 +190,16 @@ def write(report, samples, output):
         (folder / "prompts.json").write_text(json.dumps(titles, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def curves(report):
-    """A Figure: every measure of a report against steps, a line for each source, dotted the data's own reading."""
+def curves(report: dict):
+    """A Figure: every measure of a report against steps, a line per source, the data's own reading dotted."""
     import matplotlib.pyplot as plt
-
-    from minianyflow.support.figures import draw_any_step
 
     names = [name for name in _measures(report) if name != "evaluations"]  # which for most are the steps
     rows = -(-len(names) // 3)
     figure, grid = plt.subplots(rows, 3, figsize=(15, 4.2 * rows + 0.6), layout="constrained", squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         draw_any_step(axes, report, name, " ")
-        axes.set_title(_axis(report, name), fontsize=15)
+        axes.set_title(_label(report, name), fontsize=15)
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -266,53 +208,45 @@ def curves(report):
 
 
 def _measures(report):
-    """All measures that the first source has."""
-    return [name for name, value in next(iter(report["methods"].values())).items() if name != "nfe" and _by_seed(value)]
+    """All measures of any source, in order."""
+    values = {name: value for method in reversed(report["methods"].values()) for name, value in method.items()}
+    return [name for name, value in values.items() if isinstance(value, list) and isinstance(value[0], list)]
 
 
-def _by_seed(value):
-    return isinstance(value, list) and isinstance(value[0], list)
-
-
-def _axis(report, name):
+def _label(report, name):
     return MEASURES.get(name, name.replace("_", " ")).format(most=report["measure"].get("path_error_to"))
 
 
-def sheet(samples, steps):
-    """A picture of stills: a row for each source and step count, first clips of the first two prompts side by side."""
+def sheet(samples: dict[str, Samples], steps: list[int]):
+    """A picture of stills: a row per source and step count, first clips of the first two prompts side by side."""
     first = next(iter(samples.values()))
     clip, prompts = first.settings["clip"], first.prompts[:2]
     size, rows = (clip["frames"], clip["height"], clip["width"]), {}
-    for each in [count for count in steps if count in (*SHOWN, steps[-1])]:
+    for count in [count for count in steps if count in (*SHOWN, steps[-1])]:
         for label, source in samples.items():
-            videos = [read_video(source.video(each, number), *size) for number in range(len(prompts))]
-            rows[f"{label}\n{each} step{'s' * (each > 1)}"] = torch.cat(videos)
-    return stills(rows, prompts, group=len(samples))
+            videos = [read_video(source.video(count, number), *size) for number in range(len(prompts))]
+            rows[f"{label}\n{step_label(count)}"] = torch.cat(videos)
+    return clip_sheet(rows, prompts, group=len(samples))
 
 
-def table(report):
-    """All measures as text, step counts below one another; with several sources, the ratio of each to the first."""
+def table(report: dict) -> str:
+    """All measures as text, a row per step count; with several sources, the ratio of each to the first."""
     methods = report["methods"]
     first, *others = methods
     heads = [*methods, *(f"{name} / {first}" for name in others)]
-    wide = [max(10, len(head)) + 2 for head in heads]
+    widths = [max(10, len(head)) + 2 for head in heads]
     lines = []
     for name in _measures(report):
         floor = report["floors"].get("data", {}).get(name)
-        clips = f"{report['measure']['compared']} clips; " * (name in DISTANCES)  # a reading depends on how many
-        lines += ["", _axis(report, name) + (f" ({clips}data: {_number(floor)})" if floor is not None else "")]
-        lines.append("steps".rjust(6) + "".join(head.rjust(width) for head, width in zip(heads, wide, strict=True)))
+        clips = f"{report['measure']['compared']} clips; " * (name in DISTANCES)  # a reading depends on their number
+        lines += ["", _label(report, name) + (f" ({clips}data: {_number(floor)})" if floor is not None else "")]
+        lines.append("steps".rjust(6) + "".join(head.rjust(width) for head, width in zip(heads, widths, strict=True)))
         for place, nfe in enumerate(methods[first]["nfe"]):
-            values = [_mean(each[name], place) for each in methods.values()]
+            values = [method[name][0][place] if name in method else None for method in methods.values()]
             ratios = [value / values[0] if values[0] and value is not None else None for value in values[1:]]
             cells = [*map(_number, values), *(_number(ratio, "{:.2f}") for ratio in ratios)]
-            lines.append(f"{nfe:6}" + "".join(cell.rjust(width) for cell, width in zip(cells, wide, strict=True)))
+            lines.append(f"{nfe:6}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
     return "\n".join(lines[1:])
-
-
-def _mean(by_seed, place):
-    values = [each[place] for each in by_seed]
-    return None if None in values else sum(values) / len(values)
 
 
 def _number(value, form="{:.4g}"):

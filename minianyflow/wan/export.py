@@ -16,7 +16,9 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.files import new_folder
 from minianyflow.times import generator
 from minianyflow.wan.folders import load_parts
-from minianyflow.wan.run import load_run, network_of, read_run, sample, transformer_of, weights_in
+from minianyflow.wan.run import load_run, read_run
+from minianyflow.wan.run_networks import network_of, transformer_of, weights_in
+from minianyflow.wan.sampler import sample
 
 TEACHER = """It is a teacher: it learnt r = t alone, so `use_mean_velocity=False` keeps the pipeline to its velocity.
 Give it many steps, and guidance."""

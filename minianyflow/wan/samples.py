@@ -1,10 +1,11 @@
-"""What a source has sampled, kept in a folder: every clip a file of its own, so that nothing is sampled twice.
+"""The samples of a source in a folder, one file per clip: a clip whose file exists is not sampled again.
 
-    settings.json              what it was sampled with; other settings need another folder
-    latents/4_steps/00003.*    of clip 3: its latents (safetensors), what it cost, and how its frames move (json)
-    videos/4_steps/            as VBench wants them: `{prompt}-{index}.mp4` and nothing else
+    settings.json              how they are sampled; other settings need another folder
+    latents/4_steps/00003.*    of clip 3: latents (safetensors); evaluations, seconds and motion (json)
+    videos/4_steps/            for VBench: `{prompt}-{index}.mp4` and nothing else
+    vbench/4_steps/            VBench's results, if its command was run (docs/evaluation.md)
 
-Clip `index` of prompt p is number index x prompts + p, so that the first numbers have every prompt. Its noise depends
+Clip `index` of prompt p is number index x prompts + p, so that the first numbers cover every prompt. Its noise depends
 on seed and number alone: it is the same for every source and step count.
 """
 
@@ -13,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import statistics
 import tempfile
 import time
 from functools import partial
@@ -21,118 +21,124 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from minianyflow.flow_map import velocity
-from minianyflow.guidance import guided, guided_velocity
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
-from minianyflow.wan.data.videos import write_clip
+from minianyflow.wan.data.write_video import write_clip
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
-from minianyflow.wan.run import sample
+from minianyflow.wan.sampler import guided_network, sample
+from minianyflow.wan.sources import Source
 
-MOST = 2**28  # numbers in the latents that are kept to be compared: 1 GB a step count, 128 clips of Wan's size
-LONGEST = 240  # bytes of a file's name without its ending
+MOST = 2**28  # numbers in the latents that stay on disk: 1 GB per step count, 128 clips of Wan's size
+LONGEST = 240  # bytes of a file name without its suffix
 
 
 class Samples:
-    """The clips of one source in `folder`. settings: {name: value}, of which JSON can be made; prompts are among them.
+    """The samples of one source in `folder`. settings: plain enough for JSON, with prompts, videos and seed.
 
-    Raises InputError where the folder holds clips of other settings.
+    Raises InputError for a folder with samples of other settings.
     """
 
-    def __init__(self, folder, settings):
+    def __init__(self, folder: str | Path, settings: dict):
         self.folder, self.settings = Path(folder), settings
         self.prompts, self.videos, self.seed = (settings[name] for name in ("prompts", "videos", "seed"))
-        beside = self.folder / "settings.json"
-        before = _read_json(beside)
+        before = _read_json(self.folder / "settings.json")
         for name in settings if before else ():
             if before.get(name) != settings[name]:
                 what = f"{folder} holds clips that were sampled with another setting ({name})"
-                raise InputError(f"{what}; name another --output, or remove it")
+                raise InputError(f"{what}; name another folder for the output, or remove it")
         if not before and PartialState().is_main_process:
-            self._put(beside, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+            self._put(self.folder / "settings.json", partial(_write_json, settings))
 
     @property
-    def count(self):
-        """Clips a step count."""
+    def count(self) -> int:
+        """Clips per step count."""
         return len(self.prompts) * self.videos
 
-    def latents(self, steps, number):
-        """Where the latents of a clip are; with another ending, what is known of it."""
+    def latents(self, steps: int, number: int) -> Path:
+        """The file of a clip's latents; its figures are beside it, with the suffix .json."""
         return self.folder / "latents" / f"{steps}_steps" / f"{number:05}.safetensors"
 
-    def video(self, steps, number):
-        """Where its video is."""
+    def video(self, steps: int, number: int) -> Path:
+        """The file of a clip's video."""
         index, prompt = divmod(number, len(self.prompts))
         return self.folder / "videos" / f"{steps}_steps" / f"{file_stem(self.prompts[prompt])}-{index}.mp4"
 
-    def titles(self):
-        """{name of a video: its prompt}."""
+    def titles(self) -> dict[str, str]:
+        """{file name of a video: its prompt}."""
         return {self.video(1, number).name: self.prompts[number % len(self.prompts)] for number in range(self.count)}
 
-    def kept(self, shape):
-        """How many of the first clips keep their latents, to be compared."""
+    def kept(self, shape: tuple[int, ...]) -> int:
+        """Number of first clips whose latents stay on disk, to be compared."""
         return min(self.count, max(2, MOST // torch.Size(shape).numel()))
 
-    def decoded(self, steps, number):
-        """Whether a clip is finished."""
+    def finished(self, steps: int, number: int) -> bool:
+        """Whether a clip is sampled, decoded and measured."""
         return self.latents(steps, number).with_suffix(".json").exists() and self.video(steps, number).exists()
 
-    def read(self, steps, count):
+    def read(self, steps: int, count: int) -> torch.Tensor:
         """Latents (count, F, C, h, w), float32, of the first clips."""
         return torch.stack([self._read(self.latents(steps, number)) for number in range(count)])
 
-    def known(self, steps):
-        """What is known of every clip at a step count: {name: [one a clip]}."""
-        each = [_read_json(self.latents(steps, number).with_suffix(".json")) for number in range(self.count)]
-        return {name: [clip[name] for clip in each] for name in each[0]}
+    def figures(self, steps: int) -> dict[str, list[float]]:
+        """Evaluations, seconds and motion: {name: [one per clip]}."""
+        clips = [_read_json(self.latents(steps, number).with_suffix(".json")) for number in range(self.count)]
+        return {name: [clip[name] for clip in clips] for name in clips[0]}
 
-    def sample(self, source, embedded, steps, batch=1, guidance=1.0, null=None, shape=None):
-        """Sample what is not there yet. embedded (P, L, D), of the prompts. guidance: of a teacher, with `null`."""
-        todo = {each: [n for n in range(self.count) if not self._sampled(each, n)] for each in dict.fromkeys(steps)}
-        pieces = [(each, todo[each][k : k + batch]) for each in todo for k in range(0, len(todo[each]), batch)]
+    def vbench(self, steps: int) -> dict[str, float]:
+        """{dimension: score} of all `*_eval_results.json` in vbench/, {} if VBench was not run."""
+        files = sorted((self.folder / "vbench" / f"{steps}_steps").glob("*_eval_results.json"))
+        return {f"vbench_{name}": float(score) for file in files for name, (score, *_) in _read_json(file).items()}
+
+    def sample(
+        self, source: Source, embedded: torch.Tensor, steps: list[int], batch=1, guidance=1.0, null=None, shape=None
+    ) -> None:
+        """Sample the clips that are missing. embedded (P, L, D): of the prompts; guidance: a teacher's, with `null`."""
+        missing = {count: [n for n in range(self.count) if not self._sampled(count, n)] for count in steps}
+        pieces = _mine([(count, n[k : k + batch]) for count, n in missing.items() for k in range(0, len(n), batch)])
         device, network = embedded.device, EvaluationCounter(source.network)
         u = guided_network(network, source.config, null, guidance) if guidance != 1 else network
-        with _bar("sampling", self.folder.name, sum(each * len(part) for each, part in _mine(pieces)), "step") as bar:
-            for each, numbers in _mine(pieces):
-                noise = [torch.randn(shape, generator=generator(self.seed, number)) for number in numbers]
+        with _bar("sampling", self.folder.name, sum(count * len(numbers) for count, numbers in pieces), "step") as bar:
+            for count, numbers in pieces:
+                noise = torch.stack([torch.randn(shape, generator=generator(self.seed, number)) for number in numbers])
                 prompt = embedded[[number % len(self.prompts) for number in numbers]]
                 before, start = network.rows, _now(device)
-                made = sample(source.config, u, torch.stack(noise).to(device), prompt, each).float().cpu()
+                clips = sample(source.config, u, noise.to(device), prompt, count).float().cpu()
                 seconds, rows = (_now(device) - start) / len(numbers), (network.rows - before) / len(numbers)
-                if not bool(made.isfinite().all()):
-                    raise InputError(f"{self.folder.name} at {each} steps is not finite; use fp32, or train it longer")
+                if not bool(clips.isfinite().all()):
+                    raise InputError(f"{self.folder.name} at {count} steps is not finite; use fp32, or train it longer")
                 cost = {"seconds": str(seconds), "evaluations": str(rows)}
-                for number, latents in zip(numbers, made, strict=True):
-                    tensors = {"latents": latents.contiguous()}
-                    self._put(self.latents(each, number), partial(_save, tensors, cost))
-                bar.update(each * len(numbers))
+                for number, latents in zip(numbers, clips, strict=True):
+                    write = partial(save_file, {"latents": latents.contiguous()}, metadata=cost)
+                    self._put(self.latents(count, number), write)
+                bar.update(count * len(numbers))
         PartialState().wait_for_everyone()
 
-    def decode(self, vae, steps, batch=1):
-        """Decode and write what is not there yet, and note how its frames move."""
-        todo = [(each, n) for each in dict.fromkeys(steps) for n in range(self.count) if not self.decoded(each, n)]
-        pieces = [todo[k : k + batch] for k in range(0, len(todo), batch)]
-        with _bar("decoding", self.folder.name, sum(map(len, _mine(pieces))), "clip") as bar:
-            for piece in _mine(pieces):
+    def decode(self, vae, steps: list[int], batch: int = 1) -> None:
+        """Decode, write and measure the clips that are not finished."""
+        missing = [(count, n) for count in steps for n in range(self.count) if not self.finished(count, n)]
+        pieces = _mine([missing[k : k + batch] for k in range(0, len(missing), batch)])
+        with _bar("decoding", self.folder.name, sum(map(len, pieces)), "clip") as bar:
+            for piece in pieces:
                 latents = torch.stack([self._read(self.latents(*place)) for place in piece])
                 videos = decode_latents(vae, latents.to(vae.device), batch).cpu()
-                for (each, number), video in zip(piece, videos, strict=True):
-                    path = self.latents(each, number)
-                    known = {name: float(value) for name, value in _metadata(path).items()} | motion(video)
-                    self._put(self.video(each, number), partial(write_clip, clip=video))
-                    self._put(path.with_suffix(".json"), partial(_write_json, known))
+                for (count, number), video in zip(piece, videos, strict=True):
+                    path = self.latents(count, number)
+                    with safe_open(path, "pt") as file:
+                        figures = {name: float(value) for name, value in file.metadata().items()} | motion(video)
+                    self._put(self.video(count, number), partial(write_clip, clip=video))
+                    self._put(path.with_suffix(".json"), partial(_write_json, figures))
                     if number >= self.kept(latents.shape[1:]):
                         path.unlink()
                     bar.update()
         PartialState().wait_for_everyone()
 
     def _sampled(self, steps, number):
-        return self.latents(steps, number).exists() or self.decoded(steps, number)
+        return self.latents(steps, number).exists() or self.finished(steps, number)
 
     def _read(self, path):
         try:
@@ -149,13 +155,13 @@ class Samples:
                 os.replace(Path(inside) / path.name, path)
         except OSError as problem:
             why = f"cannot write {path} ({problem.strerror or problem})"
-            raise InputError(f"{why}; make room, or name another folder with --output") from None
+            raise InputError(f"{why}; make room, or name another folder for the output") from None
 
 
-def sample_all(samples, source, shape, steps, dtype, device, batch=1, guidance=1.0, negative="", length=512):
-    """Text encoder, then transformer, then codec, each alone on the device, and only where there is something to do."""
-    wanted = [(each, number) for each in steps for number in range(samples.count)]
-    if not all(samples._sampled(*each) for each in wanted):
+def sample_all(samples: Samples, source: Source, shape, steps, dtype, device, batch, guidance, negative, length):
+    """Text encoder, then transformer, then codec, one after another on the device, as far as clips are missing."""
+    clips = [(count, number) for count in steps for number in range(samples.count)]
+    if not all(samples._sampled(*clip) for clip in clips):
         tokenizer, text_encoder = load_parts(source.config.base, "tokenizer", "text_encoder", dtype=dtype)
         texts = [*samples.prompts, negative]
         *prompts, null = encode_prompts(tokenizer, text_encoder.to(device), texts, length).split(1)
@@ -164,29 +170,13 @@ def sample_all(samples, source, shape, steps, dtype, device, batch=1, guidance=1
         samples.sample(source, torch.cat(prompts), steps, batch, guidance, null, shape)
     source.network = None
     gc.collect()
-    if not all(samples.decoded(*each) for each in wanted):
+    if not all(samples.finished(*clip) for clip in clips):
         (vae,) = load_parts(source.config.base, "vae")
         samples.decode(vae.to(device), steps, batch)
 
 
-def guided_network(u, config, null, scale):
-    """A teacher under guidance: `u` asked with the prompt and with the null one, each with a cache of its own."""
-    if config.architecture == "bidirectional":
-        both = guided(partial(velocity, u), {"prompt": null}, scale)
-        return lambda z, t, r, **condition: both(z, t, **condition)
-
-    def causal(z, t, r, prompt, cache=(), **known):
-        nulls = null.expand(len(z), *null.shape[1:])
-        if known.get("fill_cache"):
-            return tuple(u(z, t, r, prompt=each, **known) for each in (prompt, nulls))
-        pairs = zip((prompt, nulls), cache or ((), ()), strict=True)
-        return guided_velocity(*(u(z, t, t, prompt=each, cache=past, **known) for each, past in pairs), scale)
-
-    return causal
-
-
-def motion(video):
-    """How the frames (T, 3, H, W) of a clip change: mean squares of first and second differences in time."""
+def motion(video: torch.Tensor) -> dict[str, float]:
+    """Mean squares of first and second differences in time of the frames (T, 3, H, W) of a clip."""
     first, second = video.diff(dim=0), video.diff(n=2, dim=0)
     return {
         "change": float(first.square().mean()) if len(first) else 0.0,
@@ -194,36 +184,31 @@ def motion(video):
     }
 
 
-def roughness(known):
-    """Second differences over first, {"change": [...], "second_change": [...]} of all clips; NaN where nothing moves.
+def roughness(figures: dict[str, list[float]]) -> float:
+    """Second differences over first, of all clips of `motion`; NaN if nothing moves.
 
-    0: every change goes on as the last one did; 2: no change knows of the last one; 3: no frame knows of another.
+    0: every change continues the last one; 2: changes are independent of the last one; 3: frames are independent.
     """
-    change = sum(known["change"])
-    return sum(known["second_change"]) / change if change else float("nan")
+    change = sum(figures["change"])
+    return sum(figures["second_change"]) / change if change else float("nan")
 
 
-def file_stem(prompt):
-    """A prompt as the start of a file's name: itself wherever it can be one, as VBench asks."""
+def file_stem(prompt: str) -> str:
+    """A prompt as the start of a file name: the prompt itself if it can be one, as VBench expects."""
     name = re.sub(r"[/\\\0\n]", "_", prompt).lstrip(".")
-    if name != prompt or len(name.encode()) > LONGEST:  # shortened, and told apart from others like it
+    if name != prompt or len(name.encode()) > LONGEST:  # shortened, and unlike others of the same start
         digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
         name = f"{name.encode()[: LONGEST - 9].decode(errors='ignore')}_{digest}"
     return name
 
 
-def fingerprint(name):
-    """What tells the weights of a source: sizes and times of its files; of one on the hub, its name."""
+def source_fingerprint(name: str) -> str:
+    """A hash of the sizes and times of a source's files, which identifies its weights; of one on the hub, its name."""
     if not Path(name).is_dir():
         return name
     files = sorted(path for kind in ("safetensors", "json", "yaml") for path in Path(name).rglob(f"*.{kind}"))
-    told = [(str(path.relative_to(name)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-
-
-def costs(known):
-    """Of one clip: network evaluations and seconds, the median over clips."""
-    return {name: statistics.median(known[name]) for name in ("evaluations", "seconds")}
+    stats = [(str(path.relative_to(name)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def _mine(items):
@@ -242,19 +227,8 @@ def _now(device):
     return time.perf_counter()
 
 
-def _save(tensors, metadata, path):
-    save_file(tensors, path, metadata)
-
-
-def _metadata(path):
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
 def _write_json(value, path):
-    path.write_text(json.dumps(value) + "\n")
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _read_json(path):
@@ -263,4 +237,4 @@ def _read_json(path):
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
-        raise InputError(f"{path} cannot be read; remove it, or name another --output") from None
+        raise InputError(f"{path} cannot be read; remove it, or name another folder for the output") from None

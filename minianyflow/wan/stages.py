@@ -4,26 +4,33 @@ A stage is a function (config, networks, null) -> {role: Role}. It makes the sam
 course; only the networks are larger. `distil` trains the stage that a configuration names.
 """
 
-from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from minianyflow.batch import part_of
+from minianyflow.flow_map import velocity
+from minianyflow.guidance import Guidance, guided
+from minianyflow.networks.causal import causal_backward_simulation
+from minianyflow.networks.causal_attention import chunk_partition
+from minianyflow.networks.teacher_forcing import TeacherForced, single_chunk_batch, teacher_forcing_batch
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight, sqrt_weight
+from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
+from minianyflow.times import generator
 from minianyflow.training import Role
+from minianyflow.wan.config import Config
+from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.prefetch import prefetch
-from minianyflow.wan.run import (
-    Clock,
-    Networks,
-    draws,
-    forward_loss,
-    guard,
-    guided_teacher,
-    optimiser,
-    prepare,
-    sampler,
-    save_run,
-    simulation,
-)
+from minianyflow.wan.run import Stopwatch, guard, prepare, save_run
+from minianyflow.wan.run_networks import RunNetworks
+from minianyflow.wan.sampler import sample_while_training
 from minianyflow.wan.trainer import train_run
 
+ROLLOUTS, CONTEXT = 3, 4  # keys (seed, key, step) of random numbers, beside those of the data
 
-def teacher(config, networks, null):
+
+def teacher(config: Config, networks: RunNetworks, null: dict) -> dict[str, Role]:
     """Flow matching: rows r = t alone."""
     student = networks.trained("student", config.student)
     return {"student": Role(student, forward_loss(config, networks, null), **optimiser(config))}
@@ -32,12 +39,13 @@ def teacher(config, networks, null):
 forward = teacher  # with rows r < t, and the objective of the configuration, it is the forward stage
 
 
-def on_policy(config, networks, null):
+def on_policy(config: Config, networks: RunNetworks, null: dict) -> dict[str, Role]:
     """Backward simulation, distribution matching against a fake score, and the forward loss beside."""
     student = networks.trained("student", config.student)
     fake = networks.trained("fake", config.teacher)
+    real_velocity = guided(partial(velocity, networks.teacher(whole=True)), null, config.on_policy.real_guidance)
     policy = OnPolicyLoss(
-        guided_teacher(config, networks, null),
+        real_velocity,
         fake,
         forward_loss(config, networks, null),
         config.on_policy.forward_weight,
@@ -54,28 +62,91 @@ def on_policy(config, networks, null):
 STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 
-def distil(config):
+def distil(config: Config) -> dict | None:
     """Train the stage of `config`, from the newest checkpoint of its run if there is one; returns run.json.
 
     Leaves a run folder. On other processes than the main one: None. Raises `guard.Preempted` after SIGTERM.
     """
     accelerator, data, checkpoints = prepare(config)
-    networks = Networks(config, data.shape[0], accelerator.device)
+    networks = RunNetworks(config, data.shape[0], accelerator.device)
     null = {"prompt": data.null.to(accelerator.device)}
     roles = STAGES[config.stage](config, networks, null)
-    clock, watch, waits = Clock(), guard(config, data), []
-    checkpoints.stateful = {"networks": networks, "clock": clock, "guard": watch}
+    stopwatch, watch, waits = Stopwatch(), guard(config, data), []
+    checkpoints.stateful = {"networks": networks, "clock": stopwatch, "guard": watch}
+    part = accelerator.process_index, accelerator.num_processes
     history = train_run(
         roles,
-        prefetch(draws(config, data, (accelerator.process_index, accelerator.num_processes)), config.steps, waits),
+        prefetch(draws(config, data, part), config.steps, waits),
         config.steps,
         config.accumulate,
         accelerator,
         {"desc": f"{config.architecture} {config.stage}"},
-        sampler(config, data, roles["student"], accelerator),
+        sample_while_training(config, data, roles["student"], accelerator),
         config.log.every,
         checkpoints,
         watch,
         own_rows=True,
     )
-    return save_run(config, data, networks, roles, history, clock.seconds, accelerator, waits)
+    return save_run(config, data, networks, roles, history, stopwatch.seconds, accelerator, waits)
+
+
+def optimiser(config: Config, **changes) -> dict:
+    """The options of `training.Role` in a configuration."""
+    options = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
+    options |= {"warmup": config.warmup, "cosine": False, "clip": config.clip}
+    return options | {"ema": config.ema, "ema_after": config.ema_after} | changes
+
+
+def forward_loss(config: Config, networks: RunNetworks, null: dict) -> Callable:
+    """The loss of the forward stage, or of the teacher; chunk by chunk for a causal student."""
+    teaching, scale = config.stage == "teacher", config.guidance.scale
+    loss = FlowMapLoss(
+        {} if teaching else FLOW_MAPS[config.objective],
+        velocity=partial(velocity, networks.teacher()) if config.velocity == "base" and not teaching else None,
+        guidance=Guidance(scale, null, config.guidance.published) if scale > 1 else None,
+        weight={"sqrt": sqrt_weight, "anyflow": anyflow_weight(config.shift)}[config.weight],
+        adaptive=config.adaptive,
+        delta=config.delta,
+        rebalance=config.rebalance,
+    )
+    return TeacherForced(loss) if config.architecture == "causal" else loss
+
+
+def simulation(config: Config) -> Callable:
+    """Backward simulation for the architecture."""
+    if config.architecture == "bidirectional":
+        return backward_simulation
+    chunks = config.causal
+    return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, ragged=True)
+
+
+def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
+    """`draw(step)` for `train_run`: one process's part, (index, number of parts), of the batch of that step."""
+    pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
+    rollouts = {"steps": tuple(config.on_policy.rollouts), "shift": config.shift}
+    rollouts["fake_time"] = config.on_policy.score_time
+
+    def draw(step):
+        batch = data.draw(step, config.batch, config.seed, part, **pairs)
+        if config.architecture == "causal":
+            batch = chunk_batch(batch, config, step)
+        if config.stage == "on_policy":
+            rollout = draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
+            batch |= part_of(rollout, *part)
+        return batch
+
+    return draw
+
+
+def chunk_batch(batch: dict, config: Config, step: int) -> dict:
+    """The batch as a causal student trains on it: a long context, a short one, or the clip as one chunk."""
+    whole, long, where = torch.rand(3, generator=generator(config.seed, CONTEXT, step)).tolist()
+    partition = chunk_partition(batch["x"].shape[1], config.causal.first, config.causal.rest, ragged=True)
+    if step and whole < config.causal.bidirectional:
+        return single_chunk_batch(batch)
+    full = config.causal.full_chunks
+    if step and long >= config.causal.long_context:
+        partition = partition[:full]
+    elif step:  # step 0 has the longest context: it trains every weight
+        partition = partition[: full + 1 + int(where * (len(partition) - full))]
+    return teacher_forcing_batch(batch, partition, full)

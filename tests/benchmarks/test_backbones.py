@@ -8,13 +8,14 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, WanTransfor
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.backbone_toys import TOYS, race
 from benchmarks.backbones import CALLS, Backbone, FlowMapBackbone, call_sd3, find_embedder
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.objectives import eulerian_target
 from minianyflow.support.errors import InputError
 from minianyflow.training import Role
-from tests.benchmarks.backbone_toys import TOYS, race
 
+TIMED = pytest.param("ltx", marks=pytest.mark.slow), pytest.param("sd3", marks=pytest.mark.long)
 T, R = torch.tensor([0.95, 0.4]), torch.tensor([0.3, 0.0])
 
 
@@ -125,8 +126,7 @@ def test_stock_wan_through_the_same_place_is_the_wan_of_the_library():
         assert torch.allclose(network(z, T, T, prompt=prompt), ours(z, T, T, prompt), atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", TOYS)
+@pytest.mark.parametrize("family", TIMED)
 def test_the_forward_stage_makes_it_any_step(family):
     """One to four jumps are closer to the truth than the teacher is after four times as many Euler steps."""
     reached = race(family, 0)

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import time
-from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +15,9 @@ from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.plane.race import Budget
 from minianyflow.support.errors import InputError
+from minianyflow.support.install import ROOT
 from toy_data import plane
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = json.loads((ROOT / "docs/plane/any_step.json").read_text())
 INSTALLED = [name for name, packages in PEERS.items() if all(map(importlib.util.find_spec, packages))]
 QUIET = {"disable": True}
@@ -36,9 +34,7 @@ def exact(z, t, r):
     return plane.spiral().velocity(z, t)
 
 
-@pytest.mark.parametrize(
-    "peer", sorted({"torchcfm", *INSTALLED})
-)  # torchcfm has torchdiffeq's solvers, which are always here
+@pytest.mark.parametrize("peer", sorted({"torchcfm", *INSTALLED}))  # torchdiffeq, torchcfm's solver, is always here
 def test_the_measure_of_the_exact_velocity_is_the_demos(peer):
     """The peers' direction of time, solver and step count against our own Euler row, committed."""
     rows = dict(zip(COMMITTED["methods"]["euler"]["nfe"], COMMITTED["methods"]["euler"]["sliced_w2"][0], strict=True))
@@ -69,11 +65,11 @@ def test_their_loss_is_our_flow_matching_in_the_other_direction():
     network, mixture = MLP(width=16, depth=2, seeds=(0, 1)), plane.ring8()
     batch = batches(mixture.sample, 8, (0, 1), diagonal=1.0, end=0.0)(0)
     ours, raw = FlowMapLoss({}, weight=torch.ones_like)(network, batch)
-    for flow in (straight, *(peers.conditional_flow(each) for each in INSTALLED if "OT" not in each)):
+    for flow in (straight, *(peers.conditional_flow(peer) for peer in INSTALLED if "OT" not in peer)):
         theirs, error = velocity_loss(flow, 2)(network, batch)
         assert torch.allclose(theirs, ours, atol=1e-5)
         assert float(error["velocity"]) == pytest.approx(float(raw["tangent"]), rel=1e-5)
-    for flow in (peers.conditional_flow(each) for each in INSTALLED if "OT" in each):  # it pairs anew
+    for flow in (peers.conditional_flow(peer) for peer in INSTALLED if "OT" in peer):  # it pairs anew
         state, target = flow(batch["eps"], batch["x"], torch.ones(16))
         assert torch.cdist(state, batch["x"]).amin(1).max() < 1e-4
         assert float(target.norm(dim=1).mean()) < float((batch["x"] - batch["eps"]).norm(dim=1).mean())
@@ -88,16 +84,16 @@ def test_each_copy_is_paired_by_itself():
 
     batch = batches(plane.ring8().sample, 4, (0, 1), diagonal=1.0, end=0.0)(0)
     velocity_loss(flow, 2)(MLP(width=16, depth=2, seeds=(0, 1)), batch)
-    assert [len(each) for each in seen] == [4, 4]
-    for copy, each in enumerate(seen):
-        assert torch.equal(each, batch["x"][batch["condition"]["copy"] == copy])
+    for copy, x in enumerate(seen):
+        assert torch.equal(x, batch["x"][batch["condition"]["copy"] == copy])
+    assert [len(x) for x in seen] == [4, 4]
 
 
 def test_the_clock_ends_a_training_and_brings_the_rate_down_to_zero():
     role = peers.make_role((0,), SMALL, 0.4, velocity_loss(straight, 1))
     before = time.process_time()
     train_for(role, batches(plane.ring8().sample, 16, diagonal=1.0, end=0.0), QUIET)
-    assert 0.4 <= time.process_time() - before < 2.0
+    assert time.process_time() - before >= 0.4
     assert role.steps > 5
     assert role.schedule(10**6, 1) < 1e-9
     half = peers.make_role((0,), SMALL, 1e9, velocity_loss(straight, 1))
@@ -113,13 +109,12 @@ def test_the_time_of_a_solver_is_turned_round():
 def test_a_comparison_is_written_whole(tmp_path, monkeypatch):
     """Ours, and the peers that are here, at two step counts, in this process."""
     monkeypatch.setattr(peers, "NFE", (1, 4))
-    monkeypatch.setattr(peers, "POINTS", 1024)
-    monkeypatch.setattr(peers, "references", lambda name: plane.load(name).sample(2048).split(1024))
-    monkeypatch.setattr(
-        peers, "run_jobs", lambda jobs, workers: {name: function(*rest) for name, (function, rest) in jobs.items()}
-    )
-    monkeypatch.setattr(peers, "exact_flow", lambda name: (plane.load(name).sample(1024), None))
-    report = peers.run(("ring8",), (0, 1), 0.2, tuple(INSTALLED), tmp_path, 1, True, SMALL)
+    monkeypatch.setattr(peers, "POINTS", 512)
+    monkeypatch.setattr(peers, "references", lambda name: plane.load(name).sample(1024).split(512))
+    here = lambda jobs, workers: {name: function(*rest) for name, (function, rest) in jobs.items()}  # noqa: E731
+    monkeypatch.setattr(peers, "run_jobs", here)
+    monkeypatch.setattr(peers, "exact_flow", lambda name: (plane.load(name).sample(512), None))
+    report = peers.run(("ring8",), (0, 1), 0.1, tuple(INSTALLED), tmp_path, 1, True, SMALL)
     assert json.loads((tmp_path / "peers.json").read_text()) == report
     assert (tmp_path / "peers.png").stat().st_size > 1000
     methods = report["targets"]["ring8"]["methods"]
@@ -128,7 +123,7 @@ def test_a_comparison_is_written_whole(tmp_path, monkeypatch):
         assert method["nfe"] == ([4] if label.endswith("midpoint") else [1, 4])
         assert len(method["sliced_w2"]) == 2
         assert method["network_evaluations"] > method["steps"] > 0
-        assert method["train_seconds"] == pytest.approx(0.2)
+        assert method["train_seconds"] == pytest.approx(0.1)
     assert len(peers.table(report["targets"]["ring8"]).splitlines()) == 2 + len(methods)
 
 
@@ -169,30 +164,12 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(problem.value)
 
 
-def committed(name):
-    report = json.loads((ROOT / f"docs/peers/{name}.json").read_text())
-    return report["budget"], report["targets"]
-
-
-def test_the_page_quotes_the_committed_runs():
-    page, parser = (ROOT / "docs/peers.md").read_text(), (ROOT / "benchmarks/compare.py").read_text()
-    (budget, targets), (_, others) = committed("peers"), committed("others")
-    assert f'"--seconds", type=float, default={budget["cpu_seconds"]},' in parser  # the page's run is the default
-    assert f'"--width", type=int, default={budget["width"]},' in parser
-    for target in (*targets.values(), *others.values()):
-        assert peers.table(target) in page
-        assert peers.ratio_table(target) in page
-    for library, method in product(("flow_matching", "torchcfm"), ("euler", "midpoint")):
-        assert peers.ratios(targets["spiral"], "exact velocity")[f"{library}, {method}"] > 10
-    learnt = peers.ratios(targets["spiral"], "learnt velocity")
-    assert learnt["flow_matching, euler"] > 10 > learnt["flow_matching, midpoint"]  # as the page says
-
-
-def test_the_page_says_what_less_time_reaches():
-    page, (_, targets) = (ROOT / "docs/peers.md").read_text(), committed("short")
-    exact, learnt = (peers.ratios(targets["spiral"], name) for name in ("exact velocity", "learnt velocity"))
-    for ratios, words in (
-        (exact, "{} times closer than `flow_matching` by Euler and {} by midpoint"),
-        (learnt, "{} and {}"),
-    ):
-        assert words.format(ratios["flow_matching, euler"], ratios["flow_matching, midpoint"]) in page
+def test_the_command_makes_the_committed_run_and_prints_its_tables(monkeypatch, capsys):
+    report, options = json.loads((ROOT / "docs/peers/peers.json").read_text()), []
+    monkeypatch.setattr(peers, "run", lambda *given: options.extend(given) or report)
+    assert peers.main([]) == 0
+    assert options[2] == report["budget"]["cpu_seconds"]
+    assert options[-1].width == report["budget"]["width"]
+    target = report["targets"]["spiral"]
+    assert peers.ratio_table(target) in capsys.readouterr().out
+    assert min(ratio for peer, ratio in peers.ratios(target, "exact velocity").items() if "OT" not in peer) > 10

@@ -2,15 +2,14 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minianyflow.live.player import FARTHEST, KINDS, STATIC, Pack, Player, time_axis, unpacked
+from minianyflow.live.player import KINDS, LARGEST, STATIC, Pack, Player, time_axis, unpack
 from minianyflow.support.errors import InputError
+from minianyflow.support.install import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = (STATIC / "player.js").read_text()
 
 
@@ -18,22 +17,19 @@ def scene_of(pack, **arrays):
     return pack.scene("test", [{"kind": "plane", "title": "", **arrays}], time_axis([1, 0]))
 
 
-def test_points_come_back_to_within_half_a_step():
+def test_points_come_back_to_within_half_a_step_and_far_ones_at_the_edge():
     values = np.random.default_rng(0).normal(size=(5, 7, 2))
+    values[0, 0] = 1e9, -1e9
     pack = Pack()
     name = pack.add_points(values)
-    back = unpacked(scene_of(pack, points=name), pack.payload, name)
+    back = unpack(scene_of(pack, points=name), pack.payload, name)
     assert back.shape == values.shape
-    assert np.abs(back - values).max() <= 0.51 * FARTHEST / 32767
-    assert np.abs(unpacked(scene_of(pack, points=name), pack.payload, name) - values[::-1]).max() > 1
-
-
-def test_what_is_too_far_out_stays_at_the_edge_and_what_is_no_number_is_refused():
-    pack = Pack()
-    name = pack.add_points([[1e9, -1e9]])
-    assert unpacked(scene_of(pack, points=name), pack.payload, name).tolist() == [pytest.approx([FARTHEST, -FARTHEST])]
+    assert np.abs(back - values.clip(-LARGEST, LARGEST)).max() <= 0.51 * LARGEST / 32767
+    assert np.abs(back - values[::-1]).max() > 1
     with pytest.raises(InputError, match="NaN or infinity"):
         pack.add_points([[np.nan, 0]])
+    with pytest.raises(InputError, match=r"expected \(n, T, H, W\)"):
+        pack.add_video(np.zeros((3, 4, 4)))
 
 
 def test_an_array_is_sent_once_and_a_scene_names_only_its_own():
@@ -42,23 +38,21 @@ def test_an_array_is_sent_once_and_a_scene_names_only_its_own():
     assert pack.add_points(np.ones((3, 2))) == first
     assert pack.add_points(2 * np.ones((3, 2))) != first
     assert pack.add_points(np.ones((2, 3))) != first  # the same bytes in another shape
-    told = scene_of(pack, clips=video, points=first)["arrays"]
-    assert set(told) == {video, first}
-    assert all(each["offset"] % 2 == 0 for each in pack.arrays.values())  # or the browser cannot read 16-bit numbers
+    arrays = scene_of(pack, clips=video, lines=[{"points": first}])["arrays"]
+    assert set(arrays) == {video, first}
+    assert all(array["offset"] % 2 == 0 for array in pack.arrays.values())  # or the browser cannot read 16-bit numbers
     assert len(pack.payload) == 76 + 3 * 12
-    back = unpacked({"arrays": told}, pack.payload, video)
-    assert np.abs(back - clips).max() < 0.04
-    assert unpacked({"arrays": told}, pack.payload, first).tolist() == pytest.approx(np.ones((3, 2)), abs=1e-3)
+    assert np.abs(unpack({"arrays": arrays}, pack.payload, video) - clips).max() < 0.04
+    assert unpack({"arrays": arrays}, pack.payload, first).tolist() == pytest.approx(np.ones((3, 2)), abs=1e-3)
 
 
 def test_scene_and_bytes_travel_in_one_message(monkeypatch):
-    player, sent = Player(), []
+    player, sent, pack = Player(), [], Pack()
     monkeypatch.setattr(Player, "send_state", lambda self, key=None: sent.append(set(key)))
-    pack = Pack()
-    told = scene_of(pack, points=pack.add_points(np.ones((2, 3, 2))))
-    player.show(told, pack.payload)
+    scene = scene_of(pack, points=pack.add_points(np.ones((2, 3, 2))))
+    player.show(scene, pack.payload)
     assert sent == [{"scene", "payload"}]
-    player.show(told, pack.payload)
+    player.show(scene, pack.payload)
     assert player.scene["serial"] == 2  # the browser draws again, though nothing else changed
 
 
@@ -66,22 +60,19 @@ def test_a_panel_that_nobody_can_draw_is_refused_and_both_sides_know_the_same():
     with pytest.raises(InputError, match=r"unknown kind of panel 'plan'.*'plane'"):
         Pack().scene("test", [{"kind": "plan"}], time_axis([1, 0]))
     known = re.search(r"const KINDS = \{ (.*?) \}", SCRIPT)[1]
-    assert {each.split(":")[0] for each in known.split(", ")} == set(KINDS)
+    assert {kind.split(":")[0] for kind in known.split(", ")} == set(KINDS)
     with pytest.raises(InputError, match="unknown array"):
-        unpacked({"arrays": {"a0": {}}}, b"", "b0")
+        unpack({"arrays": {"a0": {}}}, b"", "b0")
 
 
-def test_the_browser_needs_nothing_but_these_files():
+def test_the_browser_needs_nothing_but_these_files_and_no_words_in_them_are_small():
+    """Words of the app and of the pages grow with the window besides: test_browser.py measures them."""
+    style = (STATIC / "player.css").read_text()
     assert not re.search(r"https?:|\bimport\b|fetch\(|<script", SCRIPT)
-    assert not re.search(r"url\(|@import", (STATIC / "player.css").read_text())
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    packed = {path for glob in data["minianyflow"] for path in (ROOT / "minianyflow").glob(glob)}
-    assert {path for path in STATIC.rglob("*") if path.is_file()} <= packed
-    assert {STATIC / "player.js", STATIC / "player.css"} <= packed
-
-
-def test_no_words_are_small():
-    """Those of the app and of the pages grow with the window besides: test_browser.py measures them."""
-    sizes = re.findall(r"(\d+)px[^;]*system-ui", SCRIPT + (STATIC / "player.css").read_text())
+    assert not re.search(r"url\(|@import", style)
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["minianyflow"]
+    files = {path for pattern in packed for path in (ROOT / "minianyflow").glob(pattern)}
+    assert {path for path in STATIC.rglob("*") if path.is_file()} <= files
+    sizes = [int(size) for size in re.findall(r"(\d+)px[^;]*system-ui", SCRIPT + style)]
     assert len(sizes) >= 4
-    assert min(map(int, sizes)) >= 16
+    assert min(sizes) >= 16

@@ -13,14 +13,14 @@ from minianyflow.networks.lora_roles import EMBEDDERS, TARGETS, Adapter, RoleNet
 from minianyflow.networks.patches import use_per_frame_modulation
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.objectives import eulerian_target
-from minianyflow.planner.call_costs import ShapeNetworks
+from minianyflow.planner.forward_cost import ShapeNetworks
 from minianyflow.planner.gpu_check import TINY, Request, settings
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
 from minianyflow.wan import run as runs
 from minianyflow.wan.config import load_config
 from minianyflow.wan.shapes import SHARED, build_transformer
-from minianyflow.wan.stages import STAGES
+from minianyflow.wan.stages import STAGES, draws
 from minianyflow.wan.trainer import train_run
 
 SHAPE = SHARED | {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 2}
@@ -196,7 +196,7 @@ def test_attention_that_is_kept_is_not_computed_again(architecture):
 
 
 def test_keeping_attention_needs_checkpointing():
-    with pytest.raises(InputError, match="keep_attention with checkpointing=false"):
+    with pytest.raises(InputError, match="keep_attention=True, checkpointing=False"):
         load_config(["bidirectional", "forward"], ["keep_attention=true", "checkpointing=false"])
 
 
@@ -235,7 +235,7 @@ def test_a_compiled_on_policy_run_has_the_losses_of_one_that_is_not(tmp_path, mo
         torch.manual_seed(0)
         networks = ShapeNetworks(config, data.shape[0], TINY, "cpu")
         roles = STAGES[config.stage](config, networks, {"prompt": data.null})
-        histories.append(train_run(roles, runs.draws(config, data), 2, 2, accelerator, progress=False, log_every=1))
+        histories.append(train_run(roles, draws(config, data), 2, 2, accelerator, progress=False, log_every=1))
     assert len(histories[0]) == 2
     for one, other in zip(*histories, strict=True):
         assert one == pytest.approx(other, rel=1e-5)

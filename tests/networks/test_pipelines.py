@@ -57,14 +57,14 @@ def trained(network):
 @pytest.fixture(scope="module")
 def folder(network, parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines") / "blobs"
-    save_pipeline(folder, network, *parts, made=MADE)
+    save_pipeline(folder, network, *parts, provenance=MADE)
     return folder
 
 
 @pytest.fixture(scope="module")
 def causal_folder(causal, parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines") / "causal"
-    save_pipeline(folder, causal, *parts, shift=5.0, made=MADE)
+    save_pipeline(folder, causal, *parts, shift=5.0, provenance=MADE)
     return folder
 
 

@@ -1,10 +1,9 @@
-"""The plan of a run against real steps of a tiny one, instrumented; what it says of Wan2.1; and what it refuses."""
+"""The plan of a run against real training steps of a tiny one; the plans in the docs; and bad input."""
 
-import importlib.util
 import json
 import re
-from dataclasses import astuple
-from itertools import product
+from dataclasses import astuple, replace
+from itertools import chain, product
 
 import pytest
 import torch
@@ -12,49 +11,43 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minianyflow import training
 from minianyflow.networks.causal_attention import causal_mask
-from minianyflow.planner.call_costs import Prices
-from minianyflow.planner.costs import Live, kept_pairs
-from minianyflow.planner.forward_calls import Question
+from minianyflow.planner.commands import plan as plan_command
+from minianyflow.planner.counters import LiveBytes, tensors_in
+from minianyflow.planner.forward_calls import ForwardCall
+from minianyflow.planner.forward_cost import ForwardCosts, attended_pairs
 from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
-from minianyflow.planner.plan import LARGEST, SPARE, check_split, plan_run, shape_of
-from minianyflow.planner.report import MODELS, RUNS, bills, describe, table
+from minianyflow.planner.plan import check_split, plan_run, published_plan, shape_of
+from minianyflow.planner.report import LARGEST, OUTSIDE, SPARE, bill_table, describe, read_plans, stage_table
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.wan.config import load_config
-from minianyflow.wan.data.shards import LatentShards
+from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.folders import make_tiny_wan
-from minianyflow.wan.run import Networks, draws
-from minianyflow.wan.stages import STAGES
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-planning = script("plan")
+from minianyflow.wan.run_networks import RunNetworks
+from minianyflow.wan.stages import STAGES, draws
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def settings(tmp_path_factory):
+    """`settings(architecture, stage, *changes)`: the configuration of a tiny run."""
     folder = tmp_path_factory.mktemp("wan")
     make_tiny_wan(folder / "wan")
-    return folder
-
-
-def settings(folder, architecture, stage, *changes):
     where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents"]
-    quick = ["batch=4", "samples.every=0", "log.tracker=none"]
-    config = load_config([architecture, stage, "tiny"], [*where, *quick, *changes])
-    config.student = config.teacher = None  # as if these were there
-    return config
+
+    def configuration(architecture, stage, *changes):
+        quick = ["batch=4", "samples.every=0", "log.tracker=none"]
+        config = load_config([architecture, stage, "tiny"], [*where, *quick, *changes])
+        return replace(config, student=None, teacher=None)  # as if they were there
+
+    return configuration
+
+
+# ---- real steps
 
 
 def attention(query, key, value, *given, attn_mask=None, out_val=None, **options):
-    """FLOP of torch's attention on a CPU, of the pairs that the mask keeps, counted one by one."""
+    """FLOP of torch's attention on a CPU, over the pairs that the mask keeps, counted one by one."""
     pairs = query.shape[2] * key.shape[2]
     if attn_mask is not None:
         shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0
@@ -62,28 +55,22 @@ def attention(query, key, value, *given, attn_mask=None, out_val=None, **options
     return 4 * query.shape[0] * query.shape[1] * query.shape[3] * pairs
 
 
-attention._get_raw = True
-
-
-def attention_back(grad, query, key, value, *given, attn_mask=None, **options):
+def attention_backward(grad, query, key, value, *given, attn_mask=None, **options):
     return 2 * attention(query, key, value, attn_mask=attn_mask)
 
 
-attention_back._get_raw = True
-CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_back,
-}
+attention._get_raw = attention_backward._get_raw = True
+KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU = {KERNEL: attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward}
 
 
 class Step:
-    """One real step, of training.train, as often as asked; the optimiser has its numbers already."""
+    """One real step of `training.train`, to be taken several times; the optimiser has its state already."""
 
     def __init__(self, config, number):
-        data = LatentShards(config.data)
-        self.config, self.networks = config, Networks(config, data.shape[0])
-        self.null = {"prompt": data.null}
-        self.roles = STAGES[config.stage](config, self.networks, self.null)
+        data = LatentSet(config.data)
+        self.config, self.networks, self.null = config, RunNetworks(config, data.shape[0]), data.null
+        self.roles = STAGES[config.stage](config, self.networks, {"prompt": data.null})
         self.batch = draws(config, data)(0)  # which trains every weight
         self.take()
         self.batch = draws(config, data)(number)
@@ -93,207 +80,215 @@ class Step:
             role.optimizer.zero_grad()
         training.train(self.roles, lambda step: self.batch, 1, self.config.accumulate, progress=False)
 
-    def kept(self):
+    def resident(self):
         """Tensors that are there all the time."""
         for role in self.roles.values():
-            for module in (role.network, role.average):
-                if module is not None:
-                    yield from [*module.parameters(), *module.buffers()]
+            for module in (role.network, *([role.average] if role.average else [])):
+                yield from [*module.parameters(), *module.buffers()]
             for state in role.optimizer.state.values():
                 yield from state.values()
-        for counters in self.networks.counters.values():
-            for each in counters:
-                transformer = each.network.transformer
-                yield from [*transformer.parameters(), transformer.rope._build_freqs(torch.device("cpu"))]
-
-    def given(self):
-        for value in self.batch.values():
-            yield from value.values() if isinstance(value, dict) else [value]
+        for counter in chain(*self.networks.counters.values()):
+            transformer = counter.network.transformer
+            yield from [*transformer.parameters(), transformer.rope._build_freqs(torch.device("cpu"))]
 
     def bytes(self):
-        """What is there all the time, and the peak of what comes and goes beside."""
-        kept = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in self.kept()}
-        live = Live([*self.kept(), *self.given(), self.null["prompt"]])
+        """Bytes that are there all the time, and the peak of those that come and go."""
+        storages = [tensor.untyped_storage() for tensor in self.resident()]
+        inputs = tensors_in(self.batch)
+        live = LiveBytes([*self.resident(), *inputs, self.null])
         with live:
             self.take()
-        return sum(kept.values()), live.peak + sum(each.nbytes for each in self.given()) // self.config.accumulate
+        resident = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return resident, live.peak + sum(tensor.nbytes for tensor in inputs) // self.config.accumulate
 
-    def flop(self):
+    def work(self):
+        """FLOP, and (forwards, backwards) per sample by role."""
+        before = self.networks.counts()
         with FlopCounterMode(display=False, custom_mapping=CPU) as counter:
             self.take()
-        return counter.get_total_flops()
+        rows = {role: zip(counts, before[role], strict=True) for role, counts in self.networks.counts().items()}
+        evaluations = {role: tuple((now - then) / self.config.batch for now, then in rows[role]) for role in rows}
+        return counter.get_total_flops(), {role: pair for role, pair in evaluations.items() if any(pair)}
 
 
-STAYS = ("base weights", "adapters", "trained weights", "averages", "optimiser")
-QUICK = (("bidirectional", "forward", "lora", "true"), ("causal", "forward", "lora", "false"))
+def planned(config, **options):
+    return plan_run(config, advise=False, **{"steps": [1]} | options)
+
+
+RESIDENT = ("base weights", "adapters", "trained weights", "averages", "optimiser")
+FAST = [("bidirectional", "forward", "lora", "true")]
+SLOW = [("causal", "on_policy", "lora", "true"), ("bidirectional", "on_policy", "full", "false")]
+SLOW += [("causal", "forward", "full", "true"), ("bidirectional", "teacher", "lora", "false")]
+KINDS = product(("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false"))
 CASES = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in product(
-        ("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false")
-    )
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow if case in SLOW else pytest.mark.long)
+    for case in KINDS
 ]
 
 
 @pytest.mark.parametrize(("architecture", "stage", "trained", "checkpointing"), CASES)
-def test_a_real_step_takes_what_was_planned(folder, architecture, stage, trained, checkpointing):
-    changes = [f"trained={trained}", f"checkpointing={checkpointing}"]
-    config = settings(folder, architecture, stage, *changes)
+def test_a_real_step_takes_what_was_planned(settings, architecture, stage, trained, checkpointing):
+    config = settings(architecture, stage, f"trained={trained}", f"checkpointing={checkpointing}")
     number = 0 if architecture == "causal" else 1  # a causal clip has its longest context at step 0
-    step, plan = Step(config, number), plan_run(config, steps=[number], advise=False)
-    kept, passing = step.bytes()
-    said = sum(plan.memory.get(name, 0) for name in STAYS)
-    again = step.flop()
-    print(
-        f"kept {said / kept:.3f} passing {(plan.peak - said) / passing:.3f} flop {plan.flop_with_recompute / again:.3f}"
+    step, plan = Step(config, number), planned(config, steps=[number])
+    resident, passing = step.bytes()
+    expected = sum(plan.memory.get(name, 0) for name in RESIDENT)
+    assert expected == pytest.approx(resident, rel=0.1)
+    assert plan.peak - expected == pytest.approx(passing, rel=0.1)
+    flop, evaluations = step.work()
+    assert plan.flop_with_recompute == pytest.approx(flop, rel=0.1)
+    assert plan.evaluations == evaluations
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=m) for s, m in (("forward", pytest.mark.slow), ("on_policy", pytest.mark.long))]
+)
+def test_keep_attention_is_planned(settings, stage):
+    """In all, and what it adds to memory and saves of work."""
+    plans, real = [], []
+    for keep in ("true", "false"):
+        config = settings("bidirectional", stage, f"keep_attention={keep}")
+        step = Step(config, 1)
+        plans.append(planned(config))
+        real.append((sum(step.bytes()), step.work()[0]))
+    (more, less), (real_more, real_less) = (
+        [kept - recomputed for kept, recomputed in zip(*both, strict=True)]
+        for both in ([(plan.peak, plan.flop_with_recompute) for plan in plans], real)
     )
-    assert said == pytest.approx(kept, rel=0.1)
-    assert plan.peak - said == pytest.approx(passing, rel=0.1)
-    assert plan.flop_with_recompute == pytest.approx(again, rel=0.1)
+    assert more == pytest.approx(real_more, rel=0.1)
+    assert less == pytest.approx(real_less, rel=0.1)
+    assert more > 0 > less
+    assert plans[0].flop == plans[1].flop
 
 
-@pytest.mark.parametrize("stage", ["forward", pytest.param("on_policy", marks=pytest.mark.slow)])
-def test_attention_that_is_kept_is_planned(folder, stage):
-    """In all, and what it adds to memory and spares of work."""
-    planned, real, model = [], [], []
-    for said in ("true", "false"):
-        config = settings(folder, "bidirectional", stage, f"keep_attention={said}")
-        step, plan = Step(config, 1), plan_run(config, steps=[1], advise=False)
-        planned.append((plan.peak, plan.flop_with_recompute))
-        model.append(plan.flop)
-        real.append((sum(step.bytes()), step.flop()))
-    assert planned[0] == pytest.approx(real[0], rel=0.1)
-    (more, done), (true_more, true_done) = (
-        [kept - not_kept for kept, not_kept in zip(*each, strict=True)] for each in (planned, real)
-    )
-    print(f"bytes {more / true_more:.4f} flop {done / true_done:.4f}")
-    assert more == pytest.approx(true_more, rel=0.1)
-    assert done == pytest.approx(true_done, rel=0.1)
-    assert more > 0 > done
-    assert model[0] == model[1]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(["accumulate=2"], marks=pytest.mark.slow),
+        pytest.param(["accumulate=4", "checkpointing=false"], marks=pytest.mark.long),
+    ],
+)
+def test_micro_batches_are_planned(settings, changes):
+    config = settings("bidirectional", "forward", *changes)
+    step, plan = Step(config, 1), planned(config)
+    assert plan.peak == pytest.approx(sum(step.bytes()), rel=0.1)
+    assert plan.flop_with_recompute == pytest.approx(step.work()[0], rel=0.1)
+
+
+# ---- the counts
 
 
 @pytest.mark.slow
-def test_attention_that_does_not_fit_is_computed_again(folder):
-    config = settings(folder, "bidirectional", "forward", "keep_attention=true")
-    room = plan_run(config, steps=[1], advise=False).peak * 0.99 / (1 - SPARE)
-    assert list(plan_run(config, steps=[1], gpu=Gpu("small", room, 1e12, "")).short) == ["keep_attention=false"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [["accumulate=2"], ["accumulate=4", "checkpointing=false"]])
-def test_parts_of_a_batch_are_planned(folder, changes):
-    config = settings(folder, "bidirectional", "forward", *changes)
-    step, plan = Step(config, 1), plan_run(config, steps=[1], advise=False)
-    kept, passing = step.bytes()
-    assert plan.peak == pytest.approx(kept + passing, rel=0.1)
-    assert plan.flop_with_recompute == pytest.approx(step.flop(), rel=0.1)
-
-
-@pytest.mark.slow
-def test_three_blocks_say_what_eight_cost(folder):
-    """What is counted of two and three blocks, and taken further, is what the whole transformer has."""
-    config = settings(folder, "bidirectional", "forward", "precision=bf16")
+def test_two_and_three_blocks_say_what_eight_cost(settings):
+    config = settings("bidirectional", "forward", "precision=bf16")
     shape = shape_of(config.base) | {"num_layers": 8}
-    prices = Prices(config, shape, (5, 16, 8, 8), 32, shape["text_dim"])
-    question = Question("student", 1, True, False, "all", 5)
-    whole = prices._measure(prices._build(shape, 8)["student"], question)
-    said, counted = astuple(prices(question)), astuple(whole)
-    assert said == pytest.approx(counted, rel=1e-3)
-    assert len(prices.networks) == 2
+    costs = ForwardCosts(config, shape, (5, 16, 8, 8), (32, shape["text_dim"]))
+    call = ForwardCall("student", 1, True, False, "plain", 5)
+    assert len(costs.networks) == 2
+    assert astuple(costs(call)) == pytest.approx(astuple(costs.measure(costs.build(8)["student"], call)), rel=1e-3)
 
 
 @pytest.mark.slow
-def test_evaluations_are_those_that_a_real_step_counts(folder):
-    config = settings(folder, "causal", "on_policy")
-    step = Step(config, 0)
-    before = step.networks.counts()
-    step.take()
-    rows = {
-        role: [n - b for n, b in zip(each, before[role], strict=True)] for role, each in step.networks.counts().items()
-    }
-    plan = plan_run(config, steps=[0], advise=False)
-    assert {role: tuple(n / config.batch for n in each) for role, each in rows.items()} == plan.evaluations
-
-
-@pytest.mark.slow
-def test_model_flop_do_not_depend_on_checkpointing(folder):
-    one, other = (
-        plan_run(settings(folder, "bidirectional", "forward", f"checkpointing={said}"), steps=[1], advise=False)
-        for said in ("true", "false")
-    )
+def test_model_flop_do_not_depend_on_checkpointing(settings):
+    one, other = (planned(settings("bidirectional", "forward", f"checkpointing={on}")) for on in ("true", "false"))
     assert one.flop == other.flop == other.flop_with_recompute < one.flop_with_recompute
     assert one.peak < other.peak
 
 
-def test_the_pairs_that_are_counted_are_those_of_the_mask():
+def test_attended_pairs_are_those_of_the_mask():
     for clean, mode in ((True, "train"), (False, "train"), (False, "cache")):
         mask = causal_mask((1, 2, 2, 2), 16, 4, 2, clean, mode)
-        assert kept_pairs((1, 2, 2, 2), 16, 4, 2, clean, mode) == int(mask.sum())
+        assert attended_pairs((1, 2, 2, 2), 16, 4, 2, clean, mode) == int(mask.sum())
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_told_what_to_change(folder):
-    config = settings(folder, "bidirectional", "forward", "checkpointing=false")
-    plan = plan_run(config, steps=[1], gpu=Gpu("small", 1e12, 1e12, ""))
-    assert plan.fits
-    assert plan.short == {}
-    low = plan_run(config, steps=[1], gpu=Gpu("small", plan.peak * 0.7, 1e12, ""))
-    assert not low.fits
-    assert next(iter(low.short)) == "checkpointing=true"
-    assert min(low.short.values()) <= (1 - SPARE) * low.gpu.memory
-    none = plan_run(config, steps=[1], gpu=Gpu("small", 1e3, 1e12, ""))
-    both = "checkpointing=true accumulate=4"  # each is whole: alone accumulate=4 would not lead to that peak
-    assert list(none.short) == ["checkpointing=true", both, f"--gpu rtx4090 {both}"]
-    changed = settings(folder, "bidirectional", "forward", *both.split())
-    assert plan_run(changed, steps=[1]).peak == none.short[both]
-    said = [line for line in describe(none).splitlines() if line.startswith("    ")]
-    assert [line.endswith("not enough") for line in said] == [True, True, False]
-
-
-@pytest.mark.slow
-def test_several_gpus_without_room_are_told_of_fsdp2(folder, monkeypatch):
-    """Where only sharding makes one clip at a time fit a larger GPU; and with no such GPU it is said."""
-    config = settings(folder, "bidirectional", "forward", "accumulate=2")
-    whole, sharded = (plan_run(config, steps=[1], gpus=2, sharded=each, advise=False).peak for each in (False, True))
-    assert sharded < whole
-    room = (whole + sharded) / 2 / (1 - SPARE)
-    for large, last in ((room, "--gpu large --sharded"), (2e3, LARGEST)):
-        monkeypatch.setattr("minianyflow.planner.plan.GPUS", {"large": Gpu("large", large, 1e12, "")})
-        short = plan_run(config, steps=[1], gpus=2, gpu=Gpu("small", 1e3, 1e12, "")).short
-        assert list(short)[-1] == last
-
-
-def test_numbers_that_an_error_names_work():
-    check_split(16, 8, 2)
-    for batch, gpus in product((1, 16, 24), range(1, 30)):
-        for accumulate in (1, 16):
-            try:
-                check_split(batch, gpus, accumulate)
-                assert batch % (gpus * accumulate) == 0
-            except InputError as problem:
-                named = [int(each) for each in re.findall(r"(?<=--gpus )\d+|(?<=or )\d+", str(problem))]
-                for number in named:
-                    check_split(batch, number, 1)
-                parts = [int(each) for each in re.findall(r"accumulate=(\d+) is", str(problem))]
-                for number in parts:
-                    check_split(batch, gpus, number)
-                assert named or parts
-
-
-@pytest.mark.slow
-def test_several_gpus_share_the_work(folder):
-    config = settings(folder, "bidirectional", "on_policy")
-    one, two, sharded = (
-        plan_run(config, steps=[1], gpus=gpus, sharded=sharded, advise=False)
-        for gpus, sharded in ((1, False), (2, False), (2, True))
-    )
+def test_several_gpus_share_the_work(settings):
+    config = settings("bidirectional", "on_policy")
+    one, two, sharded = (planned(config, gpus=n, sharded=shard) for n, shard in ((1, False), (2, False), (2, True)))
     assert two.flop == pytest.approx(one.flop / 2)
     assert two.seconds() >= one.seconds() / 2
     assert two.memory["optimiser"] == one.memory["optimiser"] == 2 * sharded.memory["optimiser"]
     assert two.memory["base weights"] == sharded.memory["base weights"]
 
 
-def test_another_gpu_has_no_others_name():
+@pytest.mark.slow
+def test_bytes_that_training_does_not_load():
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    sizes = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    with torch.device("meta"):
+        text, vae = UMT5EncoderModel(UMT5Config(**sizes)), AutoencoderKLWan()
+    counts = [width * sum(w.numel() for w in module.parameters()) for module, width in ((text, 2), (vae, 4))]
+    assert list(OUTSIDE.values()) == counts
+
+
+# ---- what to change
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_names_what_to_change(settings):
+    config = settings("bidirectional", "forward", "checkpointing=false")
+
+    def on(memory):
+        return plan_run(config, steps=[1], gpu=Gpu("small", memory, 1e12, ""))
+
+    plan = on(1e12)
+    assert plan.fits
+    assert plan.changes == []
+    low = on(plan.peak * 0.7)
+    assert not low.fits
+    assert low.changes[0][0] == {"checkpointing": True}
+    assert min(peak for _, peak in low.changes) <= (1 - SPARE) * low.gpu.memory
+    none, both = on(1e3), {"checkpointing": True, "accumulate": 4}  # complete: accumulate=4 alone has another peak
+    assert [changes for changes, _ in none.changes] == [{"checkpointing": True}, both, {"gpu": "rtx4090"} | both]
+    again = settings("bidirectional", "forward", "checkpointing=true", "accumulate=4")
+    assert planned(again).peak == {str(changes): peak for changes, peak in none.changes}[str(both)]
+    lines = [line for line in describe(none).splitlines() if line.startswith("    ")]
+    assert [line.endswith("not enough") for line in lines] == [True, True, False]
+    assert lines[2].startswith("    gpu=rtx4090 checkpointing=true accumulate=4: ")
+
+
+@pytest.mark.slow
+def test_attention_that_does_not_fit_is_recomputed(settings):
+    config = settings("bidirectional", "forward", "keep_attention=true")
+    room = planned(config).peak * 0.99 / (1 - SPARE)
+    plan = plan_run(config, steps=[1], gpu=Gpu("small", room, 1e12, ""))
+    assert [changes for changes, _ in plan.changes] == [{"keep_attention": False}]
+
+
+@pytest.mark.slow
+def test_several_gpus_without_room_are_told_of_fsdp2(settings, monkeypatch):
+    """If only sharding makes one clip at a time fit a larger GPU; and if there is no such GPU."""
+    config = settings("bidirectional", "forward", "accumulate=2")
+    whole, sharded = (planned(config, gpus=2, sharded=shard).peak for shard in (False, True))
+    assert sharded < whole
+    room = (whole + sharded) / 2 / (1 - SPARE)
+    for memory, last in ((room, "gpu=large sharded=true: "), (2e3, f"{LARGEST}: ")):
+        monkeypatch.setattr("minianyflow.planner.plan.GPUS", {"large": Gpu("large", memory, 1e12, "")})
+        plan = plan_run(config, steps=[1], gpus=2, gpu=Gpu("small", 1e3, 1e12, ""))
+        assert [line for line in describe(plan).splitlines() if line.startswith("    ")][-1].startswith(f"    {last}")
+
+
+# ---- the command, and bad input
+
+
+def test_numbers_that_an_error_names_work():
+    check_split(16, 8, 2)
+    for batch, gpus, accumulate in product((1, 16, 24), range(1, 30), (1, 16)):
+        try:
+            check_split(batch, gpus, accumulate)
+            assert batch % (gpus * accumulate) == 0
+        except InputError as problem:
+            numbers = re.search(r"equal parts: (.*) GPUs", str(problem))
+            numbers = [int(number) for number in numbers[1].split(" or ")] if numbers else []
+            parts = [int(number) for number in re.findall(r"accumulate=(\d+) is", str(problem))]
+            assert numbers or parts
+            for setup in [*((number, 1) for number in numbers), *((gpus, number) for number in parts)]:
+                check_split(batch, *setup)
+
+
+def test_another_gpu_has_another_name():
     own, other = GPUS["a100-80"], find_gpu("a100-80", memory=96)
     assert find_gpu("A100-80") == own
     assert (other.name, other.memory, other.rate) == ("96 GB at a100-80's rate", 96e9, own.rate)
@@ -303,17 +298,16 @@ def test_another_gpu_has_no_others_name():
 
 BAD = {
     "gpu": (["--gpu", "h20"], "did you mean"),
-    "gpus": (["--gpus", "3"], "expected equal parts: --gpus 2 or 4, or another batch"),
-    "no gpus": (["--gpus", "0"], "--gpus 0; expected at least 1"),
+    "gpus": (["--gpus", "3"], "expected equal parts: 2 or 4 GPUs, or another batch"),
+    "no gpus": (["--gpus", "0"], "0 GPUs; expected at least 1"),
     "parts": (["--gpus", "8", "batch=16", "accumulate=16"], "accumulate=2 is one clip at a time on each GPU"),
-    "share": (["--share", "2"], "--share 2.0"),
-    "price": (["--price", "-1"], "--price -1.0"),
-    "no price": (["--price", "nan"], "--price nan"),
-    "memory": (["--memory", "0"], "--memory 0.0"),
-    "rate": (["--rate", "inf"], "--rate inf"),
-    "sharded": (["--sharded"], "--sharded with --gpus 1"),
+    "share": (["--share", "2"], "a share 2.0 of the GPU's rate"),
+    "price": (["--price", "-1"], "a price of -1.0 per GPU-hour"),
+    "no price": (["--price", "nan"], "a price of nan"),
+    "memory": (["--memory", "0"], "a GPU with memory 0.0 GB"),
+    "rate": (["--rate", "inf"], "a GPU with rate inf"),
+    "sharded": (["--sharded"], "weights sharded over 1 GPU"),
     "base": (["--config", "wan-1.3b", "base=someone/else"], "the size of someone/else is not known here"),
-    "no folder": (["--config", "wan-1.3b", "base=./nowhere"], "the size of ./nowhere is not known here"),
     "cast": (["--config", "wan-1.3b", "trained=full"], "cannot be planned"),
     "option": (["--config", "wan-1.3b", "rnk=2"], "did you mean"),
 }
@@ -322,51 +316,58 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(case, capsys):
     arguments, words = BAD[case]
-    assert run(lambda: planning.main(arguments)) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    assert run(lambda: plan_command(arguments)) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
 def test_a_broken_description_is_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"no transformer/config\.json"):
+    with pytest.raises(InputError, match=r"expected a folder with transformer/config\.json"):
         shape_of(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="does not describe a transformer"):
         shape_of(str(tmp_path))
 
 
-def test_the_script_prints_lines_and_json(folder, capsys):
-    where = ["bidirectional", "forward", "tiny", f"base={folder}/wan", f"data={folder}/wan/latents"]
-    assert planning.main(["--config", *where, "--price", "3", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["peak"] == sum(said["memory"].values())
-    assert said["fits"]
-    assert said["money"] == pytest.approx(3 * said["gpu_hours"])
-    assert planning.main(["--config", *where]) == 0
+def test_the_command_prints_lines_and_json(settings, capsys):
+    config = settings("bidirectional", "forward")
+    where = ["bidirectional", "forward", "tiny", f"base={config.base}", f"data={config.data}", "batch=4"]
+    assert plan_command(["--config", *where, "--price", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["peak"] == sum(report["memory"].values())
+    assert report["fits"]
+    assert report["money"] == pytest.approx(3 * report["gpu_hours"])
+    assert plan_command(["--config", *where, "--memory", "1e-6", "--gpus", "2"]) == 0
     out = capsys.readouterr().out
     assert "planned, not measured" in out
     assert "optimiser" in out
+    assert "    --gpu rtx4090 --sharded accumulate=2: " in out  # as the command takes them
 
 
-def rows_of(name):
-    """Of a table of docs/plan.md."""
-    return (ROOT / "docs/plan.md").read_text().split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+# ---- the tables of docs/plan.md
+
+
+def test_the_docs_have_the_tables_of_the_plans():
+    page = (ROOT / "docs/plan.md").read_text()
+    for name, table in (("plan", stage_table()), ("bill", bill_table())):
+        assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in page
 
 
 @pytest.mark.parametrize(
-    ("name", "made"),
-    [  # what is counted for the first is not counted again; all rows are `plan.py --table`, two minutes
-        ("plan", lambda: table(runs=RUNS[1:2])),
-        pytest.param("plan", lambda: table(runs=[*RUNS[6:9], RUNS[4]]), marks=pytest.mark.slow),
-        pytest.param("bill", lambda: bills(models=MODELS[4:6]), marks=pytest.mark.slow),
+    ("size", "kind", "stage", "setup", "gpus"),
+    [
+        pytest.param("1.3B", "bidirectional", "forward", "1 x h200", 1, marks=pytest.mark.slow),
+        pytest.param("14B", "causal", "forward", "8 x h200 with FSDP2", 8, marks=pytest.mark.slow),
+        pytest.param("14B", "bidirectional", "on_policy", "8 x h200", 8, marks=pytest.mark.long),
+        pytest.param("1.3B", "causal", "on_policy", "1 x h200", 1, marks=pytest.mark.long),
     ],
 )
-def test_the_tables_of_the_docs_are_what_is_planned(name, made):
-    head, line, *made = made().splitlines()
-    assert rows_of(name)[:2] == [head, line]
-    assert len(rows_of(name)) == 2 + len(RUNS if name == "plan" else MODELS)
-    assert made
-    for row in made:
-        assert row in rows_of(name)
+def test_published_plans_are_what_is_planned(size, kind, stage, setup, gpus):
+    plan, published = (
+        published_plan(size, kind, stage, gpus, "FSDP2" in setup),
+        read_plans()[f"{size} {kind} {stage}, {setup}"],
+    )
+    assert plan.memory == pytest.approx(published.memory, rel=1e-6)
+    assert (plan.flop, plan.slowest) == pytest.approx((published.flop, published.slowest), rel=1e-6)

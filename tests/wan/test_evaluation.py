@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import stat
-import sys
 from functools import partial
 from itertools import pairwise, takewhile
 
@@ -29,11 +27,11 @@ from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan import evaluate as evaluation
 from minianyflow.wan import samples as sampled
 from minianyflow.wan.commands import evaluate as command
-from minianyflow.wan.data.shards import write_shards
+from minianyflow.wan.data.latents import write_latents
 from minianyflow.wan.evaluate import labelled, table
 from minianyflow.wan.folders import encode_prompts, make_tiny_wan
-from minianyflow.wan.samples import file_stem, guided_network, motion, roughness
-from minianyflow.wan.vbench_scores import MODELS
+from minianyflow.wan.sampler import guided_network
+from minianyflow.wan.samples import file_stem, motion, roughness
 from toy_data import blobs
 
 STEPS, VIDEOS = (1, 2, 8), 4
@@ -55,7 +53,7 @@ def folder(networks, tmp_path_factory):
         save_pipeline(folder / name, networks[name], codec, text, stage=stage)
     clips = blobs.sample(32, generator(101))
     captions = [blobs.PROMPTS[balls - 1] for balls in clips.balls.tolist()]
-    write_shards(folder / "held_out", codec.encode(clips.video), text(captions), text([""]), captions, null_text="")
+    write_latents(folder / "held_out", codec.encode(clips.video), text(captions), text([""]), captions, null_text="")
     (folder / "prompts.txt").write_text("\n".join([*blobs.PROMPTS, blobs.PROMPTS[0]]) + "\n")  # one of them twice
     return folder
 
@@ -69,7 +67,7 @@ def evaluate(folder, monkeypatch):
 
     def call(*arguments, steps=STEPS, videos=VIDEOS):
         options = ["--prompts", "prompts.txt", "--data", "held_out", "--videos", videos, "--batch", 8]
-        options += ["--steps", *steps, "--no-vbench"]
+        options += ["--steps", *steps]
         sources = list(takewhile(lambda each: not str(each).startswith("--"), arguments))
         asked = [*sources, *options, *arguments[len(sources) :]]
         return run(lambda: command([str(each) for each in asked]))
@@ -82,7 +80,7 @@ def made(folder):
     """Teacher and student, evaluated once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        options = ["--prompts", "prompts.txt", "--data", "held_out", "--videos", VIDEOS, "--batch", 8, "--no-vbench"]
+        options = ["--prompts", "prompts.txt", "--data", "held_out", "--videos", VIDEOS, "--batch", 8]
         options += ["--steps", *reversed(STEPS), "--output", "out"]
         assert run(lambda: command([str(each) for each in ["teacher", "eulerian", *options]])) == 0
     return folder / "out"
@@ -162,7 +160,7 @@ def test_wan_itself_is_followed_by_eulers_method_on_its_own_times(tmp_path, eval
     (tmp_path / "prompts.txt").write_text("a red disc\n")
     size = ["--frames", 5, "--height", 16, "--width", 16, "--length", 8, "--batch", 2]
     asked = [tmp_path / "wan", "--guidance", 4, "--negative", "ugly", *size, "--output", tmp_path / "out"]
-    options = ["--prompts", tmp_path / "prompts.txt", "--videos", 2, "--steps", 1, 3, "--no-vbench", "--device", "cpu"]
+    options = ["--prompts", tmp_path / "prompts.txt", "--videos", 2, "--steps", 1, 3, "--device", "cpu"]
     assert run(lambda: command([str(each) for each in [*asked, *options]])) == 0
     stock = WanPipeline.from_pretrained(tmp_path / "wan")
     shape = (2, 16, 2, 2)
@@ -383,36 +381,36 @@ def test_bad_input_is_one_line(folder, made, evaluate, capsys, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (folder / "no_export").mkdir(exist_ok=True)
     rows = torch.zeros(3, 5, 4, 4, 4)
-    write_shards(tmp_path / "few", rows, torch.zeros(3, 4, 16), torch.zeros(1, 4, 16), ["x"] * 3)
-    write_shards(tmp_path / "same", torch.zeros(8, 5, 4, 4, 4), torch.zeros(8, 4, 16), torch.zeros(1, 4, 16), ["x"] * 8)
+    write_latents(tmp_path / "few", rows, torch.zeros(3, 4, 16), torch.zeros(1, 4, 16), ["x"] * 3)
+    same = torch.zeros(8, 5, 4, 4, 4), torch.zeros(8, 4, 16), torch.zeros(1, 4, 16)
+    write_latents(tmp_path / "same", *same, ["x"] * 8)
     shutil.copytree(folder / "eulerian", tmp_path / "short")
     known = json.loads((tmp_path / "short/minianyflow.json").read_text())
     known["clip"]["frames"] = 13
     (tmp_path / "short/minianyflow.json").write_text(json.dumps(known))
     large = torch.zeros(8, 5, 4, 8, 8)
-    write_shards(tmp_path / "other", large, torch.zeros(8, 4, 16), torch.zeros(1, 4, 16), ["x"] * 8)
+    write_latents(tmp_path / "other", large, torch.zeros(8, 4, 16), torch.zeros(1, 4, 16), ["x"] * 8)
     for arguments, message in (
-        (["none"], "no folder none; expected a run folder"),
+        (["none"], "no folder none; expected the folder of a run"),
         (["no_export"], "neither run.json nor model_index.json in no_export"),
         (["eulerian", "no_export"], "neither run.json nor model_index.json in no_export"),
-        (["eulerian", "./eulerian"], "sources eulerian, ./eulerian; expected each once"),
+        (["eulerian", "./eulerian"], "sources eulerian, ./eulerian; expected different ones"),
         (["eulerian", "--prompts", tmp_path / "none.txt"], r"cannot read .*none.txt \(No such file"),
         (["eulerian", "--prompts", tmp_path / "empty.txt"], "no prompts in .*empty.txt"),
-        (["eulerian", "--steps", 4, 0], "0 steps asked for; expected whole numbers, at least 1"),
-        (["eulerian", "--videos", 0], "--videos 0; expected at least 1"),
-        (["eulerian", "--batch", -1], "--batch -1; expected at least 1"),
-        (["eulerian", "--guidance", 0.5], "--guidance 0.5; expected at least 1"),
+        (["eulerian", "--steps", 4, 0], "0 steps; expected whole numbers, at least 1"),
+        (["eulerian", "--videos", 0], "videos 0; expected at least 1"),
+        (["eulerian", "--batch", -1], "batch -1; expected at least 1"),
+        (["eulerian", "--guidance", 0.5], "guidance 0.5; expected at least 1"),
         (["eulerian", "--frames", 16], "frames 16; expected 4 n"),
         (["eulerian", tmp_path / "short"], r"clips of 17 x 16 x 16 \(eulerian\), 13 x 16 x 16 \(.*; expected one"),
         (["teacher", "--guidance", 2, "--data", tmp_path / "same"], "does not say of which text its null prompt is; "),
         (["eulerian", "--frames", 9], r"eulerian makes latents \(3, 4, 4, 4\); expected \(5, 4, 4, 4\), as held_out"),
         (["eulerian", "--height", 20], "height 20; expected a multiple of 8: the codec's 4, patches of 2"),
-        (["eulerian", "--data", tmp_path / "none"], "no shards in .*none"),
-        (["eulerian", "--data", tmp_path / "few"], "8 clips asked for and 3 held-out latents; a Frechet .* 2 and 4"),
+        (["eulerian", "--data", tmp_path / "none"], "no latents in .*none"),
+        (["eulerian", "--data", tmp_path / "few"], "8 clips and 3 held-out latents; a Frechet .* 2 and 4"),
         (["eulerian", "--data", tmp_path / "other"], r"expected \(5, 4, 8, 8\)"),
-        (["eulerian", "--output", made, "--seed", 1], r"sampled with another setting \(seed\); name another --output"),
+        (["eulerian", "--output", made, "--seed", 1], r"sampled with another setting \(seed\); name another folder"),
         (["eulerian", "--output", made, "--videos", 5], r"another setting \(videos\)"),
-        (["eulerian", "--vbench", "scene"], "both --vbench and --no-vbench"),
     ):
         options = [] if "--output" in arguments else ["--output", tmp_path / "out"]
         capsys.readouterr()
@@ -430,142 +428,26 @@ def test_samples_that_are_not_finite_are_one_line(folder, evaluate, monkeypatch,
     assert not list((folder / "out_nan").rglob("*.safetensors"))
 
 
-# ---- VBench: the package, as far as its interface goes, stands in for itself; the real one needs a GPU and models
-
-PACKAGE = '''
-import json, os, pathlib
-class VBench:
-    """Looks for videos as vbench 0.1.5 does, and scores by how many there are."""
-    def __init__(self, device, full_info_dir, output_path):
-        self.listed, self.output = json.load(open(full_info_dir)), output_path
-        os.makedirs(output_path, exist_ok=True)
-    def evaluate(self, videos_path, name, prompt_list=[], dimension_list=None, local=False, mode="vbench_standard"):
-        assert local
-        names = os.listdir(videos_path)
-        if mode == "custom_input":
-            found = {each: prompt_list[each] for each in names}
-            assert all(each.startswith(prompt) for each, prompt in found.items())
-        else:
-            suffix = pathlib.Path(names[0]).suffix
-            wanted = [f"{each['prompt_en']}-{index}{suffix}" for each in self.listed for index in range(5)]
-            found = [each for each in wanted if each in names]
-        if "human_action" in dimension_list:
-            raise RuntimeError("a model is odd")
-        print("much ado")
-        results = {each: [len(found) + 0.5 * (mode == "custom_input"), []] for each in dimension_list}
-        json.dump(results, open(f"{output_path}/{name}_eval_results.json".replace("{output_path}", self.output), "w"))
-'''.replace('f"{output_path}', 'f"{self.output}').replace('.replace("{output_path}", self.output)', "")
+# ---- VBench
 
 
-@pytest.fixture
-def python(tmp_path, monkeypatch):
-    """An interpreter with the package `vbench`; two of its modules are there, and the model of one."""
-    package = tmp_path / "packages/vbench"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(PACKAGE)
-    for name in ("temporal_flickering", "motion_smoothness", "human_action"):
-        (package / f"{name}.py").write_text("")
-    (package / "dynamic_degree.py").write_text("import easydict_that_is_not_there")
-    (package / "VBench_full_info.json").write_text(json.dumps([{"prompt_en": each} for each in blobs.PROMPTS]))
-    cache = tmp_path / "cache"
-    for dimension in ("motion_smoothness", "human_action"):
-        path = cache / MODELS[dimension][0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-    monkeypatch.setenv("VBENCH_CACHE_DIR", str(cache))
-    python = tmp_path / "python"
-    lines = ["#!/bin/sh", "shift  # -I", f"exec {sys.executable} -c '"]
-    lines += [
-        "import runpy, sys",
-        f'sys.path.insert(0, "{package.parent}")',
-        'runpy.run_path(sys.argv[1], run_name="__main__")',
-    ]
-    python.write_text("\n".join(lines) + '\' "$@"\n')
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    return python
-
-
-def scored(made, folder, python, *arguments, prompts="prompts.txt"):
-    options = ["--prompts", prompts, "--videos", VIDEOS, "--batch", 8, "--steps", *STEPS, "--vbench-python", python]
-    options += ["--output", folder, *arguments]
-    return run(lambda: command([str(each) for each in ["eulerian", *options]]))
-
-
-@pytest.fixture
-def out(folder, made, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)
-    shutil.copytree(made, tmp_path / "out")
-    return tmp_path / "out"
-
-
-@pytest.mark.slow
-def test_vbench_scores_its_own_prompts_as_its_standard_asks(made, out, python, capsys):
-    assert scored(made, out, python, "--vbench", "temporal_flickering", "motion_smoothness") == 0
-    captured = capsys.readouterr()
-    assert f"{VIDEOS} clips of a prompt; VBench's standard asks for 5" in captured.err
-    assert "vbench temporal flickering" in captured.out
-    report = report_of(out)
-    for dimension in ("temporal_flickering", "motion_smoothness"):
-        assert report["methods"]["eulerian"][f"vbench_{dimension}"] == [[2 * VIDEOS] * len(STEPS)]
-    assert report["vbench"]["prompts"] == "its own"
-    python.write_text("#!/bin/sh\nexit 1\n")  # what has been scored is not scored again: but what is missing is asked
-    assert scored(made, out, python) == 2
-
-
-@pytest.mark.slow
-def test_vbench_scores_what_there_is_and_one_line_says_what_there_is_not(made, out, python, capsys):
-    listed = python.parent / "packages/vbench/VBench_full_info.json"
-    listed.write_text('[{"prompt_en": "a cat"}]')
-    (python.parent / "packages/vbench/human_action.py").unlink()
-    assert scored(made, out, python) == 0
-    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
-    assert len(notes) == 1
-    assert re.search("VBench's subject_consistency .and 7 more dimensions. cannot be scored: No module", notes[0])
-    report = report_of(out)
-    assert report["methods"]["eulerian"]["vbench_motion_smoothness"] == [[2 * VIDEOS + 0.5] * len(STEPS)]
-    assert report["vbench"]["prompts"] == "custom input"
-    assert "easydict_that_is_not_there" in report["vbench_missing"]["dynamic_degree"]
-    assert "scene" not in report["vbench_missing"]  # it is for VBench's own prompts
-
-
-def test_missing_vbench_parts_are_one_line_before_anything_is_sampled(folder, python, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(folder)
-    shutil.rmtree(tmp_path / "cache/amt_model")
-    (tmp_path / "cats.txt").write_text("a cat\n")
-    for asked, message in (
-        ([python, "--vbench", "motion_smoothness"], "motion_smoothness cannot be scored: no amt_model/amt-s.pth in"),
-        ([python, "--vbench", "dynamic_degree"], "dynamic_degree cannot be scored: No module named 'easydict_that"),
-        ([python, "--vbench", "smoothness"], "unknown VBench dimension 'smoothness'.*did you mean 'motion_smoothness'"),
-        ([python, "--vbench", "scene", "--prompts", tmp_path / "cats.txt"], "VBench's scene is for its own prompts"),
-        ([tmp_path / "none", "--vbench", "scene"], "none does not run .No such file.*; expected one with vbench"),
-        ([sys.executable, "--vbench", "scene"], "no package vbench in .*python.*docs/evaluation.md says how"),
+def test_scores_of_vbench_are_read_where_its_command_left_them(folder, made, evaluate, tmp_path, capsys):
+    """One file per dimension and run; a step count that was not scored has no value."""
+    out = shutil.copytree(made, tmp_path / "out")
+    for label, steps, name, score in (
+        ("eulerian", 1, "temporal_flickering", 0.9),
+        ("eulerian", 8, "temporal_flickering", 0.95),
+        ("eulerian", 8, "motion_smoothness", 0.5),
+        ("teacher", 1, "temporal_flickering", 0.45),
     ):
-        capsys.readouterr()
-        assert scored(None, tmp_path / "nothing", *asked) == 2
-        error = capsys.readouterr().err.strip().splitlines()
-        assert len(error) == 1, error
-        assert re.search(message, error[0]), error[0]
-    assert not (tmp_path / "nothing").exists()
-
-
-@pytest.mark.slow
-def test_where_vbench_stops_the_samples_stay(made, out, python, capsys):
-    assert scored(made, out, python, "--vbench", "human_action") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search("VBench stopped .RuntimeError: a model is odd.; samples are kept", error)
-    assert len(list((out / "eulerian").rglob("*.mp4"))) == len(STEPS) * 2 * VIDEOS
-
-
-def test_the_page_quotes_the_committed_report():
-    report = json.loads((ROOT / "docs/video/evaluation.json").read_text())
-    page = " ".join((ROOT / "docs/evaluation.md").read_text().split())
-    teacher, student = (report["methods"][name] for name in ("teacher", "eulerian"))
-    first, held_out = student["sliced_w2"][0][0], report["floors"]["data"]["sliced_w2"]
-    for words in (
-        f"One step of the flow map reads {first:.3f} (sliced W2)",
-        f"one of the teacher reads {teacher['sliced_w2'][0][0]:.3f} and other held-out clips {held_out:.3f}",
-        f"the flow map from {student['path_error'][0][0]:.2f} at one step to {student['path_error'][0][-2]:.2f} at 64",
-        f"the teacher from {teacher['path_error'][0][0]:.2f} to {teacher['path_error'][0][-2]:.2f}",
-        f"{student['temporal_roughness'][0][0]:.2f} against {teacher['temporal_roughness'][0][0]:.2f} at one step",
-    ):
-        assert words.replace(" 0.2", " .2").replace(" 0.6", " .6") in page, words
+        place = out / label / f"vbench/{steps}_steps"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"results_{name}_eval_results.json").write_text(json.dumps({name: [score, [{"video_path": "x"}]]}))
+    assert evaluate("teacher", "eulerian", "--output", out) == 0
+    methods = report_of(out)["methods"]
+    assert methods["eulerian"]["vbench_temporal_flickering"] == [[0.9, None, 0.95]]
+    assert methods["eulerian"]["vbench_motion_smoothness"] == [[None, None, 0.5]]
+    assert methods["teacher"]["vbench_temporal_flickering"] == [[0.45, None, None]]
+    lines = capsys.readouterr().out.split("vbench temporal flickering")[1].splitlines()
+    assert lines[2].split() == ["1", "0.45", "0.9", "2.00"]
+    assert lines[3].split() == ["2", "-", "-", "-"]

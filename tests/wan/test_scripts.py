@@ -20,12 +20,15 @@ from minianyflow.training import Role
 from minianyflow.wan.commands import export
 from minianyflow.wan.commands import sample as sampling
 from minianyflow.wan.config import load_config
-from minianyflow.wan.data.shards import LatentShards
-from minianyflow.wan.data.videos import write_clips
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.export import licence
 from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
-from minianyflow.wan.run import Networks, load_run, network_of, optimiser, read_run, sample, save_run
-from minianyflow.wan.sample import find_source
+from minianyflow.wan.run import load_run, read_run, save_run
+from minianyflow.wan.run_networks import RunNetworks, network_of
+from minianyflow.wan.sampler import sample
+from minianyflow.wan.sources import find_source
+from minianyflow.wan.stages import optimiser
 
 ARCHITECTURES = {"bidirectional": AnyFlowPipeline, "causal": AnyFlowFARPipeline}
 PROMPTS = ["a red square moves left", "a blue disc moves up"]
@@ -50,7 +53,7 @@ def make_run(folder, architecture, stage, output, *changes):
     """What distill.py leaves, without its training: alpha is half the rank."""
     where = [f"base={folder}/wan", f"data={folder}/wan/latents", f"output={output}"]
     config = load_config([architecture, stage, "tiny"], [*where, "alpha=2", "log.tracker=none", *changes])
-    networks = Networks(config, 5)
+    networks = RunNetworks(config, 5)
     student = networks.trained("student")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -60,7 +63,7 @@ def make_run(folder, architecture, stage, output, *changes):
         role = Role(student, **optimiser(config))  # the average begins here
         for weight in student.parameters():
             weight.mul_(1.1)
-    save_run(config, LatentShards(config.data), networks, {"student": role}, [], 0.0, Accelerator(cpu=True))
+    save_run(config, LatentSet(config.data), networks, {"student": role}, [], 0.0, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,7 @@ def test_stock_diffusers_samples_what_our_sampler_does(runs, exported, embedded,
 def test_merged_is_what_the_role_is(runs, embedded):
     for architecture in ARCHITECTURES:
         config, _ = read_run(runs / architecture)
-        student = Networks(config, 5).trained("student", str(runs / architecture))
+        student = RunNetworks(config, 5).trained("student", str(runs / architecture))
         role = sample(config, student, noise(), embedded, 2)
         assert distance(ours(runs / architecture, embedded, 2), role) < 1e-5
 
@@ -282,10 +285,10 @@ def test_an_adapter_without_effect_is_refused(runs, tmp_path, capsys):
         ["bidirectional", "forward", "tiny"],
         [f"base={runs}/wan", f"data={runs}/wan/latents", f"output={tmp_path}/run", "log.tracker=none"],
     )
-    networks = Networks(config, 5)
+    networks = RunNetworks(config, 5)
     save_run(
         config,
-        LatentShards(config.data),
+        LatentSet(config.data),
         networks,
         {"student": Role(networks.trained("student"))},
         [],
@@ -438,9 +441,9 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
     damaged = shutil.copytree(exported / "causal", tmp_path / "damaged")
     (damaged / "minianyflow.json").write_text("{")
     for arguments, message in (
-        ([tmp_path / "none", *prompt], "no folder .*none; expected a run folder of distill.py, a folder of export.py"),
+        ([tmp_path / "none", *prompt], "no folder .*none; expected the folder of a run or of an export"),
         (["none", *prompt], "no folder none"),
-        ([tmp_path / "in", *prompt], "neither run.json nor model_index.json in .*in; expected a run folder"),
+        ([tmp_path / "in", *prompt], "neither run.json nor model_index.json in .*in; expected the folder of a run"),
         ([tmp_path / "odd", *prompt], "holds a LTXPipeline; expected"),
         ([tmp_path / "next", *prompt], "next holds a WanPipeline of Wan2.2; expected"),
         ([tmp_path / "cut", *prompt], "cut does not load"),
@@ -452,8 +455,8 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
         ([run, "--prompts", tmp_path / "empty.txt"], "no prompts in .*empty.txt"),
         ([run, "--prompts", tmp_path / "latin.txt"], r"latin.txt \(not UTF-8\)"),
         ([run, "--prompts", tmp_path / "nothing.txt"], r"nothing.txt \(No such file"),
-        ([run, "--prompt", " "], "no prompts in the command line"),
-        ([run, *prompt, "--steps", "4", "0"], "0 steps asked for; expected whole numbers, at least 1"),
+        ([run, "--prompt", " "], "no prompts in the list"),
+        ([run, *prompt, "--steps", "4", "0"], "0 steps; expected whole numbers, at least 1"),
         ([run, *prompt, "--steps", "four"], "invalid int value: 'four'; see sample --help"),
         ([run, *prompt, "--frames", "16"], "frames 16; expected 4 n \\+ 1"),
         ([run, *prompt, "--frames", "-3"], "frames -3; expected 4 n"),
@@ -482,11 +485,11 @@ def test_released_weights_come_with_a_word_on_their_licence(capsys, monkeypatch)
     with pytest.raises(SystemExit):
         sampling(["--help"])
     assert "commercial licence" in " ".join(capsys.readouterr().out.split())  # it may break at the hyphen
-    monkeypatch.setattr("minianyflow.wan.sample._kind", lambda name: ("bidirectional", "forward"))
+    monkeypatch.setattr("minianyflow.wan.sources._identify", lambda name: ("bidirectional", "forward"))
 
     def load(*arguments, **options):
         raise InputError("as far as this goes")
 
-    monkeypatch.setattr("minianyflow.wan.sample.load_transformer", load)
+    monkeypatch.setattr("minianyflow.wan.sources.load_transformer", load)
     run_main(sampling, ["nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", "--prompt", "x"])
     assert "non-commercial licence" in capsys.readouterr().err

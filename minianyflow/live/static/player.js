@@ -482,15 +482,15 @@ export function mountPlayer(element, content, options = {}) {
     Object.assign(root.dataset, seen);
   }
 
-  function update({ scene: told, payload }) {
-    const arrays = unpack(told, payload);
+  function update({ scene: next, payload }) {
+    const arrays = unpack(next, payload);
     problem.hidden = true;
     delete root.dataset.error;
-    player.axis = told.axis;
-    const old = parts, same = old.length === told.panels.length && old.every((part, k) => part.kind === told.panels[k].kind);
+    player.axis = next.axis;
+    const old = parts, same = old.length === next.panels.length && old.every((part, k) => part.kind === next.panels[k].kind);
     if (!same) panels.replaceChildren();
-    root.style.setProperty("--lm-columns", told.columns || told.panels.length);
-    parts = told.panels.map((spec, k) => {
+    root.style.setProperty("--lm-columns", next.columns || next.panels.length);
+    parts = next.panels.map((spec, k) => {
       const Kind = KINDS[spec.kind];
       if (!Kind) throw new Error(`a panel of kind ${spec.kind}; known: ${Object.keys(KINDS).join(", ")}`);
       const figure = same ? old[k].figure : make("figure", panels);
@@ -498,18 +498,18 @@ export function mountPlayer(element, content, options = {}) {
       title.textContent = spec.title;
       title.style.color = spec.ink || "";
       canvas.setAttribute("role", "img");
-      canvas.setAttribute("aria-label", [spec.title, ...(spec.measures || []).map((pair) => pair.join(" "))].join(", "));
+      canvas.setAttribute("aria-label", [spec.title, ...Object.entries(spec.measures || {}).map((pair) => pair.join(" "))].join(", "));
       table.replaceChildren();
-      for (const [name, value] of spec.measures || []) make("span", table, "", name), make("b", table, "", value);
+      for (const [name, value] of Object.entries(spec.measures || {})) make("span", table, "", name), make("b", table, "", value);
       const aspect = typeof Kind.aspect === "function" ? Kind.aspect(spec, arrays) : spec.aspect || Kind.aspect;
       canvas.style.aspectRatio = `1 / ${aspect}`;
       const drawing = new Kind(spec, arrays, player, same ? old[k].drawing : null);
       return { kind: spec.kind, figure, canvas, drawing, aspect };
     });
-    note.textContent = told.note || "";
-    note.hidden = !told.note;
-    if (scene === null) position = told.position ?? 1;
-    scene = told;
+    note.textContent = next.note || "";
+    note.hidden = !next.note;
+    if (scene === null) position = next.position ?? 1;
+    scene = next;
     player.dirty();
   }
 

@@ -1,0 +1,84 @@
+"""A real browser and a JupyterLab, for the tests and for scene_speed.py: playwright drives Debian's chromium.
+
+Nothing leaves the machine: a request beyond loopback is blocked and recorded.
+"""
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import urlparse
+
+from minianyflow.live.app import free_port, serving
+from minianyflow.support.install import ROOT
+
+KERNEL = "globalThis.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+PATIENCE = 180000  # milliseconds until a page is given up: the cores may have other work
+WINDOW = {"width": 1600, "height": 1000}
+
+
+@contextmanager
+def watched(browser, size=WINDOW, **options) -> Iterator:
+    """A page of its own: `page.complaints` lists its errors, `page.blocked` its requests beyond loopback."""
+    context = browser.new_context(viewport=size, **options)
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    page.complaints, page.blocked = [], []
+
+    def loopback_only(route):
+        address = urlparse(route.request.url)
+        if address.scheme in ("data", "blob", "file") or address.hostname in ("127.0.0.1", "localhost"):
+            return route.continue_()
+        page.blocked.append(route.request.url)
+        return route.abort()
+
+    page.route("**/*", loopback_only)
+    page.on("pageerror", lambda problem: page.complaints.append(f"page: {problem}"))
+    page.on("console", lambda line: page.complaints.append(f"console: {line.text}") if line.type == "error" else None)
+    yield page
+    context.close()
+
+
+@contextmanager
+def jupyter_lab(folder) -> Iterator[str]:
+    """JupyterLab over `folder`, on loopback, with settings of its own; yields its address."""
+    with TemporaryDirectory() as own:
+        port = free_port()
+        address = f"http://127.0.0.1:{port}"
+        options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
+        options += ["--IdentityProvider.token=", f"--LabApp.app_settings_dir={ROOT / 'notebooks/.lab'}"]
+        command = ["-m", "jupyterlab", *options, "--LabApp.expose_app_in_browser=True", folder]
+        settings = {"JUPYTERLAB_SETTINGS_DIR": own, "JUPYTERLAB_WORKSPACES_DIR": own, "IPYTHONDIR": own}
+        with serving(command, lambda: answers(f"{address}/api"), Path(own) / "log", settings):
+            yield address
+
+
+def answers(address: str) -> bool:
+    """Whether a server answers there."""
+    try:
+        return urllib.request.urlopen(address, timeout=2).status == 200
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def open_notebook(page, address: str, name: str) -> None:
+    """Open a notebook of that JupyterLab and wait until its kernel is ready."""
+    page.goto(f"{address}/doc/tree/{name}")
+    page.wait_for_function(f"{KERNEL}?.status == 'idle'")
+
+
+def shut_down(page) -> None:
+    """End the kernel of the open notebook: it would outlive the page."""
+    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+
+
+def run_cells(page, restart: bool = False) -> None:
+    """Start all cells of the open notebook, after a restart of its kernel if `restart`."""
+    which = "restart-run-all" if restart else "run-all-cells"
+    page.evaluate(f"() => {{ jupyterapp.commands.execute('notebook:{which}') }}")  # and do not wait for its end
+    if restart:
+        page.click(".jp-Dialog .jp-mod-accept")

@@ -1,0 +1,87 @@
+"""Tables in the pages, made from the committed reports. A page has `<!-- table NAME -->`, the table, `<!-- end -->`."""
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+from minianyflow.support.cli import Parser
+from minianyflow.support.errors import InputError
+from minianyflow.support.install import ROOT
+
+MARKED = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def table(function: str, report: str, *keys: str) -> Callable[[], str]:
+    """A function that makes a table: "module:name" of a report in docs/, or of its part report[key][key]...
+
+    Modules are named, not imported: benchmarks stand above the package, and a page needs only its own.
+    """
+
+    def make():
+        part = json.loads((ROOT / "docs" / report).read_text())
+        for key in keys:
+            part = part[key]
+        module, name = function.split(":")
+        return getattr(import_module(module), name)(part)
+
+    return make
+
+
+def _peers(report, *targets):
+    """Two tables for each target of a comparison with other libraries."""
+    made_by = {"": "benchmarks.peers:table", "_ratios": "benchmarks.peers:ratio_table"}
+    return {
+        target + end: table(function, report, "targets", target)
+        for target in targets
+        for end, function in made_by.items()
+    }
+
+
+_TABLES, _VIDEO = "minianyflow.course.tables:", "video/any_step.json"
+TABLES: dict[str, dict[str, Callable[[], str]]] = {  # {page: {name: function() -> text}}
+    "README.md": {"any_step": table(_TABLES + "text_block", "plane/any_step.json")},
+    "docs/plane.md": {"ablation": table(_TABLES + "text_block", "plane/ablation.json")},
+    "docs/video.md": {
+        "any_step": table(_TABLES + "video_table", _VIDEO),
+        "costs": table(_TABLES + "video_costs", _VIDEO),
+        "causal": table(_TABLES + "video_causal", _VIDEO),
+        "exposure": table(_TABLES + "exposure_table", "video/exposure.json"),
+        "padding": table(_TABLES + "video_padding", _VIDEO),
+    },
+    "docs/peers.md": _peers("peers/peers.json", "spiral") | _peers("peers/others.json", "ring8", "checkerboard"),
+}
+
+
+def write(check: bool = False) -> list[str]:
+    """Write the tables of all pages; returns the pages that were not current. check: change nothing.
+
+    Raises InputError for a page that lacks a table, or has one that is not registered in TABLES.
+    """
+    stale = []
+    for page, tables in TABLES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        found = MARKED.findall(text)
+        if sorted(found) != sorted(tables):
+            raise InputError(f"{page} has the tables {found}; expected each of {list(tables)} once, with an end mark")
+        current = MARKED.sub(partial(_marked, tables), text)
+        if current != text:
+            stale.append(page)
+            if not check:
+                (ROOT / page).write_text(current, encoding="utf-8")
+    return stale
+
+
+def _marked(tables, match):
+    return f"<!-- table {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
+
+
+def docs(argv: list[str]) -> int:
+    """Write the tables of README.md and docs/ from the committed reports; --check only compares."""
+    parser = Parser("docs", description=docs.__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
+    check = parser.parse_args(argv).check
+    stale = write(check)
+    print("\n".join(f"{page}: {'not current' if check else 'written'}" for page in stale) or "all tables are current")
+    return int(check and bool(stale))

@@ -1,0 +1,89 @@
+"""Tables of the pages, as text, from the committed reports. docs.py says which page has which."""
+
+from minianyflow.support.reports import markdown_table, mean, seed_means, text_table
+
+CHUNK_MEASURES = ("prompt_obeyed", "light_kept", "obeyed_and_kept")
+ARMS = {  # how the page names an arm, and its name in the report
+    "teacher forcing": "teacher forcing",
+    "teacher forcing, exact velocity": "teacher forcing, exact velocity",
+    "on-policy, gradient through the context": "on-policy",
+    "on-policy, context detached": "on-policy, detached",
+    "on-policy, gradient, forward loss x 4": "on-policy, forward x 4",
+}
+
+
+def text_block(report: dict) -> str:
+    """Sliced W2 of the plane as a block of text."""
+    return f"```text\n{text_table(report)}\n```"
+
+
+def video_table(report: dict) -> str:
+    """Sliced W2 at every step count: the mean, and the range over seeds where there are several."""
+    methods = {name: method for name, method in report["methods"].items() if not name.startswith("causal")}
+    nfe = next(iter(methods.values()))["nfe"]
+    rows = []
+    for name, method in methods.items():
+        seeds, label, cells = len(method["seeds"]), name.replace("_", "-"), []
+        for values in zip(*method["sliced_w2"], strict=True):
+            spread = f" ({1000 * (max(values) - min(values)):.1f})" if seeds > 1 else ""
+            cells.append(f"{1000 * mean(values):.1f}{spread}")
+        rows.append([label + f", {seeds} seeds" * (seeds > 1), *cells])
+    floor = f"{1000 * report['floors']['codec']['sliced_w2']:.1f}"
+    rows.append(["data against data", floor, *[""] * (len(nfe) - 1)])
+    return markdown_table(["sliced W2 x 1000, mean (range over seeds)", *nfe], rows)
+
+
+def video_costs(report: dict) -> str:
+    """What each stage cost, and what it reaches at one and four steps."""
+    rows = []
+    for name, cost in report["costs"].items():
+        reached = " / ".join(f"{_law(report, name, nfe):.1f}" for nfe in (1, 4)) if name in report["methods"] else "-"
+        counts = [f"{cost[count] / 1000:.0f} k" for count in ("forwards", "backwards")]
+        rows.append([name.replace("_", "-"), f"{cost['steps']:.0f}", *counts, f"{cost['seconds']:.0f}", reached])
+    header = ["stage", "steps", "forwards", "backwards", "seconds", "sliced W2 x 1000 at NFE 1 / 4"]
+    return markdown_table(header, rows)
+
+
+def video_causal(report: dict) -> str:
+    """What causal students obey in each chunk, at four steps per chunk."""
+    rows = []
+    for name, method in report["methods"].items():
+        if name.startswith("causal"):
+            by_seed = [by_nfe[method["nfe"].index(4)] for by_nfe in method["by_chunk"]]
+            chunks = list(zip(*by_seed, strict=True))  # of each, all seeds
+            cells = [" / ".join(f"{mean(s[key] for s in seeds):.0%}" for seeds in chunks) for key in CHUNK_MEASURES]
+            rows.append([name.replace("_", "-"), *cells, f"{_law(report, name, 4):.1f}"])
+    header = ["at four steps a chunk", "prompt obeyed, by chunk", "light kept, by chunk", "both, by chunk"]
+    return markdown_table([*header, "sliced W2 x 1000"], rows)
+
+
+def video_padding(report: dict) -> str:
+    """What the zero keys of stock diffusers do to the causal student."""
+    rows = [
+        [name, f"{1000 * figures['sliced_w2']:.1f}", f"{figures['prompt_obeyed']:.0%}", f"{figures['light_kept']:.0%}"]
+        for name, figures in report["padding"]["causal"].items()
+        if name in ("ours", "stock")
+    ]
+    return markdown_table(["attention", "sliced W2 x 1000", "prompt obeyed", "light kept"], rows)
+
+
+def exposure_table(report: dict) -> str:
+    """Exposure bias on the circle: last radius error and sliced W2 of clips, along the curve of each arm."""
+
+    def row(label, points):
+        cells = []
+        for nfe, key in (("1", "free_running"), ("4", "free_running"), ("4", "sliced_w2")):
+            by_point = [point["nfe"][nfe][key] for point in points]
+            last = [[seed[-1] if isinstance(seed, list) else seed for seed in seeds] for seeds in by_point]
+            cells.append(", ".join(f"{mean(seeds):.3f}".removeprefix("0") for seeds in last))
+        return [label, *cells, int(points[-1]["cost"]["cpu_seconds"] + 0.5)]
+
+    rows = [row("start", report["start"][-1:]), *(row(label, report["arms"][arm]) for label, arm in ARMS.items())]
+    header = ["", "radius, NFE 1", "radius, NFE 4", "sliced W2 of clips, NFE 4", "seconds"]
+    return markdown_table(header, rows)
+
+
+def _law(report, name, nfe):
+    """The mean sliced W2 over seeds at one step count, times 1000."""
+    method = report["methods"][name]
+    return 1000 * seed_means(method["sliced_w2"])[method["nfe"].index(nfe)]

@@ -1,0 +1,55 @@
+"""The commands of the plane: demo (the race), ablate, exposure. Each takes argv and returns an exit status."""
+
+from dataclasses import replace
+
+from minianyflow.support.cli import experiment_parser, whole_numbers
+
+
+def demo(argv: list[str]) -> int:
+    """Race every method against the exact answer; writes any_step.json and any_step.png."""
+    options = _race_options(demo, argv, "outputs/demo")
+    from minianyflow.plane.race import run, table
+
+    report = run(**options)
+    print(f"\n{table(report)}")
+    fresh = report["fresh_noise"]
+    floors = (report["exact_flow"]["sliced_w2"], *fresh.values(), report["reference_floor"]["sliced_w2"])
+    named = "floors: exact flow {:.1f}, fresh noise {:.1f} (pooled {:.1f}), data {:.1f}"
+    print(named.format(*(1000 * floor for floor in floors)))
+    print(f"\n{table(report, 'path_error')}")
+    print(f"\nwritten: {options['output']}/any_step.json, {options['output']}/any_step.png")
+    return 0
+
+
+def ablate(argv: list[str]) -> int:
+    """Change one thing at a time in the mixed flow map and in the baseline, twenty minutes; writes ablation.json."""
+    options = _race_options(ablate, argv, "outputs/ablation")
+    from minianyflow.plane.ablation import run
+    from minianyflow.plane.race import table
+
+    report = run(**options)
+    print(f"\n{table(report)}\n\n{table(report, 'path_error')}\n\nwritten: {options['output']}/ablation.json")
+    return 0
+
+
+def exposure(argv: list[str]) -> int:
+    """Exposure bias on the circle process, where it is exact, six minutes; writes exposure.json and exposure.png."""
+    parser = experiment_parser(exposure, "outputs/exposure", seeds="0,1,2")
+    options = vars(parser.parse_args(argv))
+    from minianyflow.plane.exposure import run
+
+    run(**options | {"seeds": whole_numbers(options["seeds"])})
+    print(f"\nwritten: {options['output']}/exposure.json, {options['output']}/exposure.png")
+    return 0
+
+
+def _race_options(command, argv, output):
+    """The arguments of `race.run` from those of a command."""
+    parser = experiment_parser(command, output, seeds="0,1,2")
+    parser.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
+    parser.add_argument("--steps", type=int, default=10000, help="training steps of every method")
+    options = vars(parser.parse_args(argv))
+    from minianyflow.plane.race import BUDGET
+
+    budget = replace(BUDGET, steps=options.pop("steps"))
+    return options | {"seeds": whole_numbers(options["seeds"]), "budget": budget}

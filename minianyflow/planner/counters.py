@@ -1,0 +1,97 @@
+"""Counters for tensors without numbers (torch's meta device): FLOP of matrix products, bytes of live storages.
+
+FLOP come from torch's own formulas, those of FlopCounterMode. That mode itself is not used: it keeps alive what a
+checkpointed backward recomputes. Bytes are counted by hand: torch's MemTracker is private and attributes memory to
+modules, while a plan needs the peaks of a forward and of its backward, without the gradients of weights.
+"""
+
+import contextlib
+import weakref
+
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+def tensors_in(tree) -> list[torch.Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts what operations inside it allocate and compute.
+
+    now, peak: bytes of live storages, and their largest number so far. flop: FLOP of matrix products. recomputed: the
+    part of these FLOP that checkpointing recomputes, once a backward runs. known: tensors that do not count.
+    """
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.now = self.peak = self.flop = self.recomputed = 0
+        self._known = list(known)  # held, so that no new storage gets the id of one that is gone
+        self._seen = {id(tensor.untyped_storage()) for tensor in self._known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """The call itself, with its result counted."""
+        out = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.add_flop(formula(*args, **(kwargs or {}), out_val=out))
+        for storage in [tensor.untyped_storage() for tensor in tensors_in(out)]:
+            if id(storage) not in self._seen:
+                self._seen.add(id(storage))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, id(storage), storage.nbytes())
+        return out
+
+    def _free(self, key, size):
+        self._seen.discard(key)
+        self.now -= size
+
+    def add_flop(self, flop: int) -> None:
+        """Count FLOP. A backward runs without gradient, except where it recomputes a forward."""
+        self.flop += flop
+        self.recomputed += flop * torch.is_grad_enabled()
+
+
+@contextlib.contextmanager
+def fused_attention(counter: LiveBytes, pairs: int | None = None):
+    """Inside, scaled_dot_product_attention has the cost of a fused kernel, on tensors without numbers.
+
+    A fused kernel saves queries, keys, values, output and one number per query. pairs: number of (query, key) pairs
+    that an attention mask keeps, if there is one; only these are computed.
+    """
+
+    def attention(query, key, value, attn_mask=None, **options):
+        masked = attn_mask is not None
+        flop = 4 * query.shape[0] * query.shape[1] * query.shape[3]
+        flop *= pairs if masked else query.shape[2] * key.shape[2]
+        return _FusedAttention.apply(query, key, value, counter, flop, masked, torch.is_grad_enabled())
+
+    # replaced by name: torch switches its own modes off in a backward, where checkpointing recomputes attention
+    stock, functional.scaled_dot_product_attention = functional.scaled_dot_product_attention, attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = stock
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, counter, flop, masked, grad):
+        ctx.counter, ctx.flop, before = counter, flop, counter.flop
+        if masked:
+            counter.flop += flop
+            out, sums = torch.empty_like(query), torch.empty(query.shape[:3], device=query.device)
+        else:  # the kernel itself: the counter sees it, unless checkpointing has saved its output
+            out, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
+        counter.recomputed += grad * (counter.flop - before)  # gradient is always off in this function
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.counter.add_flop(2 * ctx.flop)  # the scores that a kernel recomputes are not model FLOP
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), *[None] * 4

@@ -1,0 +1,238 @@
+"""What one forward of a network costs, in FLOP and bytes: counted on the meta device, without weights or a GPU.
+
+The real transformer runs forward and backward with two and with three blocks; every further block costs the same.
+"""
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from minianyflow.networks.causal_attention import causal_mask, chunk_partition, compressed_chunks
+from minianyflow.networks.lora_roles import TARGETS, add_role
+from minianyflow.planner.counters import LiveBytes, fused_attention, tensors_in
+from minianyflow.planner.forward_calls import ForwardCall
+from minianyflow.wan.config import Config
+from minianyflow.wan.run_networks import RunNetworks, prepare_transformer
+from minianyflow.wan.shapes import build_transformer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a forward call, and of the backward after it.
+
+    FLOP: of the `forward`; of the `backward` without recomputation; `recomputed` by checkpointing in the backward.
+    Bytes: `saved` from forward to backward; further bytes at the peak of the forward (`transient`) and of the backward
+    (`returning`); the `cache` that a causal network fills. The output and the gradients of weights are not included.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    recomputed: float = 0.0
+    saved: float = 0.0
+    transient: float = 0.0
+    returning: float = 0.0
+    cache: float = 0.0
+
+    def __add__(self, other):
+        return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, factor):
+        return Cost(*(factor * value for value in astuple(self)))
+
+
+def measure(network, inputs: tuple, condition: dict, grad: bool, pairs: int | None = None) -> Cost:
+    """The cost of `network(*inputs, **condition)` on the meta device, including a backward if `grad`.
+
+    pairs: number of (query, key) pairs that the attention mask keeps. Gradients of weights are dropped at once.
+    """
+    transformer = network.transformer
+    weights = [*transformer.parameters(), *transformer.buffers(), rope_table(transformer)]
+    counter = LiveBytes([*weights, *tensors_in((inputs, condition))])
+    with torch.set_grad_enabled(grad), counter, fused_attention(counter, pairs):
+        out = tensors_in(network(*inputs, **condition))
+        size = sum({id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in out}.values())
+        forward, saved, peak = counter.flop, max(counter.now - size, 0), counter.peak
+        before = counter.peak = counter.now
+        counter.recomputed = 0
+        ends = [tensor for tensor in out if tensor.requires_grad]
+        if grad and ends:
+            torch.autograd.backward(ends, [torch.empty_like(tensor) for tensor in ends])
+    return Cost(
+        forward=forward,
+        backward=counter.flop - forward - counter.recomputed,
+        recomputed=counter.recomputed,
+        saved=saved,
+        transient=peak - saved,
+        returning=counter.peak - before,
+        cache=size if condition.get("fill_cache") else 0,
+    )
+
+
+def rope_table(transformer) -> torch.Tensor:
+    """The sines and cosines of positions, which a transformer computes once and holds, not as a buffer."""
+    return transformer.rope._build_freqs(torch.device("meta"))
+
+
+def attended_pairs(partition, full: int, coarse: int, limit: int, clean: bool = False, mode: str = "train") -> int:
+    """Number of (query, key) pairs that causal.causal_mask keeps, by its own rule. full, coarse: tokens per frame."""
+    old = sum(partition[: compressed_chunks(partition, limit, mode)])
+    recent = sum(partition) - old
+    mask = causal_mask(tuple(partition), 1, 1, limit, clean, mode).double()
+    tokens = torch.tensor([coarse] * old + [full] * recent * (1 + clean), dtype=torch.double)
+    return int(tokens @ mask @ tokens)
+
+
+class ShapeNetworks(RunNetworks):
+    """The networks of a run around transformers of `shape` with random weights (build_transformer), not loaded."""
+
+    def __init__(self, config: Config, frames: int, shape: dict, device="meta", **changes):
+        self.shape, self.changes = shape, changes
+        super().__init__(replace(config, student=None, teacher=None), frames, device)
+        if self.base is not None and config.teacher:
+            with torch.device(device):
+                add_role(self.base, "teacher", rank=config.rank, alpha=config.alpha, targets=TARGETS)
+            self.config = replace(self.config, teacher=config.teacher)  # the adapter is there: nothing is loaded
+
+    def trained(self, role, start=None):
+        """As RunNetworks.trained, always from the base."""
+        with torch.device(self.device):  # where peft makes new weights
+            return super().trained(role)
+
+    def _load(self, source, frozen=False):
+        config, changes = self.config, dict(self.changes)
+        if config.architecture == "causal":
+            changes["full_chunk_limit"] = config.causal.full_chunks
+        half = config.precision == "bf16" and (frozen or config.trained == "lora")
+        dtype = torch.bfloat16 if half else torch.float32
+        transformer = build_transformer(self.shape, config.architecture, self.device, dtype, **changes)
+        real = transformer.device.type != "meta"  # on meta nothing runs that compilation could speed up
+        return prepare_transformer(replace(config, compiled=config.compiled and real), transformer)
+
+
+class ForwardCosts:
+    """The cost of every ForwardCall of a configuration, each counted once; and the bytes of its weights.
+
+    shape: arguments of the transformer. clip: (F, C, H, W) of the latents. prompt: (tokens, numbers per token).
+    """
+
+    def __init__(self, config: Config, shape: dict, clip: tuple, prompt: tuple):
+        self.config, self.shape, self.clip, self.prompt = config, shape, clip, prompt
+        self.layers, self._measured, self._caches = shape["num_layers"], {}, {}
+        self.networks = [self.build(layers) for layers in ((2, 3) if self.layers > 2 else (self.layers,))]
+
+    def build(self, layers: int) -> dict:
+        """The networks with so many blocks, {role: network}; gradients of their weights are dropped at once."""
+        networks = ShapeNetworks(self.config, self.clip[0], self.shape, num_layers=layers)
+        roles = {"student": networks.trained("student").network}
+        if self.config.stage == "on_policy":
+            roles["fake"] = networks.trained("fake").network
+        roles["teacher"] = networks.teacher(whole=self.config.stage == "on_policy").network
+        for network in roles.values():
+            for weight in network.parameters():
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(_drop_gradient)
+        return roles
+
+    def weights(self) -> dict[str, tuple[float, float]]:
+        """Bytes of weights, of gradients and of RoPE tables by role: in all, and of one block."""
+        fewer, *more = [self._weights(networks) for networks in self.networks]
+        if not more:
+            return {name: (size, size / self.layers) for name, size in fewer.items()}
+        block = {name: more[0][name] - size for name, size in fewer.items()}
+        return {name: (size + (self.layers - 2) * block[name], block[name]) for name, size in fewer.items()}
+
+    def _weights(self, networks):
+        config, size = self.config, {role: _nbytes(network.parameters()) for role, network in networks.items()}
+        transformers = [network.transformer for network in networks.values()]
+        if config.trained == "lora":
+            transformers = transformers[:1]  # the roles are adapters on it
+            size["base"] = _nbytes(transformers[0].parameters()) - sum(size.values())
+        else:
+            frozen = config.stage == "on_policy" or config.velocity == "base"  # or there is no teacher
+            transformers = transformers if frozen else transformers[:1]
+            size |= {"base": frozen * size["teacher"], "teacher": 0}
+        for role in networks:
+            size[f"{role} gradients"] = _nbytes(w for w in networks[role].parameters() if w.requires_grad)
+        return size | {"tables": _nbytes(rope_table(transformer) for transformer in transformers)}
+
+    def __call__(self, call: ForwardCall) -> Cost:
+        """The cost of all rows of a call. What does not grow with the rows, like RoPE tables, counts once."""
+        one_row = self._of_one_row(call.per_row)
+        if call.rows == 1:
+            return one_row
+        one, two = (self._measure(0, replace(call.per_row, rows=rows)) for rows in (1, 2))
+        fixed = one * 2 + two * -1
+        return one_row * call.rows + fixed * (1 - call.rows)
+
+    def count(self, calls: Iterable[ForwardCall]) -> None:
+        """Count the costs of all different calls now, with a progress bar if that takes more than two seconds."""
+        different = list(dict.fromkeys(call.per_row for call in calls))
+        for call in tqdm(different, desc="counting", unit="forward", delay=2, leave=False, disable=None):
+            self._of_one_row(call)
+
+    def _of_one_row(self, call):
+        fewer, *more = [self._measure(index, call) for index in range(len(self.networks))]
+        if not more:
+            return fewer
+        cost = fewer + (more[0] + fewer * -1) * (self.layers - 2)
+        return replace(cost, transient=more[0].transient, returning=more[0].returning)  # of one block at a time
+
+    def _measure(self, index, call):
+        """The cost for the networks with 2 blocks (index 0) or 3 (index 1)."""
+        if (index, call) not in self._measured:
+            self._measured[index, call] = self.measure(self.networks[index][call.role], call)
+        return self._measured[index, call]
+
+    def measure(self, network, call: ForwardCall) -> Cost:
+        """The cost of a call of a network on the meta device."""
+        with torch.device("meta"):
+            z = torch.empty(call.rows, call.frames, *self.clip[1:], requires_grad=call.state_grad)
+            prompt, t = torch.empty(call.rows, *self.prompt), torch.empty(call.rows)
+        context = z.new_empty(call.rows, call.context, *z.shape[2:])
+        inputs, condition, pairs = (z, t, t, prompt), {}, None
+        if call.kind == "teacher_forced":
+            condition = {"clean": torch.empty_like(z)} | ({"past": context} if call.context else {})
+            pairs = self._pairs(call, True, "train")
+        elif call.kind == "fill_cache":
+            inputs, condition = (z, None, None, prompt), {"fill_cache": True}
+            pairs = self._pairs(call, False, "cache")
+        elif call.kind == "read_cache":
+            key = (network, call.context, call.rows)
+            if key not in self._caches:
+                with torch.no_grad():
+                    cache = network(context, None, None, prompt, fill_cache=True) if call.context else ()
+                self._caches[key] = cache
+            condition = {"cache": self._caches[key]}
+        elif call.kind == "one_chunk" and self.config.architecture == "causal":
+            condition = {"single_chunk": torch.empty_like(t)}
+        return measure(network, inputs, condition, call.grad, pairs)
+
+    def _pairs(self, call, clean, mode):
+        chunks, (_, _, height, width) = self.config.causal, self.clip
+        partition = chunk_partition(call.context + call.frames, chunks.first, chunks.rest, True)
+        full, coarse = (height // 2) * (width // 2), (height // 4) * (width // 4)
+        rule = (partition, full, coarse, chunks.full_chunks, clean, mode)
+        causal_mask(*rule, torch.device("meta"))  # it is held by an lru_cache, so it does not count
+        return attended_pairs(*rule)
+
+
+def _nbytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _drop_gradient(weight):
+    weight.grad = None
+
+
+_COSTS, _DECISIVE = {}, ("stage", "architecture", "trained", "checkpointing", "keep_attention", "precision", "rank")
+
+
+def forward_costs(config: Config, shape: dict, clip: tuple, prompt: tuple) -> ForwardCosts:
+    """The ForwardCosts of a configuration, shared by all configurations with the same costs."""
+    names = (*_DECISIVE, "teacher", "velocity", "causal", "on_policy")
+    key = repr([*(getattr(config, name) for name in names), shape, clip, prompt])
+    if key not in _COSTS:
+        _COSTS[key] = ForwardCosts(config, shape, clip, prompt)
+    return _COSTS[key]

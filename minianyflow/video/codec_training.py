@@ -1,0 +1,67 @@
+"""Training of the small codec between blob videos and latents (networks/codec.py has the shapes)."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from minianyflow.networks.codec import Codec
+from minianyflow.times import generator
+from minianyflow.training import Role, train
+
+
+class Autoencoder(nn.Module):
+    """What `train` trains: video through the codec and back, with `blur` times noise on the latents in between."""
+
+    def __init__(self, blur: float):
+        super().__init__()
+        self.codec, self.blur = Codec(), blur
+
+    def forward(self, batch: dict):
+        """Raw latents, and the reconstructed video."""
+        raw = self.codec.encode_raw(batch["x"])
+        return raw, self.codec.decode_raw(raw + self.blur * batch["eps"].reshape(raw.shape))
+
+
+def reconstruction_loss(network: Autoencoder, batch: dict, size: float = 1e-4):
+    """Losses (B,): the pixels' squared error over .01, and `size` half the square of raw latents, lest they grow."""
+    raw, video = network(batch)
+    error = (video - batch["x"]).square().flatten(1).mean(1)
+    return 100 * error + 0.5 * size * raw.square().flatten(1).mean(1), {"pixels": error.detach().mean()}
+
+
+def codec_batches(sample: Callable, steps: int, seed: int = 0) -> Callable:
+    """`draw(step)`: short clips first (5 frames, then 9, then 17), from which the codec learns images quickly."""
+
+    def draw(step):
+        frames, rows = _size(step, steps)
+        source = generator(seed, step)
+        video = sample(rows, source, frames)
+        size = (rows, 4 * (frames // 4 + 1) * video.shape[2] * video.shape[3] // 16)
+        return {"x": video, "eps": torch.randn(size, generator=source)}
+
+    return draw
+
+
+def _size(step, steps):
+    """Frames and rows of the batch at `step`."""
+    return (5, 16) if step < 0.45 * steps else (9, 8) if step < 0.6 * steps else (17, 8)
+
+
+def codec_cost(steps: int) -> SimpleNamespace:
+    """Rows that training encodes and decodes, forwards and backwards, as an EvaluationCounter has them."""
+    rows = sum(_size(step, steps)[1] for step in range(steps))
+    return SimpleNamespace(rows=rows, with_grad=rows)
+
+
+def train_codec(
+    sample: Callable, steps: int = 1000, seed: int = 0, lr: float = 6e-3, blur: float = 0.02, progress=True
+) -> tuple[Codec, list]:
+    """A codec for the videos that `sample(count, generator, frames)` draws, and the history of its training."""
+    torch.manual_seed(seed)
+    role = Role(Autoencoder(blur), reconstruction_loss, lr=lr, ema=0.98, clip=1.0)
+    history = train({"codec": role}, codec_batches(sample, steps, seed), steps, progress=progress)
+    codec = role.average.module.codec.eval().requires_grad_(False)
+    codec.normalise(sample(1024, generator(seed, steps), 17))
+    return codec, history

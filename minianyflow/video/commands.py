@@ -1,0 +1,29 @@
+"""The commands of small video: weights (train every stage), video (measure). Each takes argv and returns a status."""
+
+from minianyflow.support.cli import experiment_parser, whole_numbers
+
+
+def weights(argv: list[str]) -> int:
+    """Train the video codec, teacher and students, an hour; says how they compare with those in toy_data/video."""
+    arguments = experiment_parser(weights, "outputs/weights").parse_args(argv)
+    from minianyflow.video.report import comparison
+    from minianyflow.video.stages import train_all
+
+    train_all(arguments.output, arguments.workers, arguments.quiet)
+    print(comparison(arguments.output, arguments.workers, arguments.quiet))
+    return 0
+
+
+def video(argv: list[str]) -> int:
+    """Measure the trained video students at 1 to 128 steps, about 40 minutes; writes any_step.json and pictures."""
+    parser = experiment_parser(video, "outputs/video")
+    parser.add_argument("--weights", default=None, help="folder of the trained networks (None: toy_data/video)")
+    parser.add_argument("--nfe", default="1,2,4,8,16,32,64,128", help="step counts; fewer take less time")
+    arguments = parser.parse_args(argv)
+    nfes = whole_numbers(arguments.nfe, "step counts")
+    from minianyflow.video.report import WEIGHTS, run, table
+
+    report = run(arguments.weights or WEIGHTS, arguments.output, None, nfes, arguments.workers, arguments.quiet)
+    print(f"\n{table(report)}\n")
+    print(f"written to {arguments.output}: any_step.json, any_step.png, from_ideal.png, contact_sheet.png")
+    return 0

@@ -1,0 +1,110 @@
+"""Samples of a network of Wan: at any step counts, from known first frames, under guidance, and while training."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from minianyflow.flow_map import tangent, velocity
+from minianyflow.guidance import guided, guided_velocity
+from minianyflow.networks.causal import causal_rollout
+from minianyflow.samplers import sample_flow_map
+from minianyflow.times import generator, time_grid
+from minianyflow.training import Role
+from minianyflow.wan.config import Config
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.write_video import write_clips
+from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
+
+SAMPLES = 5  # key (seed, key) of random numbers, beside those of the data and of stages.py
+
+
+@torch.no_grad()
+def sample(
+    config: Config, network: Callable, noise: Tensor, prompt: Tensor, steps: int, prefix: Tensor | None = None
+) -> Tensor:
+    """Latents (B, F, C, H, W) from noise, for prompts (B, L, D), by `steps` evaluations (per chunk, if causal).
+
+    A teacher knows no target time: its velocity is followed by Euler's method. prefix (B, P, C, H, W): clean first
+    frames to start from, as in `causal_rollout` and diffusers' pipelines.
+    """
+    times = time_grid(steps, config.shift, noise.device)
+    u = tangent(network) if config.stage == "teacher" else network
+    if config.architecture == "causal":
+        chunks = config.causal.first, config.causal.rest
+        return causal_rollout(u, noise, times, prompt, *chunks, prefix, ragged=True)[-1]
+    if prefix is None:
+        return sample_flow_map(u, noise, times, prompt=prompt)[-1]
+    latents = sample_flow_map(_with_prefix(u, prefix), noise, times, prompt=prompt)[-1]
+    return torch.cat([prefix, latents[:, prefix.shape[1] :]], 1)
+
+
+def _with_prefix(u, prefix):
+    """`u` with the first frames replaced by clean ones at time 0; r is the step's, as in diffusers."""
+    known = prefix.shape[1]
+
+    def with_prefix(z, t, r, **condition):
+        t, r = (time[:, None].repeat(1, z.shape[1]) for time in (t, r))
+        t[:, :known] = 0
+        return u(torch.cat([prefix, z[:, known:]], 1), t, r, **condition)
+
+    return with_prefix
+
+
+def guided_network(u: Callable, config: Config, null: Tensor, scale: float) -> Callable:
+    """A teacher under guidance: `u` with the prompt and with the null prompt, one cache for each if causal."""
+    if config.architecture == "bidirectional":
+        both = guided(partial(velocity, u), {"prompt": null}, scale)
+        return lambda z, t, r, **condition: both(z, t, **condition)
+
+    def causal(z, t, r, prompt, cache=(), **options):
+        prompts = prompt, null.expand(len(z), *null.shape[1:])
+        if options.get("fill_cache"):
+            return tuple(u(z, t, r, prompt=text, **options) for text in prompts)
+        pairs = zip(prompts, cache or ((), ()), strict=True)
+        return guided_velocity(*(u(z, t, t, prompt=text, cache=past, **options) for text, past in pairs), scale)
+
+    return causal
+
+
+def sample_while_training(
+    config: Config, data: LatentSet, student: Role, accelerator: Accelerator
+) -> Callable[[int], None] | None:
+    """`on_step(step)` for `train_run`: every samples.every steps, clips of the averaged student in samples/."""
+    if not config.samples.every:
+        return None
+    prompts, device = config.samples.prompts, accelerator.device
+    if accelerator.is_main_process:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        tokenizer, text_encoder = load_parts(config.base, "tokenizer", "text_encoder", dtype=dtype)
+        prompt = encode_prompts(tokenizer, text_encoder.to(device), prompts, data.null.shape[1]).float()
+        del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
+        (vae,) = load_parts(config.base, "vae")  # now, or a missing one would be found hours later
+        noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
+
+    def on_step(step):
+        if (step + 1) % config.samples.every:
+            return
+        averaged = student.average is not None and step >= student.ema_after
+        network = student.average.module if averaged else student.network
+        if isinstance(network, FSDPModule):
+            network.unshard()  # on all processes, though one samples
+        if accelerator.is_main_process:
+            vae.to(device)
+            latents = {n: sample(config, network.network, noise, prompt, n) for n in config.samples.steps}  # uncounted
+            clips = {step_label(n): decode_latents(vae, z).cpu() for n, z in latents.items()}
+            vae.cpu()
+            write_clips(Path(config.output) / "samples" / f"{step + 1:06}", clips, prompts)
+        if isinstance(network, FSDPModule):
+            network.reshard()
+
+    return on_step
+
+
+def step_label(steps: int) -> str:
+    """'1 step', '4 steps'."""
+    return f"{steps} step{'s' * (steps > 1)}"

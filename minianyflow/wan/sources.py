@@ -1,0 +1,163 @@
+"""What can be sampled: the folder of a run, an exported pipeline, released AnyFlow weights or Wan2.1 itself."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.utils import logging
+
+from minianyflow.networks.causal_attention import chunk_partition, compressed_chunks
+from minianyflow.support.errors import InputError
+from minianyflow.wan.config import Config, load_config
+from minianyflow.wan.data.options import WAN_CLIP
+from minianyflow.wan.folders import codec_factor, load_parts, load_transformer
+from minianyflow.wan.run import load_run, read_run
+from minianyflow.wan.run_networks import network_of
+
+KINDS = {  # pipelines of diffusers, as architecture and stage; Wan2.1 itself is a teacher
+    "AnyFlowPipeline": ("bidirectional", "forward"),
+    "AnyFlowFARPipeline": ("causal", "forward"),
+    "WanPipeline": ("bidirectional", "teacher"),
+}
+EXPECTED = "expected the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Source:
+    """What is sampled: u(z, t, r, prompt), its configuration, its usual clip, pixels per side of a latent.
+
+    `config.base` is the pipeline with its codec and text encoder.
+    """
+
+    network: Callable
+    config: Config
+    clip: dict[str, int]
+    factor: int = 8
+
+    def shape(self, clip: dict[str, int]) -> tuple[int, int, int, int]:
+        """(F, C, h, w) of a clip's latents."""
+        frames, channels = (clip["frames"] - 1) // 4 + 1, self.network.transformer.config.in_channels
+        return frames, channels, clip["height"] // self.factor, clip["width"] // self.factor
+
+
+def find_source(name: str, dtype: torch.dtype, device: torch.device | str) -> Source:
+    """The `Source` called `name`, a folder or a name on the hub. Raises InputError for another name."""
+    known = _identify(name)
+    if _is_run(name):
+        config, run = known
+        _note_licence(config.base, config.student, config.teacher)
+        transformer, config = load_run(name, "student", dtype, device)
+        return Source(network_of(transformer, config), config, run["clip"])
+    _note_licence(name)
+    (architecture, stage), beside = known, _beside(name)
+    transformer = load_transformer(name, architecture, dtype, device=device)
+    (scheduler,) = load_parts(name, "scheduler")
+    shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))  # flow_shift is Wan's own
+    config = replace(load_config([architecture]), base=name, shift=shift, stage=beside.get("stage", stage))
+    if architecture == "causal":
+        first, *others = transformer.config.chunk_partition
+        config = replace(config, causal=replace(config.causal, first=first, rest=max(others, default=first)))
+    network = network_of(transformer, config)
+    network.timesteps = float(scheduler.config.num_train_timesteps)  # tiny ones count to 5: wan.TINY_TIMESTEPS
+    return Source(network, config, WAN_CLIP | beside.get("clip", {}), codec_factor(name))
+
+
+def known_clip(name: str) -> dict[str, int]:
+    """The `clip` of a source, before its weights are loaded. Raises InputError as `find_source`, as far as it can."""
+    known = _identify(name)
+    return known[1]["clip"] if _is_run(name) else WAN_CLIP | _beside(name).get("clip", {})
+
+
+def _is_run(name):
+    return any((Path(name) / file).is_file() for file in ("config.yaml", "run.json"))
+
+
+def _identify(name):
+    """(Config, run.json) of a run; (architecture, stage) of a pipeline, by its index."""
+    folder = Path(name).is_dir()
+    if not folder and (Path(name).exists() or name.count("/") != 1 or name[0] in "./~"):
+        raise InputError(f"no folder {name}; {EXPECTED}")
+    if _is_run(name):
+        return read_run(name)
+    if folder and not (Path(name) / "model_index.json").is_file():
+        raise InputError(f"neither run.json nor model_index.json in {name}; {EXPECTED}")
+    logging.set_verbosity_error()  # it logs many lines on each attempt
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            index = DiffusionPipeline.load_config(name)
+    except Exception as problem:  # diffusers and the hub raise any kind of error for a broken source
+        why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        raise InputError(f"{name} does not load ({why}); check the name and the network, or give a folder") from None
+    kind, more = index.get("_class_name"), (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps")
+    if kind not in KINDS or more:
+        raise InputError(f"{name} holds a {kind}{' of Wan2.2' if more else ''}; {EXPECTED}")
+    return KINDS[kind]
+
+
+def _beside(name):
+    """What an export wrote beside its pipeline; {} for other pipelines."""
+    beside = Path(name) / "minianyflow.json"
+    try:
+        return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError as problem:
+        raise InputError(f"{beside} is not JSON ({problem}); export the run again") from None
+
+
+def _note_licence(*names):
+    if any(str(name).startswith("nvidia/") for name in names):
+        released = "NVIDIA's released AnyFlow weights carry a non-commercial licence"
+        print(f"note: {released}; see their page on the hub", file=sys.stderr)
+
+
+def check_numbers(steps: list[int], **frames: int | None) -> None:
+    """Raise InputError for step counts or numbers of frames that no source can make."""
+    for count in steps:
+        if count < 1:
+            raise InputError(f"{count} steps; expected whole numbers, at least 1")
+    for name, number in frames.items():
+        if number is not None and (number < 1 or number % 4 != 1):
+            raise InputError(f"{name} {number}; expected 4 n + 1, like 1, 17 or 81: the codec takes four together")
+
+
+def check_clip(source: Source, clip: dict[str, int], context: int = 0) -> None:
+    """Raise InputError for a clip that the network cannot make, or that cannot start with `context` frames."""
+    size, causal = source.network.transformer.config, source.config.architecture == "causal"
+    frames, chunks = (clip["frames"] - 1) // 4 + 1, ()
+    if causal:
+        chunks = chunk_partition(frames, source.config.causal.first, source.config.causal.rest, ragged=True)
+    if not causal and frames > size.rope_max_seq_len:
+        raise InputError(f"{clip['frames']} frames; expected at most {4 * size.rope_max_seq_len - 3}")
+    coarse = causal and compressed_chunks(chunks, size.full_chunk_limit)
+    _, *patches = size.compressed_patch_size if coarse else size.patch_size
+    for side, patch in zip(("height", "width"), patches, strict=True):
+        multiple = source.factor * patch
+        if clip[side] < 1 or clip[side] % multiple:
+            expected = f"a multiple of {multiple}: the codec's {source.factor}, patches of {patch}"
+            raise InputError(f"{side} {clip[side]}; expected {expected}")
+    if clip["length"] < 1:
+        raise InputError(f"length {clip['length']}; expected at least 1 token, 512 for Wan2.1")
+    if context >= clip["frames"]:
+        raise InputError(f"a start of {context} frames in a clip of {clip['frames']}; expected fewer, or more frames")
+    ends = [4 * sum(chunks[:count]) - 3 for count in range(1, len(chunks))]
+    if causal and context and context not in ends:
+        raise InputError(f"a start of {context} frames; expected {' or '.join(map(str, ends))}, where a chunk ends")
+
+
+def read_prompts(texts: list[str] | None = None, file: str | Path | None = None) -> list[str]:
+    """The prompts that are not empty, of a list or one per line of a file. Raises InputError if there are none."""
+    if file is not None:
+        try:
+            texts = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            why = getattr(problem, "strerror", None) or "not UTF-8"
+            raise InputError(f"cannot read {file} ({why}); expected a text file, one prompt per line") from None
+    prompts = [text.strip() for text in texts if text.strip()]
+    if not prompts:
+        raise InputError(f"no prompts in {file or 'the list'}; expected at least one that is not empty")
+    return prompts

@@ -1,0 +1,110 @@
+"""Around the scenes, without a browser: what is installed, what is served, what a page holds."""
+
+import base64
+import gzip
+import json
+import re
+import socket
+from types import SimpleNamespace
+
+import ipywidgets
+import pytest
+
+from minianyflow.live import app as live
+from minianyflow.live import pages, scenes
+from minianyflow.live.commands import live_html
+from minianyflow.support import install
+from minianyflow.support.errors import InputError
+
+
+def test_a_missing_browser_is_one_line_or_installed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(install, "APPLICATIONS", ())
+    monkeypatch.setattr(install.shutil, "which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
+    monkeypatch.setattr(install.os, "geteuid", lambda: 0, raising=False)
+    monkeypatch.setattr(install.subprocess, "call", lambda command, **options: calls.append(command))
+    with pytest.raises(InputError, match="apt install chromium"):
+        install.browser()
+    assert calls == []  # nothing is installed unless that is wanted
+    with pytest.raises(InputError, match="apt install chromium"):
+        install.browser(install=True)  # where apt-get fails
+    assert [command[0] for command in calls] == ["apt-get"] * 2
+    assert "chromium" in calls[1]
+    monkeypatch.setattr(install.os, "geteuid", lambda: 1000, raising=False)
+    with pytest.raises(InputError):
+        install.browser(install=True)
+    assert len(calls) == 2  # not without the right
+    monkeypatch.setattr(install.shutil, "which", lambda name: f"/bin/{name}" if name == "google-chrome" else None)
+    assert install.browser() == "/bin/google-chrome"
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} is not free"), live.serve(port=port):
+            pass
+    with pytest.raises(InputError, match="port 99999"):
+        live.free_port(99999)
+
+
+def test_a_server_that_does_not_come_up_is_named_with_its_last_words(tmp_path):
+    script = tmp_path / "server.py"
+    script.write_text("print('no such template')\nraise SystemExit(1)")
+    dies = live.serving([script], lambda: False, tmp_path / "log", {}, seconds=20)
+    with pytest.raises(InputError, match="no such template"), dies:
+        pass
+
+
+def test_the_app_has_every_scene_and_builds_only_what_is_shown(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        scenes, "open_scene", lambda name: built.append(name) or SimpleNamespace(widget=ipywidgets.Label(name))
+    )
+    menu, stage = live.app("race").children
+    assert [name for _, name in menu.options] == list(scenes.SCENES)
+    (race,) = stage.children
+    menu.value = "triangle"
+    assert stage.children != (race,)
+    menu.value = "race"
+    assert stage.children == (race,)
+    assert built == ["race", "triangle"]  # and what was built is shown again
+
+    def fails(name):
+        assert "drawing Video" in stage.children[0].value  # what is seen meanwhile
+        raise ValueError("weights are missing")
+
+    monkeypatch.setattr(scenes, "open_scene", fails)
+    with pytest.raises(ValueError, match="missing"):
+        menu.value = "video"
+    assert "weights are missing" in stage.children[0].value
+
+
+def test_the_terminal_learns_why_a_scene_is_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(live, "app", lambda first: first)
+    live.prepared("race")
+    assert (tmp_path / "ready").read_text() == ""
+    monkeypatch.setattr(live, "app", lambda first: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        live.prepared("race")
+    assert "division" in (tmp_path / "ready").read_text()
+
+
+def test_a_page_holds_the_scene_and_asks_for_nothing():
+    page, payload = {"title": "</script>$x", "controls": [], "scenes": {"": {"note": "</script>"}}}, b"some bytes"
+    text = pages.page_text(page, payload)
+    assert gzip.decompress(base64.b64decode(re.search(r'atob\("([^"]+)"', text)[1])) == payload
+    assert json.loads(re.search(r'getElementById\("scene"\), (\{.*\}), payload\)', text)[1]) == page
+    script = text[text.index("<script") :]
+    assert script.count("</script") == 1  # nothing in it ends it early
+    assert not re.search(r"https?://|src=|@import|url\(", text.replace('href="data:,"', ""))
+
+
+def test_unknown_scenes_and_endings_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="did you mean 'race'"):
+        live_html(["--scene", "rcae", "--output", str(tmp_path), "--quiet"])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"\.gif"):
+        pages.animate("race.html", "race.png")

@@ -1,0 +1,62 @@
+"""The transformer to read is diffusers': the same weights give the same output, and each part is that part."""
+
+import pytest
+import torch
+
+from minianyflow.networks.video import VideoTransformer, rotary_angles, rotate, sinusoids
+from minianyflow.networks.wan import TINY, TextEncoder
+from minianyflow.networks.weights import load_network
+from minianyflow.times import generator
+from minianyflow.video.stages import WEIGHTS, path_of
+
+SIZES = {name: value for name, value in TINY.items() if name != "rope_max_seq_len"}  # no table: angles as needed
+Z = torch.randn(2, 5, 4, 4, 4, generator=generator(0))
+T, R = torch.tensor([0.9, 0.4]), torch.tensor([0.3, 0.4])
+
+
+def both(name):
+    """Trained weights in diffusers' class and in ours."""
+    network = load_network(path_of(WEIGHTS, name))
+    ours = VideoTransformer(**SIZES, timesteps=network.timesteps).eval().requires_grad_(False)
+    ours.load_state_dict(network.transformer.state_dict())  # strict: no key more, none less
+    return network, ours
+
+
+@pytest.mark.parametrize("name", ["teacher", "eulerian"])
+@pytest.mark.parametrize("size", [(5, 4, 4), (3, 6, 8)])
+def test_trained_weights_give_the_output_of_diffusers(name, size):
+    network, ours = both(name)
+    z, prompt = torch.randn(2, size[0], 4, *size[1:], generator=generator(1)), TextEncoder()(["one ball", "two balls"])
+    for t, r in ((T, R), (torch.rand(2, size[0], generator=generator(2)), torch.zeros(2, size[0]))):
+        expected = network(z, t, r, prompt)
+        assert float((ours(z, t, r, prompt) - expected).abs().max()) < 1e-5
+        assert float(expected.abs().max()) > 0.1
+
+
+def test_gradients_are_those_of_diffusers():
+    network, ours = both("eulerian")
+    gradients = []
+    for u in (network, ours):
+        u.requires_grad_(True)(Z, T, R, TextEncoder()(["one ball", "two balls"])).square().mean().backward()
+        gradients.append({name.removeprefix("transformer."): weight.grad for name, weight in u.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        assert torch.allclose(gradients[1][name], expected, rtol=0, atol=1e-5 + 1e-4 * float(expected.abs().max())), (
+            name
+        )
+
+
+def test_rotary_positions_depend_on_distance_alone():
+    """A query at one place and a key at another: their product does not change if both move alike."""
+    angles = rotary_angles(4, 3, 3, 12).unflatten(0, (4, 3, 3))
+    query, key = torch.randn(2, 1, 1, 1, 12, generator=generator(3))
+
+    def product(at, other):
+        return (rotate(query, angles[at][None]) * rotate(key, angles[other][None])).sum()
+
+    assert torch.allclose(product((0, 0, 1), (2, 1, 0)), product((1, 1, 2), (3, 2, 1)), atol=1e-5)
+    assert not torch.allclose(product((0, 0, 1), (2, 1, 0)), product((0, 0, 1), (2, 0, 0)), atol=1e-3)
+
+
+def test_sinusoids_start_at_one_and_zero():
+    assert torch.equal(sinusoids(torch.zeros(2, 3), 4), torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(2, 3, 4))

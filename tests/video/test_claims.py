@@ -1,0 +1,132 @@
+"""What docs/video.md claims of the committed runs, asserted of their reports."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from minianyflow.support.install import ROOT
+from minianyflow.support.reports import mean
+
+REPORT = json.loads((ROOT / "docs/video/any_step.json").read_text())
+FLOOR = REPORT["floors"]["codec"]
+
+
+def at(name, nfe, measure="sliced_w2"):
+    """One figure of every seed."""
+    method = REPORT["methods"][name]
+    return [by_nfe[method["nfe"].index(nfe)] for by_nfe in method[measure]]
+
+
+def spread(values):
+    return max(values) - min(values)
+
+
+def test_two_steps_are_as_good_as_sixteen_of_the_teacher_and_four_as_thirty_two():
+    guided = REPORT["guided_teacher"]
+    for nfe, of_teacher in ((2, 16), (4, 32)):
+        assert max(at("eulerian", nfe)) <= mean(at("teacher", of_teacher))
+        assert max(at("eulerian", nfe)) <= guided[str(of_teacher)]["sliced_w2"]
+
+
+def test_the_excess_at_one_step_is_a_tenth_of_the_teachers():
+    student, teacher = (mean(at(name, 1)) - FLOOR["sliced_w2"] for name in ("eulerian", "teacher"))
+    assert student <= 0.05 * teacher
+    assert student <= 0.1 * (REPORT["guided_teacher"]["1"]["sliced_w2"] - FLOOR["sliced_w2"])
+
+
+def test_more_steps_never_hurt_up_to_128():
+    steps = REPORT["methods"]["eulerian"]["nfe"]
+    assert steps == [1, 2, 4, 8, 16, 32, 64, 128]
+    rises = [mean(at("eulerian", after)) - mean(at("eulerian", before)) for before, after in pairwise(steps)]
+    assert max(rises[:5]) < 0
+    assert max(rises) < 1e-4 < min(spread(at("eulerian", nfe)) for nfe in steps)
+    ode = REPORT["guided_teacher_ode"]["sliced_w2"]
+    assert mean(at("eulerian", 64)) < ode < REPORT["guided_teacher"]["128"]["sliced_w2"]
+
+
+def test_the_eulerian_objective_is_best_up_to_8_steps_and_the_four_end_together():
+    objectives = ("eulerian", "mixed", "semigroup", "lagrangian")
+    for nfe in (1, 2, 4, 8):
+        assert min(objectives, key=lambda name: mean(at(name, nfe))) == "eulerian"
+    for nfe in (32, 64, 128):
+        assert spread([mean(at(name, nfe)) for name in objectives]) < 0.0012
+
+
+def test_consistency_is_best_at_one_step_and_never_again():
+    assert max(at("consistency", 1)) < min(at("eulerian", 1))
+    for nfe in REPORT["methods"]["consistency"]["nfe"][1:]:
+        assert mean(at("consistency", nfe)) > mean(at("consistency", 1)) + spread(at("consistency", nfe))
+        assert mean(at("consistency", nfe)) > mean(at("eulerian", nfe))
+    assert mean(at("consistency", 16, "prompt_obeyed")) > mean(at("eulerian", 16, "prompt_obeyed")) + 0.015
+    assert mean(at("consistency", 16, "from_ideal")) < mean(at("eulerian", 16, "from_ideal"))
+    assert mean(at("consistency", 16, "light_kept")) < mean(at("eulerian", 16, "light_kept"))
+
+
+def test_on_policy_neither_hurts_nor_helps():
+    for nfe in (1, 4):
+        looks = [mean(at(name, nfe, "prompt_obeyed")) for name in ("on_policy", "forward_only")]
+        assert looks[0] == pytest.approx(looks[1], abs=0.01)
+    worse = [mean(at("on_policy", nfe)) - mean(at("forward_only", nfe)) for nfe in (1, 2, 4)]
+    assert worse == pytest.approx([0.0004, 0.0021, 0.0009], abs=6e-5)
+    for nfe in (32, 64, 128):
+        assert abs(mean(at("on_policy", nfe)) - mean(at("forward_only", nfe))) < spread(at("on_policy", nfe))
+
+
+def test_causal_students_reach_their_bar_as_the_text_says():
+    for name, said in (("causal", (97, 90, 94)), ("causal_on_policy", (97, 91, 95))):
+        seeds = at(name, 4, "by_chunk")
+        both = [100 * mean([chunks[k]["obeyed_and_kept"] for chunks in seeds]) for k in range(3)]
+        assert min(both) >= 90
+        assert both == pytest.approx(said, abs=0.51)
+    assert min(chunk["obeyed_and_kept"] for chunks in at("causal", 4, "by_chunk") for chunk in chunks) > 0.897
+
+
+def test_the_forward_only_control_cost_what_on_policy_did():
+    def units(name):  # a backward costs two forwards
+        return REPORT["costs"][name]["forwards"] + 2 * REPORT["costs"][name]["backwards"]
+
+    assert units("forward_only") == pytest.approx(units("on_policy"), rel=0.03)
+
+
+EXPOSURE = json.loads((ROOT / "docs/video/exposure.json").read_text())["arms"]
+
+
+def test_long_clips_keep_their_looks_but_their_last_chunks_drift():
+    long = REPORT["long"]["causal"]
+    assert min(chunk["prompt_obeyed"] for chunk in long["by_chunk"]) > 0.8
+    excess = [ours / data for ours, data in zip(long["drift"], long["drift_of_data"], strict=True)]
+    assert max(excess[:3]) < 1.25 < 1.4 < min(excess[3:])
+
+
+def exposed(arm, point, nfe, what="free_running"):
+    """Of every seed: the last radius error, or sliced W2 of clips, at a third, two thirds or all of the cost."""
+    values = EXPOSURE[arm][point]["nfe"][str(nfe)][what]
+    return values if what == "sliced_w2" else [seed[-1] for seed in values]
+
+
+def test_by_the_radius_on_policy_pays_early_and_is_level_at_the_end():
+    for nfe in (1, 4):
+        for point in (0, 1):
+            assert mean(exposed("on-policy", point, nfe)) < mean(exposed("teacher forcing", point, nfe))
+        ends = [exposed(arm, 2, nfe) for arm in ("on-policy", "teacher forcing")]
+        assert max(map(min, ends)) <= min(map(max, ends))  # the ranges over seeds meet
+
+
+def test_by_whole_clips_on_policy_never_pays():
+    for point in range(3):
+        ours, forced = (mean(exposed(arm, point, 4, "sliced_w2")) for arm in ("on-policy", "teacher forcing"))
+        assert 2 * forced < ours < 4.1 * forced
+
+
+def test_without_gradient_through_the_context_the_radius_is_worse():
+    for point in range(3):
+        for nfe in (1, 4):
+            assert mean(exposed("on-policy, detached", point, nfe)) > mean(exposed("on-policy", point, nfe))
+
+
+def test_an_exact_teacher_ends_ahead():
+    exact = {nfe: mean(exposed("teacher forcing, exact velocity", 2, nfe)) for nfe in (1, 4)}
+    for arm in EXPOSURE:
+        assert exact[1] <= mean(exposed(arm, 2, 1))
+        assert exact[4] <= mean(exposed(arm, 2, 4)) + 0.002
