@@ -6,7 +6,7 @@ This module needs nothing but Python until a command that needs more is run: `se
 import sys
 from importlib import import_module
 
-from minianyflow.support.cli import Parser, run
+from minianyflow.support.cli import run
 from minianyflow.support.errors import choose
 
 COMMANDS = {  # name: where its function of argv is

@@ -11,35 +11,40 @@ from minianyflow.support.install import setup as install
 
 def setup(argv):
     """Make .venv and install the pinned packages into it; does nothing where that is done."""
-    Parser("setup", description=setup.__doc__).parse_args(argv)
+    Parser("minianyflow setup", description=setup.__doc__).parse_args(argv)
     _needs_checkout("setup")
     return install()
 
 
 def test(argv):
     """Run every test but the long ones, browser and notebooks included, in two processes: a quarter of an hour."""
-    Parser("test", description=test.__doc__).parse_args(argv)
+    Parser("minianyflow test", description=test.__doc__).parse_args(argv)
     return _install_browser() or _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
 
 
 def test_all(argv):
     """Run every test, the long ones too, then the fast ones with the lowest versions of all packages: two hours."""
-    Parser("test-all", description=test_all.__doc__).parse_args(argv)
+    Parser("minianyflow test-all", description=test_all.__doc__).parse_args(argv)
     failed = _install_browser() or _pytest("--nbmake", "--nbmake-timeout=900", *SLOWEST_FIRST)
     return _pytest("-m", FAST, "tests", python=lowest_python()) or failed
 
 
 def check(argv):
     """The quick loop, a minute: lint, the floors of the house, tables in the docs, then the fast tests."""
-    Parser("check", description=check.__doc__).parse_args(argv)
+    Parser("minianyflow check", description=check.__doc__).parse_args(argv)
     _needs_checkout("check")
     steps = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["minianyflow", "docs", "--check"])
-    failed = any([subprocess.call([sys.executable, "-m", *step], cwd=ROOT) for step in steps])
-    return int(failed) or _pytest("-m", FAST, "tests")
+    failed = [step for step in steps if subprocess.call([sys.executable, "-m", *step], cwd=ROOT)]
+    return bool(failed) or _pytest("-m", FAST, "tests")
 
 
 FAST = "not slow and not long"
-SLOWEST_FIRST = ("notebooks", "tests/wan", "tests/live", "tests")  # a file is one worker's: the large ones must not come last
+SLOWEST_FIRST = (
+    "notebooks",
+    "tests/wan",
+    "tests/live",
+    "tests",
+)  # a file is one worker's: the large ones must not come last
 
 
 def _pytest(*arguments, python=sys.executable):
