@@ -60,14 +60,14 @@ class Guidance:
 
     @torch.no_grad()
     def pull(
-        self, u: Network, z: State, t: Times, r: Times, v: State, kept: Mask, condition: dict[str, Condition]
+        self, u: Network, z: State, t: Times, r: Times, v: State, conditional: Mask, condition: dict[str, Condition]
     ) -> State:
-        """(g - 1) (v - u_null(z, t, r)) for the rows that `kept` their condition, zero for the others.
+        """(g - 1) (v - u_null(z, t, r)) for the rows `conditional`, zero for rows that dropped their condition.
 
-        Only the rows that kept it are evaluated, without gradient.
+        Only the conditional rows are evaluated, without gradient.
         """
         out = torch.zeros_like(v)
-        rows = kept.nonzero().squeeze(1)
+        rows = conditional.nonzero().squeeze(1)
         if len(rows) and self.scale != 1:
             v_null = u(z[rows], t[rows], r[rows], **_without(self.null, condition, rows))
             out[rows] = guided_velocity(v[rows], v_null, self.scale) - v[rows]
