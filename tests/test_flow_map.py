@@ -169,6 +169,7 @@ def test_jump_and_end_point_are_the_flow(spiral, states):
     assert largest(end_point(u, z, t), spiral.flow(z, t, 0 * t, tolerance=1e-7)) < 1e-9
 
 
+@pytest.mark.slow  # imports diffusers
 @pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (8, 5.0)])
 def test_diffusers_scheduler_takes_the_same_steps(spiral, steps, shift):
     from diffusers import FlowMapEulerDiscreteScheduler

@@ -131,6 +131,7 @@ def test_two_roles_take_turns_on_the_same_batch():
     assert not any(torch.equal(one.network.bias0, weight) for one, weight in zip((role, fake), before, strict=True))
 
 
+@pytest.mark.slow
 def test_training_learns():
     history, _ = run(student(warmup=10), batches(RING.sample, 64), 120, log_every=50)
     assert [entry["step"] for entry in history] == [0, 50, 100, 119]
