@@ -46,10 +46,10 @@ ON_POLICY = {  # weight of the forward loss, whether the past is detached
     "on-policy, detached": (1.0, True),
     "on-policy, forward x 4": (4.0, False),
 }
-KEPT = ("teacher forcing", "on-policy", "on-policy, detached")  # arms whose weights are written, for a scene
+KEPT = ("teacher forcing", "on-policy", "on-policy, detached")  # arms whose weights are saved, for a scene
 ARMS = tuple(FORCING | ON_POLICY)  # each continues from the same start, until it has cost the same
 COLOURS = ("#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
-NFE, CLIPS, TRUE = (1, 4, 16), 4096, 1024  # of the measure: step counts, clips made, clips that give a true context
+NFE, CLIPS, TRUE = (1, 4, 16), 4096, 1024  # of the measure: step counts, clips sampled, true contexts
 LOST = 0.3  # a clip whose last radius is six sigmas off
 
 
@@ -88,7 +88,7 @@ def draw_clips(process: CircleProcess, rows: int, seeds: Sequence[int], simulate
         if simulated is not None:
             by_seed = [draw_on_policy(shape, rows, generator(seed, step, 2), simulated) for seed in seeds]
             for name in ("noise", "score_eps"):
-                own[name] = torch.stack([drawn.pop(name) for drawn in by_seed], 1).flatten(0, 1)
+                own[name] = rearrange([drawn.pop(name) for drawn in by_seed], "seed row ... -> (row seed) ...")
             shared |= by_seed[0]
         return data(step) | own | {name: value.repeat_interleave(len(seeds)) for name, value in shared.items()}
 

@@ -30,7 +30,7 @@ LABELS = {
     "consistency": "consistency,\nre-noised",
 }
 
-# Beside those of the plane; the teacher is what Euler was there. Others take the spare ones in order.
+# Those of the plane and of video; the teacher has Euler's. Other names take the spare ones in order.
 _STYLES = {name: (COLOURS[name], MARKERS[name]) for name in COLOURS if name != "exact"} | {
     "teacher": (COLOURS["euler"], MARKERS["euler"]),
     "on_policy": ("#000000", "D"),

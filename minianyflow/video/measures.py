@@ -20,7 +20,7 @@ from toy_data.blobs import LIGHT, PROMPTS, SIGMA, SIZE, WALLS, render
 
 FOUND = 0.5  # the amplitude above which there is a ball
 CLEAR = 1.5  # pixels from a wall: a ball that was reflected between three frames is nearer than that in one of them
-KEPT = 0.15  # how far the light may be off
+LIGHT_OFF = 0.15  # how far the light may be off
 MOST, SWEEPS, PIECE = 4, 4, 4096  # balls searched; rounds of refinement; frames at a time, to stay in the cache
 _PIXEL = torch.arange(SIZE, dtype=torch.float32)
 _REACH = (WALLS[0] - 1, WALLS[1] + 1)  # the range of a ball's centre
@@ -112,10 +112,10 @@ def physics(video: Tensor, balls: Tensor) -> dict[str, Tensor]:
 
 def _squared_acceleration(places, right):
     """(B, T, 2) from places (B, T, 2, 2), NaN for a ball that is not prompted; right (B, T): whether the count is."""
-    kept = (places[:, 1:] - places[:, :-1]).square().sum((2, 3))
+    as_listed = (places[:, 1:] - places[:, :-1]).square().sum((2, 3))
     swapped = (places[:, 1:] - places[:, :-1].flip(2)).square().sum((2, 3))  # NaN for one ball: never swapped
-    turned = pad((swapped < kept).cumsum(1) % 2 == 1, (1, 0))
-    places = torch.where(turned[..., None, None], places.flip(2), places)
+    swap = pad((swapped < as_listed).cumsum(1) % 2 == 1, (1, 0))
+    places = torch.where(swap[..., None, None], places.flip(2), places)
     inside = (places > WALLS[0] + CLEAR) & (places < WALLS[1] - CLEAR)
     valid = inside.all(3) & right[..., None]  # (B, T, 2)
     second = (places[:, 2:] - 2 * places[:, 1:-1] + places[:, :-2]).square().sum(3)
@@ -136,31 +136,32 @@ def summary(video: Tensor, balls: Tensor, partition: tuple[int, ...] | None = No
     A `partition` of latent frames into chunks, say (1, 2, 2), adds `by_chunk`, a list of the same measures per chunk;
     an acceleration counts in the chunk of its last frame. Raises InputError if it does not sum to (T + 3) / 4.
     """
-    balls = _checked_balls(balls, len(video))
-    seen = physics(video, balls)
-    whole = _summary(seen, balls, slice(None))
+    balls, frames = _checked_balls(balls, len(video)), video.shape[1]
+    figures = physics(video, balls)
+    whole = _summary(figures, balls, slice(None))
     if partition is not None:
-        frames = seen["light"].shape[1]
         if frames % 4 != 1:
             raise InputError(f"{frames} frames; expected 4 n + 1, such as 17, for a chunk partition: cut the clip")
         chunks = [
             slice(max(4 * chunk.start - 3, 0), 4 * chunk.stop - 3)
             for chunk in _chunks(partition, (frames + 3) // 4)  # latent frame k is video frames 4 k - 3 to 4 k
         ]
-        whole["by_chunk"] = [_summary(seen, balls, chunk) for chunk in chunks]
+        whole["by_chunk"] = [_summary(figures, balls, chunk) for chunk in chunks]
     return whole
 
 
-def _summary(seen, balls, frames):
-    light, count = seen["light"][:, frames], seen["count"][:, frames]
-    obeyed, kept = (count == balls[:, None]).all(1), ((light - 1).abs() <= KEPT).all(1)
+def _summary(figures, balls, frames):
+    light, count, from_ideal, squares = (
+        figures[name][:, frames] for name in ("light", "count", "from_ideal", "squared_acceleration")
+    )
+    obeyed, light_kept = (count == balls[:, None]).all(1), ((light - 1).abs() <= LIGHT_OFF).all(1)
     return {
         "prompt_obeyed": float(obeyed.float().mean()),
         "light": float(light.mean()),
-        "light_kept": float(kept.float().mean()),
-        "obeyed_and_kept": float((obeyed & kept).float().mean()),
-        "from_ideal": float(seen["from_ideal"][:, frames].mean()),
-        "acceleration": float(seen["squared_acceleration"][:, frames].flatten(1).nanmean(1).sqrt().nanmean()),
+        "light_kept": float(light_kept.float().mean()),
+        "obeyed_and_kept": float((obeyed & light_kept).float().mean()),
+        "from_ideal": float(from_ideal.mean()),
+        "acceleration": float(squares.flatten(1).nanmean(1).sqrt().nanmean()),
     }
 
 
