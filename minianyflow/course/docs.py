@@ -90,6 +90,8 @@ def docs(argv: list[str]) -> int:
     parser = Parser("docs", description=docs.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
     check = parser.parse_args(argv).check
+    if not (ROOT / "docs").is_dir():
+        raise InputError(f"no docs in {ROOT}; expected a checkout of the project, not an installed package")
     stale = write(check)
     print("\n".join(f"{page}: {'not current' if check else 'written'}" for page in stale) or "all tables are current")
     return int(check and bool(stale))
