@@ -367,8 +367,8 @@ def not_finite(skip):
         )
         told = json.loads((output / "bad_batch.json").read_text())
         right = (told["step"], 14 in told["numbers"], len(said)) == (3, True, 1)  # rebalancing spreads it
-        shards = [f"{row // 8:05}.safetensors" for row in told["rows"]]
-        right = right and len(told["rows"]) == len(told["numbers"]) and told["files"] == shards
+        files = [f"00000/{row:08}.safetensors" for row in told["rows"]]
+        right = right and len(told["rows"]) == len(told["numbers"]) and told["files"] == files
         return said[0], right and (status == 0 if skip else status == 2 and saved_steps(output) == [2])
 
     return inject
@@ -424,23 +424,26 @@ def refused(words, *options):
     return inject
 
 
-def cut_shard(bench):
-    """A shard cut short while the run was away."""
-    output, path = stopped_at_six(bench), next((bench.folder / "wan/latents").glob("0*.safetensors"))
+def cut_clip(bench):
+    """The latents of a clip cut short while the run was away."""
+    from minianyflow.wan.data.latents import LatentSet
+
+    output, latents = stopped_at_six(bench), LatentSet(bench.folder / "wan/latents")
+    path = latents.path(latents.draw(6, 4)["row"][0])  # the next batch of 4 reads it
     data = path.read_bytes()
     path.write_bytes(data[:-100])
     status, said = bench.run(output)
     path.write_bytes(data)
     again, _ = bench.run(output)
-    right = (status, again, len(said)) == (2, 0, 1) and path.name in said[0]
-    return said[0], right and bench.same(output)
+    right = (status, again, len(said)) == (2, 0, 2) and path.name in said[-1]
+    return said[-1], right and bench.same(output)
 
 
-def skipped_shard(bench):
-    """A shard cut short, and the run may leave one out: it is named, the others are trained on."""
+def skipped_clip(bench):
+    """The latents of a clip cut short, and the run may leave one out: it is named, the others are trained on."""
     data, output = bench.folder / "cut", bench.new()
     shutil.copytree(bench.folder / "wan/latents", data)
-    path = data / "00001.safetensors"
+    path = data / "00000/00000001.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     status, said = bench.run(output, f"data={data}", "data_skip=1")
     right = status == 0 and len(said) == 1 and str(path) in said[0] and "1 of at most 1" in said[0]
@@ -448,13 +451,14 @@ def skipped_shard(bench):
 
 
 def other_data(bench):
-    """A shard more while the run was away: samples would come twice, or never."""
-    output, path = stopped_at_six(bench), bench.folder / "wan/latents/00002.safetensors"
-    shutil.copy(path.with_name("00001.safetensors"), path)
+    """A clip less while the run was away: samples would come twice, or never."""
+    output, path = stopped_at_six(bench), bench.folder / "wan/latents/manifest.json"
+    manifest = path.read_text()
+    path.write_text(json.dumps(json.loads(manifest) | {"skipped": [3]}))
     status, said = bench.run(output)
-    path.unlink()
+    path.write_text(manifest)
     again, _ = bench.run(output)
-    right = (status, again, len(said)) == (2, 0, 1) and "what data holds was 3 files" in said[0]
+    right = (status, again, len(said)) == (2, 0, 1) and "what data holds was manifest" in said[0]
     return said[0], right and bench.same(output)
 
 
@@ -531,9 +535,9 @@ INJECTIONS = {
     "tracker fails": failing_tracker,
     "lr changed": refused("lr was 0.001, is 0.002", "lr=0.002"),
     "resume=never": refused("resume=never", "resume=never"),
-    "shard cut short": cut_shard,
-    "the same, skip one": skipped_shard,
-    "another shard": other_data,
+    "latents cut short": cut_clip,
+    "the same, skip one": skipped_clip,
+    "other latents": other_data,
     "another base": other_weights,
     "another null prompt": other_null,
 }

@@ -27,7 +27,7 @@ from minianyflow.wan import guard as faults
 from minianyflow.wan import run as runs
 from minianyflow.wan import trainer as training
 from minianyflow.wan.commands import distill
-from minianyflow.wan.data import shards
+from minianyflow.wan.data.latents import LatentSet
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RANK = int(os.environ.get("RANK", 0))
@@ -108,13 +108,13 @@ def watch_steps():
 
 def watch_reads():
     """Which rows this process takes from disk."""
-    read = shards._read
+    read = LatentSet.read_clip
 
-    def noted(path, row, careful):
-        SEEN["reads"].append((path.name, row))
-        return read(path, row, careful)
+    def noted(self, path):
+        SEEN["reads"].append(path.name)
+        return read(self, path)
 
-    shards._read = noted
+    LatentSet.read_clip = noted
 
 
 if __name__ == "__main__":

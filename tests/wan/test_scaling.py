@@ -16,8 +16,9 @@ from minianyflow.planner.plan import plan_run
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator
 from minianyflow.wan.config import load_config
-from minianyflow.wan.data.shards import LatentShards
-from minianyflow.wan.data.videos import WAN_CLIP, write_clips
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.options import WAN_CLIP
+from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.folders import make_tiny_wan, moving_shapes
 from minianyflow.wan.run import load_run
 
@@ -92,7 +93,7 @@ def test_the_commands_lead_from_videos_to_a_model_that_stock_diffusers_loads(tmp
         if "--dry-run" in line:
             assert not (tmp_path / "data").exists()
         elif "prepare_latents.py" in line:
-            assert len(LatentShards(tmp_path / "data/wan-1.3b")) == COUNT
+            assert len(LatentSet(tmp_path / "data/wan-1.3b")) == COUNT
         elif "distill.py" in line:
             overlays = [word for word in line.split("--config ")[1].split() if "=" not in word]
             run = tmp_path / f"outputs/wan-1.3b/{'-'.join(overlays[1:])}"
