@@ -87,7 +87,7 @@ def _marked(tables, match):
 
 def docs(argv: list[str]) -> int:
     """Write the tables of README.md and docs/ from the committed reports; --check only compares."""
-    parser = Parser("docs", description=docs.__doc__)
+    parser = Parser("minianyflow docs", description=docs.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
     check = parser.parse_args(argv).check
     if not (ROOT / "docs").is_dir():
