@@ -400,6 +400,6 @@ def test_what_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(wan_folders, "write_shards", fail)
-    with pytest.raises(InputError, match=r"cannot write .*\(No space left on device\); name a folder"):
+    with pytest.raises(InputError, match=r"cannot write .*\(No space left on device\); make room"):
         make_tiny_wan(tmp_path / "tiny", clips=1)
     assert list(tmp_path.iterdir()) == []
