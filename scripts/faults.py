@@ -93,12 +93,12 @@ class Bench:
         self.end(number, log)
         return output
 
-    def refused(self, words, output, *options, change=None):
-        """Whether a run is refused in one line, and then resumes. change: a context in which it is refused."""
+    def refused(self, words, output, *options, change=None, lines=1):
+        """Whether a run is refused, in the last of `lines` lines, and then resumes. change: a context."""
         with change or contextlib.nullcontext():
             status, said = self.run(output, *options)
         again, _ = self.run(output)
-        return said[0], (status, again, len(said)) == (2, 0, 1) and words in said[0] and self.same(output)
+        return said[-1], (status, again, len(said)) == (2, 0, lines) and words in said[-1] and self.same(output)
 
 
 def weights(output):
@@ -377,8 +377,8 @@ def not_finite(skip):
         )
         told = json.loads((output / "bad_batch.json").read_text())
         right = (told["step"], 14 in told["numbers"], len(said)) == (3, True, 1)  # rebalancing spreads it
-        shards = [f"{row // 8:05}.safetensors" for row in told["rows"]]
-        right = right and len(told["rows"]) == len(told["numbers"]) and told["files"] == shards
+        files = [f"00000/{row:08}.safetensors" for row in told["rows"]]
+        right = right and len(told["rows"]) == len(told["numbers"]) and told["files"] == files
         return said[0], right and (status == 0 if skip else status == 2 and saved_steps(output) == [2])
 
     return inject
@@ -421,23 +421,21 @@ def refused(words, *options):
     return lambda bench: bench.refused(words, bench.stopped_at_six(), *options)
 
 
-def cut_shard(bench):
-    """A shard cut short while the run was away."""
-    output, path = bench.stopped_at_six(), next((bench.folder / "wan/latents").glob("0*.safetensors"))
-    data = path.read_bytes()
-    path.write_bytes(data[:-100])
-    status, said = bench.run(output)
-    path.write_bytes(data)
-    again, _ = bench.run(output)
-    right = (status, again, len(said)) == (2, 0, 1) and path.name in said[0]
-    return said[0], right and bench.same(output)
+def cut_clip(bench):
+    """The latents of a clip cut short while the run was away."""
+    from minianyflow.wan.data.latents import LatentSet
+
+    latents = LatentSet(bench.folder / "wan/latents")
+    path = latents.path(latents.draw(6, 4)["row"][0])  # the next batch of 4 reads it
+    change = rewritten(path, path.read_bytes()[:-100])
+    return bench.refused(path.name, bench.stopped_at_six(), change=change, lines=2)
 
 
-def skipped_shard(bench):
-    """A shard cut short, and the run may leave one out: it is named, the others are trained on."""
+def skipped_clip(bench):
+    """The latents of a clip cut short, and the run may leave one out: it is named, the others are trained on."""
     data, output = bench.folder / "cut", bench.new()
     shutil.copytree(bench.folder / "wan/latents", data)
-    path = data / "00001.safetensors"
+    path = data / "00000/00000001.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     status, said = bench.run(output, f"data={data}", "data_skip=1")
     right = status == 0 and len(said) == 1 and str(path) in said[0] and "1 of at most 1" in said[0]
@@ -445,14 +443,10 @@ def skipped_shard(bench):
 
 
 def other_data(bench):
-    """A shard more while the run was away: samples would come twice, or never."""
-    output, path = bench.stopped_at_six(), bench.folder / "wan/latents/00002.safetensors"
-    shutil.copy(path.with_name("00001.safetensors"), path)
-    status, said = bench.run(output)
-    path.unlink()
-    again, _ = bench.run(output)
-    right = (status, again, len(said)) == (2, 0, 1) and "what data holds was 3 files" in said[0]
-    return said[0], right and bench.same(output)
+    """A clip less while the run was away: samples would come twice, or never."""
+    path = bench.folder / "wan/latents/manifest.json"
+    change = rewritten(path, json.dumps(json.loads(path.read_text()) | {"skipped": [3]}).encode())
+    return bench.refused("what data holds was manifest", bench.stopped_at_six(), change=change)
 
 
 def other_weights(bench):
@@ -482,7 +476,7 @@ def other_null(bench):
 
 @contextlib.contextmanager
 def rewritten(path, data):
-    """A file with other contents for a while."""
+    """A file with other contents for a while. Nothing is written before the context begins."""
     before = path.read_bytes()
     path.write_bytes(data)
     yield
@@ -533,9 +527,9 @@ INJECTIONS = {
     "tracker fails": failing_tracker,
     "lr changed": refused("lr was 0.001, is 0.002", "lr=0.002"),
     "resume=never": refused("resume=never", "resume=never"),
-    "shard cut short": cut_shard,
-    "the same, skip one": skipped_shard,
-    "another shard": other_data,
+    "latents cut short": cut_clip,
+    "the same, skip one": skipped_clip,
+    "other latents": other_data,
     "another base": other_weights,
     "another null prompt": other_null,
 }

@@ -15,7 +15,7 @@ from minianyflow.on_policy import draw_on_policy
 from minianyflow.planner.counters import LiveBytes, tensors_in
 from minianyflow.times import draw_pairs, generator
 from minianyflow.wan.config import Config
-from minianyflow.wan.data.shards import TIMES
+from minianyflow.wan.data.latents import TIMES
 from minianyflow.wan.stages import ROLLOUTS, STAGES, draws
 
 SMALL = 2  # height and width of the latents that recording networks get

@@ -28,8 +28,8 @@ from minianyflow.planner.report import KINDS
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
 from minianyflow.wan.config import Config, load_config
-from minianyflow.wan.data.shards import write_shards
-from minianyflow.wan.data.videos import WAN_CLIP
+from minianyflow.wan.data.latents import write_latents
+from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
 from minianyflow.wan.run import guard, prepare
 from minianyflow.wan.shapes import SHAPES, SHARED, build_transformer, latent_shape
@@ -166,7 +166,7 @@ def settings(request: Request, case: tuple[str, str, str], folder: str | Path) -
     build_transformer(shape, architecture).save_config(Path(folder) / "base" / "transformer")
     prompts = torch.randn(request.batch + 1, length, shape["text_dim"])
     rows = torch.randn(request.batch, *latents)
-    write_shards(Path(folder) / "data", rows, prompts[:-1], prompts[-1:], ["noise"] * request.batch)
+    write_latents(Path(folder) / "data", rows, prompts[:-1], prompts[-1:], ["noise"] * request.batch)
     options = {"base": f"{folder}/base", "data": f"{folder}/data", "runs": folder, "output": f"{folder}/run"}
     options |= {"steps": WARM_UP + request.steps + request.profile, "device": request.device}
     options |= {"batch": request.batch, "accumulate": request.batch, "warmup": 0, "ema_after": 0}

@@ -18,8 +18,8 @@ from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
 from minianyflow.planner.report import EIGHT, KINDS, ONE, SHARDED, SIZES, SPARE, Plan
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config, load_config
-from minianyflow.wan.data.shards import LatentShards
-from minianyflow.wan.data.videos import WAN_CLIP
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.shapes import SHAPES, latent_shape
 from minianyflow.wan.stages import STAGES
 
@@ -96,7 +96,7 @@ def shape_of(base: str) -> dict:
 
 def _clip(config, clip):
     if clip is None and config.data and Path(config.data).is_dir():
-        data = LatentShards(config.data)
+        data = LatentSet(config.data)
         return tuple(data.shape), data.null.shape[1]
     clip = WAN_CLIP | (clip or {})
     return latent_shape(clip["frames"], clip["height"], clip["width"]), clip["length"]

@@ -142,7 +142,7 @@ def evaluate(argv):
     parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, one per line")
     steps = [1, 2, 4, 8, 16, 32, 64, 128]
     parser.add_argument("--steps", nargs="+", type=int, default=steps, help="step counts (default: 1 to 128, doubling)")
-    parser.add_argument("--data", metavar="SHARDS", help="folder of held-out latents (default: none, and no distance)")
+    parser.add_argument("--data", metavar="FOLDER", help="folder of held-out latents (default: none, and no distance)")
     parser.add_argument("--videos", type=int, default=5, help="clips per prompt (default: 5, as VBench wants)")
     _size_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for all sources (default: 0)")
@@ -185,10 +185,10 @@ def make_tiny_wan(argv):
     parser.add_argument("--seed", type=int, default=0, help="another seed, other weights and clips (default: 0)")
     arguments = parser.parse_args(argv)
     from minianyflow.wan import folders
-    from minianyflow.wan.data.shards import LatentShards
+    from minianyflow.wan.data.latents import LatentSet
 
     folders.make_tiny_wan(arguments.output, arguments.seed)
-    data = LatentShards(f"{arguments.output}/latents")
+    data = LatentSet(f"{arguments.output}/latents")
     print(f"written: {arguments.output}, a WanPipeline of random weights")
     print(f"written: {arguments.output}/latents, {len(data)} captioned clips of {data.shape} (frames, channels, h, w)")
     return 0

@@ -126,8 +126,8 @@ class Config:
     base: Text = option("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "pipeline with the frozen transformer: folder or hub name")
     student: Text | None = option(None, "run folder that the student starts from; null: from the base")
     teacher: Text | None = option(None, "run folder of the tuned teacher; null: the base itself")
-    data: Text = option("data/wan-1.3b", "folder of shards of captioned latents")
-    data_skip: int = option(0, "number of broken shards that are left out; one more stops the run", ge=0)
+    data: Text = option("data/wan-1.3b", "folder of captioned latents")
+    data_skip: int = option(0, "number of broken clips that are left out; one more stops the run", ge=0)
     seed: int = option(0, "seed of weights, data order and noise", ge=0)
 
     objective: Objective = option("mixed", "what the flow map is regressed on; mixed: half eulerian, half semigroup")

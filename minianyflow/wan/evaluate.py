@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
 
 from minianyflow.measures import frechet_distance, path_error, sliced_w2
 from minianyflow.support.errors import InputError
@@ -19,9 +18,10 @@ from minianyflow.support.figures import draw_any_step, save_figure
 from minianyflow.support.files import staging_folder
 from minianyflow.support.reports import rounded
 from minianyflow.wan.config import find_device
-from minianyflow.wan.data.clips import WAN_NULL
-from minianyflow.wan.data.shards import NULL, LatentShards
-from minianyflow.wan.data.videos import read_video, stills
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.options import WAN_NULL
+from minianyflow.wan.data.read_video import read_video
+from minianyflow.wan.data.write_video import clip_sheet
 from minianyflow.wan.folders import decode_latents, load_parts
 from minianyflow.wan.sampler import step_label
 from minianyflow.wan.samples import Samples, motion, roughness, sample_all, source_fingerprint
@@ -58,7 +58,7 @@ def evaluate(
 ) -> dict | None:
     """Sample, measure, draw; writes any_step.json, any_step.png, sheet.png, prompts.json to `output`; the report.
 
-    prompts: a file, one per line. data: a folder of held-out shards; None: no distances. videos: clips per prompt.
+    prompts: a file, one per line. data: a folder of held-out latents; None: no distances. videos: clips per prompt.
     clip: changes to the sources' frames, height, width and length. batch: clips sampled together. guidance, negative:
     scale and null prompt of teachers. On other processes than the main one: None. Raises InputError for what does not
     fit, before anything is sampled where it can.
@@ -73,7 +73,7 @@ def evaluate(
     if len({*sizes.values()}) > 1:
         differ = ", ".join(f"{size} ({name})" for name, size in sizes.items())
         raise InputError(f"clips of {differ}; expected one size: set frames, height and width")
-    held_out = LatentShards(data) if data else None
+    held_out = LatentSet(data) if data else None
     if data and min(len(texts) * videos, len(held_out) // 2) < 2:
         counts = f"{len(texts) * videos} clips and {len(held_out)} held-out latents"
         raise InputError(f"{counts}; a Frechet distance needs 2 and 4, half of them for its floor: leave out the data")
@@ -117,15 +117,13 @@ def labelled(sources: list[str]) -> dict[str, str]:
     return {"-".join(part[-length:]): source for part, source in zip(parts, sources, strict=True)}
 
 
-def null_text(data: LatentShards | None) -> str:
-    """The text of the null prompt of a set of shards; without one, Wan's negative prompt."""
+def null_text(data: LatentSet | None) -> str:
+    """The text of the null prompt of a set of latents; without one, Wan's negative prompt."""
     if data is None:
         return WAN_NULL
-    with safe_open(data.folder / NULL, "pt") as file:
-        text = (file.metadata() or {}).get("text")
-    if text is None:
+    if data.null_text is None:
         raise InputError(f"{data.folder} does not say of which text its null prompt is; give the negative prompt")
-    return text
+    return data.null_text
 
 
 # Measures
@@ -228,7 +226,7 @@ def sheet(samples: dict[str, Samples], steps: list[int]):
         for label, source in samples.items():
             videos = [read_video(source.video(count, number), *size) for number in range(len(prompts))]
             rows[f"{label}\n{step_label(count)}"] = torch.cat(videos)
-    return stills(rows, prompts, group=len(samples))
+    return clip_sheet(rows, prompts, group=len(samples))
 
 
 def table(report: dict) -> str:

@@ -31,7 +31,7 @@ from minianyflow.networks.causal import coarse_patches
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import new_folder
 from minianyflow.times import generator
-from minianyflow.wan.data.shards import write_shards
+from minianyflow.wan.data.latents import write_latents
 
 LENGTH = 512  # tokens of a prompt, in Wan's pipelines and its training
 CLASSES = {"bidirectional": AnyFlowTransformer3DModel, "causal": AnyFlowFARTransformer3DModel}
@@ -248,9 +248,9 @@ WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def make_tiny_wan(folder, seed=0, clips=16, null=""):
-    """Write a pipeline folder in Wan2.1's layout, tiny and random, and `latents/` in it: shards of `clips` clips.
+    """Write a pipeline folder in Wan2.1's layout, tiny and random, and `latents/` in it: `clips` captioned clips.
 
-    Every caption works; TINY_LENGTH is the prompt length of the shards. null: the text of the null prompt, which for
+    Every caption works; TINY_LENGTH is the prompt length of the latents. null: the text of the null prompt, which for
     Wan itself is its long negative prompt. `folder` must not exist or be empty; whole or not at all.
     """
     with new_folder(folder) as inside, torch.random.fork_rng(devices=[]):
@@ -268,7 +268,7 @@ def make_tiny_wan(folder, seed=0, clips=16, null=""):
         with _quiet():
             WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(inside)
         prompts = encode_prompts(tokenizer, text_encoder, [*captions, null], TINY_LENGTH)
-        write_shards(inside / "latents", latents, prompts[:-1], prompts[-1:], captions, 8, null)
+        write_latents(inside / "latents", latents, prompts[:-1], prompts[-1:], captions, null)
 
 
 def moving_shapes(count, source, frames=17, size=64):

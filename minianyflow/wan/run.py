@@ -31,7 +31,7 @@ from minianyflow.support.files import remove_leftovers, staging_folder
 from minianyflow.training import Role
 from minianyflow.wan.checkpoints import Checkpoints
 from minianyflow.wan.config import Config, as_yaml, find_device, identity, load_config
-from minianyflow.wan.data.shards import MANIFEST, LatentShards, data_identity
+from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.guard import Guard, end_trackers, start_trackers
 from minianyflow.wan.prefetch import waiting_share
 from minianyflow.wan.run_networks import RunNetworks, transformer_of, weights_in
@@ -59,19 +59,18 @@ class Stopwatch:
         self.before, self.start = state["seconds"], time.perf_counter()
 
 
-def run_identity(config: Config, data: LatentShards) -> dict:
+def run_identity(config: Config, data: LatentSet) -> dict:
     """What may not change when a run resumes, {name: value}: weights and data by content, not by place."""
     values, full = identity(config), config.trained == "full"
     starts = {name: getattr(config, name) for name in ("student", "teacher")}
     values |= {name: fingerprint(weights_in(start, whole=full)) for name, start in starts.items() if start}
-    if (Path(config.data) / MANIFEST).is_file():
-        del values["data"]  # the manifest says more
+    del values["data"]  # its manifest says more than its folder
     null = hashlib.sha256(data.null.numpy().tobytes()).hexdigest()[:12]
     values |= {"base": fingerprint(config.base), "the null prompt": null}
-    return values | {"what data holds": data_identity(config.data), "rows of data": len(data)}
+    return values | {"what data holds": data.identity, "rows of data": len(data)}
 
 
-def prepare(config: Config) -> tuple[Accelerator, LatentShards, Checkpoints]:
+def prepare(config: Config) -> tuple[Accelerator, LatentSet, Checkpoints]:
     """The accelerator, the data and the checkpoints of a run.
 
     Raises InputError for a finished run in its folder, one that was begun with another configuration or is not to be
@@ -79,7 +78,7 @@ def prepare(config: Config) -> tuple[Accelerator, LatentShards, Checkpoints]:
     """
     output = Path(config.output)
     _check_unfinished(output)
-    data = LatentShards(config.data, config.data_skip)
+    data = LatentSet(config.data, config.data_skip)
     options = config.checkpoints
     checkpoints = Checkpoints(output / "checkpoints", options.every, options.keep, run_identity(config, data))
     if config.resume == "never" and checkpoints.folders():
@@ -112,7 +111,7 @@ def _check_unfinished(output):
         raise InputError(f"{output} holds a finished run; name another folder with output=FOLDER, or remove it")
 
 
-def guard(config: Config, data: LatentShards) -> Guard:
+def guard(config: Config, data: LatentSet) -> Guard:
     """The guard against bad batches of a run."""
     above = math.inf if config.on_nan.above is None else config.on_nan.above
     return Guard(config.on_nan.skip, above, config.output, data.files)
@@ -120,7 +119,7 @@ def guard(config: Config, data: LatentShards) -> Guard:
 
 def save_run(
     config: Config,
-    data: LatentShards,
+    data: LatentSet,
     networks: RunNetworks,
     roles: dict[str, Role],
     history: list[dict],

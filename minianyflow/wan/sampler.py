@@ -16,8 +16,8 @@ from minianyflow.samplers import sample_flow_map
 from minianyflow.times import generator, time_grid
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
-from minianyflow.wan.data.shards import LatentShards
-from minianyflow.wan.data.videos import write_clips
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
 
 SAMPLES = 5  # key (seed, key) of random numbers, beside those of the data and of stages.py
@@ -72,7 +72,7 @@ def guided_network(u: Callable, config: Config, null: Tensor, scale: float) -> C
 
 
 def sample_while_training(
-    config: Config, data: LatentShards, student: Role, accelerator: Accelerator
+    config: Config, data: LatentSet, student: Role, accelerator: Accelerator
 ) -> Callable[[int], None] | None:
     """`on_step(step)` for `train_run`: every samples.every steps, clips of the averaged student in samples/."""
     if not config.samples.every:

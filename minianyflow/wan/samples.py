@@ -28,7 +28,7 @@ from tqdm import tqdm
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
-from minianyflow.wan.data.videos import write_clip
+from minianyflow.wan.data.write_video import write_clip
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
 from minianyflow.wan.sampler import guided_network, sample
 from minianyflow.wan.sources import Source

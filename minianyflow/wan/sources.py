@@ -14,7 +14,7 @@ from huggingface_hub.utils import logging
 from minianyflow.networks.causal_attention import chunk_partition, compressed_chunks
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config, load_config
-from minianyflow.wan.data.videos import WAN_CLIP
+from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.folders import codec_factor, load_parts, load_transformer
 from minianyflow.wan.run import load_run, read_run
 from minianyflow.wan.run_networks import network_of

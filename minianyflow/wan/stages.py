@@ -20,7 +20,7 @@ from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulati
 from minianyflow.times import generator
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
-from minianyflow.wan.data.shards import LatentShards
+from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.prefetch import prefetch
 from minianyflow.wan.run import Stopwatch, guard, prepare, save_run
 from minianyflow.wan.run_networks import RunNetworks
@@ -120,7 +120,7 @@ def simulation(config: Config) -> Callable:
     return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, ragged=True)
 
 
-def draws(config: Config, data: LatentShards, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
+def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
     """`draw(step)` for `train_run`: one process's part, (index, number of parts), of the batch of that step."""
     pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
     rollouts = {"steps": tuple(config.on_policy.rollouts), "shift": config.shift}

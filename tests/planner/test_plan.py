@@ -22,7 +22,7 @@ from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.wan.config import load_config
-from minianyflow.wan.data.shards import LatentShards
+from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.folders import make_tiny_wan
 from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.stages import STAGES, draws
@@ -68,7 +68,7 @@ class Step:
     """One real step of `training.train`, to be taken several times; the optimiser has its state already."""
 
     def __init__(self, config, number):
-        data = LatentShards(config.data)
+        data = LatentSet(config.data)
         self.config, self.networks, self.null = config, RunNetworks(config, data.shape[0]), data.null
         self.roles = STAGES[config.stage](config, self.networks, {"prompt": data.null})
         self.batch = draws(config, data)(0)  # which trains every weight

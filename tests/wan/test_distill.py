@@ -25,7 +25,7 @@ from minianyflow.wan import run as runs
 from minianyflow.wan import stages
 from minianyflow.wan.commands import distill
 from minianyflow.wan.config import load_config
-from minianyflow.wan.data.shards import LatentShards
+from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.folders import load_transformer, make_tiny_wan
 from minianyflow.wan.run import load_run, read_run
 from minianyflow.wan.run_networks import RunNetworks
@@ -52,7 +52,7 @@ def settings(folder, architecture, stage, *changes):
 
 
 def built(config):
-    data = LatentShards(config.data)
+    data = LatentSet(config.data)
     networks = RunNetworks(config, data.shape[0])
     return networks, STAGES[config.stage](config, networks, {"prompt": data.null}), draws(config, data)
 
@@ -161,7 +161,7 @@ def test_four_accumulated_parts_learn_what_one_batch_learns(folder):
 def test_the_on_policy_student_starts_as_the_forward_stage_ended_and_the_fake_score_as_the_teacher(folder):
     config = settings(folder, "causal", "on_policy")
     networks, roles, _ = built(config)
-    data = LatentShards(config.data)
+    data = LatentSet(config.data)
     x, prompt = data.rows([0, 1])
     t = torch.tensor([0.7, 0.4])
     first = x[:, :1]
@@ -254,7 +254,7 @@ def test_no_kind_of_row_drowns_the_others_in_our_recipe(folder):
 def test_samples_come_from_the_average_by_the_samplers_of_the_course(folder):
     config = settings(folder, "bidirectional", "forward")
     networks, _, _ = built(config)
-    data = LatentShards(config.data)
+    data = LatentSet(config.data)
     noise, (_, prompt) = torch.randn(2, *data.shape, generator=generator(0)), data.rows([0, 1])
     u = networks.trained("other")
     one = sample(config, u, noise, prompt, 1)
@@ -273,7 +273,7 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
 
     def told(*changes, data=folder):
         config = settings(folder, "causal", "on_policy", *changes, f"data={data}/wan/latents")
-        return runs.run_identity(config, LatentShards(config.data))
+        return runs.run_identity(config, LatentSet(config.data))
 
     before = told()
     assert told(*moved) == before
@@ -283,11 +283,6 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
             metadata = opened.metadata()
         save_file({key: 2 * value for key, value in load_file(file).items()}, file, metadata)
         assert {key for key, value in told(*moved).items() if value != before[key]} >= {name}
-    shard = sorted((tmp_path / "wan/latents").glob("0*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-5])  # no manifest says how many rows it had
-    config = settings(folder, "causal", "on_policy", f"data={tmp_path}/wan/latents", "data_skip=1")
-    assert runs.run_identity(config, LatentShards(config.data, 1))["rows of data"] == before["rows of data"] - 8
-    shutil.copy(folder / "wan/latents" / shard.name, shard)
     null = tmp_path / "wan/latents/null.safetensors"
     save_file({"prompt": 2 * load_file(null)["prompt"]}, null)
     assert told(data=tmp_path)["the null prompt"] != before["the null prompt"]
@@ -310,11 +305,11 @@ def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys)
     """Not as another configuration."""
     shutil.copytree(folder / "wan/latents", tmp_path / "data")
     config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
-    kept = runs.Checkpoints(tmp_path / "run/checkpoints", settings=runs.run_identity(config, LatentShards(config.data)))
+    kept = runs.Checkpoints(tmp_path / "run/checkpoints", settings=runs.run_identity(config, LatentSet(config.data)))
     _, roles, draw = built(config)
     train_run(roles, draw, 1, progress=False, checkpoints=kept)
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(InputError, match=r"no shards in .*data; expected"):
+    with pytest.raises(InputError, match=r"no latents in .*data; expected"):
         runs.prepare(config)
 
 
@@ -362,7 +357,7 @@ BAD = {
     "no prompts": (["bidirectional", "forward", "tiny"], ["samples.prompts=[]"], "give prompts, or set samples"),
     "no student": (["bidirectional", "on_policy", "tiny"], ["student=null"], "name the run folder"),
     "no base": (["bidirectional", "forward", "tiny"], ["base=./nowhere"], "no folder ./nowhere"),
-    "no data": (["bidirectional", "forward", "tiny"], ["data=nowhere"], "no shards in nowhere"),
+    "no data": (["bidirectional", "forward", "tiny"], ["data=nowhere"], "no latents in nowhere"),
     "gpu": (["bidirectional", "forward", "tiny"], ["device=cuda"], "torch finds no GPU"),
     "causal from bidirectional": (
         ["causal", "on_policy", "tiny"],

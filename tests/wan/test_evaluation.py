@@ -27,7 +27,7 @@ from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan import evaluate as evaluation
 from minianyflow.wan import samples as sampled
 from minianyflow.wan.commands import evaluate as command
-from minianyflow.wan.data.shards import write_shards
+from minianyflow.wan.data.latents import write_latents
 from minianyflow.wan.evaluate import labelled, table
 from minianyflow.wan.folders import encode_prompts, make_tiny_wan
 from minianyflow.wan.sampler import guided_network
@@ -53,7 +53,7 @@ def folder(networks, tmp_path_factory):
         save_pipeline(folder / name, networks[name], codec, text, stage=stage)
     clips = blobs.sample(32, generator(101))
     captions = [blobs.PROMPTS[balls - 1] for balls in clips.balls.tolist()]
-    write_shards(folder / "held_out", codec.encode(clips.video), text(captions), text([""]), captions, null_text="")
+    write_latents(folder / "held_out", codec.encode(clips.video), text(captions), text([""]), captions, null_text="")
     (folder / "prompts.txt").write_text("\n".join([*blobs.PROMPTS, blobs.PROMPTS[0]]) + "\n")  # one of them twice
     return folder
 
@@ -381,14 +381,15 @@ def test_bad_input_is_one_line(folder, made, evaluate, capsys, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (folder / "no_export").mkdir(exist_ok=True)
     rows = torch.zeros(3, 5, 4, 4, 4)
-    write_shards(tmp_path / "few", rows, torch.zeros(3, 4, 16), torch.zeros(1, 4, 16), ["x"] * 3)
-    write_shards(tmp_path / "same", torch.zeros(8, 5, 4, 4, 4), torch.zeros(8, 4, 16), torch.zeros(1, 4, 16), ["x"] * 8)
+    write_latents(tmp_path / "few", rows, torch.zeros(3, 4, 16), torch.zeros(1, 4, 16), ["x"] * 3)
+    same = torch.zeros(8, 5, 4, 4, 4), torch.zeros(8, 4, 16), torch.zeros(1, 4, 16)
+    write_latents(tmp_path / "same", *same, ["x"] * 8)
     shutil.copytree(folder / "eulerian", tmp_path / "short")
     known = json.loads((tmp_path / "short/minianyflow.json").read_text())
     known["clip"]["frames"] = 13
     (tmp_path / "short/minianyflow.json").write_text(json.dumps(known))
     large = torch.zeros(8, 5, 4, 8, 8)
-    write_shards(tmp_path / "other", large, torch.zeros(8, 4, 16), torch.zeros(1, 4, 16), ["x"] * 8)
+    write_latents(tmp_path / "other", large, torch.zeros(8, 4, 16), torch.zeros(1, 4, 16), ["x"] * 8)
     for arguments, message in (
         (["none"], "no folder none; expected the folder of a run"),
         (["no_export"], "neither run.json nor model_index.json in no_export"),
@@ -405,7 +406,7 @@ def test_bad_input_is_one_line(folder, made, evaluate, capsys, tmp_path):
         (["teacher", "--guidance", 2, "--data", tmp_path / "same"], "does not say of which text its null prompt is; "),
         (["eulerian", "--frames", 9], r"eulerian makes latents \(3, 4, 4, 4\); expected \(5, 4, 4, 4\), as held_out"),
         (["eulerian", "--height", 20], "height 20; expected a multiple of 8: the codec's 4, patches of 2"),
-        (["eulerian", "--data", tmp_path / "none"], "no shards in .*none"),
+        (["eulerian", "--data", tmp_path / "none"], "no latents in .*none"),
         (["eulerian", "--data", tmp_path / "few"], "8 clips and 3 held-out latents; a Frechet .* 2 and 4"),
         (["eulerian", "--data", tmp_path / "other"], r"expected \(5, 4, 8, 8\)"),
         (["eulerian", "--output", made, "--seed", 1], r"sampled with another setting \(seed\); name another folder"),

@@ -17,8 +17,9 @@ from minianyflow.planner.plan import plan_run
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator
 from minianyflow.wan.config import load_config
-from minianyflow.wan.data.shards import LatentShards
-from minianyflow.wan.data.videos import WAN_CLIP, write_clips
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.options import WAN_CLIP
+from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.folders import make_tiny_wan, moving_shapes
 from minianyflow.wan.run import load_run
 
@@ -86,7 +87,7 @@ def check(line, folder, processes):
     if "--dry-run" in line:
         assert not (folder / "data").exists()
     elif "prepare_latents.py" in line:
-        assert len(LatentShards(folder / "data/wan-1.3b")) == COUNT
+        assert len(LatentSet(folder / "data/wan-1.3b")) == COUNT
     elif "distill.py" in line:
         overlays = [word for word in line.split("--config ")[1].split() if "=" not in word]
         made = json.loads((folder / f"outputs/wan-1.3b/{'-'.join(overlays[1:])}/run.json").read_text())

@@ -20,8 +20,8 @@ from minianyflow.training import Role
 from minianyflow.wan.commands import export
 from minianyflow.wan.commands import sample as sampling
 from minianyflow.wan.config import load_config
-from minianyflow.wan.data.shards import LatentShards
-from minianyflow.wan.data.videos import write_clips
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.export import licence
 from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
 from minianyflow.wan.run import load_run, read_run, save_run
@@ -63,7 +63,7 @@ def make_run(folder, architecture, stage, output, *changes):
         role = Role(student, **optimiser(config))  # the average begins here
         for weight in student.parameters():
             weight.mul_(1.1)
-    save_run(config, LatentShards(config.data), networks, {"student": role}, [], 0.0, Accelerator(cpu=True))
+    save_run(config, LatentSet(config.data), networks, {"student": role}, [], 0.0, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def test_an_adapter_without_effect_is_refused(runs, tmp_path, capsys):
     networks = RunNetworks(config, 5)
     save_run(
         config,
-        LatentShards(config.data),
+        LatentSet(config.data),
         networks,
         {"student": Role(networks.trained("student"))},
         [],

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, WanPipeline, WanTransformer3DModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minianyflow.networks.causal import CausalNetwork, causal_from
@@ -17,7 +16,7 @@ from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator, time_shift
 from minianyflow.wan.commands import make_tiny_wan as command
-from minianyflow.wan.data.shards import LatentShards
+from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.folders import (
     TINY_LENGTH,
     decode_latents,
@@ -58,7 +57,7 @@ def copied(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def batch(tiny):
-    return LatentShards(tiny / "latents").draw(0, 2)
+    return LatentSet(tiny / "latents").draw(0, 2)
 
 
 def rewrite(path, change):
@@ -107,7 +106,7 @@ def test_the_same_seed_makes_the_same(tiny, tmp_path):
 
 def test_its_latents_are_its_own_videos_encoded(tiny):
     vae, tokenizer, encoder = load_parts(tiny, "vae", "tokenizer", "text_encoder")
-    data = LatentShards(tiny / "latents")
+    data = LatentSet(tiny / "latents")
     captions, video = moving_shapes(len(data), generator(0))
     latents, prompts = data.rows(range(len(data)))
     assert len(data) == 16
@@ -116,8 +115,7 @@ def test_its_latents_are_its_own_videos_encoded(tiny):
     assert float((encode_video(vae, video[:3]) - latents[:3]).abs().max()) < 1e-4
     assert float((encode_prompts(tokenizer, encoder, captions, TINY_LENGTH) - prompts).abs().max()) < 1e-5
     assert float((encode_prompts(tokenizer, encoder, ["ugly"], TINY_LENGTH) - data.null).abs().max()) < 1e-5
-    with safe_open(tiny / "latents/null.safetensors", "pt") as file:
-        assert file.metadata()["text"] == "ugly"
+    assert data.null_text == "ugly"
     assert torch.allclose(latents.mean((0, 1, 3, 4)), torch.zeros(16), atol=1e-4)  # normalised, channel by channel
     assert torch.allclose(latents.std((0, 1, 3, 4)), torch.ones(16), atol=1e-3)
 
@@ -336,7 +334,7 @@ def test_every_caption_is_known(tiny):
 def test_video_goes_through_the_codec_as_in_stock(tiny, stock):
     (vae,) = load_parts(tiny, "vae")
     assert not any(weight.requires_grad for weight in vae.parameters())
-    latents = LatentShards(tiny / "latents").rows([0, 1])[0]
+    latents = LatentSet(tiny / "latents").rows([0, 1])[0]
     video = decode_latents(vae, latents)
     assert video.shape == (2, 17, 3, 64, 64)
     options = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 1, "guidance_scale": 1.0}
@@ -399,7 +397,7 @@ def test_what_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     def fail(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(wan_folders, "write_shards", fail)
+    monkeypatch.setattr(wan_folders, "write_latents", fail)
     with pytest.raises(InputError, match=r"cannot write .*\(No space left on device\); make room"):
         make_tiny_wan(tmp_path / "tiny", clips=1)
     assert list(tmp_path.iterdir()) == []

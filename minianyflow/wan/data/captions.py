@@ -1,0 +1,76 @@
+"""The captions file: which clips there are, and the text of each."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from minianyflow.support.errors import InputError
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A line of the captions file."""
+
+    file: str
+    caption: str
+
+
+def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
+    """The clips that a captions file names; at most `limit` of them.
+
+    file: jsonl of {"file": ..., "caption": ...}, or csv with the columns file and caption; other columns are ignored.
+    Raises InputError, with the line, for another form and for a video that comes twice.
+    """
+    path = Path(file)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}; expected at least 1")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
+    except OSError as problem:
+        raise InputError(f"captions {path} cannot be read ({problem.strerror}); expected jsonl or csv") from None
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise InputError(f"captions {path} cannot be read ({problem}); expected jsonl or csv in UTF-8") from None
+    first_lines, clips = {}, []
+    for number, row in rows:
+        name, caption = (row.get(column) for column in ("file", "caption"))
+        if not isinstance(name, str) or not isinstance(caption, str) or not name:
+            columns = ", ".join(map(str, row)) or "nothing"
+            raise InputError(f"line {number} of {path} has {columns}; expected texts file and caption")
+        try:
+            f"{name}{caption}".encode()
+        except UnicodeEncodeError as problem:  # a text that was cut to a length may end in half an emoji
+            half = f"half a character ({problem.object[problem.start]!r})"
+            raise InputError(f"line {number} of {path} has {half}; expected whole ones: take it out") from None
+        if name in first_lines:
+            raise InputError(f"{name} is in lines {first_lines[name]} and {number} of {path}; expected each file once")
+        first_lines[name] = number
+        clips.append(Clip(name, caption.strip()))
+    if not clips:
+        raise InputError(f"no clips in {path}; expected one line per clip, with file and caption")
+    return clips[:limit]
+
+
+def _csv_rows(path, lines):
+    reader = csv.DictReader(lines)
+    missing = [name for name in ("file", "caption") if name not in (reader.fieldnames or [])]
+    if missing:
+        columns = ", ".join(reader.fieldnames or []) or "none"
+        raise InputError(f"{path} has columns {columns}; expected file and caption: rename {' and '.join(missing)}")
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _jsonl_rows(path, lines):
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            expected = '{"file": ..., "caption": ...}; for a csv name the file .csv'
+            raise InputError(f"line {number} of {path} is not a JSON object; expected {expected}")
+        yield number, row

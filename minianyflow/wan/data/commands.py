@@ -1,0 +1,115 @@
+"""The command prepare-latents."""
+
+import dataclasses
+import time
+from datetime import timedelta
+
+from minianyflow.support.cli import Parser
+
+BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+def prepare_latents(argv) -> int:
+    """Encode captioned videos once, for every run: a folder of latents, prompts and the null prompt.
+
+    Run the same command again after an interruption: it goes on. Several processes: accelerate launch.
+    """
+    parser = Parser("prepare-latents", description=prepare_latents.__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--videos", metavar="FOLDER", help="where the videos are")
+    add("--captions", metavar="FILE", help='jsonl of {"file", "caption"}, or csv with these columns')
+    add("--base", help=f"pipeline folder or name on the hub (default: {BASE})")
+    add("--output", metavar="OUT", required=True, help="a new folder, or an unfinished one to go on with")
+    add("--frames", type=int, default=81, help="4 n + 1 (default: 81)")
+    add("--height", type=int, default=480, help="pixels (default: 480)")
+    add("--width", type=int, default=832, help="pixels (default: 832)")
+    add("--fps", type=float, default=16.0, help="frames per second (default: 16, as Wan's)")
+    add("--length", type=int, default=512, help="tokens of a prompt (default: 512)")
+    add("--null", metavar="TEXT", help="the null prompt (default: Wan2.1's negative prompt)")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the stored numbers (default: bf16)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--limit", type=int, metavar="N", help="the first N clips only")
+    add("--skip", type=float, default=0.1, metavar="SHARE", help="stop if more is skipped (default: 0.1 of the clips)")
+    add("--retry", action="store_true", help="try skipped or lost clips of a finished OUT again")
+    add("--dry-run", action="store_true", help="say how much disk and time it takes, and stop")
+    add("--verify", action="store_true", help="check a finished OUT; with --base the model, too")
+    arguments = parser.parse_args(argv)
+    if arguments.verify:
+        return _verify(arguments)
+    for name in ("videos", "captions"):
+        if getattr(arguments, name) is None:
+            parser.error(f"--{name} is missing; expected --videos FOLDER --captions FILE, or --verify")
+    return _prepare(arguments)
+
+
+def _verify(arguments):
+    from tqdm import tqdm
+
+    from minianyflow.wan.data.latents import LatentSet, verify
+    from minianyflow.wan.data.prepare import verify_model
+
+    output = arguments.output
+    problems = verify(output, lambda paths: tqdm(paths, desc="verifying", unit="file", mininterval=0.5))
+    if arguments.base:
+        problems += verify_model(output, arguments.base)
+    print("\n".join(problems) or f"{output}: {len(LatentSet(output))} clips, whole")
+    return 1 if problems else 0
+
+
+def _prepare(arguments):
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, gather_object
+
+    from minianyflow.wan.config import find_device
+    from minianyflow.wan.data.captions import read_captions
+    from minianyflow.wan.data.options import Options
+    from minianyflow.wan.data.prepare import Preparation
+
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
+    options = Options(**{name: value for name, value in given.items() if value is not None})
+    clips = read_captions(arguments.captions, arguments.limit)
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=30))  # one process may be hours behind another
+    accelerator = Accelerator(cpu=find_device(arguments.device).type == "cpu", kwargs_handlers=[patient])
+    part, main = (accelerator.process_index, accelerator.num_processes), accelerator.is_main_process
+    where = (arguments.base or BASE, clips, arguments.videos, arguments.output)
+    work = Preparation(*where, options, accelerator.device, part, arguments.skip, arguments.retry)
+    if main:
+        work.begin(write=not arguments.dry_run)
+    accelerator.wait_for_everyone()
+    pending = work.pending()
+    accelerator.wait_for_everyone()  # all processes have listed the same files, before that changes
+    if main and pending is None:
+        print(f"{arguments.output} is finished already; --verify checks it", flush=True)
+    elif main and pending:
+        _announce(work, pending, accelerator.distributed_type.value)
+    accelerator.wait_for_everyone()  # the others begin when there is room
+    if pending is not None and not arguments.dry_run:
+        start = time.perf_counter()
+        skipped = gather_object(work.encode(pending))
+        if main:
+            work.finish(skipped)
+            done = f"{len(clips) - len(skipped)} clips, in {_duration(time.perf_counter() - start)}"
+            print(f"written: {arguments.output}, {done}", flush=True)
+        if main and skipped:
+            why = f"{arguments.output}/skipped.jsonl says why; --retry tries again"
+            print(f"skipped: {len(skipped)} of {len(clips)} clips; {why}", flush=True)
+    accelerator.end_training()  # a process group that is left to the end of Python may abort it
+    return 0
+
+
+def _announce(work, pending, kind):
+    """Print the disk and the time that the clips `pending` take."""
+    size, free = (f"{size / 1e9:.3g} GB" if size > 1e9 else f"{size / 1e6:.3g} MB" for size in work.check_room(pending))
+    count, processes, shape = len(pending), work.part[1], work.options
+    clips = f"{count} clips to encode, {len(work.clips) - count} are there"
+    shape = f"{shape.frames} frames of {shape.width} x {shape.height}"
+    print(f"{clips}; {shape}; {f'{processes} processes ({kind})' if processes > 1 else '1 process'}", flush=True)
+    seconds = work.time_per_clip(pending)
+    total = f"about {_duration(seconds * count / processes)}, {seconds:.2g} s per clip on one process"
+    print(f"disk: {size} of {free} that are free; time: {total}", flush=True)
+
+
+def _duration(seconds):
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "s"))
+    unit, name = next(pair for pair in units if seconds >= pair[0])
+    return f"{seconds / (unit or 1):.2g} {name}"

@@ -1,0 +1,277 @@
+"""Captioned latents on disk, one file per clip, and the batches that training draws from them.
+
+`write_latents` and the command prepare-latents (prepare.py) write a folder of latents:
+    00000/00000123.safetensors   clip 123: `latents` (F, C, H, W), normalised, and `prompt` (L', D) without its padding;
+                                 the metadata holds its caption and a SHA-256 of the tensors and the caption
+    null.safetensors             `prompt` (1, L, D): the null prompt with its padding; the metadata holds its text
+    manifest.json                the number of clips, which of them were skipped, their shape, how they were made
+Clips are numbered as in the captions file, 1000 in a folder. A file takes its place when it is whole, the manifest
+last. Rows are read when a batch needs them: a large set is never in memory.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from minianyflow.batch import Batch
+from minianyflow.interpolant import check_finite
+from minianyflow.support.errors import InputError
+from minianyflow.support.files import staging_folder
+from minianyflow.times import draw_pairs, generator
+
+NULL, MANIFEST, FORMAT = "null.safetensors", "manifest.json", 2
+ORDER, NOISE, TIMES = range(3)  # the second number of a key (seed, purpose, number) of random numbers
+AGAIN = "fetch or make it again"
+
+
+class LatentSet:
+    """The clips in `folder`, in the order of their numbers: row k is the k-th clip that was not skipped.
+
+    shape: (F, C, H, W) of a row. null: the null prompt (1, L, D), float32. null_text: its text, None if it is unknown.
+    skip: how many broken files may be left out, with a line on stderr per file. The next row stands in for a broken
+    one, so the other rows keep their numbers and every process draws the same. broken: the paths that this process met.
+    identity: a text that tells this set from others.
+    A subclass without files replaces `__len__`, `rows` and `order`.
+    Raises InputError for a folder without latents, an unfinished one, or one without a null prompt.
+    """
+
+    def __init__(self, folder: str | Path, skip: int = 0):
+        self.folder, self.skip, self.broken = Path(folder), skip, []
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            raise InputError(f"no latents in {folder}; expected a folder that prepare-latents or write_latents wrote")
+        self.identity = f"manifest {hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()[:12]}"
+        skipped = {*manifest["skipped"]}
+        self.numbers = [number for number in range(manifest["clips"]) if number not in skipped]
+        self.shape = tuple(manifest["shape"])
+        null, metadata = read_file(self.folder / NULL, "prompt")
+        self.null, self.null_text = null["prompt"].float(), metadata.get("text")
+        if self.null.ndim != 3 or len(self.null) != 1:
+            raise InputError(f"{self.folder / NULL} holds {tuple(self.null.shape)}; expected one prompt (1, L, D)")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def path(self, index: int) -> Path:
+        """The file of a row."""
+        if not 0 <= index < len(self):
+            raise InputError(f"no row {int(index)} in {self.folder}; expected rows 0 to {len(self) - 1}")
+        return self.folder / clip_name(self.numbers[index])
+
+    def files(self, indices: Iterable[int]) -> list[str]:
+        """The names of the files of these rows, inside the folder."""
+        return [str(self.path(index).relative_to(self.folder)) for index in indices]
+
+    def captions(self, indices: Iterable[int]) -> list[str]:
+        """The captions of these rows."""
+        return [read_file(self.path(index))[1].get("text", "") for index in indices]
+
+    def rows(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Latents (B, F, C, H, W) and prompts (B, L, D) of these rows, float32 whatever they are stored in."""
+        indices = [int(index) for index in indices]
+        latents, prompts = torch.empty(len(indices), *self.shape), torch.zeros(len(indices), *self.null.shape[1:])
+        for place, index in enumerate(indices):
+            clip = self._read_row(index)
+            latents[place], prompts[place, : len(clip["prompt"])] = clip["latents"], clip["prompt"]
+        return latents, prompts
+
+    def _read_row(self, index):
+        """The tensors of a row, or of the next one that can be read; that depends only on the files."""
+        path = self.path(index)
+        for following in range(index + 1, index + 1 + len(self)):
+            try:
+                return self.read_clip(path)[0]
+            except InputError as problem:
+                self._skip_broken(path, problem)
+            path = self.path(following % len(self))
+        raise InputError(f"all {len(self)} clips in {self.folder} are broken; {AGAIN}")
+
+    def _skip_broken(self, path, problem):
+        """Count a broken file and name it once; raise `problem` if it is one too many."""
+        if path in self.broken:
+            return
+        if len(self.broken) >= self.skip:
+            others = f" ({len(self.broken)} other broken clips were skipped)" if self.broken else ""
+            raise InputError(f"{problem}{others}") from None
+        self.broken.append(path)
+        tqdm.write(f"warning: {problem}; skipped, {len(self.broken)} of at most {self.skip}", file=sys.stderr)
+
+    def read_clip(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and the metadata of a clip. Raises InputError where they do not fit the set or are not finite."""
+        clip, metadata = read_file(path, "latents", "prompt")
+        latents, prompt = clip["latents"], clip["prompt"]
+        if latents.shape != self.shape:
+            raise InputError(f"{path} holds latents {tuple(latents.shape)}; expected {self.shape}, as {MANIFEST} says")
+        _, length, width = self.null.shape
+        if prompt.ndim != 2 or not 0 < len(prompt) <= length or prompt.shape[1] != width:
+            expected = f"at most {(length, width)}, as the null prompt has"
+            raise InputError(f"{path} holds a prompt {tuple(prompt.shape)}; expected {expected}")
+        for name, tensor in clip.items():
+            if not tensor.sum().isfinite():  # a sum is ten times quicker than a look at every number
+                check_finite(f"{name} in {path}", tensor)
+        return clip, metadata
+
+    def draw(self, step: int, rows: int, seed: int = 0, part: tuple[int, int] = (0, 1), **pairs) -> Batch:
+        """The batch of `step`, for `objectives.FlowMapLoss`. It depends on the arguments alone.
+
+        Samples are numbered through the whole run: the batch has the `rows` samples from step * rows on. Every row of
+        the set comes once per epoch, in another order per epoch, whatever the size of a batch. The noise of a sample
+        depends on its number, the times depend on the step. `pairs` are arguments of `times.draw_pairs`; rows that
+        drop their prompt get the null prompt. `row` (B,) has the rows of the set.
+        part: (index, parts), one of so many equal parts of the batch; only its rows are read.
+        """
+        index, parts = part
+        if rows % parts or not 0 <= index < parts:
+            expected = "equal parts (processes x accumulation), counted from 0"
+            raise InputError(f"part {index} of {parts} of a batch of {rows} rows; expected {expected}")
+        own = slice(index * rows // parts, (index + 1) * rows // parts)
+        numbers = range(step * rows, (step + 1) * rows)[own]
+        row = torch.stack([self.order(seed, number // len(self))[number % len(self)] for number in numbers])
+        x, prompt = self.rows(row)
+        eps = torch.stack([torch.randn(self.shape, generator=generator(seed, NOISE, number)) for number in numbers])
+        times = draw_pairs(rows, generator(seed, TIMES, step), **pairs)
+        times = {name: value[own] for name, value in times.items()}
+        if "dropped" in times:
+            prompt = torch.where(times["dropped"][:, None, None], self.null, prompt)
+        return {"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": row} | times
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The order of all rows in an epoch."""
+        return _permutation(len(self), seed, epoch)
+
+
+@lru_cache(maxsize=4)
+def _permutation(count, seed, epoch):
+    return torch.randperm(count, generator=generator(seed, ORDER, epoch))
+
+
+# Writing
+
+
+def write_latents(
+    folder: str | Path,
+    latents: Tensor,
+    prompts: Tensor,
+    null: Tensor,
+    captions: Sequence[str],
+    null_text: str | None = None,
+) -> None:
+    """Write a set to `folder` in the dtype that it has; files take their places when all are whole.
+
+    latents (N, F, C, H, W), normalised; prompts (N, L, D) and null (1, L, D), zero beyond their ends; null_text: the
+    text of the null prompt.
+    Raises InputError for counts that differ, shapes that do not fit, or a folder that holds latents already.
+    """
+    folder = Path(folder)
+    if not len(latents) == len(prompts) == len(captions) or not len(latents):
+        counts = f"{len(latents)} latents, {len(prompts)} prompts, {len(captions)} captions"
+        raise InputError(f"{counts}; expected as many of each, and at least one")
+    if latents.ndim != 5 or prompts.ndim != 3 or prompts[:1].shape != null.shape:
+        shapes = f"latents {tuple(latents.shape)}, prompts {tuple(prompts.shape)}, null {tuple(null.shape)}"
+        raise InputError(f"{shapes}; expected (N, F, C, H, W), (N, L, D) and (1, L, D)")
+    if read_manifest(folder, unfinished=True):
+        raise InputError(f"{folder} holds latents already; expected a new folder: name another")
+    digest = hashlib.sha256()
+    with staging_folder(folder) as unfinished:
+        for number, (clip, prompt, caption) in enumerate(zip(latents, prompts, captions, strict=True)):
+            path, data = unfinished / clip_name(number), clip_bytes(clip, prompt, caption)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+            digest.update(hashlib.sha256(data).digest())
+        (unfinished / NULL).write_bytes(file_bytes({"prompt": null}, null_text))
+        manifest = {"clips": len(latents), "skipped": [], "shape": [*latents.shape[1:]], "sha256": digest.hexdigest()}
+        (unfinished / MANIFEST).write_bytes(manifest_bytes(manifest, finished=True))
+
+
+def clip_name(number: int) -> str:
+    """The file of a clip inside its folder."""
+    return f"{number // 1000:05d}/{number:08d}.safetensors"
+
+
+def clip_bytes(latents: Tensor, prompt: Tensor, caption: str) -> bytes:
+    """The contents of a clip's file: latents (F, C, H, W), a prompt (L, D) whose padding is left out, a caption."""
+    return file_bytes({"latents": latents, "prompt": without_padding(prompt)}, caption)
+
+
+def without_padding(prompt: Tensor) -> Tensor:
+    """A prompt (L, D) up to its last token that is not zero, (L', D) with at least one."""
+    tokens = prompt.abs().sum(1).nonzero()
+    return prompt[: int(tokens[-1]) + 1 if len(tokens) else 1].clone()
+
+
+def file_bytes(tensors: dict[str, Tensor], text: str | None) -> bytes:
+    """A safetensors file with a text, if it is known, and a SHA-256 in its metadata."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {"sha256": _digest(tensors, text)} | ({} if text is None else {"text": text})
+    return save(tensors, {"minianyflow": json.dumps(metadata, ensure_ascii=False)})  # one entry: they have no order
+
+
+def manifest_bytes(manifest: dict, finished: bool) -> bytes:
+    """The file of a manifest."""
+    manifest = {"format": FORMAT, "finished": finished} | manifest
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _digest(tensors, text):
+    digest = hashlib.sha256((text or "").encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# Reading and checking
+
+
+def read_file(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a safetensors file by name, and its metadata. Raises InputError for a broken file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("minianyflow", "{}"))
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; {AGAIN}") from None
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise InputError(f"{path} cannot be read ({problem}); {AGAIN}") from None
+
+
+def read_manifest(folder: str | Path, unfinished: bool = False) -> dict | None:
+    """The manifest of a folder, or None if there is none. unfinished: also that of a folder not yet complete."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        earlier = manifest.get("format") != FORMAT if manifest else any(Path(folder).glob("*.safetensors"))
+    except (OSError, ValueError, AttributeError):
+        raise InputError(f"{path} is cut short or no manifest; {AGAIN}") from None
+    if earlier:
+        raise InputError(f"{folder} was written by an earlier version; prepare the latents again, in a new folder")
+    if manifest and not manifest["finished"] and not unfinished:
+        raise InputError(f"{folder} is unfinished; expected all its clips: run prepare-latents again, it goes on")
+    return manifest or None
+
+
+def verify(folder: str | Path, watch: Callable[[Sequence], Iterable] = iter) -> list[str]:
+    """What is wrong with a finished set, one line per problem: every file is read, digests included.
+
+    watch: wraps the paths that are read, for example in a progress bar.
+    """
+    data, problems = LatentSet(folder), []
+    clips = [data.path(index) for index in range(len(data))]
+    for path in watch([data.folder / NULL, *clips]):
+        try:
+            tensors, metadata = read_file(path, "prompt") if path.name == NULL else data.read_clip(path)
+            if metadata.get("sha256") != _digest(tensors, metadata.get("text")):
+                problems.append(f"{path} has another SHA-256 than when it was written")
+        except InputError as problem:
+            problems.append(str(problem))
+    extra = {*data.folder.glob("[0-9]*/*.safetensors")} - {*clips}
+    return problems + [f"{path} is not in {MANIFEST}" for path in sorted(extra)]

@@ -1,0 +1,309 @@
+"""Captioned latents on disk: every row once per epoch, batches that depend on their step alone, broken files."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minianyflow.objectives import FlowMapLoss
+from minianyflow.support.errors import InputError
+from minianyflow.wan.data import latents as module
+from minianyflow.wan.data.latents import LatentSet, clip_name, verify, write_latents
+
+ROWS, SHAPE = 11, (2, 3, 4, 4)
+PAIRS = {"diagonal": 0.5, "end": 0.25, "shift": 5.0, "drop": 0.5}
+
+
+def marked(rows=ROWS, shape=SHAPE):
+    """Latents and prompts in which every number says its row."""
+    row = torch.arange(rows, dtype=torch.float32)
+    return row.view(-1, 1, 1, 1, 1).expand(-1, *shape).clone(), 100 + row.view(-1, 1, 1).expand(-1, 5, 6).clone()
+
+
+def write(folder, **changes):
+    latents, prompts = marked()
+    given = {"latents": latents, "prompts": prompts, "null": -torch.ones(1, 5, 6)}
+    write_latents(folder, **given | {"captions": [f"clip {row}" for row in range(ROWS)]} | changes)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "data")
+
+
+def rows_of(batch):
+    return batch["x"][:, 0, 0, 0, 0].long().tolist()
+
+
+def one_line(message, function, *arguments, **options):
+    with pytest.raises(InputError, match=message) as problem:
+        function(*arguments, **options)
+    assert "\n" not in str(problem.value)
+    return str(problem.value)
+
+
+def test_what_is_written_is_read(folder):
+    data, order = LatentSet(folder), [10, 0, 4, 3, 8, 4]  # in any order, one twice
+    assert (len(data), data.shape, data.null_text) == (ROWS, SHAPE, None)
+    latents, prompts = data.rows(order)
+    assert torch.equal(latents, marked()[0][order])
+    assert torch.equal(prompts, marked()[1][order])
+    assert data.captions(order) == [f"clip {row}" for row in order]
+    assert data.files([3]) == ["00000/00000003.safetensors"]
+    assert torch.equal(data.null, -torch.ones(1, 5, 6))
+    assert LatentSet(write(folder.parent / "text", null_text="ugly")).null_text == "ugly"
+    assert clip_name(1_234_567) == "01234/01234567.safetensors"
+
+
+def test_captions_with_all_kinds_of_characters(tmp_path):
+    texts = ["a\u2028b", "a\x85b", "a\x0cb\n", "", '"', *map(str, range(ROWS - 5))]
+    assert LatentSet(write(tmp_path, captions=texts)).captions(range(ROWS)) == texts
+
+
+def test_half_precision_on_disk_is_float32_in_a_batch(tmp_path):
+    latents, prompts = (tensor.to(torch.bfloat16) for tensor in marked())
+    data = LatentSet(write(tmp_path, latents=latents, prompts=prompts, null=prompts[:1]))
+    stored = load_file(data.path(0))
+    assert stored["latents"].dtype == stored["prompt"].dtype == torch.bfloat16
+    batch = data.draw(0, 4, **PAIRS)
+    assert {batch[name].dtype for name in ("x", "eps", "t", "r")} == {torch.float32}
+    assert batch["condition"]["prompt"].dtype == torch.float32
+
+
+def test_prompts_are_stored_without_padding(tmp_path):
+    _, prompts = marked()
+    prompts[:, 3:] = 0
+    prompts[5] = 0
+    data = LatentSet(write(tmp_path, prompts=prompts))
+    assert [len(load_file(data.path(row))["prompt"]) for row in (4, 5)] == [3, 1]
+    assert torch.equal(data.rows([7, 5])[1], prompts[[7, 5]])
+    assert data.draw(0, 8, **PAIRS)["condition"]["prompt"].shape == (8, 5, 6)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11, 25])
+def test_every_row_once_per_epoch_whatever_the_batch(folder, rows):
+    data = LatentSet(folder)
+    drawn = [row for step in range(2 * ROWS // rows + 1) for row in rows_of(data.draw(step, rows, seed=7))]
+    first, second = drawn[:ROWS], drawn[ROWS : 2 * ROWS]
+    assert sorted(first) == sorted(second[:ROWS]) == list(range(ROWS))
+    assert first != second  # another order per epoch
+    assert first == rows_of(data.draw(0, ROWS, seed=7))  # the same whatever the batch
+    assert first != rows_of(data.draw(0, ROWS, seed=8))
+
+
+def test_a_batch_depends_on_its_step_alone(folder):
+    one, other = LatentSet(folder), LatentSet(folder)
+    for step in range(3):
+        one.draw(step, 4, seed=3, **PAIRS)
+    torch.manual_seed(99)
+    again, expected = one.draw(1, 4, seed=3, **PAIRS), other.draw(1, 4, seed=3, **PAIRS)
+    assert again.keys() == expected.keys() >= {"x", "eps", "condition", "row", "t", "r", "split", "dropped"}
+    assert torch.equal(again["condition"].pop("prompt"), expected["condition"].pop("prompt"))
+    assert all(torch.equal(again[name], expected[name]) for name in again if name != "condition")
+
+
+def test_noise_belongs_to_the_sample(folder):
+    """Two batches of 3 have the noise of one of 6, and no two samples share theirs, not even of one row."""
+    data = LatentSet(folder)
+    halves = torch.cat([data.draw(step, 3)["eps"] for step in (2, 3)])
+    assert torch.equal(halves, data.draw(1, 6)["eps"])
+    many = torch.cat([data.draw(step, ROWS)["eps"] for step in range(3)]).flatten(1)
+    assert len(many.unique(dim=0)) == 3 * ROWS
+    assert abs(float(many.mean())) < 0.15
+    assert abs(float(many.std()) - 1) < 0.15
+
+
+def test_noise_times_and_order_use_random_numbers_of_their_own(folder, monkeypatch):
+    """Sample 3 and step 3 would share their numbers if the key were (seed, 3)."""
+    keys = []
+    generator = module.generator
+    monkeypatch.setattr(module, "generator", lambda *key: keys.append(key) or generator(*key))
+    module._permutation.cache_clear()
+    data = LatentSet(folder)
+    for step in range(4):
+        data.draw(step, 4, seed=5, **PAIRS)
+    assert len(set(keys)) == len(keys) == 2 + 16 + 4  # two epochs begun, sixteen samples, four steps
+
+
+def test_dropped_rows_get_the_null_prompt(folder):
+    data = LatentSet(folder)
+    batch = data.draw(0, ROWS, **PAIRS)
+    dropped = batch["dropped"]
+    assert 0 < int(dropped.sum()) < ROWS
+    prompt = batch["condition"]["prompt"]
+    assert torch.equal(prompt[dropped], data.null.expand(int(dropped.sum()), -1, -1))
+    assert torch.equal(prompt[~dropped], marked()[1][rows_of(batch)][~dropped])
+    assert "dropped" not in data.draw(0, ROWS)
+
+
+def test_the_loss_takes_a_batch_as_it_is(folder):
+    def u(z, t, r, prompt):
+        return z * (t - r).view(-1, 1, 1, 1, 1) + prompt.mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+    losses, raw = FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5})(u, LatentSet(folder).draw(0, 8, **PAIRS))
+    assert losses.shape == (8,)
+    assert set(raw) == {"tangent", "eulerian", "semigroup"}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_parts_make_the_batch_and_read_only_their_rows(folder, monkeypatch, parts):
+    read, read_clip = [], LatentSet.read_clip
+    monkeypatch.setattr(LatentSet, "read_clip", lambda self, path: read.append(path.stem) or read_clip(self, path))
+    data = LatentSet(folder)
+    whole = data.draw(3, 6, 5, **PAIRS)
+    assert read == [f"{row:08d}" for row in rows_of(whole)]
+    batches = [data.draw(3, 6, 5, (index, parts), **PAIRS) for index in range(parts)]
+    assert read[6:] == read[:6]
+    prompt = whole.pop("condition")["prompt"]
+    assert torch.equal(torch.cat([batch.pop("condition")["prompt"] for batch in batches]), prompt)
+    assert all(torch.equal(torch.cat([batch[name] for batch in batches]), whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("part", [(0, 3), (2, 2), (-1, 2)])
+def test_parts_that_are_none(folder, part):
+    message = rf"part {part[0]} of {part[1]} of a batch of 4 rows; expected equal parts"
+    one_line(message, LatentSet(folder).draw, 0, 4, part=part)
+
+
+def test_every_sample_once_per_epoch_at_any_number_of_processes_across_any_resume(folder):
+    """Steps of 6 rows on 1, 2, 3 and 6 processes in turn, stopped and resumed in between: exactly twelve epochs."""
+    drawn, noise = Counter(), []
+    for start, stop, processes in ((0, 4, 2), (4, 5, 1), (5, 14, 6), (14, 20, 3), (20, 22, 2)):
+        data = LatentSet(folder)  # a resumed run reads the folder again
+        for step in range(start, stop):
+            for index in range(processes):
+                batch = data.draw(step, 6, 1, (index, processes))
+                drawn.update(rows_of(batch))
+                noise.append(batch["eps"])
+    assert drawn == dict.fromkeys(range(ROWS), 12)
+    assert torch.equal(torch.cat(noise), LatentSet(folder).draw(0, 132, 1)["eps"])
+
+
+# Broken files
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def other(**changes):
+    """A function that writes other tensors in a file's place."""
+    latents, prompts = marked(1)
+    tensors = {"latents": latents[0], "prompt": prompts[0]} | changes
+    return lambda path: save_file({name: value for name, value in tensors.items() if value is not None}, path)
+
+
+BROKEN = {
+    "cut": (cut, "cannot be read .*fetch or make it again"),
+    "grown": (lambda path: path.write_bytes(path.read_bytes() + b"more"), "cannot be read"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "gone": (lambda path: path.unlink(), "is missing; fetch or make it again"),
+    "no prompt": (other(prompt=None), "cannot be read .*prompt"),
+    "other size": (other(latents=torch.zeros(2, 3, 4, 8)), r"holds latents \(2, 3, 4, 8\); expected \(2, 3, 4, 4\)"),
+    "long prompt": (other(prompt=torch.zeros(6, 6)), r"holds a prompt \(6, 6\); expected at most \(5, 6\)"),
+    "wide prompt": (other(prompt=torch.zeros(5, 7)), r"holds a prompt \(5, 7\); expected at most \(5, 6\)"),
+    "not a number": (other(latents=torch.full(SHAPE, torch.nan)), "latents in .* holds NaN"),
+    "infinite": (other(prompt=torch.full((5, 6), torch.inf)), "prompt in .* holds NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_clip_is_named_or_skipped(folder, capsys, how):
+    """The next row stands in for it; all others keep their numbers, for every process, before and after a resume."""
+    breaks, message = BROKEN[how]
+    before = rows_of(LatentSet(folder).draw(0, ROWS))
+    breaks(LatentSet(folder).path(4))
+    assert "00000004.safetensors" in one_line(message, LatentSet(folder).rows, [4])
+    assert len(verify(folder)) == 1
+    assert capsys.readouterr().err == ""
+    data = LatentSet(folder, skip=1)
+    drawn = rows_of(data.draw(0, 2 * ROWS))
+    (line,) = capsys.readouterr().err.splitlines()  # once
+    assert line.startswith("warning: ")
+    assert line.endswith("; skipped, 1 of at most 1")
+    assert data.broken == [data.path(4)]
+    assert drawn[:ROWS] == [row + (row == 4) for row in before]
+    parts = [LatentSet(folder, skip=1).draw(0, 2 * ROWS, part=(index, ROWS)) for index in range(ROWS)]
+    assert [row for batch in parts for row in rows_of(batch)] == drawn
+
+
+def test_one_broken_clip_too_many(folder):
+    data = LatentSet(folder, skip=1)
+    for row in (0, 10):
+        cut(data.path(row))
+    one_line(r"00000000\.safetensors .* \(1 other broken clips were skipped\)", data.rows, [10, 0])
+    assert LatentSet(folder, skip=2).rows([10])[0].unique().tolist() == [1]  # 0 follows on 10, 1 on 0
+    for row in range(1, 10):
+        cut(data.path(row))
+    one_line(r"all 11 clips in .* are broken; fetch or make it again", LatentSet(folder, skip=ROWS).rows, [3])
+
+
+@pytest.mark.parametrize("index", [-1, ROWS])
+def test_rows_that_do_not_exist(folder, index):
+    one_line(rf"no row {index} in .*; expected rows 0 to 10", LatentSet(folder).rows, [index])
+
+
+def change_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+FOLDERS = {
+    "empty": (lambda folder: (folder / "manifest.json").unlink(), "no latents in .*; expected a folder that"),
+    "unfinished": (lambda folder: change_manifest(folder, finished=False), "is unfinished; .* again, it goes on"),
+    "cut manifest": (lambda folder: cut(folder / "manifest.json"), "manifest.json is cut short or no manifest"),
+    "list": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json is cut short or no manifest"),
+    "earlier": (lambda folder: change_manifest(folder, format=1), "written by an earlier version; prepare .* again"),
+    "no null": (lambda folder: (folder / "null.safetensors").unlink(), "null.safetensors is missing"),
+    "other null": (
+        lambda folder: save_file({"prompt": torch.zeros(5, 6)}, folder / "null.safetensors"),
+        r"null.safetensors holds \(5, 6\); expected one prompt \(1, L, D\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FOLDERS)
+def test_a_folder_that_does_not_fit_is_one_line(folder, how):
+    breaks, message = FOLDERS[how]
+    if how == "empty":
+        (folder / "null.safetensors").unlink()
+    breaks(folder)
+    one_line(message, LatentSet, folder)
+
+
+def test_shards_of_an_earlier_version_are_refused(tmp_path):
+    save_file({"latents": marked()[0], "prompts": marked()[1]}, tmp_path / "00000.safetensors")
+    for function in (LatentSet, write):
+        one_line("written by an earlier version; prepare the latents again, in a new folder", function, tmp_path)
+
+
+def test_skipped_clips_have_no_row_and_change_the_identity(folder):
+    before = LatentSet(folder).identity
+    change_manifest(folder, skipped=[0, 4])
+    data = LatentSet(folder)
+    assert len(data) == ROWS - 2
+    assert rows_of({"x": data.rows(range(9))[0]}) == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert data.identity != before
+    assert verify(folder) == [f"{folder}/{clip_name(number)} is not in manifest.json" for number in (0, 4)]
+
+
+@pytest.mark.parametrize("name", [clip_name(3), "null.safetensors"])
+def test_verify_finds_a_number_that_changed_into_another(folder, name):
+    assert verify(folder) == []
+    data = bytearray((folder / name).read_bytes())
+    data[-7] ^= 1
+    (folder / name).write_bytes(data)
+    assert verify(folder) == [f"{folder / name} has another SHA-256 than when it was written"]
+
+
+def test_writing_says_what_does_not_fit(folder, tmp_path):
+    one_line("holds latents already; expected a new folder", write, folder)
+    one_line("11 latents, 11 prompts, 1 captions; expected as many of each", write, tmp_path / "new", captions=["one"])
+    one_line(r"null \(1, 4, 6\); expected .* \(1, L, D\)", write, tmp_path / "new", null=torch.zeros(1, 4, 6))
+    assert not (tmp_path / "new").exists()
