@@ -30,7 +30,7 @@ BLOCKS = {
 }
 COUNT, PROCESSES = 6, 2  # test_distill.py launches all eight
 TINY = {
-    "prepare_latents.py": "--base={wan} --frames=17 --height=64 --width=64 --length=32 --shard-size=2 --device=cpu",
+    "prepare_latents.py": "--base={wan} --frames=17 --height=64 --width=64 --length=32 --device=cpu",
     "distill.py": "tiny base={wan} data=data/wan-1.3b runs=outputs/wan-1.3b accumulate=2 steps=4 "
     "samples.every=4 samples.steps=[1]",
     "sample.py": "--device=cpu",
