@@ -1,4 +1,4 @@
-"""Two tiny transformers of other families, each from teacher to flow map on a toy whose truth is exact.
+"""Two tiny transformers of other families, from teacher to flow map on a toy whose truth is exact.
 
 `python -m benchmarks.backbone_toys 0 1 2` prints the table of docs/backbones.md, seed by seed.
 """
@@ -34,7 +34,7 @@ def spread_spiral(*shape):
 
 
 def sd3_toy():
-    """An image transformer, of joint attention with the prompt; latents (1, 4, 4), a token for each 2 x 2 patch."""
+    """An image transformer, of joint attention with the prompt; latents (1, 4, 4), a token per 2 x 2 patch."""
     transformer = SD3Transformer2DModel(
         sample_size=4,
         patch_size=2,
@@ -52,7 +52,7 @@ def sd3_toy():
 
 
 def ltx_toy():
-    """A video transformer, of attention across to the prompt; clips (4, 4, 1, 1), a token for each frame."""
+    """A video transformer, of attention across to the prompt; clips (4, 4, 1, 1), a token per frame."""
     transformer = LTXVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,

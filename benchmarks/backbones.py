@@ -1,36 +1,38 @@
-"""Any flow-matching transformer of diffusers as a flow map u(z, t, r, **condition): the one place that makes it so.
+"""Any flow-matching transformer of diffusers as a flow map u(z, t, r, **condition).
 
-A stock transformer knows one time. Two things are missing, and both are here: a second embedder, of the length t - r
-of the jump, and a `call` of a few lines that hands state, time and condition to the transformer as it wants them.
+A stock transformer knows one time. This file adds the two things that are missing: a second embedder, of the length
+t - r of the jump, and a `call` of a few lines that passes state, time and condition to the transformer in its own form.
     z, u    (B, C, H, W) or (B, F, C, H, W)   latents of images or of clips, frames first
     t, r    (B,)                              in [0, 1]; a transformer counts them to `timesteps`
-    prompt  (B, L, D), pooled (B, D)          embeddings, as the transformer's own text encoders make them
+    prompt  (B, L, D), pooled (B, D)          embeddings of the transformer's own text encoders
 """
 
 import contextlib
 import copy
+from collections.abc import Callable
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
 
 from minianyflow.interpolant import check_same_shape
 from minianyflow.support.errors import InputError, choose
 
-TIMESTEPS = 1000.0  # what most transformers count time 1 as
+TIMESTEPS = 1000.0  # most transformers count from 0 to 1000, not to 1
 
 
 class Backbone(nn.Module):
-    """A stock transformer as u(z, t, r, **condition), a teacher: it does not see r, so it is the velocity at t.
+    """A stock transformer as u(z, t, r, **condition), a teacher: it ignores r, so it is the velocity at t.
 
-    call: `call(transformer, z, t, **condition)`, t counted to `timesteps`, returns the shape of z; see CALLS.
+    call: `call(transformer, z, t, **condition)`, t counted to `timesteps`, returns a tensor of z's shape; see CALLS.
     """
 
-    def __init__(self, transformer, call, timesteps=TIMESTEPS):
+    def __init__(self, transformer: nn.Module, call: Callable, timesteps: float = TIMESTEPS):
         super().__init__()
         self.transformer, self.call, self.timesteps = transformer, call, timesteps
 
-    def forward(self, z, t, r, **condition):
+    def forward(self, z: Tensor, t: Tensor, r: Tensor, **condition) -> Tensor:
         """z (B, *shape), t and r (B,); returns the shape of z."""
         if t.shape != z.shape[:1] or r.shape != t.shape:
             raise InputError(f"times {tuple(t.shape)}, {tuple(r.shape)} for z {tuple(z.shape)}; expected (B,) for both")
@@ -40,26 +42,26 @@ class Backbone(nn.Module):
 
 
 class FlowMapBackbone(Backbone):
-    """A transformer that also knows how far to jump: the average velocity u(z, t, r, **condition).
+    """A transformer that also knows the length of the jump: the average velocity u(z, t, r, **condition).
 
-    `jump`, the only new weights, is a copy of the transformer's own embedder of time whose last layer starts at zero;
-    of t - r it makes what is added to the embedding of t. So at the start u(z, t, r) is the stock velocity at (z, t)
-    exactly, for all r. The transformer's weights are those passed in, under the names they had.
-    embedder: the name of its TimestepEmbedding, wanted only where there are several.
+    The only new weights are `jump`, a copy of the transformer's own time embedder whose last layer starts at zero. Its
+    embedding of t - r is added to the embedding of t. So at the start u(z, t, r) is exactly the stock velocity at
+    (z, t), for all r. The transformer keeps its weights and their names.
+    embedder: the name of its TimestepEmbedding, needed if there are several.
     """
 
-    def __init__(self, transformer, call, timesteps=TIMESTEPS, embedder=None):
+    def __init__(self, transformer: nn.Module, call: Callable, timesteps=TIMESTEPS, embedder: str | None = None):
         super().__init__(transformer, call, timesteps)
         time, waves = find_embedder(transformer, embedder)
         if time._forward_hooks:
             raise InputError("this transformer is a flow map already; expected a stock one: copy it before")
         self.jump, self.waves = copy.deepcopy(time).requires_grad_(True), copy.deepcopy(waves)
-        self.length = None  # (B,), counted, while the transformer runs
+        self.length = None  # (B,), counted to `timesteps`, while the transformer runs
         for weight in self.jump.linear_2.parameters():
             nn.init.zeros_(weight)
         time.register_forward_hook(self._add_jump)
 
-    def forward(self, z, t, r, **condition):
+    def forward(self, z: Tensor, t: Tensor, r: Tensor, **condition) -> Tensor:
         """z (B, *shape), t and r (B,); returns the shape of z."""
         with self._jumping(self.timesteps * (t - r).float()):
             return super().forward(z, t, r, **condition)
@@ -73,20 +75,20 @@ class FlowMapBackbone(Backbone):
             self.length = None
 
     def _add_jump(self, embedder, arguments, embedded):
-        """What the transformer's embedder hands on: its own embedding (B, D) of t, and that of t - r with it."""
+        """The output of the transformer's embedder: its own embedding (B, D) of t plus that of t - r."""
         if self.length is None:  # by itself it would be neither the velocity nor a flow map
             raise InputError("the transformer of a flow map was called by itself; call the FlowMapBackbone around it")
         if embedded.shape[:-1] != self.length.shape:
             raise InputError(
-                f"{tuple(embedded.shape[:-1])} times reach the transformer's embedder; expected one a sample, "
-                f"{tuple(self.length.shape)}: hand it t as `call` gets it"
+                f"{tuple(embedded.shape[:-1])} times reach the transformer's embedder; expected one per sample, "
+                f"{tuple(self.length.shape)}: pass it t as `call` gets it"
             )
         return embedded + self.jump(self.waves(self.length).to(embedded.dtype))
 
 
-def find_embedder(transformer, name=None):
+def find_embedder(transformer: nn.Module, name: str | None = None) -> tuple[TimestepEmbedding, Timesteps]:
     """The transformer's TimestepEmbedding (the only one, or that of `name`) and the Timesteps beside it."""
-    found = {each: module for each, module in transformer.named_modules() if isinstance(module, TimestepEmbedding)}
+    found = {key: module for key, module in transformer.named_modules() if isinstance(module, TimestepEmbedding)}
     if not found or (name is None and len(found) > 1):
         what = f"{len(found)} embedders of time, {', '.join(found)}" if found else "no TimestepEmbedding"
         raise InputError(f"{type(transformer).__name__} has {what}; expected one: name it with embedder=")
@@ -105,21 +107,21 @@ def call_sd3(transformer, z, t, prompt, pooled):
 
 
 def call_flux(transformer, z, t, prompt, pooled, guidance=None):
-    """FluxTransformer2DModel: z (B, C, H, W) goes in as tokens, one for each 2 x 2 patch; it counts to 1000 itself."""
+    """FluxTransformer2DModel: z (B, C, H, W) becomes one token per 2 x 2 patch; it counts time to 1000 itself."""
     high, wide = z.shape[2] // 2, z.shape[3] // 2
-    tokens = nn.functional.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)  # (B, H W / 4, 4 C)
+    tokens = rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
     places = torch.cartesian_prod(torch.arange(1), torch.arange(high), torch.arange(wide)).to(z)
     words = places.new_zeros(prompt.shape[1], 3)
     out = transformer(tokens, prompt, pooled, t / 1000, places, words, guidance, return_dict=False)[0]
-    return nn.functional.pixel_shuffle(out.transpose(1, 2).unflatten(2, (high, wide)), 2)
+    return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=high, p=2, q=2)
 
 
 def call_ltx(transformer, z, t, prompt, mask=None):
-    """LTXVideoTransformer3DModel: z (B, F, C, H, W) goes in as tokens, one for each pixel of each frame."""
+    """LTXVideoTransformer3DModel: z (B, F, C, H, W) becomes one token per pixel of a frame."""
     frames, _, high, wide = z.shape[1:]
-    tokens = z.movedim(2, -1).flatten(1, 3)  # (B, F H W, C)
+    tokens = rearrange(z, "b f c h w -> b (f h w) c")
     out = transformer(tokens, prompt, t, mask, frames, high, wide, return_dict=False)[0]
-    return out.unflatten(1, (frames, high, wide)).movedim(-1, 2)
+    return rearrange(out, "b (f h w) c -> b f c h w", f=frames, h=high)
 
 
 def call_wan(transformer, z, t, prompt):

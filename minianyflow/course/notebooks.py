@@ -6,6 +6,7 @@ runs.
 
 import builtins
 import itertools
+import json
 import math
 import os
 import re
@@ -51,6 +52,11 @@ def claim(what: str, figures, at_most: float | None = None, at_least: float | No
     print(line)
     if not holds:
         raise AssertionError(line)
+
+
+def report(name: str) -> dict:
+    """A committed report, docs/NAME, say "plane/any_step.json"."""
+    return json.loads((ROOT / "docs" / name).read_text())
 
 
 def notebooks() -> list[Path]:

@@ -18,16 +18,15 @@ from minianyflow.flow_map import rollout
 from minianyflow.interpolant import check_same_shape
 from minianyflow.networks.causal_attention import CausalAttention, causal_mask, chunk_partition, compressed_chunks
 from minianyflow.networks.kv_cache import Cache, cached_frames, fill_cache, read_cache
-from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, Times, to_timesteps
+from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, VideoTimes, to_timesteps
 from minianyflow.networks.wan import TINY, check_latents, copy_time_embedder, to_compute_dtype
+from minianyflow.notation import Grid, Network, Trajectory
 from minianyflow.on_policy import backward_simulation_times
 from minianyflow.support.errors import InputError
 
 Clean = Float[Tensor, "batch clean_frames channels height width"]
 Rows = Float[Tensor, "batch"]
 Past = Float[Tensor, "batch past_frames channels height width"]
-Grid = Float[Tensor, "times"] | Float[Tensor, "times batch"]
-Trajectory = Float[Tensor, "times batch frames channels height width"]
 
 TINY_CAUSAL = {**TINY, "full_chunk_limit": 2, "chunk_partition": (1, 2, 2)}
 
@@ -70,8 +69,8 @@ class CausalNetwork(nn.Module):
     def forward(
         self,
         z: Latents,
-        t: Times | None,
-        r: Times | None,
+        t: VideoTimes | None,
+        r: VideoTimes | None,
         prompt: Prompt,
         clean: Clean | None = None,
         past: Past | None = None,
@@ -168,7 +167,7 @@ class CausalNetwork(nn.Module):
 
 
 def causal_rollout(
-    u: Callable,
+    u: Network,
     z: Latents,
     times: Grid,
     prompt: Prompt,

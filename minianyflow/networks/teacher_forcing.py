@@ -4,17 +4,14 @@ Chunks older than the last full_chunk_limit are compressed context and are not t
 is trained, a clip is cut off after a number of chunks that changes from step to step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from minianyflow.batch import Batch
+from minianyflow.notation import Loss, Losses, Network
 from minianyflow.objectives import InnerState
-
-Losses = Float[Tensor, "batch"]
 
 
 def teacher_forcing_batch(batch: Batch, partition: tuple[int, ...], full_chunk_limit: int) -> Batch:
@@ -45,8 +42,8 @@ def single_chunk_batch(batch: Batch) -> Batch:
 class TeacherForced(InnerState):
     """A loss that gives its network clean earlier chunks: the batch's `context` joins the condition."""
 
-    forward: Callable
+    forward: Loss
 
-    def __call__(self, u: Callable, batch: Batch) -> tuple[Losses, dict]:
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         """The losses (B,) and raw losses of the inner loss."""
         return self.forward(u, batch | {"condition": batch["condition"] | batch["context"]})

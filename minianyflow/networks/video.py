@@ -20,7 +20,7 @@ from torch.nn import functional
 from minianyflow.support.errors import InputError
 
 Latents = Float[Tensor, "batch frames channels height width"]
-Times = Float[Tensor, "batch"] | Float[Tensor, "batch frames"]
+VideoTimes = Float[Tensor, "batch"] | Float[Tensor, "batch frames"]  # one time per sample, or one per frame
 Timesteps = Float[Tensor, "batch frames"]
 Prompt = Float[Tensor, "batch length text_dim"]
 Tokens = Float[Tensor, "batch tokens model_width"]
@@ -31,7 +31,7 @@ Angles = Float[Tensor, "tokens pairs"]
 TIMESTEPS = 1000.0  # Wan's transformer takes times from 0 to 1000
 
 
-def to_timesteps(t: Times, z: Latents, timesteps: float = TIMESTEPS) -> Timesteps:
+def to_timesteps(t: VideoTimes, z: Latents, timesteps: float = TIMESTEPS) -> Timesteps:
     """Times in [0, 1] as a transformer takes them: one per frame, from 0 to `timesteps`, float32."""
     if t.shape not in (z.shape[:1], z.shape[:2]):
         raise InputError(f"times {tuple(t.shape)} for latents {tuple(z.shape)}; expected (B,) or (B, F)")
@@ -151,7 +151,7 @@ class VideoTransformer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.proj_out = nn.Linear(width, out_channels * patch**2)
 
-    def forward(self, z: Latents, t: Times, r: Times, prompt: Prompt) -> Latents:
+    def forward(self, z: Latents, t: VideoTimes, r: VideoTimes, prompt: Prompt) -> Latents:
         """z (B, F, C, H, W), t and r (B,) or (B, F) in [0, 1], prompt (B, L, text_dim); returns the shape of z."""
         t, r = (to_timesteps(time, z, self.timesteps) for time in (t, r))  # (B, F)
         x = self.patch_embedding(rearrange(z, "b f c high wide -> b c f high wide"))  # (B, M, F, h, w)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, Times, to_timesteps
+from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, VideoTimes, to_timesteps
 from minianyflow.support.errors import InputError
 
 TINY = {
@@ -48,7 +48,7 @@ class WanNetwork(nn.Module):
         super().__init__()
         self.transformer, self.timesteps = transformer, timesteps
 
-    def forward(self, z: Latents, t: Times, r: Times, prompt: Prompt) -> Latents:
+    def forward(self, z: Latents, t: VideoTimes, r: VideoTimes, prompt: Prompt) -> Latents:
         """The average velocity of z from t down to r.
 
         Raises InputError for latents with other channels than the transformer's, or that patches do not divide.

@@ -2,10 +2,8 @@
 
 import torch
 
+from minianyflow import sample_euler, sobol_noise, time_grid
 from minianyflow.course.exercises import check, finish
-from minianyflow.measures import sobol_noise
-from minianyflow.samplers import sample_euler
-from minianyflow.times import time_grid
 from toy_data import plane
 
 spiral, z = plane.load("spiral"), sobol_noise(64, (2,))

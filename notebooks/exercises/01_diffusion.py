@@ -4,11 +4,8 @@ import math
 
 import torch
 
+from minianyflow import clean_from_velocity, data_velocity, interpolate, path_error, sample_ode, sobol_noise, time_grid
 from minianyflow.course.exercises import check, finish
-from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate
-from minianyflow.measures import path_error, sobol_noise
-from minianyflow.samplers import sample_ode
-from minianyflow.times import time_grid
 from toy_data import plane
 from toy_data.gaussians import Gaussian
 

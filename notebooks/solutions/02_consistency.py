@@ -2,11 +2,8 @@
 
 import torch
 
+from minianyflow import end_point, sample_consistency, sobol_noise, time_grid
 from minianyflow.course.exercises import check, finish
-from minianyflow.flow_map import end_point
-from minianyflow.measures import sobol_noise
-from minianyflow.samplers import sample_consistency
-from minianyflow.times import time_grid
 from toy_data.gaussians import Gaussian
 
 line, noise = Gaussian(mean=1.0, sigma=0.75), sobol_noise(256, (1,))

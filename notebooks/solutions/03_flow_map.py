@@ -2,9 +2,8 @@
 
 import torch
 
+from minianyflow import eulerian_target, semigroup_target, time_grid
 from minianyflow.course.exercises import check, finish
-from minianyflow.objectives import eulerian_target, semigroup_target
-from minianyflow.times import time_grid
 from toy_data import plane
 from toy_data.gaussians import Gaussian
 

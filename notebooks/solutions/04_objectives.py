@@ -2,12 +2,19 @@
 
 import torch
 
+from minianyflow import (
+    FLOW_MAPS,
+    MLP,
+    EvaluationCounter,
+    FlowMapLoss,
+    broadcast_time,
+    draw_pairs,
+    eulerian_target,
+    generator,
+    interpolate,
+    semigroup_target,
+)
 from minianyflow.course.exercises import check, finish
-from minianyflow.interpolant import broadcast_time, interpolate
-from minianyflow.networks.mlp import MLP, EvaluationCounter
-from minianyflow.objectives import FlowMapLoss, eulerian_target, semigroup_target
-from minianyflow.plane.race import FLOW_MAPS
-from minianyflow.times import draw_pairs, generator
 from toy_data import plane
 
 spiral, network = plane.load("spiral"), MLP().requires_grad_(False)

@@ -2,10 +2,8 @@
 
 import torch
 
+from minianyflow import MLP, EvaluationCounter, backward_simulation, backward_simulation_times, clean_from_velocity
 from minianyflow.course.exercises import check, finish
-from minianyflow.interpolant import clean_from_velocity
-from minianyflow.networks.mlp import MLP, EvaluationCounter
-from minianyflow.on_policy import backward_simulation, backward_simulation_times
 from toy_data.gaussians import Gaussian
 
 ROLLOUTS = [(16, 5), (16, 0), (16, 15), (2, 1), (1, 0)]  # (N, g)

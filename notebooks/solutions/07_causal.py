@@ -2,13 +2,11 @@
 
 import torch
 
+from minianyflow import EvaluationCounter, generator, rollout, time_grid
 from minianyflow.course.exercises import check, finish
-from minianyflow.flow_map import rollout
 from minianyflow.networks.causal import causal_backward_simulation, causal_rollout
 from minianyflow.networks.causal_attention import attend, causal_mask
-from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.weights import load_codec, load_network
-from minianyflow.times import generator, time_grid
 from minianyflow.video.report import prompts_for
 from minianyflow.video.stages import WEIGHTS, path_of
 from toy_data import blobs

@@ -2,12 +2,10 @@
 
 import torch
 
+from minianyflow import FLOW_MAPS, FlowMapLoss, Guidance, draw_pairs, generator
 from minianyflow.course.exercises import check, finish
-from minianyflow.guidance import Guidance
 from minianyflow.networks.lora_roles import Adapter, add_role, merge_role
 from minianyflow.networks.wan import tiny_transformer
-from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
-from minianyflow.times import draw_pairs, generator
 
 
 def both(answers):

@@ -13,7 +13,7 @@ import torch
 from nbclient import NotebookClient
 from PIL import Image
 
-from minianyflow.course import exercises
+from minianyflow.course import commands, exercises
 from minianyflow.course import notebooks as course
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
@@ -211,6 +211,11 @@ def test_a_cell_run_out_of_order_says_which_it_needs(tmp_path):
         "q": None,
         "print": None,
     }
+
+
+def test_an_unknown_notebook_is_one_line():
+    with pytest.raises(InputError, match="no notebook begins with '99'; expected one of 00, 01"):
+        commands.course(["--only", "99"])
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The scenes in a real browser: in JupyterLab, as pages opened from a file, as the app. Nothing leaves the machine."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import nbformat
 import numpy as np
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 PIXELS = "() => [...document.querySelectorAll('.lm-player canvas')].map((canvas) => canvas.toDataURL()).join()"
 PLAYER, RANGE, CHOICES, HAND = ".lm-player", ".lm-bar input[type=range]", ".lm-choices select", "canvas.lm-drag"
-CONTROLS = ".widget-dropdown, .widget-hslider, .widget-checkbox, .widget-toggle-buttons"
+CONTROLS = ".widget-dropdown, .widget-hslider"
 LABELS = "print(*(control.description for control in _.controls.values()), sep='|')"  # _: what the cell before showed
 MARK = "document.querySelector('.lm-player').dataset.old = '1'"
 RACE = "from minianyflow.live import scenes\nscene = scenes.race()\n"
@@ -102,36 +101,25 @@ def opened(browser, path):
         is_well(page)
 
 
-@dataclass
-class Control:
-    """A control as the page shows it; `move` does what a hand would."""
+def controls(page):
+    """{label: element} of the scene's controls that are shown."""
+    found = [element for element in page.locator(CONTROLS).all() if element.is_visible()]
+    return {element.locator("label").first.inner_text().strip(): element for element in found}
 
-    label: str
-    element: object
 
-    def move(self):
-        kind = self.element.get_attribute("class")
-        if "dropdown" in kind:
-            step(self.element.locator("select"))
-        elif "checkbox" in kind:
-            self.element.locator("input").click()
-        elif "toggle" in kind:
-            self.element.locator("button:not(.mod-active)").first.click()
-        else:
-            handle = self.element.locator(".noUi-handle")
-            at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
-            handle.press("ArrowLeft" if at_end else "ArrowRight")
+def move(control):
+    """Move a control as a hand would: to the next option, or one step along a slider."""
+    if "dropdown" in control.get_attribute("class"):
+        return step(control.locator("select"))
+    handle = control.locator(".noUi-handle")
+    at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+    return handle.press("ArrowLeft" if at_end else "ArrowRight")
 
 
 def step(select):
     """Choose the next option."""
     index = select.evaluate("(select) => (select.selectedIndex + 1) % select.options.length")
     select.select_option(index=index)
-
-
-def controls(page):
-    found = [element for element in page.locator(CONTROLS).all() if element.is_visible()]
-    return [Control(element.locator("label").first.inner_text().strip(), element) for element in found]
 
 
 def seen(page):
@@ -165,9 +153,9 @@ def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name, sce
     page = run_in(stage, nbformat.read(path, 4).cells[number].source, LABELS)
     page.wait_for_selector(".jp-OutputArea-output pre")
     expected = page.locator(".jp-OutputArea-output pre").last.inner_text().strip().split("|")
-    assert [control.label for control in controls(page)] == expected
-    for control in controls(page):
-        redraws(page, control.move)
+    assert list(controls(page)) == expected
+    for control in controls(page).values():
+        redraws(page, move, control)
     to = "(range) => { range.value = 0.4; range.dispatchEvent(new Event('input')); }"
     redraws(page, page.locator(RANGE).evaluate, to)
     is_well(page)
@@ -176,7 +164,7 @@ def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name, sce
 def test_an_error_in_a_callback_is_shown(stage):
     wrong = "def draw(*args, **state):\n    raise ValueError('nothing to draw')\nscene.draw = draw\n"
     page = run_in(stage, RACE + wrong + "scene")
-    controls(page)[0].move()
+    move(controls(page)["steps"])
     page.wait_for_selector("pre.lm-error")
     assert "nothing to draw" in page.inner_text("pre.lm-error")
 
@@ -211,12 +199,12 @@ def test_notebook_0_opens_with_its_scene_and_recovers_from_a_kernel_restart(brow
         open_notebook(page, lab, scene_cells["race"][0].name)
         run_cells(page)
         page.wait_for_selector(READY)
-        redraws(page, controls(page)[0].move)
+        redraws(page, move, controls(page)["steps"])
         page.evaluate(MARK)
         run_cells(page, restart=True)
         page.wait_for_selector(f"{READY}:not([data-old])")
         page.wait_for_selector(f"{PLAYER}[data-old]", state="detached")
-        redraws(page, controls(page)[0].move)
+        redraws(page, move, controls(page)["steps"])
         is_well(page)
         shut_down(page)
 
@@ -262,7 +250,7 @@ def shows(page, *times):
 def test_the_hand_and_the_keys_move_a_jump(stage):
     page = run_in(stage, "from minianyflow.live import scenes\nscenes.triangle()")
     shows(page, 1, 0)
-    target = next(control for control in controls(page) if control.label == "to r")
+    target = controls(page)["to r"].locator(".noUi-handle")
     for _ in range(2):  # to the same place again
         drag(page, (0.95, 0.85), (0.8, 0.5))
         start, end = (round(64 * time) / 64 for time in page.evaluate(THERE, [0.8, 0.5]))
@@ -270,7 +258,7 @@ def test_the_hand_and_the_keys_move_a_jump(stage):
         before = seen(page)
         page.mouse.move(5, 5)  # it does not stick to the hand
         assert seen(page) == before
-        target.element.locator(".noUi-handle").press("Home")
+        target.press("Home")
         shows(page, start, 0)
     page.focus(HAND)
     for _ in range(20):  # faster than the kernel draws
@@ -394,7 +382,7 @@ def test_the_app_shows_every_scene(browser):
         page.add_init_script(WRITTEN)
         page.goto(address)
         page.wait_for_selector(READY)
-        redraws(page, controls(page)[1].move)  # the first is the menu of scenes
+        redraws(page, move, controls(page)["steps"])
         fits(page, "race")
         for name, title in list(TITLES.items())[1:]:
             page.evaluate(MARK)

@@ -19,24 +19,9 @@ from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation_times, draw_on_policy
-from minianyflow.support.errors import InputError
 from minianyflow.times import draw_pairs, generator, time_grid
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=generator(seed), dtype=dtype)
-
-
-def clip(frames, size=4, seed=0, dtype=torch.float32):
-    return draw(2, frames, 4, size, size, seed=seed, dtype=dtype)
-
-
-PROMPT = draw(2, 4, TINY["text_dim"], seed=99)
-T, R = torch.tensor([0.9, 0.4]), torch.tensor([0.3, 0.4])
-
-
-def close(a, b, tolerance=1e-5):
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tolerance)
+from tests.networks.inputs import PROMPT, R, T, clip, close, draw
+from tests.refused import refused
 
 
 def per_frame(times, frames):
@@ -72,6 +57,7 @@ def test_the_mask_is_stocks_rule_at_the_true_length(partition, clean, mode):
     assert causal_mask(partition, 16, 4, 2, clean, mode) is ours  # built once
 
 
+@pytest.mark.slow
 def test_flex_attention_takes_the_true_length_too():
     """The kernel that a GPU gets: a BlockMask of a length that 128 does not divide."""
     mask = causal_mask((1, 2, 2), 36, 9, 2, clean=True)
@@ -101,7 +87,7 @@ def test_weights_are_copied_and_coarse_patches_start_as_stocks():
     assert plain.patch_embedding.weight.any()
 
 
-@pytest.mark.parametrize(("past", "frames"), [(0, 1), (0, 3), (1, 4), (5, 4)])
+@pytest.mark.parametrize(("past", "frames"), [(0, 3), (1, 4), (5, 4)])
 @pytest.mark.parametrize("forced", [False, True])
 @torch.no_grad()
 def test_all_chunks_at_once_equal_stock(past, frames, forced):
@@ -138,7 +124,10 @@ def stock_read(stock, context, z, partition):
     return kv_cache, stock(z, t, r, PROMPT, list(partition), **reading)[0]
 
 
-@pytest.mark.parametrize(("seen", "size"), [(0, 4), (1, 4), (3, 4), (7, 4), (1, 16), (5, 16)])
+@pytest.mark.parametrize(
+    ("seen", "size"),
+    [(0, 4), (7, 4), pytest.param(3, 4, marks=pytest.mark.slow), pytest.param(5, 16, marks=pytest.mark.slow)],
+)
 @torch.no_grad()
 def test_memory_and_reading_equal_stock(seen, size):
     """Padded always; plain where stock has nothing to pad, since 2 frames of 16 x 16 are 128 queries."""
@@ -155,8 +144,7 @@ def test_memory_and_reading_equal_stock(seen, size):
     assert close(plain(z, T, R, PROMPT, cache=cache), out) == (size == 16)
 
 
-@pytest.mark.parametrize("frames", [5, 9])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("frames", "steps"), [(5, 3), (9, 1)])
 @torch.no_grad()
 def test_a_cache_changes_nothing(frames, steps):
     u = CausalNetwork(tiny_causal())
@@ -195,7 +183,7 @@ def same_gradients(a, b, tolerance=1e-6):
 
 
 @pytest.mark.usefixtures("doubled")
-@pytest.mark.parametrize(("frames", "steps"), [(5, 2), (9, 1)])
+@pytest.mark.parametrize(("frames", "steps"), [(5, 2), pytest.param(9, 1, marks=pytest.mark.slow)])
 def test_gradients_of_a_cached_rollout_are_those_of_recomputation_and_of_checkpointing(frames, steps):
     transformer = tiny_causal(num_layers=2).double()
     u, z, weight = CausalNetwork(transformer), clip(frames, dtype=torch.float64), clip(frames, seed=5).double()
@@ -310,7 +298,7 @@ def test_reading_leaves_the_cache_alone_and_rows_can_be_picked():
 def test_a_prefix_comes_out_untouched_and_is_seen(cached):
     u, z, times = CausalNetwork(tiny_causal()), clip(7), time_grid(2)
     whole = causal_rollout(u, z, times, PROMPT, cached=cached)
-    for frames in (1, 3, 5):
+    for frames in (1, 5):
         prefix = whole[-1][:, :frames]
         again = causal_rollout(u, z, times, PROMPT, prefix=prefix, cached=cached)
         assert torch.equal(again[:, :, :frames], prefix.expand(3, *prefix.shape))
@@ -332,6 +320,7 @@ def test_backward_simulation_runs_chunk_by_chunk_three_jumps_each():
         assert close(both[:, one], causal_rollout(u, z[one], times, PROMPT[one]))
 
 
+@pytest.mark.slow
 def test_on_policy_training_takes_it():
     """A causal student, its scores bidirectional over the whole clip: each learns, neither trains the other."""
     student, source = CausalNetwork(tiny_causal(num_layers=2)), generator(0)
@@ -348,6 +337,7 @@ def test_on_policy_training_takes_it():
     assert float(fake.transformer.proj_out.weight.grad.abs().sum()) > 0
 
 
+@pytest.mark.slow
 def test_teacher_forcing_trains_with_every_objective():
     student, x = CausalNetwork(tiny_causal(num_layers=2)), clip(5).repeat(4, 1, 1, 1, 1)
     condition = {"prompt": PROMPT.repeat(4, 1, 1), "clean": x[:, 1:], "past": x[:, :1]}
@@ -364,7 +354,7 @@ def test_partitions():
     assert chunk_partition(19, 1, 3) == (1, 3, 3, 3, 3, 3, 3)
     assert list(accumulate(chunk_partition(9, 3, 2))) == [3, 5, 7, 9]
     for bad in ((4, 1, 2), (0, 1, 2), (2, 3, 1), (5, 0, 1), (5, 1, 0)):
-        with pytest.raises(InputError, match="do not make chunks"):
+        with refused("do not make chunks"):
             chunk_partition(*bad)
 
 
@@ -394,9 +384,8 @@ LINES = {
 
 @pytest.mark.parametrize("line", LINES)
 def test_bad_input_is_one_clear_line(line):
-    with pytest.raises(InputError, match=line) as caught, torch.no_grad():
+    with refused(line), torch.no_grad():
         LINES[line](CausalNetwork(tiny_causal()))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():
@@ -404,16 +393,15 @@ def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():
     assert chunk_partition(7, 1, 3, ragged=True) == chunk_partition(7, 1, 3)
     u, z, times = CausalNetwork(tiny_causal(), 1, 3, ragged=True), clip(6), time_grid(2)
     cached, plain = (causal_rollout(u, z, times, PROMPT, 1, 3, cached=how, ragged=True)[-1] for how in (True, False))
-    assert torch.allclose(cached, plain, atol=1e-5)
-    with pytest.raises(InputError, match="6 frames do not make chunks of 1, 3"):
-        CausalNetwork(tiny_causal(), 1, 3)(z, torch.rand(2), torch.zeros(2), PROMPT)
+    assert close(cached, plain)
+    with refused("6 frames do not make chunks of 1, 3"):
+        CausalNetwork(tiny_causal(), 1, 3)(z, T, R, PROMPT)
 
 
 def test_a_whole_clip_is_one_chunk_as_in_the_bidirectional_model():
-    transformer = tiny_causal()
-    z, t, r = clip(3), torch.tensor([0.8, 0.6]), torch.tensor([0.1, 0.6])
-    whole = CausalNetwork(transformer)(z, t, r, PROMPT, single_chunk=torch.zeros(2))
-    assert torch.equal(whole, CausalNetwork(transformer, first=3)(z, t, r, PROMPT))
-    assert not torch.allclose(whole, CausalNetwork(transformer)(z, t, r, PROMPT), atol=1e-3)
-    with pytest.raises(InputError, match="got clean or past, single_chunk"):
-        CausalNetwork(transformer)(z, t, r, PROMPT, clean=z, single_chunk=torch.zeros(2))
+    transformer, z = tiny_causal(), clip(3)
+    whole = CausalNetwork(transformer)(z, T, R, PROMPT, single_chunk=torch.zeros(2))
+    assert torch.equal(whole, CausalNetwork(transformer, first=3)(z, T, R, PROMPT))
+    assert not close(whole, CausalNetwork(transformer)(z, T, R, PROMPT), 1e-3)
+    with refused("got clean or past, single_chunk"):
+        CausalNetwork(transformer)(z, T, R, PROMPT, clean=z, single_chunk=torch.zeros(2))

@@ -19,8 +19,9 @@ from minianyflow.networks.codec import Codec
 from minianyflow.networks.pipelines import load_pipeline, save_pipeline
 from minianyflow.networks.wan import PROMPT_LENGTH, TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.samplers import sample_flow_map
-from minianyflow.support.errors import InputError
 from minianyflow.times import time_grid
+from tests.networks.inputs import clip
+from tests.refused import refused
 
 PROMPTS = ["one ball", "two balls"]
 CLIP = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}
@@ -70,7 +71,7 @@ def causal_folder(causal, parts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def z():
-    return torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    return clip(5)
 
 
 def stock(kind, folder):
@@ -96,20 +97,16 @@ def distance(one, other):
     return float((one - other).abs().max())
 
 
-@pytest.mark.parametrize("steps", [1, 3, 8])
-def test_stock_diffusers_samples_what_our_sampler_does(folder, network, parts, z, steps):
-    expected = sample_flow_map(network, z, time_grid(steps), prompt=parts[1](PROMPTS))[-1]
-    assert distance(sample(stock(AnyFlowPipeline, folder), z, steps), expected) < 1e-5
-    assert distance(expected[:1], expected[1:]) > 0.1
-
-
-def test_and_along_a_shifted_grid(network, parts, z, tmp_path):
+def test_stock_diffusers_samples_what_our_sampler_does(folder, network, parts, z, tmp_path):
+    """Along even steps, and along a grid shifted towards noise."""
     save_pipeline(tmp_path / "shifted", network, *parts, shift=5)
-    pipeline, prompt = stock(AnyFlowPipeline, tmp_path / "shifted"), parts[1](PROMPTS)
+    pipelines, prompt = [stock(AnyFlowPipeline, each) for each in (folder, tmp_path / "shifted")], parts[1](PROMPTS)
     for steps in (1, 3, 8):
-        ends = [sample_flow_map(network, z, time_grid(steps, shift), prompt=prompt)[-1] for shift in (5, 1)]
-        assert distance(sample(pipeline, z, steps), ends[0]) < 1e-5
+        ends = [sample_flow_map(network, z, time_grid(steps, shift), prompt=prompt)[-1] for shift in (1, 5)]
+        for pipeline, expected in zip(pipelines, ends, strict=True):
+            assert distance(sample(pipeline, z, steps), expected) < 1e-5
         assert steps == 1 or distance(*ends) > 1e-3
+        assert distance(ends[0][:1], ends[0][1:]) > 0.1
 
 
 def test_frames_are_what_the_codec_decodes(folder, network, parts, z):
@@ -136,39 +133,26 @@ def test_prompts_are_embedded_as_ours(folder, parts):
     assert distance(theirs, parts[1](prompts)) < 1e-6
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_the_causal_pipeline_with_our_attention_is_our_rollout(causal_folder, causal, parts, z, steps):
-    expected = causal_rollout(causal, z, time_grid(steps, 5), parts[1](PROMPTS))[-1]
-    assert distance(sample(quiet(load_pipeline(causal_folder)), z, steps), expected) < 1e-5
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_the_causal_pipeline_untouched_is_our_rollout_with_its_padding(causal_folder, causal, parts, z, steps):
+@pytest.mark.slow
+def test_the_causal_pipeline_is_our_rollout(causal_folder, causal, parts, z):
+    """With our attention; untouched, with diffusers' padding; from an image on; for clips longer than trained on."""
     padded = CausalNetwork(copy.deepcopy(causal.transformer), timesteps=TINY_TIMESTEPS, padded=True)
-    ends = [causal_rollout(each, z, time_grid(steps, 5), parts[1](PROMPTS))[-1] for each in (padded, causal)]
-    assert distance(sample(stock(AnyFlowFARPipeline, causal_folder), z, steps), ends[0]) < 1e-5
-    assert distance(*ends) > 1e-3  # the padding is seen
-
-
-def test_an_image_or_clip_to_go_on_from_is_seen_alike(causal_folder, causal, parts, z):
+    prompt, untouched, ours = parts[1](PROMPTS), stock(AnyFlowFARPipeline, causal_folder), load_pipeline(causal_folder)
+    for steps in (1, 3):
+        ends = [causal_rollout(each, z, time_grid(steps, 5), prompt)[-1] for each in (padded, causal)]
+        for pipeline, expected in zip((untouched, quiet(ours)), ends, strict=True):
+            assert distance(sample(pipeline, z, steps), expected) < 1e-5
+        assert distance(*ends) > 1e-3  # the padding is seen
     prefix = z[:, :1].flip(0)
-    expected = causal_rollout(causal, z, time_grid(3, 5), parts[1](PROMPTS), prefix=prefix)[-1]
-    ours = sample(quiet(load_pipeline(causal_folder)), z, 3, video_latents=prefix)
-    assert distance(ours, expected) < 1e-5
-    assert torch.equal(ours[:, :1], prefix)
-
-
-def test_clips_longer_than_trained_on(causal_folder, causal, parts):
-    z = torch.randn(2, 9, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    expected = causal_rollout(causal, z, time_grid(2, 5), parts[1](PROMPTS))[-1]
+    expected = causal_rollout(causal, z, time_grid(3, 5), prompt, prefix=prefix)[-1]
+    continued = sample(ours, z, 3, video_latents=prefix)
+    assert distance(continued, expected) < 1e-5
+    assert torch.equal(continued[:, :1], prefix)
+    z = clip(9, seed=1)
     longer = {"num_frames": 33, "chunk_partition": [1, 2, 2, 2, 2]}
-    assert distance(sample(quiet(load_pipeline(causal_folder)), z, 2, **longer), expected) < 1e-5
-
-
-def test_the_file_knows_nothing_of_our_attention(causal_folder, causal):
-    theirs, ours = stock(AnyFlowFARPipeline, causal_folder), load_pipeline(causal_folder)
-    kinds = [{type(block.attn1.processor) for block in each.transformer.blocks} for each in (theirs, ours, causal)]
-    assert kinds == [{AnyFlowCausalAttnProcessor}, {CausalAttention}, {CausalAttention}]
+    assert distance(sample(ours, z, 2, **longer), causal_rollout(causal, z, time_grid(2, 5), prompt)[-1]) < 1e-5
+    kinds = [{type(block.attn1.processor) for block in each.transformer.blocks} for each in (untouched, ours)]
+    assert kinds == [{AnyFlowCausalAttnProcessor}, {CausalAttention}]  # the files know nothing of ours
     assert not [file for file in causal_folder.rglob("*.json") if "minianyflow" in file.read_text()]
 
 
@@ -187,6 +171,7 @@ def python_in(folder):
     return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "causal_folder"])
 def test_the_readme_samples_as_it_says(request, kind, monkeypatch):
     folder = request.getfixturevalue(kind)
@@ -200,29 +185,25 @@ def test_the_readme_samples_as_it_says(request, kind, monkeypatch):
     assert json.loads(made) == MADE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_needs_nothing_of_ours(folder):
     code = f"{python_in(folder)}\nimport sys; print(video.shape, 'minianyflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(17, 16, 16, 3) False"
 
 
-def refused(message, function, *arguments, **options):
-    with pytest.raises(InputError, match=message) as problem:
-        function(*arguments, **options)
-    assert "\n" not in str(problem.value)
-
-
 def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     target = tmp_path / "new"
     for shift in (0, -1):
-        refused("time shift .* is not positive", save_pipeline, target, network, *parts, shift=shift)
+        with refused("time shift .* is not positive"):
+            save_pipeline(target, network, *parts, shift=shift)
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("minianyflow.networks.pipelines._readme", full)  # the last thing written
-    refused(r"cannot write .*new \(No space left on device\)", save_pipeline, target, network, *parts)
+    with refused(r"cannot write .*new \(No space left on device\)"):
+        save_pipeline(target, network, *parts)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     target.mkdir()
@@ -230,42 +211,51 @@ def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == ["new"]
     assert len({file.stat().st_mode for file in target.rglob("*") if file.is_file()}) == 1  # others may read all of it
     before = sorted(target.rglob("*"))
-    refused("new exists and is not an empty folder; expected a new one", save_pipeline, target, network, *parts)
+    with refused("new exists and is not an empty folder; expected a new one"):
+        save_pipeline(target, network, *parts)
     assert sorted(target.rglob("*")) == before
     (tmp_path / "file").write_text("")
-    refused("file exists and is not an empty folder", save_pipeline, tmp_path / "file", network, *parts)
-    refused("cannot write", save_pipeline, tmp_path / "file/inside", network, *parts)
+    with refused("file exists and is not an empty folder"):
+        save_pipeline(tmp_path / "file", network, *parts)
+    with refused("cannot write"):
+        save_pipeline(tmp_path / "file/inside", network, *parts)
 
 
 def test_parts_that_do_not_fit_are_one_line(network, parts, tmp_path):
     codec, text = parts
-    refused(
-        "a Sequential; expected a WanNetwork", save_pipeline, tmp_path / "a", torch.nn.Sequential(network), codec, text
-    )
+    with refused("a Sequential; expected a WanNetwork"):
+        save_pipeline(tmp_path / "a", torch.nn.Sequential(network), codec, text)
     other = WanNetwork(tiny_transformer(in_channels=8))
-    refused("for 8 latent channels; expected 4", save_pipeline, tmp_path / "a", other, codec, text)
+    with refused("for 8 latent channels; expected 4"):
+        save_pipeline(tmp_path / "a", other, codec, text)
     other = WanNetwork(tiny_transformer(text_dim=32))
-    refused("for 32 wide prompt embeddings; expected 16", save_pipeline, tmp_path / "a", other, codec, text)
+    with refused("for 32 wide prompt embeddings; expected 16"):
+        save_pipeline(tmp_path / "a", other, codec, text)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_that_are_no_pipeline_are_one_line(folder, tmp_path):
-    refused("no model_index.json in .*; expected a folder that save_pipeline wrote", load_pipeline, tmp_path)
+    with refused("no model_index.json in .*; expected a folder that save_pipeline wrote"):
+        load_pipeline(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     weights = broken / "transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused("broken does not load .*; save it again", load_pipeline, broken)
+    with refused("broken does not load .*; save it again"):
+        load_pipeline(broken)
     weights.unlink()
-    refused("broken does not load .*; save it again", load_pipeline, broken)
+    with refused("broken does not load .*; save it again"):
+        load_pipeline(broken)
     (broken / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    refused("broken holds a WanPipeline; expected AnyFlowPipeline or AnyFlowFARPipeline", load_pipeline, broken)
+    with refused("broken holds a WanPipeline; expected AnyFlowPipeline or AnyFlowFARPipeline"):
+        load_pipeline(broken)
     (broken / "model_index.json").write_text("{")
-    refused("broken does not load", load_pipeline, broken)
+    with refused("broken does not load"):
+        load_pipeline(broken)
 
 
 def test_time_that_a_scheduler_cannot_count_is_refused(parts, tmp_path):
-    with pytest.raises(InputError, match=r"time counted to 2\.5; expected a whole number"):
+    with refused(r"time counted to 2\.5; expected a whole number"):
         save_pipeline(tmp_path / "odd", WanNetwork(tiny_transformer(), timesteps=2.5), *parts)
 
 
