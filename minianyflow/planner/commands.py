@@ -15,7 +15,7 @@ def plan(argv: list[str]) -> int:
 
     Counted without a GPU and without weights; not measured on a GPU.
     """
-    parser = Parser("plan", description=plan.__doc__.splitlines()[0])
+    parser = Parser("minianyflow plan", description=plan.__doc__.splitlines()[0])
     parser.add_argument(
         "--config",
         nargs="+",
@@ -79,7 +79,7 @@ def gpu_check(argv: list[str]) -> int:
     Nothing is downloaded. Prints step time, model TFLOP/s as a share of the matrix rate measured first, and memory by
     part beside the plan's; gpu_check.md and gpu_check.json are for docs/gpu.md. A case that would not fit is left out.
     """
-    parser = Parser("gpu-check", description=gpu_check.__doc__)
+    parser = Parser("minianyflow gpu-check", description=gpu_check.__doc__)
     for name, known, default in (
         ("sizes", ["1.3b", "14b", "tiny"], ["1.3b", "14b"]),
         ("architectures", ["bidirectional", "causal"], None),

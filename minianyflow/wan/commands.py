@@ -8,7 +8,7 @@ from minianyflow.support.errors import InputError
 SIZES = {"frames": "4 n + 1", "height": "pixels", "width": "pixels", "length": "tokens per prompt"}
 
 
-def distill(argv):
+def distill(argv: list[str]) -> int:
     """Distil Wan2.1, one stage per run: teacher tuning, forward flow-map training, or on-policy distillation.
 
     minianyflow distill --config wan-1.3b causal forward [key=value ...]
@@ -16,7 +16,7 @@ def distill(argv):
     On several GPUs: accelerate launch --config_file FILE -m minianyflow distill ..., with a file of scripts/accelerate.
     SIGTERM saves after the current step and exits with 143; the same command then resumes.
     """
-    parser = Parser("distill", description=distill.__doc__.splitlines()[0])
+    parser = Parser("minianyflow distill", description=distill.__doc__.splitlines()[0])
     parser.add_argument(
         "--config",
         nargs="+",
@@ -55,13 +55,13 @@ def distill(argv):
     return 0
 
 
-def sample(argv):
+def sample(argv: list[str]) -> int:
     """Sample at any step counts: a run of distill, a pipeline of export, or NVIDIA's released AnyFlow weights.
 
     The released weights carry a non-commercial licence. Wan2.1 itself and other teachers are sampled without guidance
     here; evaluate has --guidance.
     """
-    parser = Parser("sample", description=sample.__doc__)
+    parser = Parser("minianyflow sample", description=sample.__doc__)
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -78,35 +78,26 @@ def sample(argv):
     parser.add_argument("--context", type=int, help="how many frames of --video (default: the first two chunks)")
     parser.add_argument("--output", default="outputs/samples", metavar="OUT", help="folder (default: outputs/samples)")
     _device_options(parser)
-    arguments = parser.parse_args(argv)
-    if (arguments.prompt is None) == (arguments.prompts is None):
+    options = vars(parser.parse_args(argv))
+    texts, file, image, video = (options.pop(name) for name in ("prompt", "prompts", "image", "video"))
+    if (texts is None) == (file is None):
         raise InputError("give either --prompt TEXT ... or --prompts FILE")
-    if arguments.image and arguments.video:
+    if image and video:
         raise InputError("both --image and --video; a clip starts from one of them: leave out the other")
-    if arguments.context and not arguments.video:
+    if options["context"] and not video:
         raise InputError("--context without --video; it is the number of its frames to start from")
     from minianyflow.wan.sample import sample_clips
     from minianyflow.wan.sources import read_prompts
 
-    sample_clips(
-        arguments.source,
-        read_prompts(arguments.prompt, arguments.prompts),
-        arguments.steps,
-        arguments.output,
-        _clip(arguments),
-        arguments.seed,
-        arguments.image or arguments.video,
-        1 if arguments.image else arguments.context,
-        arguments.device,
-        arguments.precision,
-    )
-    print(f"written: {arguments.output}, clips and sheet.png")
+    options |= {"context": 1} if image else {}
+    sample_clips(prompts=read_prompts(texts, file), start=image or video, clip=_clip(options), **options)
+    print(f"written: {options['output']}, clips and sheet.png")
     return 0
 
 
-def export(argv):
+def export(argv: list[str]) -> int:
     """Export a run of distill to stock diffusers: a whole pipeline folder, or its LoRA adapter alone."""
-    parser = Parser("export", description=export.__doc__)
+    parser = Parser("minianyflow export", description=export.__doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder of distill")
     parser.add_argument("output", metavar="OUT", help="a new folder")
     parser.add_argument("--lora", action="store_true", help="the adapter alone, for pipeline.load_lora_weights(OUT)")
@@ -125,13 +116,13 @@ def export(argv):
     return 0
 
 
-def evaluate(argv):
+def evaluate(argv: list[str]) -> int:
     """Sample a run, an export, released weights or Wan2.1 at 1 to 128 steps, measure, draw, compare.
 
     Wan2.1 itself, a WanPipeline, is the teacher to compare with, followed by Euler's method. The released AnyFlow
     weights carry a non-commercial licence.
     """
-    parser = Parser("evaluate", description=evaluate.__doc__)
+    parser = Parser("minianyflow evaluate", description=evaluate.__doc__)
     parser.add_argument(
         "sources",
         nargs="+",
@@ -151,36 +142,22 @@ def evaluate(argv):
     parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)")
     parser.add_argument("--output", default="outputs/evaluation", metavar="OUT", help="(default: outputs/evaluation)")
     _device_options(parser)
-    arguments = parser.parse_args(argv)
+    options = vars(parser.parse_args(argv))
     from accelerate import PartialState
 
     from minianyflow.wan.evaluate import evaluate as evaluate_sources
     from minianyflow.wan.evaluate import table
 
-    report = evaluate_sources(
-        arguments.sources,
-        arguments.prompts,
-        arguments.steps,
-        arguments.output,
-        arguments.data,
-        arguments.videos,
-        _clip(arguments),
-        arguments.seed,
-        arguments.batch,
-        arguments.guidance,
-        arguments.negative,
-        arguments.device,
-        arguments.precision,
-    )
+    report = evaluate_sources(clip=_clip(options), **options)
     PartialState().destroy_process_group()  # one that is left to the end of Python may abort it
     if report:  # on the main process
-        print(f"\n{table(report)}\n\nwritten: {arguments.output}, any_step.json, any_step.png, sheet.png and videos")
+        print(f"\n{table(report)}\n\nwritten: {options['output']}, any_step.json, any_step.png, sheet.png and videos")
     return 0
 
 
-def make_tiny_wan(argv):
+def make_tiny_wan(argv: list[str]) -> int:
     """Make a tiny Wan: a pipeline folder in Wan2.1's layout, of random weights, with captioned latents in it."""
-    parser = Parser("make-tiny-wan", description=make_tiny_wan.__doc__)
+    parser = Parser("minianyflow make-tiny-wan", description=make_tiny_wan.__doc__)
     parser.add_argument("output", metavar="OUT", help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other weights and clips (default: 0)")
     arguments = parser.parse_args(argv)
@@ -199,9 +176,10 @@ def _size_options(parser):
         parser.add_argument(f"--{name}", type=int, help=f"{words} (default: the source's, or Wan2.1's)")
 
 
-def _clip(arguments):
-    """The sizes that are given."""
-    return {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
+def _clip(options):
+    """The sizes that are given, taken out of the options."""
+    sizes = {name: options.pop(name) for name in SIZES}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _device_options(parser):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -233,11 +233,7 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
     forward = c.stage == "forward" or (c.stage == "on_policy" and c.on_policy.forward_weight > 0)
     chunk_teacher = c.stage == "forward" and c.teacher  # on-policy the teacher scores whole clips
     semigroup, no_prompt = c.objective in ("semigroup", "mixed"), not "".join(c.samples.prompts).strip()
-    yield (
-        c.batch % c.accumulate,
-        "batch accumulate",
-        "the batch does not divide into equal micro-batches; change either",
-    )
+    yield c.batch % c.accumulate, "batch accumulate", "the micro-batches would not be equal; change either"
     yield c.diagonal + c.end > 1, "diagonal end", "these are more than all rows; expected a sum of at most 1"
     yield teacher and c.diagonal < 1, "stage diagonal", "a teacher learns r = t alone; name the overlay teacher"
     yield teacher and scale != 1, "stage guidance.scale", "a teacher is guided when it samples; set guidance.scale=1"
@@ -296,9 +292,8 @@ def _parse(overrides):
     try:
         return OmegaConf.from_dotlist(overrides)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as problem:
-        raise InputError(
-            f"{' '.join(overrides)} cannot be read ({str(problem).splitlines()[0]}); quote values"
-        ) from None
+        why = str(problem).splitlines()[0]
+        raise InputError(f"{' '.join(overrides)} cannot be read ({why}); quote values") from None
 
 
 def _flat(given, where="", prefix=""):
@@ -330,6 +325,6 @@ def _typed(kind, values, origin, prefix=""):
         error = problem.errors()[0]
     value, name = values[error["loc"][0]], f"{prefix}{error['loc'][0]}"
     if error["type"] == "literal_error":
-        choose(name, value, dict.fromkeys(get_args(OPTIONS[name].annotation)))
+        choose(name, value, dict.fromkeys(re.findall(r"'(\w+)'", error["ctx"]["expected"])))
     why = f"{error['msg']} ({OPTIONS[name].description})".replace("Input", "it").replace("List", "it")
     raise InputError(f"{name}={value}{origin.get(name, '')}; {why}")

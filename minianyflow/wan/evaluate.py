@@ -24,7 +24,7 @@ from minianyflow.wan.data.read_video import read_video
 from minianyflow.wan.data.write_video import clip_sheet
 from minianyflow.wan.folders import decode_latents, load_parts
 from minianyflow.wan.sampler import step_label
-from minianyflow.wan.samples import Samples, motion, roughness, sample_all, source_fingerprint
+from minianyflow.wan.samples import Samples, motion, roughness, source_fingerprint
 from minianyflow.wan.sources import DTYPES, check_clip, check_numbers, find_source, known_clip, read_prompts
 
 DECODED = 64  # number of held-out clips that are decoded, at most
@@ -96,8 +96,7 @@ def evaluate(
         settings = {"source": source_fingerprint(name), "prompts": texts, "videos": videos, "clip": clips[name]}
         settings |= {"seed": seed, "precision": precision, "guidance": scale, "negative": null}
         samples[label] = Samples(Path(output) / label, settings)
-        length = clips[name]["length"]
-        sample_all(samples[label], source, shape, steps, DTYPES[precision], device, batch, scale, null, length)
+        samples[label].make(source, shape, steps, DTYPES[precision], device, batch, scale, null)
     if not PartialState().is_main_process:
         return None
     report = measured(samples, steps, shape, held_out, lambda: load_parts(base, "vae")[0].to(device), batch)

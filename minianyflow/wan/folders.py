@@ -1,17 +1,19 @@
-"""Wan2.1 as diffusers keeps it, from a folder or the hub; and a tiny one of the same layout, to try everything on.
+"""Wan2.1 in the folder layout of diffusers, from a folder or the hub; and a tiny one of the same layout, for tests.
 
-Wan and released AnyFlow weights load into the two-time classes; what Wan does not have, the embedder of the target time
-and a causal model's coarse patches, starts from what it has, so that at r = t nothing changes. Shapes:
+Wan and released AnyFlow weights load into the two-time classes. Weights that Wan does not have, the embedder of the
+target time and a causal model's coarse patches, start as copies, so that at r = t nothing changes. Shapes:
     video      (B, T, 3, H, W) in [0, 1], T = 4 n + 1 frames
-    latents    (B, F, C, H / 8, W / 8), F = n + 1, normalised by the mean and spread in the codec's configuration
+    latents    (B, F, C, H / 8, W / 8), F = n + 1, normalised by mean and spread from the codec's configuration
 """
 
 import contextlib
 import inspect
+import logging
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
-import huggingface_hub
 import torch
 import transformers
 from diffusers import (
@@ -25,6 +27,7 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from minianyflow.networks.causal import coarse_patches
@@ -41,14 +44,21 @@ PARTS = {
     "tokenizer": AutoTokenizer,
     "text_encoder": UMT5EncoderModel,
     "vae": AutoencoderKLWan,
-    "scheduler": None,  # whichever its configuration names
+    "scheduler": UniPCMultistepScheduler,  # or the class that its configuration names
 }
 
 
 # Loading
 
 
-def load_transformer(source, architecture, dtype=None, full_chunk_limit=None, partition=None, device=None):
+def load_transformer(
+    source: str | Path,
+    architecture: str,
+    dtype: torch.dtype | None = None,
+    full_chunk_limit: int | None = None,
+    partition: tuple[int, ...] | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
     """The transformer in `source`, of the class with two times for `architecture`, in eval mode.
 
     source: a pipeline folder, a transformer's own or a name on the hub, of Wan2.1 text to video or AnyFlow. dtype: of
@@ -57,26 +67,21 @@ def load_transformer(source, architecture, dtype=None, full_chunk_limit=None, pa
     Raises InputError for another architecture (Wan and bidirectional weights may become causal, nothing else changes)
     and for weights that lack or add more than a new embedder and coarse patches.
     """
-    kind = choose("architecture", architecture, CLASSES)
-    place = _place(source, "transformer")
-    config = _reading(source, "transformer", lambda: kind.load_config(**place))
+    kind, place = choose("architecture", architecture, CLASSES), _place(source, "transformer")
+    config = _load(source, "transformer", lambda: kind.load_config(**place))
     have = _source_kind(source, config)
     if have == "causal" != architecture:
         raise InputError(f"{source} is causal; expected Wan or a bidirectional one: set architecture=causal")
     chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": partition} if architecture == "causal" else {}
-    options = {name: value for name, value in chunks.items() if value is not None} | {"torch_dtype": dtype}
-    transformer, found = _reading(
-        source, "transformer", lambda: kind.from_pretrained(**place, **options, output_loading_info=True)
-    )
+    options = {name: value for name, value in chunks.items() if value is not None} | {"torch_dtype": dtype, **place}
     new = (NEW_TIME,) * (have == "Wan") + (NEW_PATCH,) * (architecture == "causal" != have)
-    _check_whole(source, found, config["_class_name"], new)
+    transformer = _load_whole(source, "transformer", kind, options, config["_class_name"], new)
     _start_new(transformer, new)
     _forget_other_options(transformer)
     return transformer.to(device) if device else transformer
 
 
 def _source_kind(source, config):
-    """Wan, bidirectional or causal."""
     name = config.get("_class_name")
     if name not in SOURCES:
         raise InputError(f"{source} holds a {name}; expected one of {', '.join(SOURCES)}")
@@ -86,9 +91,9 @@ def _source_kind(source, config):
 
 
 def _forget_other_options(transformer):
-    """Drop what diffusers keeps of Wan's configuration and the class does not take: the rest builds the class anew."""
-    taken = inspect.signature(type(transformer).__init__).parameters
-    known = {*taken, "_class_name", "_diffusers_version"}  # nor where it was loaded from: folders are passed on
+    """Drop the options of Wan's configuration that the class does not take, so that the rest rebuilds the class."""
+    parameters = inspect.signature(type(transformer).__init__).parameters
+    known = {*parameters, "_class_name", "_diffusers_version"}  # not where it was loaded from: folders are passed on
     transformer._internal_dict = FrozenDict({k: value for k, value in transformer.config.items() if k in known})
 
 
@@ -105,8 +110,8 @@ def _start_new(transformer, new):
     transformer.load_state_dict(start, strict=False, assign=True)
 
 
-def load_parts(source, *names, dtype=None):
-    """The parts of a pipeline that are named, in that order: tokenizer, text_encoder, vae, scheduler.
+def load_parts(source: str | Path, *names: str, dtype: torch.dtype | None = None) -> list:
+    """The named parts of a pipeline, in that order: tokenizer, text_encoder, vae, scheduler.
 
     dtype: of the text encoder; the codec is always float32, as Wan's is. Modules are frozen and in eval mode.
     """
@@ -116,37 +121,35 @@ def load_parts(source, *names, dtype=None):
 def _load_part(source, name, dtype):
     kind, place = choose("part", name, PARTS), _place(source, name, bare=False)
     if name == "scheduler":
-        config = _reading(source, name, lambda: UniPCMultistepScheduler.load_config(**place))
-        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        class_name = _load(source, name, lambda: kind.load_config(**place)).get("_class_name")
+        kind = getattr(diffusers, str(class_name), None)
         if kind is None:
-            raise InputError(
-                f"the scheduler in {source} is a {config.get('_class_name')}, which diffusers does not have"
-            )
+            raise InputError(f"the scheduler in {source} is a {class_name}, which diffusers does not have")
     if name in ("tokenizer", "scheduler"):
-        return _reading(source, name, lambda: kind.from_pretrained(**place))
+        return _load(source, name, lambda: kind.from_pretrained(**place))
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
-    part, found = _reading(source, name, lambda: kind.from_pretrained(**place, **options, output_loading_info=True))
-    _check_whole(source, found, type(part).__name__)
-    return part.eval().requires_grad_(False)
+    return _load_whole(source, name, kind, options | place, kind.__name__).eval().requires_grad_(False)
 
 
-def codec_factor(source):
-    """Pixels to a side of a latent, as the configuration of a source's codec says; its weights are not loaded."""
+def codec_factor(source: str | Path) -> int:
+    """Pixels per side of a latent, from the configuration of a source's codec; its weights are not loaded."""
     place = _place(source, "vae", bare=False)
-    return _reading(source, "vae", lambda: AutoencoderKLWan.load_config(**place)).get("scale_factor_spatial", 8)
+    return _load(source, "vae", lambda: AutoencoderKLWan.load_config(**place)).get("scale_factor_spatial", 8)
 
 
-def _check_whole(source, found, kind, new=()):
-    """Raise InputError for weights that lack or add something, but for those whose names start with `new`."""
-    lacking = [name for name in found["missing_keys"] if not name.startswith(tuple(new))]
-    for verb, names in (("lack", lacking), ("add", found["unexpected_keys"])):
+def _load_whole(source, name, kind, options, class_name, new=()):
+    """A module from its weights. Raises InputError if they lack or add any, but for names that start with `new`."""
+    module, info = _load(source, name, lambda: kind.from_pretrained(**options, output_loading_info=True))
+    lacking = [name for name in info["missing_keys"] if not name.startswith(tuple(new))]
+    for verb, names in (("lack", lacking), ("add", info["unexpected_keys"])):
         if names:
             what = f"{verb} {min(names)} ({len(names)} in all)"
-            raise InputError(f"the weights in {source} {what}; expected those of a {kind}")
+            raise InputError(f"the weights in {source} {what}; expected those of a {class_name}")
+    return module
 
 
 def _place(source, name, bare=True):
-    """Where diffusers finds a part: {pretrained_model_name_or_path, subfolder}. bare: a part's own folder will do."""
+    """The place of a part for from_pretrained. bare: a folder of the part alone will do."""
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists() or str(source).count("/") != 1 or str(source)[0] in "./~":
@@ -160,10 +163,10 @@ def _place(source, name, bare=True):
     raise InputError(f"no {name} in {source}; expected a pipeline folder, which has it beside others; found {there}")
 
 
-def _reading(source, name, load):
-    """load(), quiet; whatever diffusers, transformers and the hub raise for a broken source becomes one line."""
+def _load(source, name, load):
+    """load(), quiet; what diffusers, transformers and the hub raise for a broken source becomes one line."""
     try:
-        with _quiet():
+        with quiet():
             return load()
     except Exception as problem:
         why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
@@ -172,19 +175,16 @@ def _reading(source, name, load):
 
 
 @contextlib.contextmanager
-def _quiet():
-    """What we check ourselves (weights that are missing, options that are unknown) is not warned of, too."""
-    loggers = (diffusers.utils.logging, transformers.utils.logging, huggingface_hub.utils.logging)
-    levels = [each.get_verbosity() for each in loggers]
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+def quiet():
+    """No warnings, logs and bars of libraries: missing weights and unknown options are checked after it."""
+    before, bars = logging.root.manager.disable, transformers.utils.logging.is_progress_bar_enabled()
+    logging.disable(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
-    for each in loggers:
-        each.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.set_verbosity(level)
+        logging.disable(before)
         if bars:
             transformers.utils.logging.enable_progress_bar()
 
@@ -193,7 +193,7 @@ def _quiet():
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, text_encoder, prompts, length=LENGTH):
+def encode_prompts(tokenizer: Callable, text_encoder: nn.Module, prompts: list[str], length: int = LENGTH) -> Tensor:
     """Embeddings (B, length, D) as Wan's pipelines make them: cleaned, cut at `length` tokens, zero beyond the end."""
     if not prompts or isinstance(prompts, str):
         raise InputError(f"prompts {prompts!r}; expected a list of at least one text")
@@ -208,14 +208,14 @@ def encode_prompts(tokenizer, text_encoder, prompts, length=LENGTH):
 
 
 @torch.no_grad()
-def encode_video(vae, video):
+def encode_video(vae: nn.Module, video: Tensor) -> Tensor:
     """Video (B, T, 3, H, W) in [0, 1] to normalised latents (B, F, C, h, w), clip by clip."""
     mean, std = _scale(vae)
     return torch.cat([(_moments(vae, clip) - mean) / std for clip in video.split(1)]).transpose(1, 2).contiguous()
 
 
 @torch.no_grad()
-def decode_latents(vae, latents, batch=1):
+def decode_latents(vae: nn.Module, latents: Tensor, batch: int = 1) -> Tensor:
     """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W), clipped to [0, 1], `batch` clips at a time."""
     mean, std = _scale(vae)
     clips = [vae.decode(clip.transpose(1, 2).to(mean) * std + mean).sample for clip in latents.split(batch)]
@@ -225,9 +225,8 @@ def decode_latents(vae, latents, batch=1):
 def _moments(vae, clip):
     shape, factor = clip.shape, vae.config.scale_factor_spatial
     if len(shape) != 5 or shape[2] != 3 or shape[1] % 4 != 1 or shape[3] % factor or shape[4] % factor:
-        raise InputError(
-            f"video {tuple(shape)}; expected (B, T, 3, H, W) with T = 4 n + 1, H and W multiples of {factor}"
-        )
+        expected = f"(B, T, 3, H, W) with T = 4 n + 1, H and W multiples of {factor}"
+        raise InputError(f"video {tuple(shape)}; expected {expected}")
     return vae.encode((2 * clip - 1).transpose(1, 2).to(vae.dtype)).latent_dist.mode()
 
 
@@ -247,7 +246,7 @@ COLOURS = {"red": (1, 0.2, 0.2), "green": (0.2, 1, 0.2), "blue": (0.2, 0.2, 1), 
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
-def make_tiny_wan(folder, seed=0, clips=16, null=""):
+def make_tiny_wan(folder: str | Path, seed: int = 0, clips: int = 16, null: str = "") -> None:
     """Write a pipeline folder in Wan2.1's layout, tiny and random, and `latents/` in it: `clips` captioned clips.
 
     Every caption works; TINY_LENGTH is the prompt length of the latents. null: the text of the null prompt, which for
@@ -265,13 +264,13 @@ def make_tiny_wan(folder, seed=0, clips=16, null=""):
         latents = (raw - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
         transformer = WanTransformer3DModel(text_dim=TINY_TEXT["d_model"], freq_dim=64, **TINY_TRANSFORMER)
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        with _quiet():
+        with quiet():
             WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(inside)
         prompts = encode_prompts(tokenizer, text_encoder, [*captions, null], TINY_LENGTH)
         write_latents(inside / "latents", latents, prompts[:-1], prompts[-1:], captions, null)
 
 
-def moving_shapes(count, source, frames=17, size=64):
+def moving_shapes(count: int, source: torch.Generator, frames: int = 17, size: int = 64) -> tuple[list[str], Tensor]:
     """Captions, and videos (count, frames, 3, size, size) of a square or a disc that crosses a grey picture."""
     kind, colour, way = (torch.randint(n, (count,), generator=source).tolist() for n in (2, len(COLOURS), len(WAYS)))
     start = torch.rand(count, 2, generator=source) * 0.4 - 0.2

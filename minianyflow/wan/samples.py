@@ -94,14 +94,31 @@ class Samples:
         files = sorted((self.folder / "vbench" / f"{steps}_steps").glob("*_eval_results.json"))
         return {f"vbench_{name}": float(score) for file in files for name, (score, *_) in _read_json(file).items()}
 
-    def sample(
-        self, source: Source, embedded: torch.Tensor, steps: list[int], batch=1, guidance=1.0, null=None, shape=None
-    ) -> None:
-        """Sample the clips that are missing. embedded (P, L, D): of the prompts; guidance: a teacher's, with `null`."""
+    def make(self, source: Source, shape, steps, dtype, device, batch=1, guidance=1.0, negative="") -> None:
+        """Text encoder, then transformer, then codec, one after another on the device, as far as clips are missing.
+
+        guidance: a teacher's scale; negative: the text of its null prompt.
+        """
+        clips, base = [(count, number) for count in steps for number in range(self.count)], source.config.base
+        if not all(self._sampled(*clip) for clip in clips):
+            tokenizer, text_encoder = load_parts(base, "tokenizer", "text_encoder", dtype=dtype)
+            texts = [*self.prompts, negative]
+            embedded = encode_prompts(tokenizer, text_encoder.to(device), texts, self.settings["clip"]["length"])
+            del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
+            source.network.to(device)
+            self._sample(source, embedded, shape, steps, batch, guidance)
+        source.network = None
+        gc.collect()
+        if not all(self.finished(*clip) for clip in clips):
+            (vae,) = load_parts(base, "vae")
+            self._decode(vae.to(device), steps, batch)
+
+    def _sample(self, source, embedded, shape, steps, batch, guidance):
+        """Sample the clips that are missing. embedded (P + 1, L, D): of the prompts and the null prompt."""
         missing = {count: [n for n in range(self.count) if not self._sampled(count, n)] for count in steps}
         pieces = _mine([(count, n[k : k + batch]) for count, n in missing.items() for k in range(0, len(n), batch)])
         device, network = embedded.device, EvaluationCounter(source.network)
-        u = guided_network(network, source.config, null, guidance) if guidance != 1 else network
+        u = guided_network(network, source.config, embedded[-1:], guidance) if guidance != 1 else network
         with _bar("sampling", self.folder.name, sum(count * len(numbers) for count, numbers in pieces), "step") as bar:
             for count, numbers in pieces:
                 noise = torch.stack([torch.randn(shape, generator=generator(self.seed, number)) for number in numbers])
@@ -118,7 +135,7 @@ class Samples:
                 bar.update(count * len(numbers))
         PartialState().wait_for_everyone()
 
-    def decode(self, vae, steps: list[int], batch: int = 1) -> None:
+    def _decode(self, vae, steps, batch):
         """Decode, write and measure the clips that are not finished."""
         missing = [(count, n) for count in steps for n in range(self.count) if not self.finished(count, n)]
         pieces = _mine([missing[k : k + batch] for k in range(0, len(missing), batch)])
@@ -156,23 +173,6 @@ class Samples:
         except OSError as problem:
             why = f"cannot write {path} ({problem.strerror or problem})"
             raise InputError(f"{why}; make room, or name another folder for the output") from None
-
-
-def sample_all(samples: Samples, source: Source, shape, steps, dtype, device, batch, guidance, negative, length):
-    """Text encoder, then transformer, then codec, one after another on the device, as far as clips are missing."""
-    clips = [(count, number) for count in steps for number in range(samples.count)]
-    if not all(samples._sampled(*clip) for clip in clips):
-        tokenizer, text_encoder = load_parts(source.config.base, "tokenizer", "text_encoder", dtype=dtype)
-        texts = [*samples.prompts, negative]
-        *prompts, null = encode_prompts(tokenizer, text_encoder.to(device), texts, length).split(1)
-        del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
-        source.network.to(device)
-        samples.sample(source, torch.cat(prompts), steps, batch, guidance, null, shape)
-    source.network = None
-    gc.collect()
-    if not all(samples.finished(*clip) for clip in clips):
-        (vae,) = load_parts(source.config.base, "vae")
-        samples.decode(vae.to(device), steps, batch)
 
 
 def motion(video: torch.Tensor) -> dict[str, float]:

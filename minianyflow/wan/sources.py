@@ -2,20 +2,18 @@
 
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.utils import logging
 
 from minianyflow.networks.causal_attention import chunk_partition, compressed_chunks
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.options import WAN_CLIP
-from minianyflow.wan.folders import codec_factor, load_parts, load_transformer
+from minianyflow.wan.folders import codec_factor, load_parts, load_transformer, quiet
 from minianyflow.wan.run import load_run, read_run
 from minianyflow.wan.run_networks import network_of
 
@@ -87,9 +85,8 @@ def _identify(name):
         return read_run(name)
     if folder and not (Path(name) / "model_index.json").is_file():
         raise InputError(f"neither run.json nor model_index.json in {name}; {EXPECTED}")
-    logging.set_verbosity_error()  # it logs many lines on each attempt
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with quiet():
             index = DiffusionPipeline.load_config(name)
     except Exception as problem:  # diffusers and the hub raise any kind of error for a broken source
         why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)

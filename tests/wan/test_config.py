@@ -182,6 +182,7 @@ RANGES = {
     "objective=eulerean": "unknown objective 'eulerean'.*did you mean 'eulerian'",
     "log.tracker=wandb": "unknown log.tracker 'wandb'; known: tensorboard, none",
     "device=gpu": "unknown device 'gpu'; known: auto, cpu, cuda",
+    "velocity=teacher": "unknown velocity 'teacher'; known: data, base",
     "resume=always": "unknown resume 'always'; known: auto, never",
 }
 
@@ -208,7 +209,7 @@ def test_a_wrong_option_in_a_file_names_the_file(tmp_path):
 CONTRADICTIONS = {
     ("objective=mixed", "guidance.published=true"): "guidance.published=True, objective=mixed: .* for eulerian alone",
     ("objective=lagrangian", "velocity=data"): "objective=lagrangian, velocity=data: .*; set velocity=base",
-    ("batch=6", "accumulate=4"): "batch=6, accumulate=4: .*does not divide",
+    ("batch=6", "accumulate=4"): "batch=6, accumulate=4: the micro-batches would not be equal",
     ("diagonal=0.8", "end=0.3"): "diagonal=0.8, end=0.3: these are more than all rows",
     ("diagonal=1", "end=0"): "stage=forward, diagonal=1.0: no row r < t",
     ("stage=teacher",): "stage=teacher, diagonal=0.5: .*; name the overlay teacher",

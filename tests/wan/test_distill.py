@@ -1,4 +1,4 @@
-"""scripts/distill.py on a tiny Wan: what each stage evaluates, holds in memory, starts from, leaves, and refuses."""
+"""Distillation of a tiny Wan: what each stage evaluates, holds in memory, starts from, leaves, and refuses."""
 
 import json
 import os
@@ -6,17 +6,15 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minianyflow import flow_map, on_policy, training
+from minianyflow import training
 from minianyflow.flow_map import displace
 from minianyflow.networks.lora_roles import Adapter, storages
-from minianyflow.on_policy import backward_simulation
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
@@ -35,10 +33,10 @@ from minianyflow.wan.trainer import train_run
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny, tmp_path_factory):
     """A tiny Wan and, for both architectures, the runs of a teacher and of a forward stage."""
-    folder = tmp_path_factory.mktemp("wan")
-    make_tiny_wan(folder / "wan")
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "wan").symlink_to(tiny)
     for architecture in ("bidirectional", "causal"):
         for stage in ("teacher", "forward"):
             stages.distil(settings(folder, architecture, stage))
@@ -51,23 +49,15 @@ def settings(folder, architecture, stage, *changes):
     return load_config([architecture, stage, "tiny"], [*where, *quick, *changes])
 
 
+def on(tiny, architecture, stage, *changes):
+    """Settings of a run that starts from no other."""
+    return settings(tiny, architecture, stage, f"base={tiny}", f"data={tiny}/latents", *changes)
+
+
 def built(config):
     data = LatentSet(config.data)
     networks = RunNetworks(config, data.shape[0])
     return networks, STAGES[config.stage](config, networks, {"prompt": data.null}), draws(config, data)
-
-
-# ---- the mathematics is that of the notebooks
-
-
-def test_the_stages_call_what_the_notebooks_call():
-    assert stages.forward is stages.teacher
-    config = load_config(["bidirectional", "on_policy", "tiny"])
-    assert simulation(config) is on_policy.backward_simulation is backward_simulation
-    assert stages.velocity is flow_map.velocity
-    assert stages.FlowMapLoss.__module__ == "minianyflow.objectives"
-    assert "train_run(" in Path(stages.__file__).read_text()
-    assert training.train.__module__ == "minianyflow.training"
 
 
 # ---- evaluations, counted
@@ -75,8 +65,8 @@ def test_the_stages_call_what_the_notebooks_call():
 
 @pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
 @pytest.mark.parametrize("objective", ["eulerian", "mixed", "semigroup"])
-def test_the_forward_stage_takes_three_evaluations_a_sample_at_most(folder, architecture, objective):
-    networks, roles, draw = built(settings(folder, architecture, "forward", f"objective={objective}", "drop=0.0001"))
+def test_the_forward_stage_takes_three_evaluations_a_sample_at_most(tiny, architecture, objective):
+    networks, roles, draw = built(on(tiny, architecture, "forward", f"objective={objective}", "drop=0.0001"))
     roles["student"].loss(roles["student"].network, draw(0))
     rows, with_grad = networks.counts()["student"]
     null = {"eulerian": 8, "mixed": 6, "semigroup": 4}[objective]  # rows whose velocity is guided
@@ -86,12 +76,13 @@ def test_the_forward_stage_takes_three_evaluations_a_sample_at_most(folder, arch
     assert "teacher" not in networks.counts()
 
 
-def test_lagrangian_asks_the_frozen_base_beside(folder):
-    networks, roles, draw = built(settings(folder, "bidirectional", "forward", "objective=lagrangian", "drop=0.0001"))
+def test_lagrangian_asks_the_frozen_base_beside(tiny):
+    networks, roles, draw = built(on(tiny, "bidirectional", "forward", "objective=lagrangian", "drop=0.0001"))
     roles["student"].loss(roles["student"].network, draw(0))
     assert networks.counts() == {"student": (8 + 8 + 8, 8), "teacher": (8, 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", [False, True])
 def test_on_policy_evaluations(folder, published):
     stage = "on_policy-published" if published else "on_policy"
@@ -108,6 +99,7 @@ def test_on_policy_evaluations(folder, published):
     assert counts["fake"] == (8 + 8, 8)
 
 
+@pytest.mark.slow
 def test_a_causal_rollout_takes_three_jumps_a_chunk_and_one_pass_to_fill_the_cache(folder):
     networks, roles, draw = built(settings(folder, "causal", "on_policy", "drop=0.0001"))
     batch, student = draw(0), roles["student"].network
@@ -117,6 +109,7 @@ def test_a_causal_rollout_takes_three_jumps_a_chunk_and_one_pass_to_fill_the_cac
     assert networks.counts()["student"][0] == chunks * jumps + (chunks - 1) * 8
 
 
+@pytest.mark.slow
 def test_a_step_draws_one_batch(folder):
     config = settings(folder, "bidirectional", "on_policy")
     _, roles, draw = built(config)
@@ -128,6 +121,7 @@ def test_a_step_draws_one_batch(folder):
 # ---- memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
 def test_one_base_is_in_memory_for_all_roles_and_with_full_weights_three(folder, architecture):
     alone, _ = storages(load_transformer(folder / "wan", architecture))
@@ -147,10 +141,10 @@ def held_by(networks):
 # ---- one process and accumulated parts, starts and ends
 
 
-def test_four_accumulated_parts_learn_what_one_batch_learns(folder):
+def test_four_accumulated_parts_learn_what_one_batch_learns(tiny):
     weights = []
     for parts in (1, 4):
-        config = settings(folder, "bidirectional", "forward", f"accumulate={parts}")
+        config = on(tiny, "bidirectional", "forward", f"accumulate={parts}")
         _, roles, draw = built(config)
         training.train(roles, draw, 2, config.accumulate, progress=False)
         weights.append(list(roles["student"].network.parameters()))
@@ -158,6 +152,7 @@ def test_four_accumulated_parts_learn_what_one_batch_learns(folder):
     assert any(float(each.detach().abs().max()) > 1e-3 for each in weights[0])
 
 
+@pytest.mark.slow
 def test_the_on_policy_student_starts_as_the_forward_stage_ended_and_the_fake_score_as_the_teacher(folder):
     config = settings(folder, "causal", "on_policy")
     networks, roles, _ = built(config)
@@ -174,6 +169,7 @@ def test_the_on_policy_student_starts_as_the_forward_stage_ended_and_the_fake_sc
     assert not torch.allclose(teacher(x, t, t, prompt=prompt), base(x, t, t, prompt), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
 def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
     config = settings(folder, architecture, "on_policy", f"output={tmp_path}/run", "samples.every=2")
@@ -193,6 +189,7 @@ def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
         stages.distil(config)
 
 
+@pytest.mark.slow
 def test_full_weights_are_trained_and_kept_as_stock_has_them(folder, tmp_path):
     changes = ["trained=full", f"output={tmp_path}/run", "checkpointing=false"]
     stages.distil(settings(folder, "bidirectional", "forward", *changes))
@@ -204,8 +201,8 @@ def test_full_weights_are_trained_and_kept_as_stock_has_them(folder, tmp_path):
     stages.distil(settings(folder, "bidirectional", "on_policy", *same))
 
 
-def test_bfloat16_trains_float32_adapters_at_float32_times(folder):
-    networks, roles, draw = built(settings(folder, "bidirectional", "forward", "precision=bf16"))
+def test_bfloat16_trains_float32_adapters_at_float32_times(tiny):
+    networks, roles, draw = built(on(tiny, "bidirectional", "forward", "precision=bf16"))
     assert networks.base.dtype == torch.bfloat16
     assert {weight.dtype for weight in roles["student"].network.parameters()} == {torch.float32}
     seen = []
@@ -219,6 +216,7 @@ def test_bfloat16_trains_float32_adapters_at_float32_times(folder):
     assert torch.equal(seen[-1][0][:, 0], 1000 * batch["t"])
 
 
+@pytest.mark.slow
 def test_full_weights_compute_in_bfloat16_in_every_role(folder):
     whole = ["trained=full", "precision=bf16", f"student={folder}/wan", "teacher=null"]
     networks, roles, draw = built(settings(folder, "bidirectional", "on_policy", *whole))
@@ -236,9 +234,9 @@ def test_full_weights_compute_in_bfloat16_in_every_role(folder):
     assert {weight.dtype for weight in roles["student"].network.parameters()} == {torch.float32}
 
 
-def test_no_kind_of_row_drowns_the_others_in_our_recipe(folder):
+def test_no_kind_of_row_drowns_the_others_in_our_recipe(tiny):
     """Gradient norms by kind: a semigroup target has no noise; scaled up to the others' loss it would be the lot."""
-    _, roles, draw = built(settings(folder, "bidirectional", "forward", "batch=16"))
+    _, roles, draw = built(on(tiny, "bidirectional", "forward", "batch=16"))
     role, norms = roles["student"], {}
     batch = draw(1)
     for kind, rows in role.loss.kinds(batch).items():
@@ -251,8 +249,8 @@ def test_no_kind_of_row_drowns_the_others_in_our_recipe(folder):
     assert norms["semigroup"] < norms["tangent"]
 
 
-def test_samples_come_from_the_average_by_the_samplers_of_the_course(folder):
-    config = settings(folder, "bidirectional", "forward")
+def test_samples_come_from_the_average_by_the_samplers_of_the_course(tiny):
+    config = on(tiny, "bidirectional", "forward")
     networks, _, _ = built(config)
     data = LatentSet(config.data)
     noise, (_, prompt) = torch.randn(2, *data.shape, generator=generator(0)), data.rows([0, 1])
@@ -266,6 +264,7 @@ def test_samples_come_from_the_average_by_the_samplers_of_the_course(folder):
 # ---- what a run is known by when it goes on
 
 
+@pytest.mark.slow
 def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_path):
     for name in ("wan", "causal-forward", "bidirectional-teacher"):
         shutil.copytree(folder / name, tmp_path / name)
@@ -288,6 +287,7 @@ def test_a_run_knows_its_weights_and_null_prompt_by_what_they_hold(folder, tmp_p
     assert told(data=tmp_path)["the null prompt"] != before["the null prompt"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monkeypatch):
     """It ended after this one had looked, and before this one held the folder."""
     lock = runs.Checkpoints.lock
@@ -301,6 +301,7 @@ def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monke
         runs.prepare(settings(folder, "causal", "forward", f"output={tmp_path}/run"))
 
 
+@pytest.mark.slow
 def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys):
     """Not as another configuration."""
     shutil.copytree(folder / "wan/latents", tmp_path / "data")
@@ -335,6 +336,7 @@ def test_a_causal_student_sees_long_and_short_contexts_and_whole_clips():
     assert old == {0, 1, 4, 7, 10, 13}
 
 
+@pytest.mark.slow
 def test_weights_of_a_clip_too_short_to_be_compressed_are_left_alone(folder):
     _, roles, draw = built(settings(folder, "causal", "forward", "causal.full_chunks=3"))
     training.train(roles, draw, 1, progress=False)
@@ -378,6 +380,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(folder, case, capsys, monkeypatch):
     files, changes, words = BAD[case]
@@ -402,6 +405,7 @@ def test_the_resolved_configuration_is_printed(capsys):
     assert "steps: 1200  " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_says_how_long_it_waited_for_data_and_sweeps_up_after_a_killed_one(folder, capsys):
     for left in (".unfinished-1", "samples/000002/.unfinished-2"):
         (folder / "said" / left).mkdir(parents=True)
@@ -415,6 +419,7 @@ def test_a_run_says_how_long_it_waited_for_data_and_sweeps_up_after_a_killed_one
     assert f"waiting for data: {told['median']:.2%} of a step (median)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_evaluations_in_run_json_are_those_that_were_counted(folder):
     made = json.loads((folder / "bidirectional-forward/run.json").read_text())
     each = made["evaluations_a_sample"]["student"]
@@ -434,8 +439,10 @@ def test_the_table_of_the_docs_is_what_is_counted(tmp_path):
             assert written[f"{architecture} {stage}"] == counted
 
 
+@pytest.mark.parametrize(
+    ("launch", "processes"), [("one_gpu", 1), pytest.param("eight_gpus_ddp", 8, marks=pytest.mark.long)]
+)
 @pytest.mark.slow
-@pytest.mark.parametrize(("launch", "processes"), [("one_gpu", 1), ("eight_gpus_ddp", 8)])
 def test_the_launch_files_of_the_docs_start_that_many_processes(folder, launch, processes):
     """On a CPU: gloo takes the place of nccl. accelerate ignores the FSDP2 file here, which is tried by other means."""
     where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents", f"output={folder}/{launch}"]

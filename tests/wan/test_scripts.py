@@ -1,4 +1,4 @@
-"""scripts/export.py and scripts/sample.py on a tiny Wan: what comes out is the run's own network, or one line."""
+"""Export and sampling of a tiny Wan: what comes out is the run's own network, or one line."""
 
 import json
 import re
@@ -22,14 +22,15 @@ from minianyflow.wan.commands import sample as sampling
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.data.write_video import write_clips
-from minianyflow.wan.export import licence
-from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, make_tiny_wan, moving_shapes
+from minianyflow.wan.export import notes
+from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, moving_shapes
 from minianyflow.wan.run import load_run, read_run, save_run
 from minianyflow.wan.run_networks import RunNetworks, network_of
 from minianyflow.wan.sampler import sample
 from minianyflow.wan.sources import find_source
 from minianyflow.wan.stages import optimiser
 
+pytestmark = pytest.mark.slow
 ARCHITECTURES = {"bidirectional": AnyFlowPipeline, "causal": AnyFlowFARPipeline}
 PROMPTS = ["a red square moves left", "a blue disc moves up"]
 CLIP = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 32}
@@ -40,10 +41,10 @@ def run_main(command, argv):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tiny, tmp_path_factory):
     """{architecture: a finished run}, its student of random weights, the last ones others; and the base under "wan"."""
     folder = tmp_path_factory.mktemp("runs")
-    make_tiny_wan(folder / "wan")
+    (folder / "wan").symlink_to(tiny)
     for architecture in ARCHITECTURES:
         make_run(folder, architecture, "forward", folder / architecture)
     return folder
@@ -240,19 +241,6 @@ def test_the_adapter_does_in_a_stock_pipeline_what_it_does_here(runs, adapters, 
     assert distance(theirs(pipeline, 2), plain) == 0
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_layer_and_alpha_are_in_the_file(runs, adapters, architecture):
-    with (
-        safe_open(runs / architecture / "student.safetensors", "pt") as kept,
-        safe_open(adapters / architecture / "pytorch_lora_weights.safetensors", "pt") as file,
-    ):
-        assert set(file.keys()) == {f"transformer.{name}" for name in kept.keys()}  # noqa: SIM118
-        told = json.loads(file.metadata()["lora_adapter_metadata"])
-        assert (told["transformer.r"], told["transformer.lora_alpha"]) == (4, 2.0)
-        for name in kept.keys():  # noqa: SIM118
-            assert torch.equal(file.get_tensor(f"transformer.{name}"), kept.get_tensor(name))
-
-
 def test_its_readme_loads_it(runs, adapters, monkeypatch):
     monkeypatch.chdir(adapters)
     for architecture in ARCHITECTURES:
@@ -314,14 +302,14 @@ def test_what_cannot_be_exported_is_one_line(runs, exported, tmp_path, capsys):
 
 def test_licences_are_followed_to_where_a_run_began(runs, tmp_path):
     config, _ = read_run(runs / "causal")
-    assert "licence of" in licence(config)
-    assert "Apache" in licence(replace(config, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
+    assert "licence of" in notes(config)
+    assert "Apache" in notes(replace(config, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
     for change in ({"base": "nvidia/AnyFlow-X"}, {"student": "nvidia/AnyFlow-X"}, {"teacher": "nvidia/AnyFlow-X"}):
-        assert "non-commercial" in licence(replace(config, **change))
+        assert "non-commercial" in notes(replace(config, **change))
     first = shutil.copytree(runs / "causal", tmp_path / "first")
     text = (first / "config.yaml").read_text()
     (first / "config.yaml").write_text(re.sub(r"^student: .*$", "student: nvidia/AnyFlow-X", text, flags=re.M))
-    assert "non-commercial" in licence(replace(config, student=str(first)))
+    assert "non-commercial" in notes(replace(config, student=str(first)))
 
 
 # ---- the first frames known
@@ -351,16 +339,6 @@ def test_a_start_hides_its_noise(runs, embedded):
 
 
 # ---- sample
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_run_and_its_export_sample_alike(runs, exported, embedded, architecture):
-    expected = ours(runs / architecture, embedded, 2)
-    for name in (runs / architecture, exported / architecture):
-        source = find_source(str(name), torch.float32, torch.device("cpu"))
-        assert source.clip == {"frames": 17, "height": 64, "width": 64, "length": 32}
-        made = sample(source.config, source.network, noise(), embedded, 2)
-        assert distance(made, expected) < 1e-5
 
 
 def spied(monkeypatch):
@@ -481,7 +459,7 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_released_weights_come_with_a_word_on_their_licence(capsys, monkeypatch):
+def test_released_weights_come_with_a_word_on_their_notes(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         sampling(["--help"])
     assert "commercial licence" in " ".join(capsys.readouterr().out.split())  # it may break at the hyphen
