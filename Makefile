@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m minianyflow
 
-.PHONY: demo video weights wan-tiny faults lab live live-html bench-live test check setup
+.PHONY: demo video weights wan-tiny faults lab live live-html bench-live docs test test-all check setup
 
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET))
@@ -29,12 +29,18 @@ live-html: setup  ## each scene as one page that needs no server
 	@$(RUN) live-html
 
 bench-live: setup  ## how quickly the scenes answer, in a headless browser
-	@$(RUN) bench-live
+	@.venv/bin/python -m benchmarks.scene_speed
 
-test: setup   ## every test
+docs: setup   ## write the tables of README.md and docs/ anew from the committed results
+	@$(RUN) docs
+
+test: setup   ## every test but the long ones, browser and notebooks included: a quarter of an hour on two cores
 	@$(RUN) test
 
-check: setup  ## lint and the fast tests
+test-all: setup  ## every test, then the fast ones with the lowest versions of all packages: two hours
+	@$(RUN) test-all
+
+check: setup  ## lint, the floors of the house, docs, the fast tests: a minute
 	@$(RUN) check
 
 setup:        ## .venv with the pinned packages; done once

@@ -2,8 +2,7 @@
 
 import sys
 
-from minianyflow.support.cli import run
-from minianyflow.wan.commands import evaluate
+from minianyflow.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: evaluate(sys.argv[1:])))
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -2,8 +2,7 @@
 
 import sys
 
-from minianyflow.support.cli import run
-from minianyflow.wan.commands import export
+from minianyflow.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: export(sys.argv[1:])))
+    sys.exit(main(["export", *sys.argv[1:]]))

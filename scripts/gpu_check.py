@@ -2,8 +2,7 @@
 
 import sys
 
-from minianyflow.planner.commands import gpu_check
-from minianyflow.support.cli import run
+from minianyflow.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: gpu_check(sys.argv[1:])))
+    sys.exit(main(["gpu-check", *sys.argv[1:]]))

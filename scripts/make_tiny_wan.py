@@ -2,8 +2,7 @@
 
 import sys
 
-from minianyflow.support.cli import run
-from minianyflow.wan.commands import make_tiny_wan
+from minianyflow.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: make_tiny_wan(sys.argv[1:])))
+    sys.exit(main(["make-tiny-wan", *sys.argv[1:]]))

@@ -2,8 +2,7 @@
 
 import sys
 
-from minianyflow.planner.commands import plan
-from minianyflow.support.cli import run
+from minianyflow.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: plan(sys.argv[1:])))
+    sys.exit(main(["plan", *sys.argv[1:]]))

@@ -2,8 +2,7 @@
 
 import sys
 
-from minianyflow.support.cli import run
-from minianyflow.wan.data.commands import prepare_latents
+from minianyflow.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: prepare_latents(sys.argv[1:])))
+    sys.exit(main(["prepare-latents", *sys.argv[1:]]))

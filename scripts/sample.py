@@ -2,8 +2,7 @@
 
 import sys
 
-from minianyflow.support.cli import run
-from minianyflow.wan.commands import sample
+from minianyflow.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: sample(sys.argv[1:])))
+    sys.exit(main(["sample", *sys.argv[1:]]))

@@ -1,7 +1,7 @@
 """Bouncing blobs: small grey videos of one or two balls between four walls, with exact positions.
 
-Balls fly straight, are reflected by the walls, and never come within `APART` of each other: so the light of a frame
-is that of its balls, and away from the walls nothing accelerates.
+Balls move straight, are reflected by the walls, and never come within APART of each other. So the light of a frame is
+that of its balls, and away from the walls nothing accelerates.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ import torch
 from minianyflow.support.errors import InputError
 
 SIZE, SIGMA = 16, 1.1  # pixels
-WALLS = (3.0, 12.0)  # where centres turn round: no light is lost beyond the edge
-SPEED = (0.4, 0.9)  # pixels a frame
+WALLS = (3.0, 12.0)  # of the centres: no light is lost beyond the edge
+SPEED = (0.4, 0.9)  # pixels per frame
 APART = 3 * SIGMA
 PROMPTS = ("one ball", "two balls")
 LIGHT = 2 * torch.pi * SIGMA**2  # of one ball: the sum of its pixels
@@ -22,7 +22,7 @@ LIGHT = 2 * torch.pi * SIGMA**2  # of one ball: the sum of its pixels
 class Clips:
     """video (B, T, 16, 16) in [0, 1]; balls (B,) 1 or 2, also the prompt's number plus one; positions (B, T, 2, 2).
 
-    A position is (x, y) in pixels; that of a ball which is not there is NaN.
+    A position is (x, y) in pixels, NaN for a ball that does not exist.
     """
 
     video: torch.Tensor
@@ -30,14 +30,14 @@ class Clips:
     positions: torch.Tensor
 
 
-def render(positions):
+def render(positions: torch.Tensor) -> torch.Tensor:
     """The frames of balls at `positions` (..., K, 2), NaN for none: (..., 16, 16)."""
     pixel = torch.arange(SIZE, dtype=torch.float32)
     bump = torch.exp(-0.5 * ((positions[..., None] - pixel) / SIGMA) ** 2).nan_to_num(0.0)  # (..., K, 2, 16)
     return torch.einsum("...kx,...ky->...yx", bump[..., 0, :], bump[..., 1, :])
 
 
-def sample(count, generator=None, frames=17):
+def sample(count: int, generator: torch.Generator | None = None, frames: int = 17) -> Clips:
     """`count` clips of `frames` frames, one and two balls in turn; the same for the same generator."""
     if frames % 4 != 1 or frames < 1:
         raise InputError(f"{frames} frames; expected 4 n + 1, such as 17: the codec takes one frame, then fours")

@@ -1,4 +1,4 @@
-"""One-dimensional Gaussians: flow maps, guided ones too, as formulas to hold objectives against."""
+"""One-dimensional Gaussians, whose flow maps are formulas, with guidance too: exact truth for objectives."""
 
 import numpy as np
 import torch

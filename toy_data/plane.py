@@ -1,4 +1,7 @@
-"""Targets on the plane: Gaussian mixtures, so that everything about them is exact."""
+"""Targets on the plane: Gaussian mixtures, so that everything about them is exact.
+
+A new target is a function that returns a GaussianMixture, and an entry in DATASETS; `demo --dataset NAME` races it.
+"""
 
 import math
 
@@ -32,6 +35,6 @@ def checkerboard():
 DATASETS = {"spiral": spiral, "ring8": ring8, "checkerboard": checkerboard}
 
 
-def load(name):
+def load(name: str) -> GaussianMixture:
     """The mixture of that name; InputError with the nearest names otherwise."""
     return choose("dataset", name, DATASETS)()

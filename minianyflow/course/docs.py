@@ -3,8 +3,9 @@
 import json
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from importlib import import_module
+from operator import getitem
 
 from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
@@ -13,18 +14,19 @@ from minianyflow.support.install import ROOT
 MARKED = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def table(function: str, report: str, *keys: str) -> Callable[[], str]:
-    """A function that makes a table: "module:name" of a report in docs/, or of its part report[key][key]...
+def table(function: str, report: str | None = None, *keys: str) -> Callable[[], str]:
+    """A function that returns a table: what "module:name" makes of a report in docs/, or of report[key][key]...
 
-    Modules are named, not imported: benchmarks stand above the package, and a page needs only its own.
+    report: None for a function that takes no arguments. Modules are named, not imported: only those of a page are
+    loaded, and benchmarks are above this package.
     """
 
     def make():
-        part = json.loads((ROOT / "docs" / report).read_text())
-        for key in keys:
-            part = part[key]
         module, name = function.split(":")
-        return getattr(import_module(module), name)(part)
+        arguments = []
+        if report:
+            arguments = [reduce(getitem, keys, json.loads((ROOT / "docs" / report).read_text()))]
+        return getattr(import_module(module), name)(*arguments)
 
     return make
 
@@ -49,6 +51,12 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {  # {page: {name: function() 
         "causal": table(_TABLES + "video_causal", _VIDEO),
         "exposure": table(_TABLES + "exposure_table", "video/exposure.json"),
         "padding": table(_TABLES + "video_padding", _VIDEO),
+    },
+    "docs/wan.md": {"evaluations": table("minianyflow.wan.tables:evaluations_per_sample")},
+    "docs/evaluation.md": {"evaluation": table("minianyflow.wan.tables:evaluation")},
+    "docs/plan.md": {
+        "bill": table("minianyflow.planner.report:bill_table"),
+        "plan": table("minianyflow.planner.report:stage_table"),
     },
     "docs/peers.md": _peers("peers/peers.json", "spiral") | _peers("peers/others.json", "ring8", "checkerboard"),
 }
@@ -79,9 +87,11 @@ def _marked(tables, match):
 
 def docs(argv: list[str]) -> int:
     """Write the tables of README.md and docs/ from the committed reports; --check only compares."""
-    parser = Parser("docs", description=docs.__doc__)
+    parser = Parser("minianyflow docs", description=docs.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
     check = parser.parse_args(argv).check
+    if not (ROOT / "docs").is_dir():
+        raise InputError(f"no docs in {ROOT}; expected a checkout of the project, not an installed package")
     stale = write(check)
     print("\n".join(f"{page}: {'not current' if check else 'written'}" for page in stale) or "all tables are current")
     return int(check and bool(stale))

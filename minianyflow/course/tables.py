@@ -50,7 +50,7 @@ def video_causal(report: dict) -> str:
     for name, method in report["methods"].items():
         if name.startswith("causal"):
             by_seed = [by_nfe[method["nfe"].index(4)] for by_nfe in method["by_chunk"]]
-            chunks = list(zip(*by_seed, strict=True))  # of each, all seeds
+            chunks = list(zip(*by_seed, strict=True))  # per chunk all seeds
             cells = [" / ".join(f"{mean(s[key] for s in seeds):.0%}" for seeds in chunks) for key in CHUNK_MEASURES]
             rows.append([name.replace("_", "-"), *cells, f"{_law(report, name, 4):.1f}"])
     header = ["at four steps a chunk", "prompt obeyed, by chunk", "light kept, by chunk", "both, by chunk"]

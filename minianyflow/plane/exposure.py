@@ -46,10 +46,10 @@ ON_POLICY = {  # weight of the forward loss, whether the past is detached
     "on-policy, detached": (1.0, True),
     "on-policy, forward x 4": (4.0, False),
 }
-KEPT = ("teacher forcing", "on-policy", "on-policy, detached")  # arms whose weights are written, for a scene
+KEPT = ("teacher forcing", "on-policy", "on-policy, detached")  # arms whose weights are saved, for a scene
 ARMS = tuple(FORCING | ON_POLICY)  # each continues from the same start, until it has cost the same
 COLOURS = ("#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
-NFE, CLIPS, TRUE = (1, 4, 16), 4096, 1024  # of the measure: step counts, clips made, clips that give a true context
+NFE, CLIPS, TRUE = (1, 4, 16), 4096, 1024  # of the measure: step counts, clips sampled, true contexts
 LOST = 0.3  # a clip whose last radius is six sigmas off
 
 
@@ -88,47 +88,44 @@ def draw_clips(process: CircleProcess, rows: int, seeds: Sequence[int], simulate
         if simulated is not None:
             by_seed = [draw_on_policy(shape, rows, generator(seed, step, 2), simulated) for seed in seeds]
             for name in ("noise", "score_eps"):
-                own[name] = torch.stack([drawn.pop(name) for drawn in by_seed], 1).flatten(0, 1)
+                own[name] = rearrange([drawn.pop(name) for drawn in by_seed], "seed row ... -> (row seed) ...")
             shared |= by_seed[0]
         return data(step) | own | {name: value.repeat_interleave(len(seeds)) for name, value in shared.items()}
 
     return draw
 
 
-def counted(velocity: Callable) -> tuple[Callable, EvaluationCounter]:
-    """An exact velocity(z, t, **condition) that counts its evaluations, and the counter."""
-    counter = EvaluationCounter(lambda z, t, r, **condition: velocity(z, t, **condition))
-    return lambda z, t, **condition: counter(z, t, t, **condition), counter
+def make_arm(arm: str, network: CausalMLP, process: CircleProcess, seeds: Sequence[int], budget: Budget):
+    """The roles, `draw(step)` and the evaluation counters of an arm.
 
-
-def teacher_forcing(network, process, seeds, budget, exact=False):
-    """The roles, the draws and the evaluation counters of teacher forcing, on the data velocity or the exact one."""
-    velocity, counter = counted(conditional_velocity(process)) if exact else (None, None)
-    student = EvaluationCounter(network)
-    loss = FrameLoss(FlowMapLoss(FLOW_MAPS["mixed"], velocity, adaptive=0.5 if exact else 0.0))
-    counters = {"student": student, "exact": counter} if exact else {"student": student}
-    return {"student": Role(student, loss, lr=budget.lr)}, draw_clips(process, budget.rows, seeds), counters
-
-
-def on_policy(network, process, seeds, budget, forward_weight=1.0, detach=False):
-    """The same for on-policy training: student and fake score; the real score is that of the joint law, exact."""
+    Teacher forcing learns from the data's velocity or the exact one. On-policy training has a student and a fake score;
+    the real score is the exact one of the joint law.
+    """
+    choose("arm", arm, dict.fromkeys(ARMS))
+    student, mixed = EvaluationCounter(network), FLOW_MAPS["mixed"]
+    if arm in FORCING:
+        counters, exact = {"student": student}, None
+        if FORCING[arm]:
+            exact, counters["exact"] = counted(conditional_velocity(process))
+        loss = FrameLoss(FlowMapLoss(mixed, exact, adaptive=0.5 if exact else 0.0))
+        return {"student": Role(student, loss, lr=budget.lr)}, draw_clips(process, budget.rows, seeds), counters
+    forward_weight, detach = ON_POLICY[arm]
     real, counter = counted(lambda z, t, copy=None: process.clips.velocity(z, t))
-    student, make = EvaluationCounter(network), simulate(detach)
     fake = EvaluationCounter(ClipScore(real, (process.frames, 2), seeds=seeds))
-    loss = OnPolicyLoss(real, fake, FrameLoss(FlowMapLoss(FLOW_MAPS["mixed"])), forward_weight, simulate=make)
-    options = {"betas": (0.0, 0.999), "warmup": 50}
+    simulation, options = {"simulate": simulate(detach)}, {"betas": (0.0, 0.999), "warmup": 50}
+    loss = OnPolicyLoss(real, fake, FrameLoss(FlowMapLoss(mixed)), forward_weight, **simulation)
     roles = {
         "student": Role(student, loss, lr=budget.lr_on_policy, ema=0.99, **options),
-        "fake_score": Role(fake, FakeScoreLoss(student, simulate=make), lr=budget.lr_fake, **options),
+        "fake_score": Role(fake, FakeScoreLoss(student, **simulation), lr=budget.lr_fake, **options),
     }
     draw = draw_clips(process, budget.clips, seeds, budget.simulated)
     return roles, draw, {"student": student, "fake_score": fake, "exact": counter}
 
 
-def make_arm(arm: str, *arguments) -> tuple[dict[str, Role], Callable, dict[str, EvaluationCounter]]:
-    """`teacher_forcing` or `on_policy`, by the name of the arm; arguments: network, process, seeds, budget."""
-    choose("arm", arm, dict.fromkeys(ARMS))
-    return teacher_forcing(*arguments, FORCING[arm]) if arm in FORCING else on_policy(*arguments, *ON_POLICY[arm])
+def counted(velocity: Callable) -> tuple[Callable, EvaluationCounter]:
+    """An exact velocity(z, t, **condition) that counts its evaluations, and the counter."""
+    counter = EvaluationCounter(lambda z, t, r, **condition: velocity(z, t, **condition))
+    return lambda z, t, **condition: counter(z, t, t, **condition), counter
 
 
 def spent(counters: dict[str, EvaluationCounter]) -> dict:

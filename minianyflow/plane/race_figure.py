@@ -1,12 +1,13 @@
-"""Figures for the README, the notebooks and slides: fixed axes, equal aspect, one colour a method."""
+"""What draws the race: paths, curves, the figure of the README. Fixed axes, equal aspect, one colour per method."""
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from minianyflow.support.figures import COLOURS, LABELS, MARKERS
 
 
-def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):
+def draw_paths(axes, paths, colour: str, samples=None, exact=None, limit: float = 2.6) -> None:
     """Trajectories (steps + 1, n, 2) as lines, noise to data; `samples` (m, 2) as points, `exact` ones grey below."""
     paths = np.asarray(paths)
     if len(paths) > 1 and paths.shape[1]:
@@ -21,13 +22,13 @@ def draw_paths(axes, paths, colour, samples=None, exact=None, limit=2.6):
         side.set_color("0.8")
 
 
-def draw_curves(axes, report, figure, ylabel, floors=None):
-    """One figure of the demo's report (`sliced_w2` or `path_error`) against steps; the line is the mean over seeds.
+def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str, float] | None = None) -> None:
+    """`sliced_w2` or `path_error` of a report against steps: the mean over seeds, and their range.
 
     floors: {method: value}, dotted lines in that method's colour, below which the measure shows no error.
     """
     for name, method in report["methods"].items():
-        values = np.array(method.get(f"{figure}_pooled", method[figure]))
+        values = np.array(method.get(f"{measure}_pooled", method[measure]))
         style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
         axes.plot(method["nfe"], values.mean(0), label=LABELS[name].replace("\n", " "), linewidth=1.8, **style)
         axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
@@ -43,7 +44,7 @@ def draw_curves(axes, report, figure, ylabel, floors=None):
     axes.grid(alpha=0.25)
 
 
-def any_step_figure(report, trajectories, exact_paths, shown=(1, 4, 16, 64), lines=60):
+def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 16, 64), lines: int = 60) -> Figure:
     """Methods as rows, steps as columns, with the sliced W2 of each; the exact flow and the two curves beside.
 
     trajectories: {method: {nfe: (nfe + 1, n, 2)}}; exact_paths (times, n, 2), from the same n noises.

@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 def experiment_parser(command, output, seeds=None):
     """A parser with the options of every experiment: --output, --workers, --quiet, and --seeds if it takes some."""
     defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(command.__name__, description=command.__doc__, formatter_class=defaults)
+    parser = Parser(f"minianyflow {command.__name__}", description=command.__doc__, formatter_class=defaults)
     if seeds:
         parser.add_argument("--seeds", default=seeds, help="trained together, as one network")
     parser.add_argument("--output", default=output, help="folder for what is written")

@@ -1,4 +1,4 @@
-"""One colour, one mark and one name per method throughout the course; figures as small PNG files."""
+"""One colour, one marker and one name per method throughout the course; any-step curves; small PNG files."""
 
 import io
 from itertools import cycle
@@ -9,7 +9,7 @@ from PIL import Image
 
 from minianyflow.support.errors import choose
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette: distinct with any colour vision.
 COLOURS = {
     "exact": "#000000",
     "euler": "#CC79A7",
@@ -30,7 +30,7 @@ LABELS = {
     "consistency": "consistency,\nre-noised",
 }
 
-# Beside those of the plane; the teacher is what Euler was there. Others take the spare ones in order.
+# Those of the plane and of video; the teacher has Euler's. Other names take the spare ones in order.
 _STYLES = {name: (COLOURS[name], MARKERS[name]) for name in COLOURS if name != "exact"} | {
     "teacher": (COLOURS["euler"], MARKERS["euler"]),
     "on_policy": ("#000000", "D"),
@@ -40,8 +40,8 @@ _SPARE = (("#000000", "D"), ("0.6", "P"), ("#F0E442", "h"))
 _FLOORS = (":", "--", "-.")
 
 
-def small_png(figure, dpi=110, colours=64):
-    """A PNG of at most `colours` colours, small enough to commit; bytes."""
+def small_png(figure, dpi: int = 110, colours: int = 64) -> bytes:
+    """The bytes of a PNG of at most `colours` colours, small enough to commit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.set_dpi(dpi)
@@ -52,7 +52,7 @@ def small_png(figure, dpi=110, colours=64):
     return file.getvalue()
 
 
-def save_figure(figure, path, dpi=110, colours=64):
+def save_figure(figure, path: str | Path, dpi: int = 110, colours: int = 64) -> str | Path:
     """Write a small PNG and close the figure; returns the path."""
     Path(path).write_bytes(small_png(figure, dpi, colours))
     import matplotlib.pyplot as plt
@@ -61,21 +61,21 @@ def save_figure(figure, path, dpi=110, colours=64):
     return path
 
 
-def draw_any_step(axes, report, measure, ylabel=None):
-    """Steps (log2) against `measure` for every method of a `report`; mean over seeds, bars their range.
+def draw_any_step(axes, report: dict, measure: str, ylabel: str | None = None) -> None:
+    """`measure` against steps (log2) for every method of a report (reports.py): the mean over seeds, and their range.
 
-    report: {"methods": {name: {"nfe": [...], measure: [a list for each seed]}}, "floors": {name: {measure: value}}}.
     Methods and floors without the measure are left out; InputError if no method has it. The axis of the measure is
-    logarithmic where it covers more than a factor of eight; the legend names a floor of 0, which has no place there.
-    Steps are called evaluations, too, where they are: a method with "evaluations", as it has measures, says so itself.
+    logarithmic where values cover more than a factor of eight; the legend then names a floor of 0. The axis of steps
+    says evaluations where every method takes one per step (a method may have "evaluations", in the form of a measure).
     """
-    methods = {name: each for name, each in report["methods"].items() if measure in each}
+    methods = {name: method for name, method in report["methods"].items() if measure in method}
     if not methods:
-        known = {key: None for each in report["methods"].values() for key, value in each.items() if _curves(value)}
-        choose("measure", measure, known)
+        entries = [entry for method in report["methods"].values() for entry in method.items()]
+        curves = [key for key, value in entries if isinstance(value, list) and isinstance(value[0], list)]
+        choose("measure", measure, dict.fromkeys(curves))
     used = {_STYLES.get(name) for name in methods}
     spare = cycle([style for style in _SPARE if style not in used] or _SPARE)
-    seen, steps = [], set()
+    drawn, steps = [], set()
     for k, (name, method) in enumerate(methods.items()):
         colour, marker = _STYLES.get(name) or next(spare)
         values = np.array(method[measure], dtype=float)  # (seeds, step counts)
@@ -83,13 +83,13 @@ def draw_any_step(axes, report, measure, ylabel=None):
         beside = np.array(method["nfe"]) * 2 ** (0.07 * (k - (len(methods) - 1) / 2))  # so that no bar hides another
         axes.plot(beside, values.mean(0), label=label, color=colour, marker=marker, markersize=7, linewidth=2)
         axes.vlines(beside, values.min(0), values.max(0), color=colour, linewidth=1.5)
-        seen, steps = [*seen, *values.flat], steps | set(method["nfe"])
-    floors = {name: each[measure] for name, each in report.get("floors", {}).items() if measure in each}
-    seen = [each for each in (*seen, *(floor for floor in floors.values() if floor)) if np.isfinite(each)]
-    logarithmic = bool(seen) and min(seen) > 0 and max(seen) > 8 * min(seen)
+        drawn, steps = [*drawn, *values.flat], steps | set(method["nfe"])
+    floors = {name: floor[measure] for name, floor in report.get("floors", {}).items() if measure in floor}
+    drawn = [value for value in (*drawn, *(floor for floor in floors.values() if floor)) if np.isfinite(value)]
+    logarithmic = bool(drawn) and min(drawn) > 0 and max(drawn) > 8 * min(drawn)
     for (name, floor), line in zip(floors.items(), cycle(_FLOORS), strict=False):
         label, style = name.replace("_", " "), {"color": "0.25", "linewidth": 1.5, "zorder": 0}
-        if logarithmic and not floor:  # 0 has no place on this axis: the legend says it
+        if logarithmic and not floor:  # 0 has no place on this axis
             axes.plot([], [], linestyle="", label=f"{label}: 0")
         else:
             axes.axhline(floor, linestyle=line, label=label, **style)
@@ -103,20 +103,12 @@ def draw_any_step(axes, report, measure, ylabel=None):
     axes.set_xticks(sorted(steps), map(str, sorted(steps)), fontsize=13)
     axes.minorticks_off()
     axes.tick_params(axis="y", labelsize=13)
-    axes.set_xlabel("steps (network evaluations)" if _one_each(methods) else "steps", fontsize=15)
+    are_evaluations = all(_one_evaluation_per_step(name, method) for name, method in methods.items())
+    axes.set_xlabel("steps (network evaluations)" if are_evaluations else "steps", fontsize=15)
     axes.set_ylabel(ylabel or measure.replace("_", " "), fontsize=15)
     axes.grid(alpha=0.25)
 
 
-def _one_each(methods):
-    """Does every method take one evaluation a step? A causal one takes them for every chunk, guidance two."""
-    said = {name: each.get("evaluations", [each["nfe"]]) for name, each in methods.items()}
-    return all(
-        not name.startswith("causal") and all(list(row) == list(methods[name]["nfe"]) for row in rows)
-        for name, rows in said.items()
-    )
-
-
-def _curves(value):
-    """Is this a list for each seed?"""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
+def _one_evaluation_per_step(name, method):
+    """A causal method takes evaluations for every chunk, guidance takes two."""
+    return not name.startswith("causal") and all(row == method["nfe"] for row in method.get("evaluations", []))

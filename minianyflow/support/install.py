@@ -13,27 +13,49 @@ from minianyflow.support.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def setup(arguments=None):
+def setup():
     """Make .venv and install the pinned packages into it; does nothing where that is done."""
-    folder, pins = ROOT / ".venv", ROOT / "requirements.txt"
-    stamp = folder / "installed"
-    wanted = hashlib.sha256(pins.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == wanted:
-        return 0
     if sys.version_info < (3, 11):  # noqa: UP036 (runs before anything has checked)
         raise InputError(f"Python {sys.version.split()[0]} found; expected 3.11 or newer: make PYTHON=python3.12 demo")
-    print("setting up .venv with the packages of requirements.txt (once; a few minutes)", flush=True)
+    _environment(".venv", ROOT / "requirements.txt")
+    return 0
+
+
+def lowest_python():
+    """The Python of .venv-lowest, made if need be: every package in the lowest version that pyproject.toml allows.
+
+    torch is the pinned one, of which a CPU build is at hand.
+    """
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [project["optional-dependencies"][name] for name in ("video", "distill", "course", "live", "test")]
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch==")]
+    pins += [line.replace(">=", "==") for line in sum(extras, project["dependencies"]) if not line.startswith("torch>")]
+    listed = ROOT / "build" / "lowest.txt"
+    listed.parent.mkdir(exist_ok=True)
+    listed.write_text("\n".join(pins) + "\n")
+    return str(_environment(".venv-lowest", listed))
+
+
+def _environment(name, requirements):
+    """The Python of a virtual environment with these packages and the project itself; made or renewed if need be."""
+    folder = ROOT / name
+    python, stamp = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"), folder / "installed"
+    wanted = hashlib.sha256(requirements.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    print(f"setting up {name} with the packages of {requirements.name} (once; a few minutes)", flush=True)
     try:
         venv.create(folder, with_pip=True)
     except (subprocess.CalledProcessError, OSError):
-        raise InputError("could not make .venv; on Debian or Ubuntu: apt install python3-venv") from None
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        raise InputError(f"could not make {name}; on Debian or Ubuntu: apt install python3-venv") from None
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for what in (["-r", pins], ["--no-deps", "--editable", ROOT]):
+    for what in (["-r", requirements], ["--no-deps", "--editable", ROOT]):
         if subprocess.call([*map(str, install), *map(str, what)]):
             raise InputError(f"pip could not install {what[-1]}; see its message above, then run the command again")
     stamp.write_text(wanted)
-    return 0
+    return python
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

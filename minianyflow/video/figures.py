@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from einops import rearrange, repeat
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -46,15 +47,14 @@ def contact_sheet(rows: dict, frames: Sequence[int] = (0, 4, 8, 12, 16), titles=
     Block k shows clip k. Raises InputError for a clip or a frame that a video does not have.
     """
     rows = {label: _checked(label, video, len(titles), max(frames) + 1) for label, video in rows.items()}
-    height, width = next(iter(rows.values())).shape[2:]
+    width = next(iter(rows.values())).shape[3]
     gap, inch = max(1, width // 16), 0.95  # pixels between stills; size of a still
     size = (len(titles) * len(frames) * inch + 1.9, len(rows) * inch * 1.06 + 0.8)
     figure, grid = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False, layout="constrained")
     for axes_row, (label, video) in zip(grid, rows.items(), strict=True):
         for axes, clip in zip(axes_row, video, strict=False):
-            strip = np.ones((height, len(frames) * (width + gap) - gap))
-            for k, frame in enumerate(frames):
-                strip[:, k * (width + gap) :][:, :width] = clip[frame]
+            stills = np.pad(clip[list(frames)], ((0, 0), (0, 0), (0, gap)), constant_values=1)
+            strip = rearrange(stills, "frame height width -> height (frame width)")[:, :-gap]
             axes.imshow(strip, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
@@ -93,7 +93,7 @@ def animated_png(video, titles: Sequence[str] | None = None, columns=8, scale=6,
         picture = background.copy()
         for tile, (left, top) in zip(tiles, corners, strict=True):
             grey = np.round(np.round(np.clip(tile, 0, 1) * (_GREYS - 1)) * 255 / (_GREYS - 1)).astype(np.uint8)
-            large = grey.repeat(scale, 0).repeat(scale, 1)
+            large = repeat(grey, "height width -> (height y) (width x)", y=scale, x=scale)
             picture.paste(Image.fromarray(large), (left, top))
         left, top, right, bottom = bar
         done = left + (right - left) * (k + 1) // len(frames)

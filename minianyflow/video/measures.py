@@ -1,6 +1,6 @@
-"""Measures of blob videos that need no pretrained network: balls found, light, shape, acceleration, laws of latents.
+"""Measures of blob videos that need no pretrained network: balls found, light, shape, acceleration; drift of latents.
 
-Deterministic. Quote each beside data against data and codec against data: the codec alone blurs, dims and shakes.
+Deterministic. Report each beside data against data and codec against data: the codec alone blurs, dims and shakes.
 Shapes:
     video    (B, T, 16, 16) in [0, 1]
     latents  (B, F, C, h, w) with F = (T + 3) / 4
@@ -10,6 +10,7 @@ Shapes:
 import math
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from minianyflow.interpolant import check_finite
@@ -18,24 +19,24 @@ from minianyflow.support.errors import InputError
 from toy_data.blobs import LIGHT, PROMPTS, SIGMA, SIZE, WALLS, render
 
 FOUND = 0.5  # the amplitude above which there is a ball
-CLEAR = 1.5  # pixels from a wall: a ball faster than any here still touches it outside three clear points
-KEPT = 0.15  # how far the light may be off
-MOST, SWEEPS, PIECE = 4, 4, 4096  # balls looked for; rounds of refinement; frames at a time, to stay in the cache
+CLEAR = 1.5  # pixels from a wall: a ball that was reflected between three frames is nearer than that in one of them
+LIGHT_OFF = 0.15  # how far the light may be off
+MOST, SWEEPS, PIECE = 4, 4, 4096  # balls searched; rounds of refinement; frames at a time, to stay in the cache
 _PIXEL = torch.arange(SIZE, dtype=torch.float32)
-_REACH = (WALLS[0] - 1, WALLS[1] + 1)  # where a ball's centre is looked for
+_REACH = (WALLS[0] - 1, WALLS[1] + 1)  # the range of a ball's centre
 _ENERGY = math.pi * SIGMA**2  # of one ball: the sum of its squared pixels
 
 
-def find_balls(video):
-    """Where the balls are: positions (B, T, 4, 2) in pixels (x, y), amplitudes (B, T, 4), residual (B, T, 16, 16).
+def find_balls(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The balls of a video: positions (B, T, 4, 2) in pixels (x, y), amplitudes (B, T, 4), residual (B, T, 16, 16).
 
-    Matching pursuit (Mallat and Zhang 1993) with the ideal ball: the place that takes away most of what is left, then
-    Gauss-Newton steps for all balls so far, in turn. Brightest first; one of amplitude near 0 is no ball, its
-    position means nothing. Within .003 pixels and .003 of the amplitude on rendered clips.
+    Matching pursuit (Mallat and Zhang 1993) with the ideal ball: add the ball that explains most of the residual, then
+    refine all balls so far in turn by Gauss-Newton steps. Brightest first. An amplitude near 0 is no ball, and its
+    position means nothing. Accurate to .003 pixels and .003 of the amplitude on rendered clips.
     """
     video = _checked(video)
-    found = [_pursue(frames) for frames in video.flatten(0, 1).split(PIECE)]
-    return tuple(torch.cat(each).unflatten(0, video.shape[:2]) for each in zip(*found, strict=True))
+    pieces = [_pursue(frames) for frames in video.flatten(0, 1).split(PIECE)]
+    return tuple(torch.cat(part).unflatten(0, video.shape[:2]) for part in zip(*pieces, strict=True))
 
 
 def _pursue(rest):
@@ -51,15 +52,15 @@ def _pursue(rest):
         balls.append((position, amplitude))
         for _ in range(SWEEPS):
             balls = [_refine(rest, *ball) for ball in balls]
-    positions, amplitudes = (torch.stack(each, 1) for each in zip(*balls, strict=True))
+    positions, amplitudes = (torch.stack(part, 1) for part in zip(*balls, strict=True))
     amplitudes, order = amplitudes.sort(1, descending=True)
     return positions.take_along_dim(order[..., None], 1), amplitudes, rest
 
 
 def _refine(rest, position, amplitude):
-    """One Gauss-Newton step of one ball (N, 2), (N,); `rest` (N, 16, 16), what all balls leave, follows in place.
+    """One Gauss-Newton step of one ball (N, 2), (N,); changes `rest` (N, 16, 16), the residual of all balls, in place.
 
-    A ball and its two slopes are orthogonal, so that each unknown is a projection of its own.
+    A ball and its two derivatives are orthogonal, so each unknown is one projection.
     """
     bump = _profile(position)  # (N, 2, 16)
     slope = bump * (_PIXEL - position[..., None]) / SIGMA**2
@@ -82,8 +83,8 @@ def _profile(centre):
     return torch.exp(-0.5 * ((_PIXEL - centre[..., None]) / SIGMA) ** 2)
 
 
-def physics(video, balls):
-    """What every frame obeys: a dict of tensors, (B, T) unless said. `balls` (B,): the prompted number, 1 or 2.
+def physics(video: Tensor, balls: Tensor) -> dict[str, Tensor]:
+    """Measures per frame: tensors (B, T), or the shape given. `balls` (B,): the prompted number, 1 or 2.
 
     light               total intensity over that of the prompted balls: 1 is right
     count               balls found, amplitude above .5
@@ -110,11 +111,11 @@ def physics(video, balls):
 
 
 def _squared_acceleration(places, right):
-    """(B, T, 2) from places (B, T, 2, 2), NaN for a ball that is not asked for, and where the count is right (B, T)."""
-    kept = (places[:, 1:] - places[:, :-1]).square().sum((2, 3))
+    """(B, T, 2) from places (B, T, 2, 2), NaN for a ball that is not prompted; right (B, T): whether the count is."""
+    as_listed = (places[:, 1:] - places[:, :-1]).square().sum((2, 3))
     swapped = (places[:, 1:] - places[:, :-1].flip(2)).square().sum((2, 3))  # NaN for one ball: never swapped
-    turned = pad((swapped < kept).cumsum(1) % 2 == 1, (1, 0))
-    places = torch.where(turned[..., None, None], places.flip(2), places)
+    swap = pad((swapped < as_listed).cumsum(1) % 2 == 1, (1, 0))
+    places = torch.where(swap[..., None, None], places.flip(2), places)
     inside = (places > WALLS[0] + CLEAR) & (places < WALLS[1] - CLEAR)
     valid = inside.all(3) & right[..., None]  # (B, T, 2)
     second = (places[:, 2:] - 2 * places[:, 1:-1] + places[:, :-2]).square().sum(3)
@@ -122,48 +123,49 @@ def _squared_acceleration(places, right):
     return pad(second, (0, 0, min(2, places.shape[1]), 0), value=torch.nan)
 
 
-def summary(video, balls, partition=None):
+def summary(video: Tensor, balls: Tensor, partition: tuple[int, ...] | None = None) -> dict:
     """Means and shares over clips: a dict of floats (`acceleration` NaN where no clip has any).
 
     prompt_obeyed  share of clips with the prompted number of balls in every frame
     light          mean; light_kept: share of clips whose light is within 15% of 1 in every frame
     obeyed_and_kept            share of clips with both
     from_ideal, acceleration   means, as in `physics`
-    Data read 1, 1, 1, 1, 0, 0; the codec alone 1, .99, 1, 1 (in four of ten clips a frame is off by 5% or more, in none
+    Data: 1, 1, 1, 1, 0, 0. The codec alone: 1, .99, 1, 1 (in four of ten clips a frame is off by 5% or more, in none
     by 15%), .05, .14.
 
-    A `partition` of latent frames into chunks, say (1, 2, 2), adds `by_chunk`, a list of the same for the video frames
-    of each; an acceleration counts where its last frame is. Raises InputError where it does not sum to (T + 3) / 4.
+    A `partition` of latent frames into chunks, say (1, 2, 2), adds `by_chunk`, a list of the same measures per chunk;
+    an acceleration counts in the chunk of its last frame. Raises InputError if it does not sum to (T + 3) / 4.
     """
-    balls = _checked_balls(balls, len(video))
-    seen = physics(video, balls)
-    whole = _summary(seen, balls, slice(None))
+    balls, frames = _checked_balls(balls, len(video)), video.shape[1]
+    figures = physics(video, balls)
+    whole = _summary(figures, balls, slice(None))
     if partition is not None:
-        frames = seen["light"].shape[1]
         if frames % 4 != 1:
             raise InputError(f"{frames} frames; expected 4 n + 1, such as 17, for a chunk partition: cut the clip")
         chunks = [
             slice(max(4 * chunk.start - 3, 0), 4 * chunk.stop - 3)
             for chunk in _chunks(partition, (frames + 3) // 4)  # latent frame k is video frames 4 k - 3 to 4 k
         ]
-        whole["by_chunk"] = [_summary(seen, balls, chunk) for chunk in chunks]
+        whole["by_chunk"] = [_summary(figures, balls, chunk) for chunk in chunks]
     return whole
 
 
-def _summary(seen, balls, frames):
-    light, count = seen["light"][:, frames], seen["count"][:, frames]
-    obeyed, kept = (count == balls[:, None]).all(1), ((light - 1).abs() <= KEPT).all(1)
+def _summary(figures, balls, frames):
+    light, count, from_ideal, squares = (
+        figures[name][:, frames] for name in ("light", "count", "from_ideal", "squared_acceleration")
+    )
+    obeyed, light_kept = (count == balls[:, None]).all(1), ((light - 1).abs() <= LIGHT_OFF).all(1)
     return {
         "prompt_obeyed": float(obeyed.float().mean()),
         "light": float(light.mean()),
-        "light_kept": float(kept.float().mean()),
-        "obeyed_and_kept": float((obeyed & kept).float().mean()),
-        "from_ideal": float(seen["from_ideal"][:, frames].mean()),
-        "acceleration": float(seen["squared_acceleration"][:, frames].flatten(1).nanmean(1).sqrt().nanmean()),
+        "light_kept": float(light_kept.float().mean()),
+        "obeyed_and_kept": float((obeyed & light_kept).float().mean()),
+        "from_ideal": float(from_ideal.mean()),
+        "acceleration": float(squares.flatten(1).nanmean(1).sqrt().nanmean()),
     }
 
 
-def drift(latents, reference, partition):
+def drift(latents: Tensor, reference: Tensor, partition: tuple[int, ...]) -> list[float]:
     """Sliced W2 of each chunk's latents (n, F, C, h, w) from the same chunk of `reference`: floats, in data units."""
     if latents.shape[1:] != reference.shape[1:]:
         shapes = f"{tuple(latents.shape)} and a reference of {tuple(reference.shape)}"

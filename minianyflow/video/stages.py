@@ -165,22 +165,23 @@ class Earlier:
 
 
 # How each kind trains: build(stage, seed, earlier) returns the roles, the first of which is saved, and draw(step)
+Built = tuple[dict[str, Role], Callable[[int], dict]]
 
 
-def build_teacher(stage, seed, earlier):
+def build_teacher(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """Flow matching on data; a tenth of the rows without their prompt."""
     network = WanNetwork(tiny_transformer(seed), TINY_TIMESTEPS)
     teacher = _role(network, stage, FlowMapLoss({}, weight=torch.ones_like))
     return {"teacher": teacher}, lambda step: earlier.batch(stage.rows, generator(seed, step), DROPPED, **FLOW_MATCHING)
 
 
-def build_flow_map(stage, seed, earlier):
+def build_flow_map(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """The forward stage."""
     student = _role(earlier.network(stage.parent, seed), stage, earlier.forward(stage))
     return {"student": student}, earlier.draw(stage, seed)
 
 
-def build_consistency(stage, seed, earlier):
+def build_consistency(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """Discrete consistency distillation, with the options that the baseline has on the plane."""
     student = _role(earlier.network(stage.parent, seed), stage, None, ema=CONSISTENCY_EMA)
     options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5} | stage.options
@@ -188,24 +189,24 @@ def build_consistency(stage, seed, earlier):
     return {"student": student}, earlier.draw(stage, seed, **FLOW_MATCHING)
 
 
-def build_on_policy(stage, seed, earlier):
+def build_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """Backward simulation and distribution matching, with the parent's forward loss beside it."""
     student = earlier.network(stage.parent, seed)
     return _on_policy(stage, seed, earlier, student, earlier.forward(STAGES[stage.parent]), stage.options)
 
 
-def build_causal_teacher(stage, seed, earlier):
+def build_causal_teacher(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """Flow matching on data by teacher forcing, from the bidirectional teacher."""
     loss = FlowMapLoss({}, weight=torch.ones_like)
     return _teacher_forcing(stage, seed, earlier, loss, drop=DROPPED, **FLOW_MATCHING)
 
 
-def build_causal(stage, seed, earlier):
+def build_causal(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """The forward stage by teacher forcing, with the velocity of the causal teacher."""
     return _teacher_forcing(stage, seed, earlier, earlier.forward(stage, "causal_teacher"))
 
 
-def build_causal_on_policy(stage, seed, earlier):
+def build_causal_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """On-policy training chunk by chunk from its own context; scores see the whole clip; teacher forcing beside it."""
     student = earlier.causal(stage.parent, seed)
     forward = TeacherForced(earlier.forward(STAGES[stage.parent], "causal_teacher"))

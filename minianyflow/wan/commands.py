@@ -16,7 +16,7 @@ def distill(argv: list[str]) -> int:
     On several GPUs: accelerate launch --config_file FILE -m minianyflow distill ..., with a file of scripts/accelerate.
     SIGTERM saves after the current step and exits with 143; the same command then resumes.
     """
-    parser = Parser("distill", description=distill.__doc__.splitlines()[0])
+    parser = Parser("minianyflow distill", description=distill.__doc__.splitlines()[0])
     parser.add_argument(
         "--config",
         nargs="+",
@@ -61,7 +61,7 @@ def sample(argv: list[str]) -> int:
     The released weights carry a non-commercial licence. Wan2.1 itself and other teachers are sampled without guidance
     here; evaluate has --guidance.
     """
-    parser = Parser("sample", description=sample.__doc__)
+    parser = Parser("minianyflow sample", description=sample.__doc__)
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -97,7 +97,7 @@ def sample(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """Export a run of distill to stock diffusers: a whole pipeline folder, or its LoRA adapter alone."""
-    parser = Parser("export", description=export.__doc__)
+    parser = Parser("minianyflow export", description=export.__doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder of distill")
     parser.add_argument("output", metavar="OUT", help="a new folder")
     parser.add_argument("--lora", action="store_true", help="the adapter alone, for pipeline.load_lora_weights(OUT)")
@@ -122,7 +122,7 @@ def evaluate(argv: list[str]) -> int:
     Wan2.1 itself, a WanPipeline, is the teacher to compare with, followed by Euler's method. The released AnyFlow
     weights carry a non-commercial licence.
     """
-    parser = Parser("evaluate", description=evaluate.__doc__)
+    parser = Parser("minianyflow evaluate", description=evaluate.__doc__)
     parser.add_argument(
         "sources",
         nargs="+",
@@ -157,7 +157,7 @@ def evaluate(argv: list[str]) -> int:
 
 def make_tiny_wan(argv: list[str]) -> int:
     """Make a tiny Wan: a pipeline folder in Wan2.1's layout, of random weights, with captioned latents in it."""
-    parser = Parser("make-tiny-wan", description=make_tiny_wan.__doc__)
+    parser = Parser("minianyflow make-tiny-wan", description=make_tiny_wan.__doc__)
     parser.add_argument("output", metavar="OUT", help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other weights and clips (default: 0)")
     arguments = parser.parse_args(argv)

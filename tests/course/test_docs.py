@@ -19,6 +19,7 @@ def test_every_table_of_every_page_is_registered():
 
 def test_a_stale_table_is_found_and_written(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
+    (tmp_path / "docs").mkdir()
     page.write_text("before\n<!-- table law -->\n| 1 |\n<!-- end -->\nafter\n")
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr(docs, "TABLES", {"page.md": {"law": lambda: r"| \2 |"}})

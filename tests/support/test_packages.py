@@ -80,6 +80,12 @@ def test_importing_is_light():
     assert min(float(seconds) for seconds, *_ in runs) < 2
 
 
+def test_imports_go_down_the_floors():
+    """The layers in pyproject.toml: the mathematics knows no network, wan knows no plane, and so on."""
+    done = subprocess.run([Path(sys.executable).with_name("lint-imports")], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 def test_the_package_itself_needs_only_python():
     """`python -m minianyflow setup` runs before anything is installed."""
     loaded = in_a_fresh_interpreter("import sys; import minianyflow.__main__; print(*sys.modules)").split()

@@ -194,7 +194,8 @@ def test_teachers_drop_a_tenth_of_their_prompts_and_students_none(name, begun):
     _, draw = BUILDERS[STAGES[name].kind](dataclasses.replace(STAGES[name], rows=512), 0, Earlier(begun))
     null, own = prompts_of(Earlier(begun), draw(0))
     assert torch.equal(own, ~null)
-    assert float(null.float().mean()) == pytest.approx(0.1 if "teacher" in name else 0, abs=0.04 * ("teacher" in name))
+    share = float(null.float().mean())
+    assert 0.05 < share < 0.15 if "teacher" in name else share == 0
 
 
 @pytest.mark.parametrize("name", ON_POLICY)

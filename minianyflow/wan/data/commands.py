@@ -14,7 +14,7 @@ def prepare_latents(argv) -> int:
 
     Run the same command again after an interruption: it goes on. Several processes: accelerate launch.
     """
-    parser = Parser("prepare-latents", description=prepare_latents.__doc__.splitlines()[0])
+    parser = Parser("minianyflow prepare-latents", description=prepare_latents.__doc__.splitlines()[0])
     add = parser.add_argument
     add("--videos", metavar="FOLDER", help="where the videos are")
     add("--captions", metavar="FILE", help='jsonl of {"file", "caption"}, or csv with these columns')

@@ -1,0 +1,65 @@
+"""The commands that set the project up and test it. They belong to a checkout; the rest work from a wheel too."""
+
+import subprocess
+import sys
+
+from minianyflow.support.cli import Parser
+from minianyflow.support.errors import InputError
+from minianyflow.support.install import ROOT, browser, lowest_python
+from minianyflow.support.install import setup as install
+
+
+def setup(argv):
+    """Make .venv and install the pinned packages into it; does nothing where that is done."""
+    Parser("minianyflow setup", description=setup.__doc__).parse_args(argv)
+    _needs_checkout("setup")
+    return install()
+
+
+def test(argv):
+    """Run every test but the long ones, browser and notebooks included, in two processes: a quarter of an hour."""
+    Parser("minianyflow test", description=test.__doc__).parse_args(argv)
+    return _install_browser() or _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
+
+
+def test_all(argv):
+    """Run every test, the long ones too, then the fast ones with the lowest versions of all packages: two hours."""
+    Parser("minianyflow test-all", description=test_all.__doc__).parse_args(argv)
+    failed = _install_browser() or _pytest("--nbmake", "--nbmake-timeout=900", *SLOWEST_FIRST)
+    return _pytest("-m", FAST, "tests", python=lowest_python()) or failed
+
+
+def check(argv):
+    """The quick loop, a minute: lint, the floors of the house, tables in the docs, then the fast tests."""
+    Parser("minianyflow check", description=check.__doc__).parse_args(argv)
+    _needs_checkout("check")
+    steps = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["minianyflow", "docs", "--check"])
+    failed = [step for step in steps if subprocess.call([sys.executable, "-m", *step], cwd=ROOT)]
+    return bool(failed) or _pytest("-m", FAST, "tests")
+
+
+FAST = "not slow and not long"
+SLOWEST_FIRST = (
+    "notebooks",
+    "tests/wan",
+    "tests/live",
+    "tests",
+)  # a file is one worker's: the large ones must not come last
+
+
+def _pytest(*arguments, python=sys.executable):
+    _needs_checkout("test")
+    return subprocess.call([python, "-m", "pytest", "--numprocesses=2", "--dist=loadfile", *arguments], cwd=ROOT)
+
+
+def _install_browser():
+    try:
+        browser(install=True)
+    except InputError as problem:
+        print(f"{problem}; the tests that need it will fail", file=sys.stderr)
+    return 0
+
+
+def _needs_checkout(command):
+    if not (ROOT / "pyproject.toml").is_file():
+        raise InputError(f"{command} works in a checkout of the project; expected one: this is an installed package")

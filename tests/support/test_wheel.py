@@ -1,0 +1,65 @@
+"""The wheel, installed without the checkout: every command works from an empty folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from minianyflow.support.install import ROOT
+
+pytestmark = pytest.mark.slow
+TINY = ["tiny", "base=tiny", "data=tiny/latents", "steps=2", "samples.every=0", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The `minianyflow` of a clean environment that has the wheel; what it depends on is borrowed from this one."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("minianyflow", "toy_data"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, folder / "source"], folder)
+    venv.create(folder / "clean", with_pip=False)
+    python = folder / "clean/bin/python"
+    site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip())
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files are not read
+    run([*pip, "--python", python, "install", "--quiet", "--no-deps", *folder.glob("*.whl")], folder)
+    (folder / "empty").mkdir()
+    place = run([python, "-c", "import minianyflow; print(minianyflow.__file__)"], folder / "empty")
+    assert place.strip().startswith(str(site)), "the checkout is imported, not the wheel"
+    return folder / "clean/bin/minianyflow"
+
+
+def run(command, folder):
+    """What a command prints, with `folder` as the working directory; its errors where it fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{command}: {done.stdout[-500:]} {done.stderr[-1500:]}"
+    return done.stdout
+
+
+def test_the_race_runs_from_an_empty_folder(installed, tmp_path):
+    run([installed, "demo", "--steps", "3", "--seeds", "0", "--points", "256", "--quiet"], tmp_path)
+    assert json.loads((tmp_path / "outputs/demo/any_step.json").read_text())["dataset"] == "spiral"
+
+
+def test_wan_is_planned_distilled_sampled_and_exported_from_an_empty_folder(installed, tmp_path):
+    run([installed, "make-tiny-wan", "tiny"], tmp_path)
+    printed = run([installed, "plan", "--config", "wan-1.3b", "causal", "forward", "--gpu", "h100"], tmp_path)
+    assert "planned, not measured" in printed
+    run([installed, "distill", "--config", "bidirectional", "forward", *TINY, "output=run"], tmp_path)
+    run(
+        [installed, "sample", "run", "--prompt", "a red disc moves left", "--steps", "1", "--output", "clips"], tmp_path
+    )
+    run([installed, "export", "run", "exported"], tmp_path)
+    assert (tmp_path / "clips/1_step-0.mp4").stat().st_size > 0
+    assert (tmp_path / "exported/model_index.json").is_file()
