@@ -77,31 +77,6 @@ class Recorder(torch.nn.Module):
         return self.inner(z, t, *r, **condition)
 
 
-def test_what_distribution_matching_scores_is_at_time_zero():
-    """If all data is 0 then u(z, t, r) = z / t and Phi(z; t -> r) = (r / t) z: only a whole journey ends at 0.
-
-    The states at which scores are evaluated, the end noised to t, are then t eps and nothing else.
-    """
-
-    def u(z, t, r, prompt, cache=(), fill_cache=False):
-        return () if fill_cache else z / t[:, None, None, None, None]
-
-    source, simulate = generator(0), causal.causal_backward_simulation()
-    real, fake = Recorder(), Recorder()
-    batch = on_policy.draw_on_policy((5, 4, 2, 2), 16, source) | {"condition": {"prompt": torch.zeros(16, 1, 1)}}
-    z, lengths, step, t = (batch[name] for name in ("noise", "lengths", "step", "score_t"))
-    on_policy.OnPolicyLoss(real, fake, None, shift=5.0, simulate=simulate)(u, batch)
-    on_policy.FakeScoreLoss(u, 5.0, simulate)(fake, batch)
-    calls = [*real.calls, *fake.calls]
-    assert len(calls) == 3  # the teacher once; the fake score to be matched, and to learn
-    for scored, at in calls:
-        assert torch.equal(at, t)
-        assert torch.allclose(scored, t[:, None, None, None, None] * batch["score_eps"], atol=1e-6)
-    path = simulate(u, z, lengths, step, 5.0, **batch["condition"])
-    assert torch.equal(path[0], z)
-    assert path[-2].abs().amax((1, 2, 3, 4))[step < lengths - 1].min() > 1e-3  # the one before is still noisy
-
-
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A folder where any stage may begin: the committed weights, and latents that hold nothing but their own number."""
@@ -298,3 +273,9 @@ def test_what_came_from_another_parent_is_trained_again(small, monkeypatch):
     assert not stages._is_done(small, "semigroup", 0)
     stages.train_all(small, quiet=True)
     assert path_of(small, "semigroup").read_bytes() != before
+    monkeypatch.setitem(few, "codec", dataclasses.replace(few["codec"], steps=2))
+    stages.train_stage("codec", 0, small, quiet=True)
+    assert (
+        read_weights(path_of(small, "codec"), *KINDS)[2]["cost"]["backwards"] == 16 + 8
+    )  # a batch of 5 frames, one of 9
+    assert not stages._is_done(small, "teacher", 0)
