@@ -1,9 +1,10 @@
-"""Break runs of scripts/distill.py on a tiny Wan in every way we know, and see that nothing saved is lost.
+"""Break runs of `minianyflow distill` on a tiny Wan in every way we know, and check that nothing saved is lost.
 
-Every run is a process of its own, really killed; the weights that come out in the end are compared byte for byte with
-those of a run that nothing disturbed. Prints a table; about two minutes on two cores.
+Every run is a process of its own that is really killed; its final weights are compared byte for byte with those of an
+undisturbed run. Prints a table; takes about two minutes on two cores.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from minianyflow.wan.commands import distill
 SCRIPT = Path(__file__).resolve().with_name("distill.py")
 ONE = SCRIPT.parent / "accelerate/one_gpu.yaml"
 STEPS = 8
-LINES = ("error:", "warning:", "going on", "SIGTERM")  # how what a run says to us begins
+LINES = ("error:", "warning:", "going on", "SIGTERM")  # the beginnings of a run's messages
 
 
 class Bench:
@@ -70,11 +71,11 @@ class Bench:
             os._exit(status)
 
     def run(self, output, *options, before=None):
-        """Run to its end: (exit status, what it said to us)."""
+        """Run to its end: (exit status, its messages)."""
         return self.end(*self.start(output, *options, before=before))
 
     def end(self, number, log):
-        """Wait for a run: (exit status, negative for a signal, and the lines it said to us)."""
+        """Wait for a run: (exit status, negative for a signal, its messages)."""
         _, status = os.waitpid(number, 0)
         text = log.read_text().replace("\r", "\n").splitlines()
         return os.waitstatus_to_exitcode(status), [line for line in text if line.startswith(LINES)]
@@ -82,6 +83,22 @@ class Bench:
     def same(self, output):
         """Whether a run left what the undisturbed one did: every weight file, byte for byte."""
         return weights(output) == self.weights
+
+    def stopped_at_six(self):
+        """A run that was killed once its checkpoint of step 6 stood."""
+        output = self.new()
+        number, log = self.start(output, before=lambda: change_batch(6, lambda batch: time.sleep(60)))
+        wait_for(output / "checkpoints/000006")
+        os.kill(number, signal.SIGKILL)
+        self.end(number, log)
+        return output
+
+    def refused(self, words, output, *options, change=None, lines=1):
+        """Whether a run is refused, in the last of `lines` lines, and then resumes. change: a context."""
+        with change or contextlib.nullcontext():
+            status, said = self.run(output, *options)
+        again, _ = self.run(output)
+        return said[-1], (status, again, len(said)) == (2, 0, lines) and words in said[-1] and self.same(output)
 
 
 def weights(output):
@@ -96,13 +113,23 @@ def weights(output):
 
 def checkpoints(output):
     """The whole checkpoints of a run, newest first."""
-    from minianyflow.wan.checkpoints import Checkpoints, problem_of
+    from minianyflow.wan.checkpoints import Broken, Checkpoints, check
 
-    return [folder for folder in Checkpoints(output / "checkpoints").folders() if problem_of(folder) is None]
+    whole = []
+    for folder in Checkpoints(output / "checkpoints").folders():
+        with contextlib.suppress(Broken):
+            check(folder)
+            whole.append(folder)
+    return whole
+
+
+def saved_steps(output):
+    """The steps of the whole checkpoints of a run, newest first."""
+    return [int(folder.name) for folder in checkpoints(output)]
 
 
 def wait_for(path, seconds=60):
-    """Until a path is there."""
+    """Wait until a path exists."""
     end = time.perf_counter() + seconds
     while not path.exists():
         if time.perf_counter() > end:
@@ -125,7 +152,7 @@ def killed(bench, seed):
     saving = bool(list(output.glob("checkpoints/.unfinished-*")))
     os.kill(number, signal.SIGKILL)
     status, _ = bench.end(number, log)
-    saved = [int(folder.name) for folder in checkpoints(output)]
+    saved = saved_steps(output)
     where = "while saving" if saving else "between saves"
     if status == 0 or (output / "run.json").exists():  # it was done before the kill, and so it must be whole: try again
         return killed(bench, seed + 100) if bench.same(output) else ("killed when it was done, and not whole", False)
@@ -146,7 +173,7 @@ def terminated(bench):
 
 
 def launch(bench, output, processes):
-    """`accelerate launch` of a run, begun: the launcher, and the log."""
+    """Start a run with `accelerate launch`: the launcher, and the log."""
     log = bench.folder / f"{output.name}.log"
     several = [f"--num_processes={processes}", *(["--multi_gpu"] if processes > 1 else ["--config_file", ONE])]
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, SCRIPT, *bench.options]
@@ -161,9 +188,9 @@ def launch(bench, output, processes):
 
 
 def ran_as(path, processes):
-    """Whether a run.json or state.json tells of so many processes, and of their kind: launchers may start one alone."""
-    told = json.loads(path.read_text())
-    return (told["processes"], told["distribution"]) == (processes, "MULTI_CPU" if processes > 1 else "NO")
+    """Whether a run.json or state.json has this number of processes and their kind: launchers may start one alone."""
+    made = json.loads(path.read_text())
+    return (made["processes"], made["distribution"]) == (processes, "MULTI_CPU" if processes > 1 else "NO")
 
 
 def one_of_two_killed(bench):
@@ -233,7 +260,7 @@ def interrupted(bench):
 
 
 def killed_at_the_end(bench):
-    """SIGKILL when all is trained, and half of what a run leaves is written: nothing half stays behind."""
+    """SIGKILL after training, when half of the run folder is written: no half of a file stays."""
     output = bench.new()
 
     def before():
@@ -252,8 +279,8 @@ def killed_at_the_end(bench):
 def two_at_once(bench):
     """A second run into the same folder: one line, and the first is not disturbed."""
     output = bench.new()
-    number, log = bench.start(output, before=lambda: pause_at(6, output / "go"))
-    wait_for(output / "checkpoints" / "000006" / "manifest.json")
+    number, log = bench.start(output, before=lambda: change_batch(6, lambda batch: wait_for(output / "go")))
+    wait_for(output / "checkpoints/000006")
     second, said = bench.run(output)
     (output / "go").touch()
     first, _ = bench.end(number, log)
@@ -261,10 +288,10 @@ def two_at_once(bench):
 
 
 def broken(damage):
-    """The newest checkpoint is damaged: the one before is taken."""
+    """The newest checkpoint is damaged: the run resumes from the one before."""
 
     def inject(bench):
-        output = stopped_at_six(bench)
+        output = bench.stopped_at_six()
         damage(output / "checkpoints" / "000006")
         status, said = bench.run(output)
         right = status == 0 and "is not whole" in said[0] and "after 4 steps" in said[1]
@@ -280,10 +307,13 @@ def truncate(folder):
 
 
 def flip(folder):
-    """One bit another."""
-    path = next(folder.glob("*.distcp"))
+    """One bit of the largest tensor flipped; one of the padding between tensors may be, and changes nothing."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    place = max(FileSystemReader(folder).read_metadata().storage_data.values(), key=lambda place: place.length)
+    path = folder / place.relative_path
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[place.offset + place.length // 2] ^= 1
     path.write_bytes(data)
 
 
@@ -293,36 +323,16 @@ def lose(folder):
 
 
 def all_broken(bench):
-    """No checkpoint is whole: the run begins anew, and says so."""
-    output = stopped_at_six(bench)
+    """No checkpoint is whole: the run begins anew, and prints so."""
+    output = bench.stopped_at_six()
     for folder in checkpoints(output):
         truncate(folder)
     status, said = bench.run(output)
     return said[-1], status == 0 and "beginning anew" in said[-1] and bench.same(output)
 
 
-def stopped_at_six(bench):
-    """A run that was killed once its checkpoint of step 6 stood."""
-    output = bench.new()
-    number, log = bench.start(output, before=lambda: hang_at(6))
-    wait_for(output / "checkpoints" / "000006" / "manifest.json")
-    os.kill(number, signal.SIGKILL)
-    bench.end(number, log)
-    return output
-
-
-def hang_at(step):
-    """Let a run get no further than `step`."""
-    change_batch(step, lambda batch: time.sleep(60))
-
-
-def pause_at(step, path):
-    """Let a run wait at `step` until a path is there."""
-    change_batch(step, lambda batch: wait_for(path))
-
-
 def change_batch(step, change):
-    """Let a run work on another batch at `step`."""
+    """In this process, change the batch of `step`."""
     from minianyflow.wan import stages
 
     draws = stages.draws
@@ -343,7 +353,7 @@ def change_batch(step, change):
 
 def full_disk(bench):
     """No room for the checkpoint of step 8: one line, those before intact, and it goes on once there is room."""
-    output = stopped_at_six(bench)
+    output = bench.stopped_at_six()
     before = {path: path.read_bytes() for path in (output / "checkpoints").rglob("*") if path.is_file()}
     limit = 100_000  # bytes a file may have: the system itself refuses more
     status, said = bench.run(
@@ -372,11 +382,6 @@ def not_finite(skip):
         return said[0], right and (status == 0 if skip else status == 2 and saved_steps(output) == [2])
 
     return inject
-
-
-def saved_steps(output):
-    """Of the whole checkpoints."""
-    return [int(folder.name) for folder in checkpoints(output)]
 
 
 def exploding(bench):
@@ -412,31 +417,18 @@ def failing_tracker(bench):
 
 
 def refused(words, *options):
-    """An unfinished run that is told otherwise: one line, before anything starts, and it can still go on."""
-
-    def inject(bench):
-        output = stopped_at_six(bench)
-        status, said = bench.run(output, *options)
-        again, _ = bench.run(output)
-        right = (status, again, len(said)) == (2, 0, 1) and words in said[0]
-        return said[0], right and bench.same(output)
-
-    return inject
+    """An unfinished run with other options: one line, before anything starts, and it can still resume."""
+    return lambda bench: bench.refused(words, bench.stopped_at_six(), *options)
 
 
 def cut_clip(bench):
     """The latents of a clip cut short while the run was away."""
     from minianyflow.wan.data.latents import LatentSet
 
-    output, latents = stopped_at_six(bench), LatentSet(bench.folder / "wan/latents")
+    latents = LatentSet(bench.folder / "wan/latents")
     path = latents.path(latents.draw(6, 4)["row"][0])  # the next batch of 4 reads it
-    data = path.read_bytes()
-    path.write_bytes(data[:-100])
-    status, said = bench.run(output)
-    path.write_bytes(data)
-    again, _ = bench.run(output)
-    right = (status, again, len(said)) == (2, 0, 2) and path.name in said[-1]
-    return said[-1], right and bench.same(output)
+    change = rewritten(path, path.read_bytes()[:-100])
+    return bench.refused(path.name, bench.stopped_at_six(), change=change, lines=2)
 
 
 def skipped_clip(bench):
@@ -452,21 +444,16 @@ def skipped_clip(bench):
 
 def other_data(bench):
     """A clip less while the run was away: samples would come twice, or never."""
-    output, path = stopped_at_six(bench), bench.folder / "wan/latents/manifest.json"
-    manifest = path.read_text()
-    path.write_text(json.dumps(json.loads(manifest) | {"skipped": [3]}))
-    status, said = bench.run(output)
-    path.write_text(manifest)
-    again, _ = bench.run(output)
-    right = (status, again, len(said)) == (2, 0, 1) and "what data holds was manifest" in said[0]
-    return said[0], right and bench.same(output)
+    path = bench.folder / "wan/latents/manifest.json"
+    change = rewritten(path, json.dumps(json.loads(path.read_text()) | {"skipped": [3]}).encode())
+    return bench.refused("what data holds was manifest", bench.stopped_at_six(), change=change)
 
 
 def other_weights(bench):
     """Another base in the place of the first: named. The same one elsewhere: it goes on."""
     from minianyflow.wan.folders import make_tiny_wan
 
-    output, wan = stopped_at_six(bench), bench.folder / "wan"
+    output, wan = bench.stopped_at_six(), bench.folder / "wan"
     away = wan.with_name("away")
     make_tiny_wan(bench.folder / "other", seed=1)
     (wan / "transformer").rename(away)
@@ -481,14 +468,19 @@ def other_weights(bench):
 
 def other_null(bench):
     """Another null prompt under the same name."""
-    output, path = stopped_at_six(bench), bench.folder / "wan/latents/null.safetensors"
+    path = bench.folder / "wan/latents/null.safetensors"
     data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    status, said = bench.run(output)
+    change = rewritten(path, data[:-1] + bytes([data[-1] ^ 1]))
+    return bench.refused("the null prompt was", bench.stopped_at_six(), change=change)
+
+
+@contextlib.contextmanager
+def rewritten(path, data):
+    """A file with other contents for a while. Nothing is written before the context begins."""
+    before = path.read_bytes()
     path.write_bytes(data)
-    again, _ = bench.run(output)
-    right = (status, again, len(said)) == (2, 0, 1) and "the null prompt was" in said[0]
-    return said[0], right and bench.same(output)
+    yield
+    path.write_bytes(before)
 
 
 def full_at_the_end(bench):
@@ -563,8 +555,8 @@ def main(argv=None):
     parser = Parser("faults.py", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=25, help="runs killed at a random moment (default: 25)")
     known = list(INJECTIONS)
-    told = "of: " + ", ".join(f"{name!r}" for name in known)
-    parser.add_argument("--only", nargs="*", default=known, choices=known, metavar="INJECTION", help=told)
+    names = "of: " + ", ".join(map(repr, known))
+    parser.add_argument("--only", nargs="*", default=known, choices=known, metavar="INJECTION", help=names)
     arguments = parser.parse_args(argv)
     import torch
 

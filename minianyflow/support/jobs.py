@@ -1,4 +1,4 @@
-"""Long jobs side by side, each in a process of its own."""
+"""Long jobs in parallel, each in its own process."""
 
 import signal
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -13,13 +13,13 @@ from minianyflow.support.errors import InputError
 def run_jobs(jobs, workers=2, after=None):
     """The results of `jobs`, {name: (function, arguments)}, by name; at most `workers` of them run at a time.
 
-    They start in the order given: put the longest first. after: {name: a job that must be done before}. Each gets its
-    `position` among the progress bars as a last argument. An error or Ctrl-C stops them all.
+    They start in the given order: put the longest first. after: {name: the job that must end before it starts}. The
+    last argument of a function is its `position` among the progress bars. An error or Ctrl-C stops all jobs.
     """
     if workers < 1:
         raise InputError(f"{workers} workers; expected at least 1")
     context, others, after = get_context("spawn"), set(active_children()), after or {}
-    places = {name: position for position, name in enumerate(jobs)}
+    positions = {name: position for position, name in enumerate(jobs)}
     waiting, running, results = dict(jobs), {}, {}
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(context.RLock(),)) as pool:
         try:
@@ -27,11 +27,11 @@ def run_jobs(jobs, workers=2, after=None):
                 ready = [name for name in waiting if name not in after or after[name] in results]
                 for name in ready[: workers - len(running)]:
                     function, arguments = waiting.pop(name)
-                    running[pool.submit(function, *arguments, places[name])] = name
+                    running[pool.submit(function, *arguments, positions[name])] = name
                 for job in wait(running, return_when=FIRST_COMPLETED).done:
                     results[running.pop(job)] = job.result()
         except BrokenProcessPool:
-            raise InputError("a process was killed, perhaps for want of memory; try again with --workers 1") from None
+            raise InputError("a process was killed, perhaps for want of memory; try again with one worker") from None
         except BaseException:
             for process in set(active_children()) - others:
                 process.terminate()
@@ -40,6 +40,6 @@ def run_jobs(jobs, workers=2, after=None):
 
 
 def _start_worker(lock):
-    """One lock for all progress bars; Ctrl-C is the parent's to handle."""
+    """Share one lock of all progress bars, and leave Ctrl-C to the parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(lock)

@@ -1,21 +1,25 @@
-"""Checkpoints of a run: everything that training goes on from, whole or not at all.
+"""Checkpoints of a run: everything that training resumes from, whole or absent.
 
-A folder of checkpoints holds one folder each, named by the steps that were done, written beside and renamed once whole:
-    000500/*.distcp, .metadata   tensors (torch.distributed.checkpoint), each process its part: weights, averages,
-                                 optimisers, what losses remember, torch's random state
-    000500/state.json            steps done, history, what the run was told and its hash, what else goes on
-    000500/manifest.json         size and SHA-256 of every other file
-Learning rates and batches are functions of the step. Any number of processes may read what another number wrote.
-`.metadata` is a pickle of torch's: resume from what you wrote yourself alone.
+A folder of checkpoints has one folder per checkpoint, named by the number of steps done. It is written under another
+name and renamed once all of it is on the disk: the rename is the commit point.
+    000500/*.distcp, .metadata   weights, averages and optimiser moments (torch.distributed.checkpoint): each process
+                                 writes its part, any number of processes may read it
+    000500/state.pt              random state of each process, state of each loss (torch.save)
+    000500/state.json            number of steps, history, settings of the run, state of its clock and counters
+    000500/manifest.json         CRC-32 of .metadata, state.pt and state.json; torch stores one beside every tensor
+Learning rates and batches are functions of the step and need no state. `.metadata` is a pickle of torch's: resume only
+from checkpoints that you wrote yourself.
 """
 
 import contextlib
-import hashlib
+import io
+import itertools
 import json
 import os
 import shutil
-import sys
 import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,20 +32,26 @@ from torch.distributed.tensor import DTensor
 
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import LOCK, UNFINISHED, lock_folder, remove_leftovers
-from minianyflow.wan.guard import any_process
+from minianyflow.wan.guard import any_process, warn
 from minianyflow.wan.trainer import loss_state
 
-MANIFEST, STATE = "manifest.json", "state.json"
-BROKEN = "not-whole-"  # before the names of those put aside
-GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # other errors of a disk may pass
+METADATA, STATE, TENSORS, MANIFEST = ".metadata", "state.json", "state.pt", "manifest.json"
+BROKEN = "not-whole-"  # before the name of a checkpoint that is set aside
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # any other error of a disk may pass
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves and loads as well
+
+
+class Broken(Exception):
+    """A file of a checkpoint is missing, cut short or changed."""
 
 
 @dataclass
 class Checkpoints:
-    """What `training.train` saves every `every` steps and at the end, in `folder`; the last `keep` stay.
+    """What `trainer.train_run` saves every `every` steps and at the end, in `folder`; the last `keep` stay.
 
-    settings: what the run was told, {name: value}; going on with another is refused. stateful: objects that go on, too,
-    {name: object}, each with `state_dict()`, plain enough for JSON, and `load_state_dict(state)`.
+    settings: {name: value} of the run; a run with other settings may not resume. stateful: {name: object} of what
+    else is saved and restored, by `state_dict()`, plain enough for JSON, and `load_state_dict(state)`.
     """
 
     folder: Path
@@ -55,56 +65,37 @@ class Checkpoints:
         if self.every < 1 or self.keep < 1:
             raise InputError(f"checkpoints every {self.every} steps, {self.keep} kept; expected at least 1 of each")
 
-    def folders(self):
-        """The folders that stand for whole checkpoints, newest first; whether they are, `problem_of` says."""
+    def folders(self) -> list[Path]:
+        """The checkpoints by name, newest first; `check` says whether one is whole."""
         named = [path for path in self.folder.glob("*") if path.name.isdecimal() and path.is_dir()]
         return sorted(named, key=lambda path: int(path.name), reverse=True)
 
-    def lock(self, accelerator):
-        """Keep other runs away as long as this one lives. Raises InputError if there is one, or writing is refused."""
-        self.held, problem = None, None
-        try:
-            self.held = lock_folder(self.folder) if accelerator.is_main_process else None
-        except InputError as error:
-            problem = str(error)
-        problem = next(filter(None, gather_object([problem])), None)
-        if problem:
-            raise InputError(problem)
+    def lock(self, accelerator) -> None:
+        """Keep other runs out for the life of this process. Raises InputError if one is in, or writing is refused."""
+        self.lock_file = _raise_on_all(accelerator.on_main_process(lock_folder), self.folder)
 
-    def check_settings(self):
-        """Raise InputError, one line, if the run was told something else when its newest checkpoint was made."""
+    def check_settings(self) -> None:
+        """Raise InputError, one line, if the newest whole checkpoint was saved with other settings."""
         for folder in self.folders():
             try:
-                digest = json.loads((folder / MANIFEST).read_text())["files"][STATE]
-                before = json.loads((folder / STATE).read_text())["settings"]
-                whole = digest == [*_digest(folder / STATE)]
-            except (*GONE, ValueError, KeyError, TypeError):
-                continue  # not whole; restore will say so
+                before = json.loads(_read(folder, STATE))["settings"]
+            except Broken:  # `restore` says so
+                continue
             except OSError as problem:
                 raise _unreadable(folder, problem) from None
-            if not whole:
-                continue
-            names = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
+            names = [name for name in before | self.settings if before.get(name) != self.settings.get(name)]
             if names:
-                changes = "; ".join(
-                    f"{name} was {before.get(name)}, is {self.settings.get(name)}" for name in names[:5]
-                )
+                changes = [f"{name} was {before.get(name)}, is {self.settings.get(name)}" for name in names[:5]]
                 expected = "put back what changed, or name another folder with output=FOLDER"
-                raise InputError(f"{folder} was made by another configuration: {changes}; {expected}")
+                raise InputError(f"{folder} was made by another configuration: {'; '.join(changes)}; {expected}")
             return
 
-    def check_room(self, roles):
-        """Raise InputError where those still to come have no room: better at the start than after hours."""
-        size = 0
-        for role in roles.values():
-            averages = role.average.state_dict().values() if role.average is not None else ()
-            moments = [weight for _, weight in _optimised(role)] * 2
-            kept = (*role.network.state_dict().values(), *averages, *moments)
-            size += sum(each.numel() * each.element_size() for each in kept)
+    def check_room(self, roles) -> None:
+        """Raise InputError if the disk has no room for the checkpoints to come: at the start, not after hours."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(roles).values())
         needed = size * max(1, self.keep + 1 - len(self.folders()))  # an old one goes when a new one is whole
         place = self.folder.absolute()
-        while not place.exists():
-            place = place.parent
+        place = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(place).free
         if needed > free:
             expected = "make room, set checkpoints.keep lower, or name another folder with output=FOLDER"
@@ -112,80 +103,109 @@ class Checkpoints:
                 f"checkpoints need {needed / 1e9:.3g} GB more in {place}, and {free / 1e9:.3g} GB are free; {expected}"
             )
 
-    def due(self, done, steps):
-        """Whether to save after `done` of `steps` steps."""
-        return done % self.every == 0 or done == steps
-
-    def save(self, roles, done, history, accelerator):
-        """Save what stands after `done` steps. Raises InputError where it cannot; older ones stay as they are."""
-        part, main = self.folder / f"{UNFINISHED}{done:06}", accelerator.is_main_process
-        tensors = _tensors(roles, accelerator)
-        if any_process(not all(_finite(each) for each in tensors.values()), accelerator):
-            kept = ", ".join(folder.name for folder in self.folders()) or "none"
+    def save(self, roles, done: int, history, accelerator) -> None:
+        """Save the state after `done` steps. Raises InputError if that fails; older checkpoints stay intact."""
+        unfinished, on_main = self.folder / f"{UNFINISHED}{done:06}", accelerator.on_main_process
+        older = ", ".join(folder.name for folder in self.folders()) or "none"
+        tensors, losses = _tensors(roles), {name: loss_state(role.loss) for name, role in roles.items()}
+        checked = [*tensors.values(), *(tensor for state in losses.values() for tensor in state.values())]
+        if any_process(not all(map(_finite, checked)), accelerator):
             raise InputError(
-                f"weights are not finite after {done} steps; not saved, and those before are as they were ({kept}): "
+                f"weights are not finite after {done} steps; not saved, and those before are as they were ({older}): "
                 "lower lr, name another folder with output=FOLDER"
             )
-        state = {"step": done, "processes": accelerator.num_processes, "history": history, "settings": self.settings}
-        state |= {"distribution": accelerator.distributed_type.value}
-        state |= {"hash": hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()}
-        state |= {"stateful": {name: each.state_dict() for name, each in self.stateful.items()}}
-        state |= {"versions": {package: version(package) for package in ("torch", "accelerate")}}
+        random = {"cpu": torch.get_rng_state()}
+        if accelerator.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        others = {"losses": losses, "random": gather_object([random])}
+        state = {
+            "step": done,
+            "processes": accelerator.num_processes,
+            "distribution": accelerator.distributed_type.value,
+            "history": history,
+            "settings": self.settings,
+            "stateful": {name: item.state_dict() for name, item in self.stateful.items()},
+            "versions": {package: version(package) for package in ("torch", "accelerate")},
+        }
         try:
-            _together(_renew, part, on=main)
-            try:
-                with _alone(accelerator) as alone:
-                    distributed.save(tensors, checkpoint_id=part, no_dist=alone)
-                _together(_write, part / STATE, state, on=main)
-                mine = slice(accelerator.process_index, None, accelerator.num_processes)
-                digests = _together(lambda: {path.name: _digest(path) for path in sorted(part.iterdir())[mine]})
-                files = dict(sorted((name, each) for share in digests for name, each in share.items()))
-                _together(self._finish, part, {"files": files}, on=main)
-            except (OSError, CheckpointException):
-                _together(shutil.rmtree, part, True, on=main)
-                raise
+            _raise_on_all(on_main(remove_leftovers), self.folder)
+            distributed.save(tensors, checkpoint_id=unfinished)
+            _raise_on_all(on_main(self._finish), unfinished, state, others)
         except (OSError, CheckpointException) as problem:
-            kept = ", ".join(folder.name for folder in self.folders()) or "none"
-            why = f"cannot save a checkpoint after {done} steps in {self.folder} ({_why(problem)})"
-            raise InputError(f"{why}; those before are intact ({kept}): mend that, then run the same again") from None
+            on_main(shutil.rmtree)(unfinished, True)
+            why = f"cannot save a checkpoint after {done} steps in {self.folder} ({_cause(problem)})"
+            raise InputError(f"{why}; those before are intact ({older}): mend that, then run the same again") from None
 
-    def restore(self, roles, accelerator):
-        """Put the newest whole checkpoint in place: (steps done, history); (0, []) if there is none.
+    def _finish(self, unfinished, state, others):
+        """Write the small files, rename the folder, remove the oldest checkpoint."""
+        buffer = io.BytesIO()
+        torch.save(others, buffer)
+        files = {STATE: json.dumps(state, indent=1).encode(), TENSORS: buffer.getvalue()}
+        files[METADATA] = (unfinished / METADATA).read_bytes()
+        files[MANIFEST] = json.dumps({name: zlib.crc32(content) for name, content in files.items()}).encode()
+        for name, content in files.items():
+            with (unfinished / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(unfinished)
+        os.replace(unfinished, self.folder / unfinished.name.removeprefix(UNFINISHED))
+        _sync(self.folder)
+        for folder in self.folders()[self.keep :]:
+            shutil.rmtree(folder)  # half removed, it is broken
 
-        Says on the main process which it is, and which newer ones are not whole and why.
+    def restore(self, roles, accelerator) -> tuple[int, list]:
+        """Load the newest whole checkpoint; returns (number of steps, history), (0, []) if there is none.
+
+        The main process prints which one it is, and which newer ones are broken and why. These get another name:
+        somebody may want to repair one.
         """
-        folders = self.folders()
-        for folder in folders:
+        broken, whole = [], None
+        for folder in self.folders():
             try:
-                problem = _together(problem_of, folder, accelerator.process_index, accelerator.num_processes)
-            except OSError as refused:
-                raise _unreadable(folder, refused) from None
-            problem = next(filter(None, problem), None)
-            if problem is None:
+                _raise_on_all(check, folder, accelerator.process_index, accelerator.num_processes)
+            except Broken as problem:
+                broken.append(folder)
+                warn(f"{folder} is not whole ({problem}); trying the one before", accelerator)
+            except OSError as problem:
+                raise _unreadable(folder, problem) from None
+            else:
+                whole = folder
                 break
-            if accelerator.is_main_process:
-                print(f"warning: {folder} is not whole ({problem}); trying the one before", file=sys.stderr, flush=True)
-        else:
-            if folders and accelerator.is_main_process:
+        _raise_on_all(accelerator.on_main_process(_set_aside), broken)
+        if whole is None:
+            if broken:
                 why = f"no whole checkpoint in {self.folder}; those there are kept as {BROKEN}*, beginning anew"
-                print(f"warning: {why}", file=sys.stderr, flush=True)
-                for folder in folders:
-                    _keep_broken(folder)
+                warn(why, accelerator)
             return 0, []
-        try:
-            _load(folder, roles, accelerator)
-        except CheckpointException as why:
-            expected = "expected the roles and sizes of this run: name another folder with output=FOLDER"
-            raise InputError(f"{folder} does not fit ({_why(why)}); {expected}") from None
-        state = json.loads((folder / STATE).read_text())
-        for name, each in self.stateful.items():
-            each.load_state_dict(state["stateful"][name])
+        state = self._load(whole, roles, accelerator)
         if accelerator.is_main_process:
-            print(f"going on after {state['step']} steps, from {folder}", flush=True)
+            print(f"going on after {state['step']} steps, from {whole}", flush=True)
         return state["step"], state["history"]
 
-    def remove(self):
-        """Remove all of them: what a finished run leaves says the same in less room. What is not theirs stays."""
+    def _load(self, folder, roles, accelerator):
+        """Put a whole checkpoint into roles, random generators and stateful objects; returns state.json."""
+        try:
+            distributed.load(_tensors(roles), checkpoint_id=folder)  # in place
+        except CheckpointException as problem:
+            expected = "expected the roles and sizes of this run: name another folder with output=FOLDER"
+            raise InputError(f"{folder} does not fit ({_cause(problem)}); {expected}") from None
+        others = torch.load(io.BytesIO(_read(folder, TENSORS)), map_location="cpu", weights_only=True)
+        for name, loss in others["losses"].items():
+            if loss:
+                roles[name].loss.load_state_dict({key: value.to(accelerator.device) for key, value in loss.items()})
+        if accelerator.process_index < len(others["random"]):
+            random = others["random"][accelerator.process_index]
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random and accelerator.device.type == "cuda":
+                torch.cuda.set_rng_state(random["cuda"])
+        state = json.loads(_read(folder, STATE))
+        for name, item in self.stateful.items():
+            item.load_state_dict(state["stateful"][name])
+        return state
+
+    def remove(self) -> None:
+        """Remove all checkpoints: a finished run's weights replace them. Other files in the folder stay."""
         for folder in self.folders():
             shutil.rmtree(folder, ignore_errors=True)
         remove_leftovers(self.folder)
@@ -193,156 +213,92 @@ class Checkpoints:
             (self.folder / LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
 
-    def _finish(self, part, manifest):
-        """Give a whole checkpoint its name, then let old ones and what was never finished go."""
-        _write(part / MANIFEST, manifest)
-        _sync(part)
-        whole = self.folder / part.name.removeprefix(UNFINISHED)
-        if whole.exists():  # it was found not to be whole
-            _put_aside(whole)
-        os.replace(part, whole)
-        _sync(self.folder)
-        before = [old for old in self.folders() if int(old.name) <= int(whole.name)]
-        later = [old for old in self.folders() if old not in before]  # found not to be whole: they must not count
-        for old in (*later, *before[self.keep :]):
-            _put_aside(old)
-        remove_leftovers(self.folder)
 
+def check(folder: Path, index: int = 0, count: int = 1) -> None:
+    """Raise Broken unless a checkpoint is whole; as process `index` of `count`, look at every count-th tensor.
 
-def problem_of(folder, index=0, parts=1):
-    """What is wrong with a checkpoint, in a few words, or None. With parts, every parts-th file from `index` on.
-
-    Raises OSError where the disk does not let itself be read: that says nothing about the checkpoint.
+    A .distcp is a sequence of files of torch.save, one per tensor: zip files, whose CRC-32 is compared.
+    Raises OSError if the disk cannot be read: that says nothing about the checkpoint.
     """
+    for name in (METADATA, STATE, TENSORS):
+        _read(folder, name)
+    for place in [*distributed.FileSystemReader(folder).read_metadata().storage_data.values()][index::count]:
+        content = io.BytesIO(_bytes(folder / place.relative_path, place.offset, place.length))
+        try:
+            torch.load(content, map_location="cpu", weights_only=True)  # looks at headers alone
+            intact = zipfile.ZipFile(content).testzip() is None
+        except Exception:  # whatever these raise for a changed byte
+            intact = False
+        if not intact:
+            raise Broken(f"{place.relative_path} is cut short or changed")
+
+
+def _read(folder, name):
+    """The content of a file, if its CRC-32 is that of the manifest."""
     try:
-        files = json.loads((Path(folder) / MANIFEST).read_text())["files"]
-        for name, (size, digest) in list(files.items())[index::parts]:
-            path = Path(folder) / name
-            try:
-                found, content = _digest(path)
-            except GONE:
-                return f"no {name}"
-            if found != size:
-                return f"{name} has {found} bytes, expected {size}"
-            if content != digest:
-                return f"{name} has another SHA-256 than when it was written"
-    except (*GONE, ValueError, KeyError, TypeError, AttributeError):
-        return f"no {MANIFEST} that can be read"
-    return None
+        expected = json.loads(_bytes(folder / MANIFEST))[name]
+    except (ValueError, KeyError, TypeError):
+        raise Broken(f"{MANIFEST} is cut short or changed") from None
+    content = _bytes(folder / name)
+    if zlib.crc32(content) != expected:
+        raise Broken(f"{name} is cut short or changed")
+    return content
 
 
-# Tensors
+def _bytes(path, offset=0, length=-1):
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except ABSENT:
+        raise Broken(f"no {path.name}") from None
 
 
-def _tensors(roles, accelerator):
-    """All that is kept as tensors, by name; the tensors themselves, so that loading into them is in place."""
+def _tensors(roles):
+    """Weights, averages and moments by name: the tensors themselves, so that loading into them is in place."""
     tensors = {}
     for name, role in roles.items():
         tensors |= {f"{name}/network/{key}": value for key, value in role.network.state_dict().items()}
         if role.average is not None:
             tensors |= {f"{name}/average/{key}": value for key, value in role.average.state_dict().items()}
-        for key, weight in _optimised(role):
-            state = role.optimizer.state.get(weight, {})
-            tensors |= {f"{name}/optimizer/{key}/{kind}": value for kind, value in state.items()}
-        tensors |= {f"{name}/loss/{key}": value for key, value in loss_state(role.loss).items()}
-    index = accelerator.process_index
-    tensors[f"random/{index}/cpu"] = torch.get_rng_state()
-    if accelerator.device.type == "cuda":
-        tensors[f"random/{index}/cuda"] = torch.cuda.get_rng_state(accelerator.device)
+        for group in role.optimizer.param_groups:
+            for key, weight in zip(group["param_names"], group["params"], strict=True):
+                state = role.optimizer.state[weight]
+                if not state:  # AdamW makes these, the same, at its first step
+                    state["step"] = torch.zeros((), device=weight.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                tensors |= {f"{name}/optimizer/{key}/{kind}": value for kind, value in state.items()}
     return tensors
-
-
-def _load(folder, roles, accelerator):
-    saved = distributed.FileSystemReader(folder).read_metadata().state_dict_metadata
-    for name, role in roles.items():
-        for key, weight in _optimised(role):
-            prefix = f"{name}/optimizer/{key}/"
-            kinds = {full.removeprefix(prefix): saved[full].size for full in saved if full.startswith(prefix)}
-            role.optimizer.state[weight] = {
-                kind: torch.zeros_like(weight) if size == weight.shape else torch.zeros(size, device=weight.device)
-                for kind, size in kinds.items()
-            }
-    tensors = _tensors(roles, accelerator)
-    here = (*(f"{name}/loss/" for name in roles), f"random/{accelerator.process_index}/")
-    tensors |= {
-        name: torch.zeros(each.size, dtype=each.properties.dtype)
-        for name, each in saved.items()
-        if name.startswith(here)
-    }
-    tensors = {name: each for name, each in tensors.items() if name in saved or not name.startswith(here)}
-    with _alone(accelerator) as alone:
-        distributed.load(tensors, checkpoint_id=folder, no_dist=alone)
-    for name, role in roles.items():
-        prefix = f"{name}/loss/"
-        state = {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}
-        if state:
-            role.loss.load_state_dict({key: each.to(accelerator.device) for key, each in state.items()})
-    index = accelerator.process_index
-    if f"random/{index}/cpu" in tensors:
-        torch.set_rng_state(tensors[f"random/{index}/cpu"])
-    if f"random/{index}/cuda" in tensors and accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors[f"random/{index}/cuda"], accelerator.device)
-
-
-@contextlib.contextmanager
-def _alone(accelerator):
-    """Whether there is one process; torch then warns of what is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield accelerator.num_processes == 1
 
 
 def _finite(tensor):
     return bool((tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all())
 
 
-def _optimised(role):
-    for group in role.optimizer.param_groups:
-        yield from zip(group["param_names"], group["params"], strict=True)
-
-
-# Files
-
-
-def _together(action, *arguments, on=True):
-    """What `action` returns on each process that is to do it, a list; an OSError of one is raised on all."""
+def _raise_on_all(action, *arguments):
+    """The result of `action` on this process; an error on any process is raised on all, so that none waits."""
+    result = error = None
     try:
-        result, problem = (action(*arguments) if on else None), None
-    except OSError as error:
-        result, problem = None, error.strerror or str(error)
-    results = gather_object([(result, problem)])
-    problem = next((each for _, each in results if each), None)
-    if problem:
-        raise OSError(problem)
-    return [each for each, _ in results]
+        result = action(*arguments)
+    except (OSError, InputError, Broken) as problem:
+        error = problem
+    for problem in filter(None, gather_object([error])):
+        raise problem
+    return result
 
 
-def _why(problem):
-    """The first cause, in a few words."""
+def _cause(problem):
+    """The first cause of a failed save or load, in a few words."""
     if isinstance(problem, CheckpointException):
         problem = next(iter(problem.failures.values()))[0]
         problem = problem.__cause__ or problem
     return " ".join((getattr(problem, "strerror", None) or str(problem)).split())
 
 
-def _renew(folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _put_aside(folder):
-    """Rename what is to be removed: under its own name a checkpoint is never half there."""
-    aside = folder.with_name(f"{UNFINISHED}old")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
-
-
-def _keep_broken(folder):
-    """Under a name that no checkpoint has: somebody may want to mend it."""
-    aside, count = folder.with_name(f"{BROKEN}{folder.name}"), 1
-    while aside.exists():
-        aside, count = folder.with_name(f"{BROKEN}{folder.name}-{count}"), count + 1
-    os.replace(folder, aside)
+def _set_aside(folders):
+    for folder in folders:
+        names = (f"{BROKEN}{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
+        os.replace(folder, next(path for path in map(folder.with_name, names) if not path.exists()))
 
 
 def _unreadable(folder, problem):
@@ -350,21 +306,9 @@ def _unreadable(folder, problem):
     return InputError(f"{folder} cannot be read ({why}); nothing was changed: mend the disk, then run the same again")
 
 
-def _write(path, content):
-    with path.open("w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync(folder):
-    """Renames survive a loss of power once the folder itself is on disk."""
+    """Put a folder's list of files on the disk: then renames survive a loss of power."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         os.fsync(number)
         os.close(number)
-
-
-def _digest(path):
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

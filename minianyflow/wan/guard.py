@@ -1,4 +1,4 @@
-"""What may go wrong in a run of days, and need not end it: bad batches, a scheduler's warning, a tracker that fails."""
+"""What can go wrong in a run of days and need not end it: bad batches, SIGTERM, a tracker that fails."""
 
 import contextlib
 import json
@@ -17,22 +17,22 @@ from tqdm import tqdm
 
 from minianyflow.support.errors import InputError
 
-EXIT_SIGTERM = 143  # as a shell says that SIGTERM ended it: to a scheduler such a run is not finished
+EXIT_SIGTERM = 143  # what a shell reports after SIGTERM: to a scheduler the run is not finished
 LAUNCHED = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
-LAUNCHER = os.getppid()  # asked for at once: later it may be gone
+LAUNCHER = os.getppid()  # read at import: later it may be gone
 
 
 class Preempted(Exception):
-    """SIGTERM came, or the launcher is gone; what training goes on from has been saved."""
+    """SIGTERM came, or the launcher is gone; a checkpoint was saved."""
 
 
 @dataclass
 class Guard:
     """What becomes of a batch whose loss or gradient norm is not finite, or whose loss is `above` a bound.
 
-    Up to `skip` of them are left out, on all processes, without a step; the next one stops the run. Each is written to
-    bad_batch.json in `folder`, if there is one, a line each: which step, which role, which samples of the run and,
-    where batches have `row`, rows of the data and their files, which files(rows) names.
+    The first `skip` of them are left out, on all processes, without an update; the next one stops the run. Each is
+    written to bad_batch.json in `folder`, if there is one, as one line: the step, the role, the numbers of the samples
+    and, where batches have `row`, rows of the data and their files, which files(rows) names.
     """
 
     skip: int = 0
@@ -41,123 +41,130 @@ class Guard:
     files: Callable | None = None
     skipped: list[int] = field(default_factory=list)  # steps
 
-    def is_bad(self, losses, norm, accelerator):
-        """Whether the step of a role is bad on any process. losses: of its parts, each (B,)."""
-        fine = all(bool((each <= self.above).all()) and bool(each.isfinite().all()) for each in losses)
+    def is_bad(self, losses, norm, accelerator) -> bool:
+        """Whether the step of a role is bad on any process. losses: one (B,) per micro-batch."""
+        fine = all(bool((loss.isfinite() & (loss <= self.above)).all()) for loss in losses)
         return any_process(not (fine and math.isfinite(float(norm))), accelerator)
 
-    def record(self, step, role, losses, batch, accelerator):
-        """Write the batch of all processes down, and skip it or raise InputError. batch: of this process."""
-        own = {"losses": torch.cat(losses).tolist(), "rows": batch["row"].tolist() if "row" in batch else []}
-        gathered = gather_object([own])
-        losses, numbers = ([each for part in gathered for each in part[name]] for name in own)
-        rows = [row for row, loss in enumerate(losses) if not (math.isfinite(loss) and loss <= self.above)]
-        rows = rows or list(range(len(losses)))  # the gradient was bad; any row may have been
-        told = {"step": step, "role": role, "numbers": [step * len(losses) + row for row in rows]}
-        if numbers:
-            told["rows"] = [numbers[row] for row in rows]
-            told |= {"files": self.files(told["rows"])} if self.files else {}
-        told |= {"losses": [str(losses[row]) for row in rows]}
-        where = f"{role}/loss is {losses[rows[0]]} at step {step}"
+    def record(self, step, role, losses, batch, accelerator) -> None:
+        """Write the bad rows of all processes down, and skip the batch or raise InputError. batch: of this process."""
+        losses = gather_object(torch.cat(losses).tolist())
+        rows = gather_object(batch["row"].tolist()) if "row" in batch else []
+        bad = [index for index, loss in enumerate(losses) if not (math.isfinite(loss) and loss <= self.above)]
+        bad = bad or list(range(len(losses)))  # the gradient is not finite: any row may be the cause
+        entry = {"step": step, "role": role, "numbers": [step * len(losses) + index for index in bad]}
+        if rows:
+            entry["rows"] = [rows[index] for index in bad]
+            entry |= {"files": self.files(entry["rows"])} if self.files else {}
+        line = json.dumps(entry | {"losses": [str(losses[index]) for index in bad]})
+        where = f"{role}/loss is {losses[bad[0]]} at step {step}"
         if self.folder is not None and accelerator.is_main_process:
             try:
                 Path(self.folder).mkdir(parents=True, exist_ok=True)
                 with (Path(self.folder) / "bad_batch.json").open("a") as file:
-                    file.write(json.dumps(told) + "\n")
+                    file.write(line + "\n")
             except OSError as problem:
-                tqdm.write(f"warning: {json.dumps(told)} cannot be written down ({problem.strerror})", file=sys.stderr)
+                warn(f"{line} cannot be written down ({problem.strerror})", accelerator)
         if len(self.skipped) >= self.skip:
-            left = f"; {self.skip} were skipped before" if self.skip else ""
-            written = "" if self.folder is None else f" named in {self.folder}/bad_batch.json"
-            raise InputError(f"{where}{left}; expected finite losses: lower lr, or look at the data{written}")
+            before = f"; {self.skip} were skipped before" if self.skip else ""
+            named = "" if self.folder is None else f" named in {self.folder}/bad_batch.json"
+            raise InputError(f"{where}{before}; expected finite losses: lower lr, or look at the data{named}")
         self.skipped.append(step)
-        if accelerator.is_main_process:
-            tqdm.write(f"warning: {where}; skipped ({len(self.skipped)} of {self.skip})", file=sys.stderr)
+        warn(f"{where}; skipped ({len(self.skipped)} of {self.skip})", accelerator)
 
     def state_dict(self):
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state):
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         self.skipped = list(state["skipped"])
 
 
-def any_process(flag, accelerator):
-    """Whether it is so on any process."""
+def any_process(flag: bool, accelerator) -> bool:
+    """Whether `flag` is true on any process."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def launcher_gone():
+def warn(text: str, accelerator) -> None:
+    """Print a warning on the main process, above its progress bar."""
+    if accelerator.is_main_process:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+# SIGTERM
+
+
+@contextlib.contextmanager
+def catch_sigterm(wanted: bool):
+    """A list that is not empty once SIGTERM has come; the process lives on."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True)) if wanted else None
+    try:
+        yield received
+    finally:
+        if wanted:
+            signal.signal(signal.SIGTERM, before)
+
+
+def launcher_gone() -> bool:
     """Whether `accelerate launch` or torchrun, which started this process, is gone.
 
-    The former passes no signal on to a single process. Any other parent, say a shell that was closed, may go.
+    `accelerate launch` passes no signal on to a single process. Any other parent, such as a shell, may end.
     """
     return LAUNCHED and os.getppid() != LAUNCHER
 
 
 def exit_at_once():
-    """End this process after SIGTERM, at once: process groups may wait for ever at exit."""
+    """End this process after SIGTERM without the usual clean-up, in which process groups may wait for ever."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_SIGTERM)
 
 
-@contextlib.contextmanager
-def catch_sigterm(wanted):
-    """A list that is no longer empty once SIGTERM has come."""
-    came = []
-    if not wanted:
-        yield came
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
+# Trackers
 
 FAILURES = []  # errors that ended a thread of a tracker
 
 
-def start_trackers(accelerator):
-    """Let the trackers begin, if they can. What ends a thread of theirs is said in one line, as what they raise is."""
-    before, after, usual = {*threading.enumerate()}, None, threading.excepthook
+def start_trackers(accelerator) -> None:
+    """Start the trackers. An error that ends a thread of theirs becomes the one warning, as an error of a call does."""
+    before, after, usual_hook = {*threading.enumerate()}, None, threading.excepthook
 
-    def ended(told):
-        if told.thread in before or not (after is None or told.thread in after):
-            usual(told)
+    def hook(failure):
+        if failure.thread not in before and (after is None or failure.thread in after):
+            FAILURES.append(failure.exc_value)
         else:
-            FAILURES.append(told.exc_value)
+            usual_hook(failure)
 
     FAILURES.clear()
-    threading.excepthook = ended
-    _tracking(accelerator, accelerator.init_trackers, "log")
+    threading.excepthook = hook
+    _call_tracker(accelerator, accelerator.init_trackers, "log")
     after = {*threading.enumerate()}
 
 
-def log_figures(entry, accelerator):
-    """Pass an entry of the history to the trackers; one that fails is a warning, and done without from then on."""
+def log_figures(entry: dict, accelerator) -> None:
+    """Pass an entry of the history to the trackers; one that fails is a warning, and is not used any more."""
     values = {kind: value for kind, value in entry.items() if kind != "step"}
-    _tracking(accelerator, accelerator.log, values, step=entry["step"])
+    _call_tracker(accelerator, accelerator.log, values, step=entry["step"])
 
 
-def end_trackers(accelerator):
-    """Let the trackers finish, and the processes part, whatever becomes of the trackers."""
+def end_trackers(accelerator) -> None:
+    """End the trackers and, whether they fail or not, the group of processes."""
     for tracker in accelerator.trackers:
-        _tracking(accelerator, tracker.finish)
+        _call_tracker(accelerator, tracker.finish)
     accelerator.trackers = []
     accelerator.end_training()
 
 
-def _tracking(accelerator, action, *arguments, **options):
+def _call_tracker(accelerator, action, *arguments, **options):
     try:
         action(*arguments, **options)
         if accelerator.trackers and FAILURES:
             raise FAILURES[0]
-    except Exception as problem:  # whatever a tracker raises, training goes on
+    except Exception as problem:  # whatever a tracker raises, training continues
         accelerator.trackers = []
-        why = " ".join(f"{type(problem).__name__}: {problem}".split())
-        tqdm.write(f"warning: the tracker failed ({why}); going on without it", file=sys.stderr)
+        why = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+        warn(f"the tracker failed ({why}); going on without it", accelerator)

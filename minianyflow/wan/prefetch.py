@@ -1,4 +1,4 @@
-"""The next batch is drawn while the current one is trained on, and how long training waited for data."""
+"""Prefetch: the next batch is drawn in a thread while training uses the current one; and how long training waited."""
 
 import statistics
 import time
@@ -6,31 +6,31 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def prefetch(draw, steps, waits=None):
-    """`draw(step)` whose next batch, up to `steps`, is drawn in a thread while this one is worked on.
+    """`draw(step)`, with the batch of the next step, below `steps`, drawn in a thread.
 
-    What is drawn must depend on the step alone; an error is raised when its batch is asked for.
-    waits: a list that gets (seconds waited for its batch, seconds until the next was asked for) of each step, once the
-    next begins; for the first batch every run waits, and it is left out.
+    A batch must depend on its step alone; an error of `draw` is raised when that batch is needed.
+    waits: a list that gets, per step, (seconds waited for its batch, seconds until the next batch was needed).
+    The first step is left out, since every run waits for it, and the last, whose end is not seen.
     """
     pool, waiting, last = ThreadPoolExecutor(1, "draw"), {}, []
 
     def drawn(step):
-        asked, begun = time.perf_counter(), step not in waiting
+        start, first = time.perf_counter(), step not in waiting
         batch = waiting.pop(step, None) or pool.submit(draw, step)
         if step + 1 < steps:
             waiting[step + 1] = pool.submit(draw, step + 1)
         result = batch.result()
         if last and waits is not None:
-            start, waited = last.pop()
-            waits.append((waited, asked - start))
-        last[:] = [] if begun else [(asked, time.perf_counter() - asked)]
+            before, waited = last.pop()
+            waits.append((waited, start - before))
+        last[:] = [] if first else [(start, time.perf_counter() - start)]
         return result
 
     return drawn
 
 
 def waiting_share(waits):
-    """Of the steps of `prefetch`, the share that was waiting for data: {"median": of a step, "all": of all steps}."""
+    """The share of a step's time that is waiting for data: {"steps", "median" over steps, "all": of all steps}."""
     if not waits:
         return None
     shares = [waited / seconds for waited, seconds in waits]

@@ -1,4 +1,4 @@
-"""The training loop of a run of days: several processes, checkpoints, trackers, batches that may be bad.
+"""The training loop of a run of days: several processes, checkpoints, trackers, bad batches.
 
 The step is the small loop's own: `training.accumulate_gradient`, then `Role.update`. A batch is drawn for all processes
 from its step number alone and every process trains on its part, so that one process and many see the same rows.
@@ -32,41 +32,45 @@ def train_run(
 ):
     """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/KIND": raw error}.
 
-    draw(step): the global batch; with own_rows the rows of this process alone, as `part_of` has them.
+    draw(step): the global batch; with own_rows, the rows of this process alone, as `part_of` has them.
     accumulate: number of micro-batches per process (gradient accumulation). progress: a bar, none, or a dict of tqdm's
     options. on_step(step) is called after each step. The history is gathered from all processes every `log_every`
     steps and at the end, and passed to the accelerator's trackers, if it has any.
-    checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to; SIGTERM, or the end of what launched it,
-    then ends the run after its step, saved, with `guard.Preempted`. guard: a `guard.Guard` for bad batches; None stops
-    at the first.
-    Raises InputError if a loss stops being finite, a weight that should learn gets no gradient, or one is frozen.
+    checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to. With it, SIGTERM or the end of the launcher
+    ends the run after its step, saved, with `guard.Preempted`. guard: a `guard.Guard` for bad batches; None stops at
+    the first.
+    Raises InputError if a loss is not finite, a weight that should learn gets no gradient, or one is frozen.
     """
     check_roles(roles, steps)
     accelerator, guard = accelerator or Accelerator(), guard or Guard()
-    mine = (0, 1) if own_rows else (accelerator.process_index, accelerator.num_processes)
+    part = (0, 1) if own_rows else (accelerator.process_index, accelerator.num_processes)
     wrapped = {name: _wrap(role, accelerator) for name, role in roles.items()}
     done, history = checkpoints.restore(roles, accelerator) if checkpoints else (0, [])
     if checkpoints:
         checkpoints.check_room(roles)
     if done > steps:
         raise InputError(f"a checkpoint of {done} steps; expected at most steps={steps}: set more")
-    with catch_sigterm(checkpoints is not None) as terminated:
-        for step in tqdm(range(done, steps), initial=done, total=steps, **_bar(progress, accelerator)):
-            batch, figures = part_of(draw(step), *mine), {"step": step}
+    bar = {"desc": "training", "unit": "step", "mininterval": 0.5, "initial": done, "total": steps}
+    bar |= progress if isinstance(progress, dict) else {"disable": not progress}
+    bar |= {} if accelerator.is_main_process else {"disable": True}
+    with catch_sigterm(checkpoints is not None) as received:
+        for step in tqdm(range(done, steps), **bar):
+            batch, figures, last = part_of(draw(step), *part), {"step": step}, step == steps - 1
             for name, role in roles.items():
                 raw = _step(name, role, *wrapped[name], batch, step, steps, accumulate, accelerator, guard)
                 if raw is None:  # a bad batch
                     break
                 figures |= {f"{name}/{kind}": error for kind, error in raw.items()}
             else:
-                if step % log_every == 0 or step == steps - 1:
-                    history.append(_gather(figures))
+                if step % log_every == 0 or last:
+                    numbers = {kind: float(value) for kind, value in figures.items()}
+                    history.append(mean_figures(gather_object([numbers])))
                     log_figures(history[-1], accelerator)
             if checkpoints:
-                stop = any_process(bool(terminated) or launcher_gone(), accelerator)
-                if stop or checkpoints.due(step + 1, steps):
+                preempted = any_process(bool(received) or launcher_gone(), accelerator)
+                if preempted or last or (step + 1) % checkpoints.every == 0:
                     checkpoints.save(roles, step + 1, history, accelerator)
-                if stop:
+                if preempted:
                     why = "its launcher is gone" if launcher_gone() else "SIGTERM"
                     raise Preempted(f"{why}: saved after {step + 1} of {steps} steps")
             if on_step:
@@ -92,7 +96,8 @@ def _reduce_once(network):
     """Make a sharded network reduce its gradients once per backward, not once per forward.
 
     Processes differ in how often they evaluate a network, by the rows they have, and would wait for each other for
-    ever. FSDP2 looks for inputs with gradient, and casts them: they pass it hidden, times as they are.
+    ever. FSDP2 reduces for every forward whose inputs it finds to have a gradient, and casts inputs. So it gets them
+    inside a function, where it looks for neither.
     """
 
     def hide(_, arguments, condition):
@@ -106,12 +111,15 @@ def _reduce_once(network):
 
 
 def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard):
-    """One step of one role: its figures by name, or None for a bad batch, which leaves everything as it was."""
+    """One step of one role: its figures by name, or None for a bad batch, which changes nothing."""
     before = loss_state(role.loss)
     parts = [part_of(batch, index, accumulate, accelerator.device) for index in range(accumulate)]
     losses, figures = accumulate_gradient(role, parts, network, lambda: accelerator.no_sync(network))
     check_gradients(name, role, first=step == 0)
-    norm = _clip(network.parameters(), role.clip) if role.clip else 0.0
+    norm = 0.0
+    if role.clip:  # accelerate's own function fails with two sharded networks
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), role.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if guard.is_bad(losses, norm, accelerator):
         guard.record(step, name, losses, batch, accelerator)
         optimizer.zero_grad()
@@ -122,23 +130,6 @@ def _step(name, role, network, optimizer, batch, step, steps, accumulate, accele
     return figures
 
 
-def loss_state(loss):
+def loss_state(loss) -> dict:
     """What a loss carries from one step to the next, {name: tensor}; empty for a plain function."""
     return loss.state_dict() if hasattr(loss, "state_dict") else {}
-
-
-def _clip(weights, most):
-    """Scale gradients to a norm of `most`; returns that before. accelerate's own fails with two sharded networks."""
-    norm = torch.nn.utils.clip_grad_norm_(weights, most)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _bar(progress, accelerator):
-    options = {"desc": "training", "unit": "step", "mininterval": 0.5}
-    options |= progress if isinstance(progress, dict) else {"disable": not progress}
-    return options if accelerator.is_main_process else {"disable": True}
-
-
-def _gather(figures):
-    """Mean over processes of every figure."""
-    return mean_figures(gather_object([{name: float(value) for name, value in figures.items()}]))

@@ -371,6 +371,6 @@ def test_the_command_makes_one_or_says_why_not(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("minianyflow.wan.folders.write_latents", fail)
-    with pytest.raises(InputError, match=r"cannot write .*\(No space left on device\); name a folder"):
+    with pytest.raises(InputError, match=r"cannot write .*\(No space left on device\); make room"):
         make_tiny_wan(tmp_path / "half", clips=1)
     assert list(tmp_path.iterdir()) == [out]

@@ -1,0 +1,241 @@
+"""Runs of several processes, with SIGTERM and kills: two processes compute what one does, and nothing saved is lost.
+
+torchrun runs this file itself, twice, for two processes that do several runs one after the other:
+
+    torchrun --nproc_per_node 2 tests/wan/test_processes.py REPORT KIND RUN [-- KIND RUN]...
+
+KIND is plain (one process), ddp, as accelerate has it on a CPU, or shard: accelerate's FSDP2 with the plugin that
+eight_gpus_fsdp2.yaml asks for, on a CPU mesh. accelerate ignores that file silently where there is no GPU, so the
+plugin is put in its place here; ddp runs come first. A RUN is the arguments of distill, after sigterm=N perhaps: the
+last process alone then gets SIGTERM in the N-th step of a role.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from minianyflow.support.cli import run
+from minianyflow.support.install import ROOT
+from minianyflow.wan import guard, stages, trainer
+from minianyflow.wan import run as runs
+from minianyflow.wan.commands import distill
+from minianyflow.wan.folders import make_tiny_wan
+
+STEPS, KINDS = 20, ("plain", "ddp", "shard")
+RUNS = {  # on-policy with one row per process: then processes differ in how often they evaluate a network
+    f"{architecture} {stage}": [architecture, stage]
+    for architecture in ("bidirectional", "causal")
+    for stage in ("teacher", "forward", "on_policy")
+}
+RUNS |= {f"{architecture} whole weights": [architecture, "on_policy"] for architecture in ("bidirectional", "causal")}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+class Sharding(Accelerator):
+    """What accelerate is on GPUs with the launch file for FSDP2."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as the environment says
+        self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def read_launch_file():
+    """Put into the environment what `accelerate launch` does for the plugin."""
+    file = str(ROOT / "scripts/accelerate/eight_gpus_fsdp2.yaml")
+    given, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "script.py"]))
+    environment = prepare_multi_gpu_env(given)
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    os.environ.update({name: value for name, value in environment.items() if name.startswith("FSDP_")})
+
+
+def run_once(kind, *words):
+    """Run distill in this process: its exit status, what its steps trained, and the rows of the data that it read."""
+    seen = {"kinds": set(), "sharded": set(), "processes": int(os.environ.get("WORLD_SIZE", 1)), "rows": []}
+    steps, preempt = [], words[0].removeprefix("sigterm=")
+
+    def step(name, role, network, *rest):
+        steps.append(name)
+        if preempt == str(len(steps)) and PartialState().is_last_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        figures = train_step(name, role, network, *rest)
+        kinds = {DistributedDataParallel: "ddp", FSDPModule: "shard"}
+        seen["kinds"].add(next((kind for wrapper, kind in kinds.items() if isinstance(network, wrapper)), "plain"))
+        weights = [weight for group in role.optimizer.param_groups for weight in group["params"]]
+        moments = [role.optimizer.state[weight]["exp_avg"] for weight in weights]
+        averages = [*role.average.parameters()] if role.average else []
+        seen["sharded"].add(all(isinstance(tensor, DTensor) for tensor in (*weights, *moments, *averages)))
+        return figures
+
+    def watched_draws(config, data, *part):
+        rows = data.rows
+        data.rows = lambda indices: (seen["rows"].extend(map(int, indices)), rows(indices))[1]
+        return draws(config, data, *part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        train_step, draws = trainer._step, stages.draws
+        patch.setattr(trainer, "_step", step)
+        patch.setattr(stages, "draws", watched_draws)
+        patch.setattr(runs, "Accelerator", Sharding if kind == "shard" else Accelerator)
+        patch.setattr(guard, "exit_at_once", lambda: guard.EXIT_SIGTERM)  # the next run needs this process
+        status = run(lambda: distill(words[preempt.isdecimal() :]))
+    return seen | {"kinds": [*seen["kinds"]], "sharded": [*seen["sharded"]], "status": status}
+
+
+def main(report, *words):
+    """Do all runs in this process, and write its report after each."""
+    torch.set_num_threads(1)
+    read_launch_file()
+    PartialState.destroy_process_group = lambda *_: None  # the next run needs it
+    reports = []
+    for separator, group in groupby(words, lambda word: word == "--"):
+        if not separator:
+            reports.append(run_once(*group))
+            Path(f"{report}.{os.environ['RANK']}").write_text(json.dumps(reports))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as distill does after SIGTERM
+
+
+def launch(report, *given):
+    """Do runs, (kind, words), in two processes; for each run, what the processes report."""
+    words = [str(word) for kind, words in given for word in ("--", kind, *words)][1:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    done = subprocess.run([*command, str(report), *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(2)]
+    for process in reports:
+        for (kind, _), seen in zip(given, process, strict=True):
+            assert seen["status"] in (0, 143), done.stderr[-3000:]
+            assert (seen["processes"], seen["kinds"], seen["sharded"]) == (2, [kind], [kind == "shard"])
+    return list(zip(*reports, strict=True))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny Wan and runs of the forward stage, for on-policy runs to start from."""
+    folder = tmp_path_factory.mktemp("wan")
+    make_tiny_wan(folder / "wan")
+    for name in ("bidirectional forward", "causal forward"):
+        assert run_once("plain", *arguments(folder, name, folder / name, 2))["status"] == 0
+    return folder
+
+
+def arguments(tiny, name, output, steps):
+    """Arguments of distill for one of RUNS."""
+    architecture, stage = RUNS[name]
+    words = [f"runs={tiny}", f"base={tiny}/wan", f"data={tiny}/wan/latents", f"output={output}", f"steps={steps}"]
+    if stage == "on_policy":
+        words += ["batch=2", f"student={tiny}/{architecture} forward", "teacher=null"]
+    if "whole" in name:
+        words += ["trained=full", f"student={tiny}/wan"]
+    return ["--config", architecture, stage, "tiny", *words, "samples.every=0", "log.tracker=none"]
+
+
+def history(folder):
+    return json.loads((folder / "run.json").read_text())["history"]
+
+
+def difference(one, other):
+    """The largest difference of a weight of two runs."""
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (one, other)]
+    assert names[0] == names[1] != []
+    pairs = [(load_file(one / name), load_file(other / name)) for name in names[0]]
+    return max(float((a[key] - b[key]).abs().max()) for a, b in pairs for key in a)
+
+
+def assert_same_training(folder, name, kind, plain, halves, steps):
+    """Losses, weights and rows of two processes are those of one."""
+    entries = [history(folder / "plain" / name), history(folder / kind / name)]
+    losses = [[entry[key] for entry in run for key in sorted(entry) if key.endswith("/loss")] for run in entries]
+    on_policy = RUNS[name][1] == "on_policy"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(losses[0]) == steps * (1 + on_policy)
+    assert difference(folder / "plain" / name, folder / kind / name) < 1e-4
+    own = 1 if on_policy else 2  # rows per process and step
+    assert [len(half["rows"]) for half in halves] == [own * steps] * 2
+    cuts = [half["rows"][own * step : own * (step + 1)] for step in range(steps) for half in halves]
+    assert [row for cut in cuts for row in cut] == plain["rows"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_resume_after_sigterm(tiny, tmp_path):
+    """SIGTERM reaches one of two processes: both save and stop, then go on. DDP, and FSDP2."""
+    name, steps, given = "causal on_policy", 4, []
+    plain = run_once("plain", *arguments(tiny, name, tmp_path / "plain" / name, steps))
+    for kind in KINDS[1:]:
+        whole, again = (arguments(tiny, name, tmp_path / place / name, steps) for place in (kind, f"{kind}-again"))
+        given += [(kind, whole), (kind, ["sigterm=3", *again]), (kind, again)]
+    seen = launch(tmp_path / "report", *given)
+    assert [[process["status"] for process in each] for each in seen] == 2 * [[0, 0], [143, 143], [0, 0]]
+    for kind, halves in zip(KINDS[1:], seen[::3], strict=True):
+        assert_same_training(tmp_path, name, kind, plain, halves, steps)
+        assert [entry["step"] for entry in history(tmp_path / f"{kind}-again" / name)] == list(range(steps))
+        assert difference(tmp_path / kind, tmp_path / f"{kind}-again") < 1e-5
+
+
+@pytest.fixture(scope="module")
+def twenty(tiny, tmp_path_factory):
+    """20 steps of every stage by one process, by two (DDP) and by two of FSDP2: the folder, and the reports."""
+    folder = tmp_path_factory.mktemp("twenty")
+    given = {(kind, name): arguments(tiny, name, folder / kind / name, STEPS) for kind in KINDS for name in RUNS}
+    seen = {key: run_once("plain", *words) for key, words in given.items() if key[0] == "plain"}
+    several = {key: (key[0], words) for key, words in given.items() if key[0] != "plain"}
+    return folder, seen | dict(zip(several, launch(folder / "report", *several.values()), strict=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one_in_every_stage(twenty, name, kind):
+    folder, seen = twenty
+    assert_same_training(folder, name, kind, seen["plain", name], seen[kind, name], STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_two_processes_resume_as_one_and_back(tiny, tmp_path, kind):
+    """Two, then one, then two again end where two do that were never stopped."""
+    names = ("causal forward", "causal on_policy", "bidirectional whole weights")
+    whole, again = (
+        [arguments(tiny, name, tmp_path / place / name, 9) for name in names] for place in ("whole", "again")
+    )
+    stopped = [["sigterm=3", *words] for words in again]
+    seen = launch(tmp_path / "first", *((kind, words) for words in (*whole, *stopped)))
+    assert [process["status"] for each in seen for process in each] == [0] * 6 + [143] * 6
+    assert [run_once("plain", *words)["status"] for words in stopped] == [143] * 3
+    launch(tmp_path / "third", *((kind, words) for words in again))
+    for name in names:
+        assert [entry["step"] for entry in history(tmp_path / "again" / name)] == list(range(9))
+        assert difference(tmp_path / "whole" / name, tmp_path / "again" / name) < 1e-5, name
+
+
+SOME = ["--kills", "1", "--only", "two runs, one folder", "disk full while saving"]
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param(SOME, marks=pytest.mark.slow), pytest.param(["--kills", "4"], marks=pytest.mark.long)]
+)
+def test_a_run_that_is_broken_loses_nothing_that_was_saved(options):
+    """Parts of `make faults`."""
+    command = [sys.executable, str(ROOT / "scripts/faults.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
