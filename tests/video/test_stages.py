@@ -173,6 +173,7 @@ def test_teachers_drop_a_tenth_of_their_prompts_and_students_none(name, begun):
     assert 0.05 < share < 0.15 if "teacher" in name else share == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_POLICY)
 @torch.no_grad()
 def test_on_policy_stages_score_what_their_student_makes(name, begun):
@@ -219,6 +220,7 @@ def test_stages_come_after_what_they_start_from(small, monkeypatch):
     assert after == {(name, 0): (STAGES[name].parent, 0) for name, _ in jobs if STAGES[name].parent != "codec"}
 
 
+@pytest.mark.slow
 def test_latents_of_another_codec_or_of_other_clips_are_made_again(small, monkeypatch):
     """A run may stop after the codec was trained anew and before its latents were made."""
     monkeypatch.setattr(stages, "run_jobs", lambda *jobs: None)
@@ -273,9 +275,13 @@ def test_what_came_from_another_parent_is_trained_again(small, monkeypatch):
     assert not stages._is_done(small, "semigroup", 0)
     stages.train_all(small, quiet=True)
     assert path_of(small, "semigroup").read_bytes() != before
-    monkeypatch.setitem(few, "codec", dataclasses.replace(few["codec"], steps=2))
+
+
+@pytest.mark.long
+def test_another_codec_makes_its_students_be_trained_again(small, monkeypatch):
+    stages.train_stage("teacher", 0, small, quiet=True)
+    assert stages._is_done(small, "teacher", 0)
+    monkeypatch.setitem(stages.STAGES, "codec", dataclasses.replace(STAGES["codec"], steps=2))
     stages.train_stage("codec", 0, small, quiet=True)
-    assert (
-        read_weights(path_of(small, "codec"), *KINDS)[2]["cost"]["backwards"] == 16 + 8
-    )  # a batch of 5 frames, one of 9
+    assert read_weights(path_of(small, "codec"), *KINDS)[2]["cost"]["backwards"] == 16 + 8  # rows of two batches
     assert not stages._is_done(small, "teacher", 0)
