@@ -36,7 +36,9 @@ def plan(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON; with --table that of docs/plan/plans.json")
     parser.add_argument("--table", action="store_true", help="print the tables of docs/plan.md, counted anew: a minute")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of configs/base.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options, as distill --print-config shows them"
+    )
     arguments = parser.parse_args(argv)
     from minianyflow.planner import report
     from minianyflow.planner.gpus import find_gpu
@@ -96,7 +98,7 @@ def gpu_check(argv: list[str]) -> int:
     parser.add_argument("--profile", action="store_true", help="profile one more step: the longest operations per case")
     parser.add_argument("--json", action="store_true", help="print the report as JSON in place of the table")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="key=value", help="options of minianyflow/wan/configs/base.yaml"
+        "--set", nargs="+", default=[], metavar="key=value", help="options, as distill --print-config shows them"
     )
     arguments = parser.parse_args(argv)
     from minianyflow.planner.gpu_check import Request, check, markdown
