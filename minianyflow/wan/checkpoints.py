@@ -152,7 +152,7 @@ class Checkpoints:
         os.replace(unfinished, self.folder / unfinished.name.removeprefix(UNFINISHED))
         _sync(self.folder)
         for folder in self.folders()[self.keep :]:
-            shutil.rmtree(folder)  # half removed, it is broken
+            shutil.rmtree(folder, ignore_errors=True)  # half removed, it is broken
 
     def restore(self, roles, accelerator) -> tuple[int, list]:
         """Load the newest whole checkpoint; returns (number of steps, history), (0, []) if there is none.
