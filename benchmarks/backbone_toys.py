@@ -7,7 +7,6 @@ import copy
 import sys
 
 import torch
-from accelerate import Accelerator
 from diffusers import LTXVideoTransformer3DModel, SD3Transformer2DModel
 from tqdm import tqdm
 
@@ -18,8 +17,7 @@ from minianyflow.mixtures import GaussianMixture
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.samplers import sample_euler, sample_flow_map
 from minianyflow.times import generator, time_grid
-from minianyflow.training import Role
-from minianyflow.wan.trainer import train_run
+from minianyflow.training import Role, train
 from toy_data.plane import spiral
 
 POINTS = 1024
@@ -82,14 +80,12 @@ def race(family, seed):
     """Teacher, then flow map: {"teacher" or "flow map": {nfe: sliced W2 to the truth}}."""
     torch.manual_seed(seed)
     transformer, call, mixture = TOYS[family]()
-    call, accelerator = unprompted(call), Accelerator(cpu=True)
+    call = unprompted(call)
 
     def learn(name, network, loss, **pairs):
         role = Role(network, loss, lr=4e-3, ema=0.99, warmup=50)
         progress = {"desc": f"{family}, seed {seed}, {name}", "disable": None}
-        train_run(
-            {name: role}, batches(mixture.sample, 64, (seed,), **pairs), STEPS[name], 1, accelerator, progress=progress
-        )
+        train({name: role}, batches(mixture.sample, 64, (seed,), **pairs), STEPS[name], progress=progress)
         return role.average.module
 
     stock = learn("teacher", Backbone(transformer, call, TINY_TIMESTEPS), FlowMapLoss({}), diagonal=1.0, end=0.0)
@@ -111,6 +107,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for family in TOYS:
         for seed in map(int, sys.argv[1:] or "0"):
-            for name, by_steps in race(family, seed).items():
-                figures = " | ".join(f"{1000 * value:.0f}" for value in by_steps.values())
+            for name, distances in race(family, seed).items():
+                figures = " | ".join(f"{1000 * distance:.0f}" for distance in distances.values())
                 tqdm.write(f"| {family}, {name}, seed {seed} | {figures} |")

@@ -53,7 +53,9 @@ def tangent_of(dataset: str) -> Callable:
     return lambda z, t, r: mixture.velocity(z, t)
 
 
-def particles_panel(pack: Pack, title, colour, path, times, exact, evaluations, data=None, trace=True) -> dict:
+def particles_panel(
+    pack: Pack, title: str, colour: str, path: Tensor, times, exact: Tensor, evaluations, data=None, trace: bool = True
+) -> dict:
     """A panel of particles with their measures. exact: the exact paths; `trace` draws those of followed particles."""
     measures = {"path error": f"{path_error(path[-1], exact[-1]):.3f}"}
     measures |= {} if data is None else {"sliced W2 to data": f"{sliced_w2(path[-1], data):.3f}"}
@@ -165,30 +167,30 @@ class BackwardSimulation(Scene):
     """A rollout of N steps and the three jumps that stand for it: where step g splits it, where the gradient goes."""
 
     title = "Backward simulation: a rollout of N steps as three jumps"
-    offline: ClassVar = {"steps": (4, 8, 16, 50), "kept": (0, 1, 3, 7)}  # with two steps g changes nothing
+    offline: ClassVar = {"steps": (4, 8, 16, 50), "g": (0, 1, 3, 7)}  # with two steps g changes nothing
 
     def make_controls(self):
         """N and g, as on-policy training draws them; the map, data, noise."""
         controls = {
             "steps": slider("N, steps of the rollout", STEPS, 16),
-            "kept": ipywidgets.IntSlider(3, 0, 15, description="g, the step kept", **LOOKS),
+            "g": ipywidgets.IntSlider(3, 0, 15, description="g, the step kept", **LOOKS),
             "method": dropdown("flow map", MAPS),
             "dataset": dropdown("data", DATASETS),
             "seed": seed_control(),
         }
-        controls["steps"].observe(lambda change: setattr(controls["kept"], "max", change["new"] - 1), "value")
+        controls["steps"].observe(lambda change: setattr(controls["g"], "max", change["new"] - 1), "value")
         return controls
 
-    def possible(self, steps, kept, **others):
+    def possible(self, steps, g, **others):
         """A rollout of N steps has steps 0 to N - 1."""
-        return kept < steps
+        return g < steps
 
-    def draw(self, pack, particles, steps, kept, method, dataset, seed):
+    def draw(self, pack, particles, steps, g, method, dataset, seed):
         """The jumps in the triangle, both rollouts, the gradient through every jump."""
         z, (exact, _) = sobol_noise(particles, (2,), seed), exact_paths(dataset, particles, seed)
         network, all_times = student(method, dataset), time_grid(steps)
         whole, few = EvaluationCounter(network), EvaluationCounter(network)
-        number, step = torch.full((particles,), steps), torch.full((particles,), min(kept, steps - 1))
+        number, step = torch.full((particles,), steps), torch.full((particles,), min(g, steps - 1))
         with torch.no_grad():
             path = rollout(whole, z, all_times)
             simulated = backward_simulation(few, z, number, step)

@@ -231,7 +231,7 @@ def test_the_triangle_jumps_from_exact_states_and_follows_the_hand():
 
 
 def test_backward_simulation_stands_for_the_rollout_it_names():
-    scene, z, student = scenes.backward_simulation(steps=8, kept=3), sobol_noise(1000, (2,), 0), load_student("mixed")
+    scene, z, student = scenes.backward_simulation(steps=8, g=3), sobol_noise(1000, (2,), 0), load_student("mixed")
     number, step = torch.full((1000,), 8), torch.full((1000,), 3)
     with torch.no_grad():
         assert (array(scene, 1) - rollout(student, z, time_grid(8))).abs().max() < NEAR
@@ -243,11 +243,11 @@ def test_backward_simulation_stands_for_the_rollout_it_names():
     assert [len(bar["colour"]) for bar in bars] == [7] * 8 + [9] * 3  # the jumps' on top, half-transparent
     heights = [bar["height"] for bar in bars[8:]]
     assert measures(scene, 3)["largest jump's share"] == f"{max(heights) / sum(heights):.0%}"
-    scene.set("kept", 0)  # the first jump has no length then
+    scene.set("g", 0)  # the first jump has no length then
     assert measures(scene, 2)["evaluations"] == "2"
     assert array(scene, 2).shape[0] == 3
     scene.set("steps", 2)
-    assert scene.controls["kept"].max == 1
+    assert scene.controls["g"].max == 1
 
 
 def test_the_gradient_through_one_jump_is_the_whole_gradient():
