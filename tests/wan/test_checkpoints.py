@@ -209,6 +209,18 @@ def test_an_error_of_the_disk_is_one_line_and_older_checkpoints_stay(tmp_path, w
     assert equal(run(tmp_path), whole)
 
 
+def test_ctrl_c_while_saving_is_no_failure(tmp_path, monkeypatch):
+    run(tmp_path, stop=5)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.distributed.FileSystemWriter, "write_data", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "000004"]
+
+
 @pytest.mark.parametrize(
     ("words", "start"),
     [
