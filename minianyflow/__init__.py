@@ -1,56 +1,41 @@
 """minianyflow: any-step generation, from two dimensions to Wan2.1, through one function u(z, t, r).
 
-Time: t = 1 is noise, t = 0 is data. `u(z, t, r)` is the average velocity from t down to r; z_r = z - (t - r) u.
-
-The files beside this one are the mathematics. The folders follow the journey:
+The files beside this one are the mathematics: begin with notation, interpolant, flow_map. Folders follow the journey:
     networks/   functions u(z, t, r): an MLP, small video transformers, Wan2.1
     plane/      the race of methods on two-dimensional targets, exposure bias on the circle
     video/      small video latents: training stages, measures, report
     wan/        distillation of Wan2.1 at full size
     planner/    memory, hours and money of a run, before it starts
-    live/       the player of trajectories and the five scenes of the course
+    live/       the player of trajectories and the scenes of the course
     course/     what notebooks and exercises stand on
-    support/    error messages, files that appear whole or not at all, worker processes
+    support/    command line, error messages, files, worker processes
 
-The public names are below, by module. `from minianyflow import rollout` imports the module of that name and no other;
-`import minianyflow` needs nothing but Python.
+The public names are below. `from minianyflow import rollout` imports its module alone; `import minianyflow` needs
+nothing but Python.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "interpolant": ("broadcast_time", "clean_from_velocity", "data_velocity", "interpolate", "score_from_velocity"),
-    "times": ("draw_pairs", "generator", "time_grid", "time_shift"),
-    "flow_map": ("displace", "end_point", "jump", "rollout", "tangent", "velocity"),
-    "samplers": (
-        "sample_consistency",
-        "sample_consistency_deterministic",
-        "sample_euler",
-        "sample_flow_map",
-        "sample_ode",
-    ),
-    "mixtures": ("GaussianMixture",),
-    "guidance": ("Guidance", "guided"),
-    "objectives": ("FLOW_MAPS", "FlowMapLoss", "eulerian_target", "lagrangian_target", "semigroup_target"),
-    "consistency": ("ConsistencyLoss", "consistency_target"),
-    "on_policy": (
-        "FakeScoreLoss",
-        "OnPolicyLoss",
-        "backward_simulation",
-        "backward_simulation_times",
-        "distribution_matching_loss",
-        "draw_on_policy",
-        "draw_rollouts",
-    ),
-    "measures": ("off_share", "path_error", "sliced_w2", "sobol_noise"),
-    "batch": ("Batch", "batches"),
-    "training": ("Role", "train"),
-    "networks.mlp": ("MLP", "EvaluationCounter"),
-    "support.errors": ("InputError",),
+_NAMES = {  # by module
+    "interpolant": "broadcast_time clean_from_velocity data_velocity interpolate score_from_velocity",
+    "times": "draw_pairs generator time_grid time_shift",
+    "flow_map": "displace end_point jump rollout tangent velocity",
+    "samplers": "sample_consistency sample_consistency_deterministic sample_euler sample_flow_map sample_ode",
+    "mixtures": "GaussianMixture",
+    "guidance": "Guidance guided",
+    "objectives": "FLOW_MAPS FlowMapLoss eulerian_target lagrangian_target semigroup_target",
+    "consistency": "ConsistencyLoss consistency_target",
+    "on_policy": "FakeScoreLoss OnPolicyLoss backward_simulation backward_simulation_times distribution_matching_loss "
+    "draw_on_policy draw_rollouts",
+    "measures": "frechet_distance off_share path_error sliced_w2 sobol_noise",
+    "batch": "Batch batches",
+    "training": "Role train",
+    "networks.mlp": "EvaluationCounter MLP",
+    "support.errors": "InputError",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from minianyflow.interpolant import check_finite
-from minianyflow.notation import Condition, State, Times
+from minianyflow.notation import Condition, Counts, Mask, State, Times
 from minianyflow.support.errors import InputError
 from minianyflow.times import draw_pairs, generator
 
@@ -22,17 +22,17 @@ class Batch(TypedDict, total=False):
     r: Times
     split: Times  # uniform: where a semigroup target cuts the jump
     objective_draw: Times  # uniform: which objective a row r < t learns from
-    dropped: Bool[Tensor, " batch"]  # rows trained without their condition
+    dropped: Mask  # rows trained without their condition
     condition: dict[str, Condition]  # the network's arguments besides z, t, r
     context: dict[str, Tensor]  # clean earlier frames: networks/teacher_forcing.py
-    frame: Int[Tensor, " batch"]  # the frame that learns: plane/circle_student.py
+    frame: Counts  # the frame that learns: plane/circle_student.py
     noise: State  # where a rollout starts: on_policy.draw_on_policy
-    lengths: Int[Tensor, " batch"]  # number of steps N of the simulated rollout
-    step: Int[Tensor, " batch"]  # the step g of the rollout that is taken as it is
+    lengths: Counts  # number of steps N of the simulated rollout
+    step: Counts  # the step g of the rollout that is taken as it is
     score_t: Times  # the times of the scores in distribution matching
     score_eps: State  # the noise of distribution matching
     fake_t: Times  # the times at which the fake score learns
-    row: Int[Tensor, " batch"]  # row numbers in the data set
+    row: Counts  # row numbers in the data set
 
 
 def batches(
@@ -67,9 +67,4 @@ def part_of(batch: Batch, index: int, parts: int, device: torch.device | str | N
     if size % parts:
         raise InputError(f"a batch of {size} rows does not divide into {parts} equal parts (processes x accumulation)")
     rows = slice(index * size // parts, (index + 1) * size // parts)
-    return {
-        name: {key: item[rows].to(device) for key, item in value.items()}
-        if isinstance(value, dict)
-        else value[rows].to(device)
-        for name, value in batch.items()
-    }
+    return tree_map(lambda value: value[rows].to(device), batch)

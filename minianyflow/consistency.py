@@ -6,7 +6,6 @@ Continuous (sCM, section 3): the limit N -> infinity; the tangent is normalised 
 f(z, 0) = z by construction. Letters and types: notation.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from minianyflow.batch import Batch
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.interpolant import broadcast_time, interpolate
-from minianyflow.notation import Condition, Losses, Network, State, Times, Velocity
+from minianyflow.notation import Condition, Errors, Losses, Network, State, Times, Velocity, Weight
 from minianyflow.objectives import DELTA, adaptive_weight, eulerian_target
 from minianyflow.support.errors import InputError, choose
 
@@ -71,15 +70,14 @@ class ConsistencyLoss:
     form: str = "discrete"
     grid: int = 64
     solver: str = "euler"
-    weight: Callable[[Times], Times] = time_weight
+    weight: Weight = time_weight
     adaptive: float = 0.0
     warmup: int = 1000
     calls: int = 0
 
     def __post_init__(self):
-        if not choose("form", self.form, {"discrete": True, "continuous": False}):
-            return
-        if self.average is None or self.grid < 1:
+        discrete = choose("form", self.form, {"discrete": True, "continuous": False})
+        if discrete and (self.average is None or self.grid < 1):
             raise InputError("discrete consistency distillation needs average=, an EMA of the student, and grid >= 1")
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -90,8 +88,8 @@ class ConsistencyLoss:
         """Restore a state from `state_dict`."""
         self.calls = int(state["calls"])
 
-    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
-        """Weighted losses (B,) and the raw mean squared error.
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
+        """Weighted losses (B,), and the mean squared error without weights.
 
         batch: x, eps (B, *shape) and a uniform t (B,), from `draw_pairs(count, diagonal=1, end=0)`.
         """

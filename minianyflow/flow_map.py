@@ -8,12 +8,10 @@ A small MLP on the plane is such a `u`, and so is a Wan2.1 transformer. Letters 
 from itertools import pairwise
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
-from minianyflow.notation import Condition, FrameTimes, Grid, Network, State, Trajectory
+from minianyflow.notation import Condition, FrameTimes, Grid, Network, Rows, State, Trajectory
 from minianyflow.times import check_grid
 
 
@@ -72,6 +70,6 @@ def _move(u, z, t, r, condition):
     return z.index_copy(0, rows, displace(z[rows], u_rows, t[rows], r[rows]))
 
 
-def pick_rows(condition: dict[str, Condition], rows: Int[Tensor, " rows"]) -> dict[str, Condition]:
+def pick_rows(condition: dict[str, Condition], rows: Rows) -> dict[str, Condition]:
     """The condition of some rows of a batch."""
     return tree_map(lambda value: value[rows], condition)

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from minianyflow.flow_map import pick_rows
-from minianyflow.notation import Condition, Network, State, Times, Velocity
+from minianyflow.notation import Condition, Mask, Network, State, Times, Velocity
 from minianyflow.support.errors import InputError
 
 
@@ -36,8 +35,7 @@ def guided(velocity: Velocity, null: Mapping[str, Tensor], scale: float) -> Velo
         rows = torch.stack(differs).any(0).nonzero().squeeze(1)
         if scale == 1 or len(rows) == 0:
             return v
-        empty = {name: value.expand(len(rows), *value.shape[1:]) for name, value in null.items()}
-        v_null = velocity(z[rows], t[rows], **pick_rows(condition, rows) | empty)
+        v_null = velocity(z[rows], t[rows], **_without(null, condition, rows))
         return v.index_copy(0, rows, guided_velocity(v[rows], v_null, scale))
 
     return both
@@ -62,14 +60,7 @@ class Guidance:
 
     @torch.no_grad()
     def pull(
-        self,
-        u: Network,
-        z: State,
-        t: Times,
-        r: Times,
-        v: State,
-        conditional: Bool[Tensor, " batch"],
-        condition: dict[str, Condition],
+        self, u: Network, z: State, t: Times, r: Times, v: State, conditional: Mask, condition: dict[str, Condition]
     ) -> State:
         """(g - 1) (v - u_null(z, t, r)) for the rows `conditional`, zero for rows that dropped their condition.
 
@@ -78,7 +69,12 @@ class Guidance:
         out = torch.zeros_like(v)
         rows = conditional.nonzero().squeeze(1)
         if len(rows) and self.scale != 1:
-            null = {name: value.expand(len(rows), *value.shape[1:]) for name, value in self.null.items()}
-            v_null = u(z[rows], t[rows], r[rows], **pick_rows(condition, rows) | null)
+            v_null = u(z[rows], t[rows], r[rows], **_without(self.null, condition, rows))
             out[rows] = guided_velocity(v[rows], v_null, self.scale) - v[rows]
         return out
+
+
+def _without(null, condition, rows):
+    """The condition of some rows, with `null` in place of what it names."""
+    expanded = {name: value.expand(len(rows), *value.shape[1:]) for name, value in null.items()}
+    return pick_rows(condition, rows) | expanded

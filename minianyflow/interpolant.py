@@ -30,10 +30,8 @@ def check_times(t: Tensor, r: Tensor) -> None:
     if t.shape != r.shape:
         raise InputError(f"t has shape {tuple(t.shape)}, r has {tuple(r.shape)}; expected the same shape")
     if not bool(((r >= 0) & (t <= 1)).all()):
-        raise InputError(
-            f"times run from {float(r.min()):.4g} to {float(t.max()):.4g}; expected times in [0, 1] "
-            "(1 is noise, 0 is data)"
-        )
+        run = f"times run from {float(r.min()):.4g} to {float(t.max()):.4g}"
+        raise InputError(f"{run}; expected times in [0, 1] (1 is noise, 0 is data)")
     if not bool((r <= t).all()):
         raise InputError("found r > t; a jump goes from t down to r <= t (1 is noise, 0 is data): swap them")
 

@@ -48,10 +48,8 @@ class GaussianMixture:
     def _components(self, z, t, log_weights):
         """log pi_k N(z; (1-t) mean_k, s_k^2) as (B, K), with s_k^2 as (B, 1 or K) and 1 - t as (B, 1)."""
         if z.shape[1:] != self.shape or t.shape != z.shape[:1]:
-            raise InputError(
-                f"state {tuple(z.shape)} and time {tuple(t.shape)}; this mixture expects (B, "
-                f"{', '.join(map(str, self.shape))}) and (B,)"
-            )
+            wanted = f"expected {(len(z), *self.shape)} and ({len(z)},)"
+            raise InputError(f"a state {tuple(z.shape)} and times {tuple(t.shape)}; {wanted}")
         z, t = z.flatten(1), t[:, None]
         keep = 1 - t  # (B, 1)
         variance = (keep * self.sigma) ** 2 + t**2  # (B, 1) or (B, K)

@@ -12,7 +12,7 @@ The tests check the types of all calls (jaxtyping and beartype: tests/conftest.p
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 State = Float[Tensor, "batch *shape"]
@@ -22,8 +22,12 @@ Grid = Float[Tensor, "times *columns"]  # falling times: (N + 1,) for all sample
 Trajectory = Float[Tensor, "times batch *shape"]  # the state at each time of a grid
 Samples = Float[Tensor, "samples *shape"]
 Losses = Float[Tensor, "batch"]
+Errors = dict[str, Tensor]  # mean errors without weights, by name
+Mask = Bool[Tensor, "batch"]
+Counts = Int[Tensor, "batch"]
+Rows = Int[Tensor, "rows"]  # indices of some rows of a batch
 Velocity = Callable[..., State]
 Network = Callable[..., State]
 Weight = Callable[[Times], Times]  # of a row, from its time
-Loss = Callable[..., tuple[Losses, dict[str, Tensor]]]  # loss(network, batch) -> losses (B,), errors by name
+Loss = Callable[..., tuple[Losses, Errors]]  # loss(network, batch)
 Condition = Tensor | tuple[Any, ...]

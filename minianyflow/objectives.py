@@ -15,14 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minianyflow.batch import Batch
 from minianyflow.flow_map import displace, pick_rows
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times, data_velocity, interpolate
-from minianyflow.notation import Losses, Network, State, Times, Velocity, Weight
+from minianyflow.notation import Errors, Losses, Mask, Network, Rows, State, Times, Velocity, Weight
 from minianyflow.support.errors import InputError, choose
 from minianyflow.times import time_grid
 
@@ -130,25 +129,21 @@ class FlowMapLoss:
             raise InputError(f"shares {dict(self.shares)}; expected shares that are not negative and not all zero")
         if "lagrangian" in self.shares and self.velocity is None:
             raise InputError(
-                "a Lagrangian target needs the velocity where a jump lands, and data does not have it: "
-                "pass velocity=, a teacher's or the exact one"
+                "a Lagrangian target needs a velocity of all states: velocity=, a teacher's or the exact one"
             )
         if self.guidance and self.guidance.published and set(self.shares) - {"eulerian"}:
             raise InputError(f"published guidance is for the Eulerian target alone; got {', '.join(self.shares)}")
 
-    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
         """Weighted losses (B,), and the mean squared error, without weights, of the kinds of rows in the batch.
 
-        batch: `x`, `eps`, the result of `times.draw_pairs`, and, if the network takes a condition, `condition` and
-        `dropped`, the rows whose condition is the null one.
+        batch: `x`, `eps`, `draw_pairs(...)`, and, for a network with a condition, `condition` and `dropped`, the rows
+        with the null condition.
         """
         t, r = batch["t"], batch["r"]
         check_times(t, r)
         if self.guidance and "dropped" not in batch:
-            raise InputError(
-                "guidance without `dropped` in the batch; expected the rows that dropped their condition: "
-                "draw_pairs(..., drop=0.1) draws them"
-            )
+            raise InputError("guidance needs `dropped` in the batch, rows without condition: draw_pairs(..., drop=0.1)")
         z = interpolate(batch["x"], batch["eps"], t)
         kinds = self.kinds(batch)
         target, scale = torch.empty_like(z), torch.ones_like(t)
@@ -170,7 +165,7 @@ class FlowMapLoss:
         """Restore a state from `state_dict`."""
         self.diagonal_loss = state.get("diagonal_loss")
 
-    def kinds(self, batch: Batch) -> dict[str, Int[Tensor, " _"]]:
+    def kinds(self, batch: Batch) -> dict[str, Rows]:
         """The indices of the rows of each kind in the batch: {"tangent": ..., name: ...}."""
         off = (batch["t"] > batch["r"]).nonzero().squeeze(1)
         if len(off) and not self.shares:
@@ -222,9 +217,7 @@ def adaptive_weight(error: Losses, power: float, floor: float = 5e-3) -> Losses 
     return (error.detach() + floor) ** -power if power else 1.0
 
 
-def rebalanced(
-    loss: Losses, diagonal: Bool[Tensor, " batch"], before: Tensor | None = None
-) -> tuple[Losses, Tensor | None]:
+def rebalanced(loss: Losses, diagonal: Mask, before: Tensor | None = None) -> tuple[Losses, Tensor | None]:
     """AnyFlow's rebalancing: the loss of each row r < t is scaled to the mean loss of the rows r = t.
 
     diagonal: the rows r = t. Their mean is taken over all processes, per micro-batch. A micro-batch without such rows

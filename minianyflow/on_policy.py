@@ -9,20 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from minianyflow.batch import Batch
 from minianyflow.flow_map import rollout, velocity
 from minianyflow.interpolant import broadcast_time, clean_from_velocity, interpolate
-from minianyflow.notation import Condition, Loss, Losses, Network, State, Times, Trajectory, Velocity
+from minianyflow.notation import Condition, Counts, Errors, Loss, Losses, Network, State, Times, Trajectory, Velocity
 from minianyflow.objectives import FlowMapLoss, InnerState
 from minianyflow.support.errors import InputError, choose
 from minianyflow.times import time_shift
 
 STEPS = (2, 4, 8, 16, 50)  # the lengths of the rollouts that AnyFlow simulates
-
-Counts = Int[Tensor, "batch"]
 
 
 def draw_rollouts(
@@ -80,9 +78,7 @@ def backward_simulation(
     return rollout(u, z, backward_simulation_times(lengths, step, shift).to(z.device), **condition)
 
 
-def distribution_matching_loss(
-    x: State, real_velocity: Velocity, fake_velocity: Velocity, t: Times, eps: State
-) -> Losses:
+def distribution_matching_loss(x: State, real: Velocity, fake: Velocity, t: Times, eps: State) -> Losses:
     """A loss per sample whose gradient moves samples x from the fake score's density to the real one's (DMD2).
 
     x: clean samples, t = 0, with gradient. They are noised to t; both scores predict the clean sample. The gradient,
@@ -90,8 +86,8 @@ def distribution_matching_loss(
     """
     with torch.no_grad():
         z = interpolate(x, eps, t)
-        x_real = clean_from_velocity(real_velocity(z, t), z, t)
-        x_fake = clean_from_velocity(fake_velocity(z, t), z, t)
+        x_real = clean_from_velocity(real(z, t), z, t)
+        x_fake = clean_from_velocity(fake(z, t), z, t)
         size = (x - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)  # (B,)
         target = x - (x_fake - x_real) / broadcast_time(size, x)
     return (x - target).square().flatten(1).mean(1)
@@ -113,7 +109,7 @@ class OnPolicyLoss(InnerState):
     shift: float = 1.0
     simulate: Callable[..., Trajectory] = backward_simulation
 
-    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
         """Losses (B,), and the errors without weights by name: "distribution matching" and the kinds of `forward`."""
         condition = batch.get("condition", {})
         x = self.simulate(u, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)[-1]
@@ -142,7 +138,7 @@ class FakeScoreLoss:
     shift: float = 1.0
     simulate: Callable[..., Trajectory] = backward_simulation
 
-    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
         """Losses (B,), and their mean, the error of rows r = t."""
         condition = batch.get("condition", {})
         with torch.no_grad():

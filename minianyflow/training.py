@@ -5,9 +5,9 @@ student and fake score, which take turns on the same batch. wan/trainer.py is th
 checkpoints, trackers), on the same `accumulate_gradient` and `Role.update`.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Role:
 
 
 def accumulate_gradient(
-    role: Role, parts: Sequence[Batch], network: nn.Module | None = None, no_sync: Callable = contextlib.nullcontext
+    role: Role, parts: Sequence[Batch], network: nn.Module | None = None, no_sync: Callable = nullcontext
 ) -> tuple[list[Tensor], Figures]:
     """Add up the gradient of the mean loss over `parts`, the micro-batches of one step.
 
@@ -78,7 +78,7 @@ def accumulate_gradient(
     """
     network, losses, figures = network or role.network, [], []
     for index, part in enumerate(parts):
-        with contextlib.nullcontext() if index == len(parts) - 1 else no_sync():
+        with nullcontext() if index == len(parts) - 1 else no_sync():
             loss, errors = role.loss(network, part)
             (loss.mean() / len(parts)).backward()
         losses.append(loss.detach())
@@ -148,15 +148,11 @@ def check_gradients(name: str, role: Role, first: bool) -> None:
     groups = role.optimizer.param_groups
     weights = dict(pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True))
     frozen = [key for key, weight in weights.items() if not weight.requires_grad]  # torch leaves its gradient None
-    if frozen:
-        raise InputError(
-            f"{frozen[0]} of role {name!r} was frozen after its optimiser was made ({len(frozen)} weights in all); "
-            "expected it to learn: leave requires_grad alone between a forward and its backward"
-        )
     weights |= {key: weight for key, weight in role.network.named_parameters() if weight.requires_grad}
     missing = [key for key, weight in weights.items() if first and weight.grad is None]
-    if missing:
-        raise InputError(
-            f"no gradient reached {missing[0]} of role {name!r} ({len(missing)} weights in all); "
-            "expected one for every trained weight: freeze it, or use it in the loss"
-        )
+    for names, problem, advice in (
+        (frozen, "was frozen after its optimiser was made", "leave requires_grad alone between forward and backward"),
+        (missing, "got no gradient", "freeze it, or use it in the loss"),
+    ):
+        if names:
+            raise InputError(f"{names[0]} of role {name!r} {problem} ({len(names)} weights in all): {advice}")

@@ -28,18 +28,18 @@ def largest(a, b):
 
 
 def test_semigroup(spiral, states):
-    z, t, s, r = states(spiral)
+    z, t, s, r = states(spiral, 16)
     assert largest(spiral.flow(spiral.flow(z, t, s), s, r), spiral.flow(z, t, r)) < 1e-5
 
 
 def test_each_target_of_the_exact_map_is_the_exact_map(spiral, states):
-    z, t, s, r = states(spiral)
+    """Smaller deltas magnify the solver's error, larger ones truncate: 1e-4 reads 3e-7 at most, and 1.6e-6."""
+    z, t, s, r = states(spiral, 16)
     u, v = partial(spiral.average_velocity, tolerance=1e-13), spiral.velocity(z, t)
-    exact = u(z, t, r)
-    tolerance = 1e-5 * exact.abs().max()
-    assert largest(eulerian_target(u, z, t, r, v, delta=3e-5), exact) < tolerance
-    assert largest(lagrangian_target(u, z, t, r, spiral.velocity, delta=3e-5), exact) < tolerance
-    assert largest(semigroup_target(u, z, t, r, s), exact) < tolerance
+    exact = u(z, t, r)  # 1.1 at most
+    assert largest(eulerian_target(u, z, t, r, v, delta=1e-4), exact) < 1e-5
+    assert largest(lagrangian_target(u, z, t, r, spiral.velocity, delta=1e-4), exact) < 1e-5
+    assert largest(semigroup_target(u, z, t, r, s), exact) < 1e-7
 
 
 def test_tangent(spiral, states):
@@ -64,9 +64,9 @@ def test_score_from_velocity(spiral, states):
 
 
 def test_euler_converges_with_order_one(spiral):
-    z = sobol_noise(512, (2,)).double()
-    exact = spiral.flow(z, torch.ones(512), torch.zeros(512))
-    steps = np.array([128, 256, 512, 1024])
+    z = sobol_noise(128, (2,)).double()
+    exact = spiral.flow(z, torch.ones(128), torch.zeros(128))
+    steps = np.array([64, 128, 256])
     errors = [path_error(sample_euler(spiral.velocity, z, time_grid(int(n)).double())[-1], exact) for n in steps]
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert slope == pytest.approx(-1, abs=0.1)
@@ -83,21 +83,21 @@ def test_any_solver_of_torchdiffeq(spiral):
 def test_the_exact_map_is_any_step(spiral):
     z = sobol_noise(32, (2,)).double()
     exact = spiral.flow(z, torch.ones(32), torch.zeros(32))
-    for steps in (1, 3, 8):
+    for steps in (1, 4):
         trajectory = sample_flow_map(spiral.average_velocity, z, time_grid(steps).double())
         assert trajectory.shape == (steps + 1, 32, 2)
         assert largest(trajectory[-1], exact) < 1e-5
 
 
 def test_exact_consistency_sampling_loses_the_path_and_the_deterministic_one_the_law(spiral):
-    z = sobol_noise(256, (2,)).double()
-    exact = spiral.flow(z, torch.ones(256), torch.zeros(256))
-    u = spiral.average_velocity
+    """One step of either is the flow; with more, re-noising makes another, equally good, sample."""
+    z = sobol_noise(64, (2,)).double()
+    exact = spiral.flow(z, torch.ones(64), torch.zeros(64))
+    u = partial(spiral.average_velocity, tolerance=1e-5)
     renoised = [path_error(sample_consistency(u, z, time_grid(n).double(), generator(n))[-1], exact) for n in (1, 2, 4)]
-    assert renoised[0] < 1e-5
-    assert renoised[1:] == pytest.approx([0.9, 1.66], abs=0.1)  # recipe: another, equally good, sample
-    off = [path_error(sample_consistency_deterministic(u, z, time_grid(n).double())[-1], exact) for n in (1, 2, 8)]
-    assert off[0] < 1e-5 < 0.1 < off[1] < off[2]
+    assert renoised[0] < 1e-3 < 0.25 < min(renoised[1:])
+    off = [path_error(sample_consistency_deterministic(u, z, time_grid(n).double())[-1], exact) for n in (1, 2, 4)]
+    assert off[0] < 1e-3 < 0.03 < min(off[1:])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 32])
@@ -106,9 +106,9 @@ def test_exact_consistency_sampling_keeps_the_law_and_the_deterministic_one_does
     gaussian, z = Gaussian(0.6, 0.5), sobol_noise(8192, (1,)).double()
     u, times = gaussian.average_velocity, time_grid(steps).double()
     end = sample_consistency(u, z, times, generator(steps))[-1]
-    assert (float(end.mean()), float(end.std())) == pytest.approx((0.6, 0.5), abs=0.02)
+    assert (float(end.mean()), float(end.std())) == pytest.approx((0.6, 0.5), abs=0.03)
     off = sample_consistency_deterministic(u, z, times)[-1]
-    assert abs(float(off.std()) - 0.5) > 0.05 or steps == 1
+    assert abs(float(off.std()) - 0.5) > 0.03 or steps == 1
 
 
 BATCH = torch.randn(4, 2)
@@ -162,13 +162,15 @@ def test_rollout_takes_a_grid_a_sample_and_leaves_out_rests():
     assert torch.equal(trajectory[-1][0], rollout(u, z[:1], times[:, 0])[-1][0])
 
 
-def test_jump_and_end_point(spiral, states):
+def test_jump_and_end_point_are_the_flow(spiral, states):
     z, t, _, r = states(spiral, 8)
-    assert largest(jump(spiral.average_velocity, z, t, r), spiral.flow(z, t, r)) < 1e-9
-    assert largest(end_point(spiral.average_velocity, z, t), spiral.flow(z, t, 0 * t)) < 1e-9
+    u = partial(spiral.average_velocity, tolerance=1e-7)
+    assert largest(jump(u, z, t, r), spiral.flow(z, t, r, tolerance=1e-7)) < 1e-9
+    assert largest(end_point(u, z, t), spiral.flow(z, t, 0 * t, tolerance=1e-7)) < 1e-9
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 1.0), (8, 5.0)])
+@pytest.mark.slow  # imports diffusers
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (8, 5.0)])
 def test_diffusers_scheduler_takes_the_same_steps(spiral, steps, shift):
     from diffusers import FlowMapEulerDiscreteScheduler
 

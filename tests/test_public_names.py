@@ -38,6 +38,7 @@ def test_the_package_needs_nothing_but_python():
     assert python(loaded, "-S") == "['minianyflow']\n"
 
 
+@pytest.mark.slow
 def test_all_names_together_need_neither_diffusers_nor_matplotlib_nor_many_modules():
     """Modules are counted, not seconds: they are the same on every machine."""
     loaded = python(

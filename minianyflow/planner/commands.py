@@ -5,6 +5,7 @@ import sys
 
 from minianyflow.support.cli import Parser
 
+KINDS, STAGES = ("bidirectional", "causal"), ("teacher", "forward", "on_policy")
 SETUP = {"gpu": "--gpu {}", "gpus": "--gpus {}", "sharded": "--sharded"}  # options of plan, not of the configuration
 
 
@@ -16,47 +17,38 @@ def plan(argv: list[str]) -> int:
     Counted without a GPU and without weights; not measured on a GPU.
     """
     parser = Parser("minianyflow plan", description=plan.__doc__.splitlines()[0])
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="overlays of minianyflow/wan/configs in order, as distill takes them: wan-14b bidirectional on_policy",
-    )
-    parser.add_argument("--gpu", default="h200", help="h200, h100, a100-80, l40s or rtx4090 (default: h200)")
-    parser.add_argument("--gpus", type=int, default=1, help="how many (default: 1)")
-    parser.add_argument(
-        "--sharded", action="store_true", help="with FSDP2 (eight_gpus_fsdp2.yaml), not DDP (eight_gpus_ddp.yaml)"
-    )
-    parser.add_argument("--memory", type=float, help="GB of another GPU, of 10^9 bytes: MiB x 0.001048576")
-    parser.add_argument("--rate", type=float, help="its dense bfloat16 TFLOP/s (both default to those of --gpu)")
-    parser.add_argument("--price", type=float, help="per GPU-hour, in any currency (default: money is left out)")
-    parser.add_argument(
-        "--share", type=float, default=0.5, help="of the rate, that model FLOP are hoped to reach (default: 0.5)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON; with --table that of docs/plan/plans.json")
-    parser.add_argument("--table", action="store_true", help="print the tables of docs/plan.md, counted anew: a minute")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of configs/base.yaml")
+    add = parser.add_argument
+    add("--config", nargs="+", default=[], metavar="FILE", help="overlays in order, as distill takes them")
+    add("--gpu", default="h200", help="h200, h100, a100-80, l40s or rtx4090 (default: h200)")
+    add("--gpus", type=int, default=1, help="number of GPUs (default: 1)")
+    add("--sharded", action="store_true", help="with FSDP2 (eight_gpus_fsdp2.yaml), not DDP (eight_gpus_ddp.yaml)")
+    add("--memory", type=float, help="GB of another GPU, of 10^9 bytes: MiB x 0.001048576")
+    add("--rate", type=float, help="its dense bfloat16 TFLOP/s (both default to those of --gpu)")
+    add("--price", type=float, help="per GPU-hour, in any currency (default: money is left out)")
+    add("--share", type=float, default=0.5, help="of the rate, that model FLOP are hoped to reach (default: 0.5)")
+    add("--json", action="store_true", help="print JSON; with --table that of docs/plan/plans.json")
+    add("--table", action="store_true", help="print the tables of docs/plan.md, counted anew: two minutes")
+    add("overrides", nargs="*", metavar="key=value", help="options of the configuration")
     arguments = parser.parse_args(argv)
+    from tqdm import tqdm
+
     from minianyflow.planner import report
     from minianyflow.planner.gpus import find_gpu
-    from minianyflow.planner.plan import plan_run, published_plans
+    from minianyflow.planner.plan import plan_run, published_plan
     from minianyflow.wan.config import load_config
 
     share, price = arguments.share, arguments.price
     report.check_share(share, price)
     if arguments.table:
-        plans, price = published_plans(), report.PRICE if price is None else price
-        tables = report.stage_table(plans, share), report.bill_table(plans, price, share)
-        print(
-            report.plans_as_json(plans) if arguments.json else "\n\n".join(tables), end="" if arguments.json else "\n"
-        )
+        rows = {name: report.as_row(published_plan(name)) for name in tqdm(report.PUBLISHED, unit="plan")}
+        lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]  # of plans.json
+        bill = report.bill_table(rows, report.PRICE if price is None else price, share)
+        print("{\n" + ",\n".join(lines) + "\n}" if arguments.json else f"{report.stage_table(rows, share)}\n\n{bill}")
         return 0
     files = [name for name in arguments.config if "=" not in name]
     pairs = [name for name in arguments.config if "=" in name]  # those that follow --config
-    config = load_config(files, [*pairs, *arguments.overrides])
-    gpu = find_gpu(arguments.gpu, arguments.memory, arguments.rate)
-    planned = plan_run(config, gpu=gpu, gpus=arguments.gpus, sharded=arguments.sharded)
+    config, gpu = load_config(files, [*pairs, *arguments.overrides]), (arguments.gpu, arguments.memory, arguments.rate)
+    planned = plan_run(config, gpu=find_gpu(*gpu), gpus=arguments.gpus, sharded=arguments.sharded)
     if arguments.json:
         print(json.dumps(report.as_json(planned, share, price, _as_arguments), indent=1))
     else:
@@ -80,38 +72,29 @@ def gpu_check(argv: list[str]) -> int:
     part beside the plan's; gpu_check.md and gpu_check.json are for docs/gpu.md. A case that would not fit is left out.
     """
     parser = Parser("minianyflow gpu-check", description=gpu_check.__doc__)
-    for name, known, default in (
-        ("sizes", ["1.3b", "14b", "tiny"], ["1.3b", "14b"]),
-        ("architectures", ["bidirectional", "causal"], None),
-        ("stages", ["teacher", "forward", "on_policy"], None),
-    ):
-        words = f"{', '.join(known)} (default: {' '.join(default) if default else 'all'})"
-        parser.add_argument(f"--{name}", nargs="+", default=default or known, help=words)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps per case, after one that is not (default: 3)")
-    parser.add_argument("--batch", type=int, default=2, help="clips per step, one after another (default: 2)")
+    add = parser.add_argument
+    for name, known in (("sizes", ["1.3b", "14b", "tiny"]), ("architectures", KINDS), ("stages", STAGES)):
+        default = [value for value in known if value != "tiny"]
+        words = f"{', '.join(known)} (default: {' '.join(default)})"
+        add(f"--{name}", nargs="+", choices=known, default=default, metavar="NAME", help=words)
+    add("--steps", type=int, default=3, help="timed steps per case, after one that is not (default: 3)")
+    add("--batch", type=int, default=2, help="clips per step, one after another (default: 2)")
     for name, default in (("frames", 81), ("height", 480), ("width", 832)):
-        parser.add_argument(f"--{name}", type=int, help=f"of the clip (default: {default}; less for tiny)")
-    parser.add_argument("--output", default="outputs/gpu_check", help="a new folder (default: outputs/gpu_check)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tiny alone (default: cuda)")
-    parser.add_argument("--profile", action="store_true", help="profile one more step: the longest operations per case")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON in place of the table")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="key=value", help="options of minianyflow/wan/configs/base.yaml"
-    )
+        add(f"--{name}", type=int, help=f"of the clip (default: {default}; less for tiny)")
+    add("--output", default="outputs/gpu_check", help="a new folder (default: outputs/gpu_check)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tiny alone (default: cuda)")
+    add("--profile", action="store_true", help="profile one more step: the longest operations per case")
+    add("--json", action="store_true", help="print the report as JSON in place of the table")
+    add("--set", nargs="+", default=[], metavar="key=value", help="options of the configuration")
     arguments = parser.parse_args(argv)
     from minianyflow.planner.gpu_check import Request, check, markdown
 
+    names = ("sizes", "architectures", "stages", "steps", "batch", "device", "profile")
     clip = {name: getattr(arguments, name) for name in ("frames", "height", "width")}
     request = Request(
-        sizes=tuple(arguments.sizes),
-        architectures=tuple(arguments.architectures),
-        stages=tuple(arguments.stages),
-        steps=arguments.steps,
-        batch=arguments.batch,
+        **{name: getattr(arguments, name) for name in names},
         clip={name: value for name, value in clip.items() if value is not None},
-        device=arguments.device,
-        options=tuple(arguments.set),
-        profile=arguments.profile,
+        options=arguments.set,
     )
     report = check(request, arguments.output, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(report, indent=1) if arguments.json else f"\n{markdown(report)}")

@@ -6,6 +6,7 @@ A recording network computes nothing. It records the rows of each call, whether 
 import contextlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -72,21 +73,6 @@ class RecordingNetwork(nn.Module):
         return ((out, out),) if fill_cache else out
 
 
-class RecordingNetworks:
-    """Takes the place of RunNetworks where a stage builds its roles."""
-
-    def __init__(self):
-        self.calls = []
-
-    def trained(self, role, start=None):
-        """As RunNetworks.trained."""
-        return RecordingNetwork(role, self.calls, one_chunk=role == "fake")
-
-    def teacher(self, whole=False):
-        """As RunNetworks.teacher."""
-        return RecordingNetwork("teacher", self.calls, whole).requires_grad_(False)
-
-
 class ZeroClips:
     """Takes the place of the data of a run: times and dropped prompts are drawn as there, all clips are zero."""
 
@@ -120,7 +106,11 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
     """
     scale = shape[2] * shape[3] / SMALL**2  # numbers of a real clip per number here
     data = ZeroClips((*shape[:2], SMALL, SMALL), max(1, round(length / scale)))
-    networks = RecordingNetworks()
+    calls = []
+    networks = SimpleNamespace(  # in place of RunNetworks
+        trained=lambda role, start=None: RecordingNetwork(role, calls, one_chunk=role == "fake"),
+        teacher=lambda whole=False: RecordingNetwork("teacher", calls, whole).requires_grad_(False),
+    )
     roles = STAGES[config.stage](replace(config, student=None, teacher=None), networks, {"prompt": data.null})
     draw, micro_batches, beside = draws(config, data), [], Counter()
     for number, step in enumerate(steps):
@@ -131,7 +121,7 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
             batch |= {name: drawn[name] for name in ("lengths", "step")}
         for name, role in roles.items():
             for index in range(processes * config.accumulate):
-                networks.calls.clear()
+                calls.clear()
                 part = part_of(batch, index, processes * config.accumulate)
                 inputs = tensors_in(part)
                 live = LiveBytes([*inputs, data.null, *role.network.parameters()])
@@ -140,5 +130,5 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
                 before_backward = live.now + sum(tensor.nbytes for tensor in inputs)
                 losses.mean().backward()
                 beside[name] = max(beside[name], scale * before_backward)
-                micro_batches.append(MicroBatch(step, index // config.accumulate, name, tuple(networks.calls)))
+                micro_batches.append(MicroBatch(step, index // config.accumulate, name, tuple(calls)))
     return micro_batches, beside

@@ -3,11 +3,9 @@
 The real transformer runs forward and backward with two and with three blocks; every further block costs the same.
 """
 
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 
 import torch
-from tqdm import tqdm
 
 from minianyflow.networks.causal_attention import causal_mask, chunk_partition, compressed_chunks
 from minianyflow.networks.lora_roles import TARGETS, add_role
@@ -165,12 +163,6 @@ class ForwardCosts:
         one, two = (self._measure(0, replace(call.per_row, rows=rows)) for rows in (1, 2))
         fixed = one * 2 + two * -1
         return one_row * call.rows + fixed * (1 - call.rows)
-
-    def count(self, calls: Iterable[ForwardCall]) -> None:
-        """Count the costs of all different calls now, with a progress bar if that takes more than two seconds."""
-        different = list(dict.fromkeys(call.per_row for call in calls))
-        for call in tqdm(different, desc="counting", unit="forward", delay=2, leave=False, disable=None):
-            self._of_one_row(call)
 
     def _of_one_row(self, call):
         fewer, *more = [self._measure(index, call) for index in range(len(self.networks))]

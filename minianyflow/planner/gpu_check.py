@@ -10,10 +10,11 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
+from math import inf
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from minianyflow.planner.counters import LiveBytes
 from minianyflow.planner.forward_cost import ShapeNetworks
 from minianyflow.planner.plan import plan_run
 from minianyflow.planner.report import KINDS
-from minianyflow.support.errors import InputError, choose
+from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import write_latents
@@ -57,24 +58,17 @@ class Request:
     pairs for the configuration of every case. profile: whether to profile one more step.
     """
 
-    sizes: tuple[str, ...]
-    architectures: tuple[str, ...] = KINDS
-    stages: tuple[str, ...] = tuple(STAGES)
+    sizes: Sequence[str]
+    architectures: Sequence[str] = KINDS
+    stages: Sequence[str] = tuple(STAGES)
     steps: int = 3
     batch: int = 2
     clip: dict | None = None
     device: str = "cuda"
-    options: tuple[str, ...] = ()
+    options: Sequence[str] = ()
     profile: bool = False
 
     def __post_init__(self):
-        for name, given, known in (
-            ("size", self.sizes, SIZES),
-            ("architecture", self.architectures, KINDS),
-            ("stage", self.stages, tuple(STAGES)),
-        ):
-            for value in given:
-                choose(name, value, dict.fromkeys(known))
         if min(self.steps, self.batch) < 1:
             raise InputError(f"{self.steps} steps of {self.batch} clips; expected at least one of each")
         for name, value in (self.clip or {}).items():
@@ -82,15 +76,11 @@ class Request:
                 raise InputError(f"{name} {value}; expected {'4 n + 1 frames' if name == 'frames' else '16 n pixels'}")
         for name in [option.split("=")[0] for option in self.options]:
             if name in OWN:
-                raise InputError(f"{name} among other options; this command sets it itself: leave it out")
+                raise InputError(f"{name} among other options; the check sets it itself: leave it out")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("torch finds no GPU here; look at nvidia-smi, or check size tiny on the device cpu")
         if self.device == "cpu" and set(self.sizes) != {"tiny"}:
             raise InputError(f"sizes {', '.join(self.sizes)} on a CPU, which takes days; expected size tiny alone")
-
-    def cases(self) -> list[tuple[str, str, str]]:
-        """(size, architecture, stage), the smallest size first."""
-        return list(product(sorted(self.sizes, key=list(SIZES).index), self.architectures, self.stages))
 
 
 def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
@@ -104,18 +94,21 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
         raise InputError(f"{output} holds a report, which may have cost hours; name another folder, or remove it")
     with staging_folder(output):  # or an unwritable folder would be found after the first case
         pass
-    report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **machine(device), "matrix": matrix_rate(device)}
+    report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": "CPU", "memory_gb": None}
+    if device.type == "cuda":
+        report["device"] = torch.cuda.get_device_name(device)  # never the name of the host
+        report["memory_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
+    report |= {"torch": torch.__version__, "cuda": torch.version.cuda, "matrix": matrix_rate(device)}
     report |= {"steps": request.steps, "batch": request.batch, "options": list(request.options)}
     report |= {"attention": {}, "cases": []}
-    for case in request.cases():
+    for case in product(sorted(request.sizes, key=list(SIZES).index), request.architectures, request.stages):
         size, name = case[0], " ".join(case)
         with tempfile.TemporaryDirectory() as folder:
             config, clip = settings(request, case, folder)
             plan = plan_run(config, clip, steps=range(WARM_UP, WARM_UP + request.steps), advise=False)
             planned = {"peak": plan.peak, "memory": dict(plan.memory), "flop": plan.flop}
-            entry = {"case": name, "clip": clip, "plan": planned}
+            entry, reason = {"case": name, "clip": clip, "plan": planned}, too_large(plan.peak, device)
             report["cases"].append(entry)
-            entry |= {"left_out": reason} if (reason := too_large(plan.peak, device)) else {}
             if not reason:
                 tell(f"{name}: planned peak {plan.peak / 1e9:.1f} GB, {plan.flop / 1e12:.4g} TFLOP per step")
                 if size not in report["attention"]:
@@ -126,11 +119,12 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
                     rate = plan.flop / seconds / 1e12
                     entry |= {"seconds_a_step": seconds, "tflops": rate, "share": rate / report["matrix"]["tflops"]}
                 except torch.OutOfMemoryError:
-                    entry["left_out"] = "out of memory, although the plan fits"
-            if "left_out" in entry:
-                tell(f"{name}: {entry['left_out']}")
-        gc.collect()
+                    reason = "out of memory, although the plan fits"
+            if reason:
+                entry["left_out"] = reason
+                tell(f"{name}: {reason}")
         if device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         with staging_folder(output) as folder:
             (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
@@ -140,21 +134,11 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
     return report
 
 
-def machine(device: torch.device) -> dict:
-    """What the report says of the machine: the name of the GPU, never that of the host."""
-    report = {"device": "CPU", "memory_gb": None, "torch": torch.__version__, "cuda": torch.version.cuda}
-    if device.type == "cuda":
-        report["device"] = torch.cuda.get_device_name(device)
-        report["memory_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
-    return report
-
-
 def too_large(peak: float, device: torch.device) -> str | None:
     """Why a case of this planned peak (bytes) cannot run on this device, or None."""
-    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (peak, peak)
-    if peak <= free:
-        return None
-    return f"planned peak {peak / 1e9:.1f} GB; this GPU has {free / 1e9:.1f} of {total / 1e9:.1f} GB free: not run"
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (inf, inf)
+    room = f"this GPU has {free / 1e9:.1f} of {total / 1e9:.1f} GB free: not run"
+    return f"planned peak {peak / 1e9:.1f} GB; {room}" if peak > free else None
 
 
 def settings(request: Request, case: tuple[str, str, str], folder: str | Path) -> tuple[Config, dict]:
@@ -181,33 +165,28 @@ def settings(request: Request, case: tuple[str, str, str], folder: str | Path) -
 
 @contextlib.contextmanager
 def memory_reader(device: torch.device):
-    """Gives a function that reads memory: (bytes now, most bytes since it was last called), of what is made inside."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+    """Gives a function that reads memory: (bytes now, most bytes since the last call), of what is allocated inside."""
+    cuda, counter = device.type == "cuda", LiveBytes()
+    before = torch.cuda.memory_allocated(device) if cuda else 0
 
-        def read():
+    def read():
+        if cuda:
             torch.cuda.synchronize(device)
             now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            return now - before, peak - before
+        else:
+            now, peak, counter.peak = counter.now, counter.peak, counter.now
+        return now - before, peak - before
 
+    with contextlib.nullcontext() if cuda else counter:
         yield read
-    else:
-        with LiveBytes() as live:
-
-            def read():
-                peak, live.peak = live.peak, live.now
-                return live.now, peak
-
-            yield read
 
 
 def measure(request: Request, case: tuple[str, str, str], config: Config, output: Path) -> dict:
     """Build the case and train it: memory by part in bytes, seconds of each timed step, rows evaluated."""
-    device = torch.device(request.device)
+    device, last = torch.device(request.device), WARM_UP + request.steps - 1
     accelerator, data, _ = prepare(config)
-    seconds, peaks, memory, last = [], [], {}, WARM_UP + request.steps - 1
-    profiler = torch.profiler.profile() if request.profile else None
+    seconds, peaks, memory, profiler = [], [], {}, torch.profiler.profile() if request.profile else None
 
     def on_step(step):
         nonlocal start
@@ -228,13 +207,13 @@ def measure(request: Request, case: tuple[str, str, str], config: Config, output
         progress, start = {"desc": " ".join(case), "leave": False}, time.perf_counter()
         draw, watch = draws(config, data), guard(config, data)
         train_run(roles, draw, config.steps, config.accumulate, accelerator, progress, on_step, 1, guard=watch)
-        if profiler:
-            profiler.stop()
-            by = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-            table = profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)
-            (output / f"profile-{'-'.join(case)}.txt").write_text(table + "\n")
+    if profiler:
+        profiler.stop()
+        by = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+        table = profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)
+        (output / f"profile-{'-'.join(case)}.txt").write_text(table + "\n")
+    rows = {name: {"forwards": count, "with_grad": grad} for name, (count, grad) in networks.counts().items()}
     memory["peak"] = max(peaks)
-    rows = {name: {"forwards": n, "with_grad": grad} for name, (n, grad) in networks.counts().items()}
     return {"memory": memory, "first_step": seconds[0], "seconds": seconds[WARM_UP : last + 1], "rows": rows}
 
 

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,13 +14,12 @@ from tqdm import tqdm
 from minianyflow.planner.forward_calls import ForwardCall, MicroBatch, forward_calls
 from minianyflow.planner.forward_cost import ForwardCosts, forward_costs
 from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
-from minianyflow.planner.report import EIGHT, KINDS, ONE, SHARDED, SIZES, SPARE, Plan
+from minianyflow.planner.report import SETUPS, SIZES, SPARE, Plan
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.shapes import SHAPES, latent_shape
-from minianyflow.wan.stages import STAGES
 
 STEPS = 16  # number of steps whose draws are counted by default
 ADAM = 2  # numbers that AdamW holds per weight
@@ -37,9 +35,9 @@ def plan_run(
 ) -> Plan:
     """The Plan of a configuration.
 
-    clip: as videos.WAN_CLIP; None: that of the configuration's data, or WAN_CLIP without data. steps: the very steps
-    whose draws are counted; None: STEPS steps like them. sharded: FSDP2 on several GPUs, else DDP. advise: whether to
-    find what would fit if this does not.
+    clip: as WAN_CLIP; None: that of the configuration's data, or WAN_CLIP without data. steps: the very steps whose
+    draws are counted; None: STEPS steps like them. sharded: FSDP2 on several GPUs, else DDP. advise: whether to find
+    what would fit if this does not.
     Raises InputError for an unknown base, and for a batch that does not divide.
     """
     if config.trained == "full" and config.precision == "bf16":
@@ -60,15 +58,12 @@ def plan_run(
 
 def check_split(batch: int, gpus: int, accumulate: int) -> None:
     """Raise InputError if a batch does not divide into `accumulate` equal micro-batches per GPU; names what does."""
-    if gpus < 1:
-        raise InputError(f"{gpus} GPUs; expected at least 1")
-    if batch % gpus:
+    if gpus < 1 or batch % gpus:
         divisors = [number for number in range(1, batch + 1) if batch % number == 0]
-        near = [max(n for n in divisors if n < gpus), *[n for n in divisors if n > gpus][:1]]
+        near = sorted(sorted(divisors, key=lambda number: abs(number - gpus))[:2])
         names = " or ".join(map(str, near))
         raise InputError(f"batch={batch} on {gpus} GPUs; expected equal parts: {names} GPUs, or another batch")
-    most = batch // gpus
-    if most % accumulate:
+    if (most := batch // gpus) % accumulate:
         raise InputError(
             f"batch={batch} on {gpus} GPUs with accumulate={accumulate}; expected micro-batches of equal size: "
             f"accumulate={most} is one clip at a time on each GPU, the least memory"
@@ -102,20 +97,13 @@ def _clip(config, clip):
     return latent_shape(clip["frames"], clip["height"], clip["width"]), clip["length"]
 
 
-def published_plans() -> dict[str, Plan]:
-    """The plans of docs/plan.md: the recipes' steps and batch, one clip at a time on each GPU. About a minute."""
-    setups = {ONE: (1, False), EIGHT: (8, False), SHARDED: (8, True)}
-    return {
-        f"{size} {kind} {stage}, {setup}": published_plan(size, kind, stage, *setups[setup])
-        for size, kind, stage, setup in tqdm(list(product(SIZES, KINDS, STAGES, setups)), unit="plan")
-    }
-
-
-def published_plan(size: str, kind: str, stage: str, gpus: int = 1, sharded: bool = False) -> Plan:
-    """One of these plans, say of "14B", "causal", "on_policy"."""
-    config = load_config([SIZES[size], kind, stage])
+def published_plan(name: str) -> Plan:
+    """A plan of docs/plan.md by its name, like "14B causal on_policy, 8 x h200": one clip at a time on each GPU."""
+    stage, setup = name.split(", ")
+    size, *overlays = stage.split()
+    config, (gpus, sharded) = load_config([SIZES[size], *overlays]), SETUPS[setup]
     config = replace(config, accumulate=config.batch // gpus)
-    return plan_run(config, WAN_CLIP, "h200", gpus, sharded=sharded, advise=False)
+    return plan_run(config, WAN_CLIP, gpus=gpus, sharded=sharded, advise=False)
 
 
 def _plan(config, sizes, gpu, gpus, sharded, steps, exact=False, rank=None):
@@ -123,7 +111,9 @@ def _plan(config, sizes, gpu, gpus, sharded, steps, exact=False, rank=None):
     costs = forward_costs(replace(config, rank=rank or config.rank), *sizes)
     _, clip, (tokens, numbers) = sizes
     micro_batches, beside = forward_calls(config, clip, tokens * numbers, steps, gpus, exact)
-    costs.count(call for part in micro_batches for call in part.calls)
+    different = dict.fromkeys(call.per_row for part in micro_batches for call in part.calls)
+    for call in tqdm(different, desc="counting", unit="forward", delay=2, leave=False, disable=None):
+        costs(call)  # which is then known
     resident, gradients = resident_bytes(config, forward_costs(config, *sizes).weights(), gpus, sharded)
     moments = (
         moment | {"batch": beside[part.role]}

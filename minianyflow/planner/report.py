@@ -1,9 +1,8 @@
-"""The Plan of a run as numbers, text and JSON; and the tables of docs/plan.md, from the plans in docs/plan/plans.json.
+"""The Plan of a run as numbers, text and JSON; and the tables of docs/plan.md, from the rows of docs/plan/plans.json.
 
-Nothing heavy is imported: plan.py makes plans.
+Nothing heavy is imported here: plan.py makes plans.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -11,13 +10,15 @@ from math import inf
 
 from minianyflow.planner.gpus import GPUS, Gpu
 from minianyflow.support.errors import InputError
-from minianyflow.support.install import ROOT
 
 SPARE = 0.05  # share of a GPU's memory for what is not counted: CUDA's own, workspaces, fragments
-PLANS = ROOT / "docs/plan/plans.json"
 PRICE = 3.0  # per GPU-hour: an example for the docs, nobody's offer
 SIZES, KINDS = {"1.3B": "wan-1.3b", "14B": "wan-14b"}, ("bidirectional", "causal")
-ONE, EIGHT, SHARDED = "1 x h200", "8 x h200", "8 x h200 with FSDP2"  # setups of the published plans
+SETUPS = {"1 x h200": (1, False), "8 x h200": (8, False), "8 x h200 with FSDP2": (8, True)}  # (GPUs, sharded)
+PUBLISHED = [
+    f"{size} {kind} {stage}, {setup}"
+    for size, kind, stage, setup in product(SIZES, KINDS, ("teacher", "forward", "on_policy"), SETUPS)
+]
 LARGEST = "the largest GPU of the table, one clip at a time"
 OUTSIDE = {  # bytes that training does not load: parameters of Wan2.1's text encoder (UMT5-XXL) and VAE
     "text encoder, bfloat16": 2 * 5_680_910_336,
@@ -136,24 +137,22 @@ def as_json(plan: Plan, share: float = 0.5, price: float | None = None, word: Ca
 # The tables of docs/plan.md
 
 
-def plans_as_json(plans: dict[str, Plan]) -> str:
-    """Plans by name, as the text of plans.json: one line per plan."""
-    rows = [f"{json.dumps(name)}: {json.dumps(asdict(plan) | {'gpu': plan.gpu.name})}" for name, plan in plans.items()]
-    return "{\n" + ",\n".join(rows) + "\n}\n"
+def as_row(plan: Plan) -> dict:
+    """The plan as a row of plans.json."""
+    return asdict(plan) | {"gpu": plan.gpu.name}
 
 
-def read_plans() -> dict[str, Plan]:
-    """The plans of docs/plan/plans.json, by the names that plan.published_plans gives them."""
-    rows = json.loads(PLANS.read_text())
-    return {name: Plan(**row | {"gpu": GPUS[row["gpu"]]}) for name, row in rows.items()}
+def from_row(row: dict) -> Plan:
+    """The plan in a row of plans.json."""
+    return Plan(**row | {"gpu": GPUS[row["gpu"]]})
 
 
-def stage_table(plans: dict[str, Plan] | None = None, share: float = 0.5) -> str:
+def stage_table(plans: dict[str, dict], share: float = 0.5) -> str:
     """One row per size, architecture and stage on one GPU: GPU-hours on every GPU of the table where it fits."""
     rows = []
-    for name, plan in (plans or read_plans()).items():
-        stage, setup = name.split(", ")
-        if setup == ONE:
+    for name, row in plans.items():
+        plan, (stage, _) = from_row(row), name.split(", ")
+        if plan.gpus == 1:
             on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
             hours = [f"{other.hours(share):,.0f}" if other.fits else "-" for other in on]
             work = [f"{plan.run['steps']} x {plan.run['batch']}", f"{plan.flop / 1e15:,.1f}", f"{plan.peak / 1e9:.0f}"]
@@ -161,22 +160,21 @@ def stage_table(plans: dict[str, Plan] | None = None, share: float = 0.5) -> str
     return _table(["run", "steps x batch", "PFLOP per step", "GB", *GPUS], rows)
 
 
-def bill_table(plans: dict[str, Plan] | None = None, price: float = PRICE, share: float = 0.5) -> str:
+def bill_table(plans: dict[str, dict], price: float = PRICE, share: float = 0.5) -> str:
     """One row per whole model (three stages in turn) on one and on eight GPUs: GPU-hours, days and money."""
-    plans, rows = plans or read_plans(), []
-    for size, kind, setups in product(SIZES, KINDS, ((ONE,), (EIGHT, SHARDED))):
+    rows, (one, *eight) = [], SETUPS
+    for size, kind, setups in product(SIZES, KINDS, ((one,), eight)):
         stages = [f"{size} {stage}" for stage in ("bidirectional teacher", f"{kind} forward", f"{kind} on_policy")]
         for setup in setups:
-            model = [plans[f"{stage}, {setup}"] for stage in stages]
+            model = [from_row(plans[f"{stage}, {setup}"]) for stage in stages]
             if fits := all(plan.fits for plan in model):
                 break
         hours, peak = sum(plan.hours(share) for plan in model), max(plan.peak for plan in model)
         bill = [f"{model[0].gpus * hours:,.0f}", f"{hours / 24:.1f}", f"{price * model[0].gpus * hours:,.0f}"]
         bill = bill if fits else ["does not fit", "-", "-"]
         rows.append([f"{size} {kind}", setup, f"{peak / 1e9:.0f}", *bill])
-    return _table(
-        ["whole model", "on", "the largest stage, GB", "GPU-hours", "days", f"at {price:g} per GPU-hour"], rows
-    )
+    titles = ["whole model", "on", "the largest stage, GB", "GPU-hours", "days", f"at {price:g} per GPU-hour"]
+    return _table(titles, rows)
 
 
 def _table(titles, rows):

@@ -186,14 +186,14 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
     Raises InputError, one line, for what does not exist, has another type or contradicts.
     """
     _check_order([str(file) for file in files])
-    merged, origin = OmegaConf.create(), {}
-    for name, field in OPTIONS.items():
-        OmegaConf.update(merged, name, field.default)
-    for where, layer in [*map(_read, files), ("the command line", _parse(list(overrides)))]:
+    defaults = {name: {} if name in SECTIONS else OPTIONS[name].default for name in Config.__pydantic_fields__}
+    for name, kind in SECTIONS.items():
+        defaults[name] = {inner: field.default for inner, field in kind.__pydantic_fields__.items()}
+    layers, origin = [*map(_read, files), ("the command line", _parse(list(overrides)))], {}
+    for where, layer in layers:
         origin |= {name: f" in {where}" for name, _ in _flat(OmegaConf.to_container(layer), where)}
-        merged = OmegaConf.merge(merged, layer)
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = OmegaConf.to_container(OmegaConf.merge(defaults, *(layer for _, layer in layers)), resolve=True)
     except OmegaConfBaseException as problem:
         raise InputError(f"the configuration does not resolve: {str(problem).splitlines()[0]}") from None
     config = _typed(Config, {name: value for name, value in values.items() if name not in SECTIONS}, origin)

@@ -83,7 +83,7 @@ def test_a_compiled_on_policy_run_has_the_losses_of_one_that_is_not(tmp_path, mo
         options = (f"compiled={compiled}", f"keep_attention={compiled}")
         request = Request(("tiny",), ("bidirectional",), ("on_policy",), steps=1, device="cpu", options=options)
         torch.manual_seed(0)
-        config, _ = settings(request, request.cases()[0], tmp_path / compiled)
+        config, _ = settings(request, ("tiny", "bidirectional", "on_policy"), tmp_path / compiled)
         accelerator, data, _ = runs.prepare(config)
         torch.manual_seed(0)
         networks = ShapeNetworks(config, data.shape[0], TINY, "cpu")

@@ -141,6 +141,7 @@ def held_by(networks):
 # ---- one process and accumulated parts, starts and ends
 
 
+@pytest.mark.slow
 def test_four_accumulated_parts_learn_what_one_batch_learns(tiny):
     weights = []
     for parts in (1, 4):
@@ -234,6 +235,7 @@ def test_full_weights_compute_in_bfloat16_in_every_role(folder):
     assert {weight.dtype for weight in roles["student"].network.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_no_kind_of_row_drowns_the_others_in_our_recipe(tiny):
     """Gradient norms by kind: a semigroup target has no noise; scaled up to the others' loss it would be the lot."""
     _, roles, draw = built(on(tiny, "bidirectional", "forward", "batch=16"))
