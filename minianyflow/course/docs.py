@@ -55,8 +55,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {  # {page: {name: function() 
     "docs/wan.md": {"evaluations": table("minianyflow.wan.tables:evaluations_per_sample")},
     "docs/evaluation.md": {"evaluation": table("minianyflow.wan.tables:evaluation")},
     "docs/plan.md": {
-        "bill": table("minianyflow.planner.report:bill_table"),
-        "plan": table("minianyflow.planner.report:stage_table"),
+        "bill": table("minianyflow.planner.report:bill_table", "plan/plans.json"),
+        "plan": table("minianyflow.planner.report:stage_table", "plan/plans.json"),
     },
     "docs/peers.md": _peers("peers/peers.json", "spiral") | _peers("peers/others.json", "ring8", "checkerboard"),
 }

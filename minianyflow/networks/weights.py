@@ -98,7 +98,7 @@ def load_network(path: str | Path) -> WanNetwork | CausalNetwork:
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load a state dict that was read from `path`; InputError names a weight that is missing, unknown or too large."""
+    """Load a state dict that was read from `path`. InputError names one too few, too many or of another shape."""
     expected, found = (
         {name: tuple(value.shape) for name, value in weights.items()} for weights in (module.state_dict(), state)
     )

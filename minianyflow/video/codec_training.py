@@ -1,6 +1,5 @@
 """Training of the small codec between blob videos and latents (networks/codec.py has the shapes)."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -9,10 +8,11 @@ from torch import nn
 from minianyflow.networks.codec import Codec
 from minianyflow.times import generator
 from minianyflow.training import Role, train
+from toy_data import blobs
 
 
 class Autoencoder(nn.Module):
-    """What `train` trains: video through the codec and back, with `blur` times noise on the latents in between."""
+    """Video through the codec and back, with `blur` times noise on the latents in between."""
 
     def __init__(self, blur: float):
         super().__init__()
@@ -31,37 +31,24 @@ def reconstruction_loss(network: Autoencoder, batch: dict, size: float = 1e-4):
     return 100 * error + 0.5 * size * raw.square().flatten(1).mean(1), {"pixels": error.detach().mean()}
 
 
-def codec_batches(sample: Callable, steps: int, seed: int = 0) -> Callable:
-    """`draw(step)`: short clips first (5 frames, then 9, then 17), from which the codec learns images quickly."""
-
-    def draw(step):
-        frames, rows = _size(step, steps)
-        source = generator(seed, step)
-        video = sample(rows, source, frames)
-        size = (rows, 4 * (frames // 4 + 1) * video.shape[2] * video.shape[3] // 16)
-        return {"x": video, "eps": torch.randn(size, generator=source)}
-
-    return draw
-
-
-def _size(step, steps):
-    """Frames and rows of the batch at `step`."""
+def clip_size(step: int, steps: int) -> tuple[int, int]:
+    """Frames and rows of the batch at `step`: short clips first, from which the codec learns images quickly."""
     return (5, 16) if step < 0.45 * steps else (9, 8) if step < 0.6 * steps else (17, 8)
 
 
-def codec_cost(steps: int) -> SimpleNamespace:
-    """Rows that training encodes and decodes, forwards and backwards, as an EvaluationCounter has them."""
-    rows = sum(_size(step, steps)[1] for step in range(steps))
-    return SimpleNamespace(rows=rows, with_grad=rows)
+def train_codec(steps: int = 1000, seed: int = 0, lr: float = 6e-3, blur: float = 0.02, progress=True):
+    """A codec, the history of its training, and the rows that this took, in the form of an EvaluationCounter."""
 
+    def draw(step):
+        (frames, rows), source = clip_size(step, steps), generator(seed, step)
+        video = blobs.sample(rows, source, frames).video
+        size = (rows, 4 * (frames // 4 + 1) * video.shape[2] * video.shape[3] // 16)
+        return {"x": video, "eps": torch.randn(size, generator=source)}
 
-def train_codec(
-    sample: Callable, steps: int = 1000, seed: int = 0, lr: float = 6e-3, blur: float = 0.02, progress=True
-) -> tuple[Codec, list]:
-    """A codec for the videos that `sample(count, generator, frames)` draws, and the history of its training."""
     torch.manual_seed(seed)
     role = Role(Autoencoder(blur), reconstruction_loss, lr=lr, ema=0.98, clip=1.0)
-    history = train({"codec": role}, codec_batches(sample, steps, seed), steps, progress=progress)
+    history = train({"codec": role}, draw, steps, progress=progress)
     codec = role.average.module.codec.eval().requires_grad_(False)
-    codec.normalise(sample(1024, generator(seed, steps), 17))
-    return codec, history
+    codec.normalise(blobs.sample(1024, generator(seed, steps), 17).video)
+    rows = sum(clip_size(step, steps)[1] for step in range(steps))
+    return codec, history, SimpleNamespace(rows=rows, with_grad=rows)

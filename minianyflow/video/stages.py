@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
@@ -35,7 +34,7 @@ from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role, train
-from minianyflow.video.codec_training import codec_cost, train_codec
+from minianyflow.video.codec_training import train_codec
 from toy_data import blobs
 
 WEIGHTS = Path(blobs.__file__).parent / "video"  # of the committed run
@@ -101,11 +100,6 @@ def path_of(folder: str | Path, name: str, seed: int = 0) -> Path:
 def latents_path(folder: str | Path) -> Path:
     """The latents that stages train on; another codec or another number of clips has another file."""
     return Path(folder) / f"latents-{CLIPS}-{_digest(path_of(folder, 'codec'))}.safetensors"
-
-
-def sample_videos(count: int, source, frames: int) -> Tensor:
-    """Videos (count, frames, 16, 16) of bouncing blobs."""
-    return blobs.sample(count, source, frames).video
 
 
 def make_latents(folder: str | Path) -> None:
@@ -260,8 +254,8 @@ def train_stage(name: str, seed: int, folder: str | Path, quiet: bool = False, p
     bar = {"desc": f"{name} {seed}", "position": position, "disable": quiet or None}
     start = time.perf_counter()
     if stage.kind == "codec":
-        network, history = train_codec(sample_videos, stage.steps, seed, stage.lr, progress=bar)
-        counters = [codec_cost(stage.steps)]
+        network, history, counter = train_codec(stage.steps, seed, stage.lr, progress=bar)
+        counters = [counter]
     else:
         earlier = Earlier(folder)
         roles, draw = BUILDERS[stage.kind](stage, seed, earlier)

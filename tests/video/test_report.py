@@ -60,6 +60,7 @@ def test_a_comparison_notes_what_it_measured_beside_what_was_committed(tmp_path,
     }
 
 
+@pytest.mark.slow
 def test_the_codec_measures_what_its_provenance_says_and_refuses_what_does_not_fit():
     codec = load_codec(path_of(WEIGHTS, "codec"))
     said = json.loads(path_of(WEIGHTS, "codec").with_suffix(".json").read_text())["figures"]

@@ -77,31 +77,6 @@ class Recorder(torch.nn.Module):
         return self.inner(z, t, *r, **condition)
 
 
-def test_what_distribution_matching_scores_is_at_time_zero():
-    """If all data is 0 then u(z, t, r) = z / t and Phi(z; t -> r) = (r / t) z: only a whole journey ends at 0.
-
-    The states at which scores are evaluated, the end noised to t, are then t eps and nothing else.
-    """
-
-    def u(z, t, r, prompt, cache=(), fill_cache=False):
-        return () if fill_cache else z / t[:, None, None, None, None]
-
-    source, simulate = generator(0), causal.causal_backward_simulation()
-    real, fake = Recorder(), Recorder()
-    batch = on_policy.draw_on_policy((5, 4, 2, 2), 16, source) | {"condition": {"prompt": torch.zeros(16, 1, 1)}}
-    z, lengths, step, t = (batch[name] for name in ("noise", "lengths", "step", "score_t"))
-    on_policy.OnPolicyLoss(real, fake, None, shift=5.0, simulate=simulate)(u, batch)
-    on_policy.FakeScoreLoss(u, 5.0, simulate)(fake, batch)
-    calls = [*real.calls, *fake.calls]
-    assert len(calls) == 3  # the teacher once; the fake score to be matched, and to learn
-    for scored, at in calls:
-        assert torch.equal(at, t)
-        assert torch.allclose(scored, t[:, None, None, None, None] * batch["score_eps"], atol=1e-6)
-    path = simulate(u, z, lengths, step, 5.0, **batch["condition"])
-    assert torch.equal(path[0], z)
-    assert path[-2].abs().amax((1, 2, 3, 4))[step < lengths - 1].min() > 1e-3  # the one before is still noisy
-
-
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A folder where any stage may begin: the committed weights, and latents that hold nothing but their own number."""
@@ -198,6 +173,7 @@ def test_teachers_drop_a_tenth_of_their_prompts_and_students_none(name, begun):
     assert 0.05 < share < 0.15 if "teacher" in name else share == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_POLICY)
 @torch.no_grad()
 def test_on_policy_stages_score_what_their_student_makes(name, begun):
@@ -244,6 +220,7 @@ def test_stages_come_after_what_they_start_from(small, monkeypatch):
     assert after == {(name, 0): (STAGES[name].parent, 0) for name, _ in jobs if STAGES[name].parent != "codec"}
 
 
+@pytest.mark.slow
 def test_latents_of_another_codec_or_of_other_clips_are_made_again(small, monkeypatch):
     """A run may stop after the codec was trained anew and before its latents were made."""
     monkeypatch.setattr(stages, "run_jobs", lambda *jobs: None)
@@ -298,3 +275,13 @@ def test_what_came_from_another_parent_is_trained_again(small, monkeypatch):
     assert not stages._is_done(small, "semigroup", 0)
     stages.train_all(small, quiet=True)
     assert path_of(small, "semigroup").read_bytes() != before
+
+
+@pytest.mark.long
+def test_another_codec_makes_its_students_be_trained_again(small, monkeypatch):
+    stages.train_stage("teacher", 0, small, quiet=True)
+    assert stages._is_done(small, "teacher", 0)
+    monkeypatch.setitem(stages.STAGES, "codec", dataclasses.replace(STAGES["codec"], steps=2))
+    stages.train_stage("codec", 0, small, quiet=True)
+    assert read_weights(path_of(small, "codec"), *KINDS)[2]["cost"]["backwards"] == 16 + 8  # rows of two batches
+    assert not stages._is_done(small, "teacher", 0)

@@ -27,7 +27,7 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
         raise InputError(f"limit={limit}; expected at least 1")
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
-            rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
+            rows = list(_csv_rows(lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
     except OSError as problem:
         raise InputError(f"captions {path} cannot be read ({problem.strerror}); expected jsonl or csv") from None
     except (UnicodeDecodeError, csv.Error) as problem:
@@ -37,7 +37,7 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
         name, caption = (row.get(column) for column in ("file", "caption"))
         if not isinstance(name, str) or not isinstance(caption, str) or not name:
             columns = ", ".join(map(str, row)) or "nothing"
-            raise InputError(f"line {number} of {path} has {columns}; expected texts file and caption")
+            raise InputError(f"line {number} of {path} has {columns}; expected texts named file and caption")
         try:
             f"{name}{caption}".encode()
         except UnicodeEncodeError as problem:  # a text that was cut to a length may end in half an emoji
@@ -52,12 +52,8 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
     return clips[:limit]
 
 
-def _csv_rows(path, lines):
+def _csv_rows(lines):
     reader = csv.DictReader(lines)
-    missing = [name for name in ("file", "caption") if name not in (reader.fieldnames or [])]
-    if missing:
-        columns = ", ".join(reader.fieldnames or []) or "none"
-        raise InputError(f"{path} has columns {columns}; expected file and caption: rename {' and '.join(missing)}")
     for row in reader:
         yield reader.line_num, row
 

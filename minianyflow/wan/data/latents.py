@@ -40,7 +40,6 @@ class LatentSet:
     skip: how many broken files may be left out, with a line on stderr per file. The next row stands in for a broken
     one, so the other rows keep their numbers and every process draws the same. broken: the paths that this process met.
     identity: a text that tells this set from others.
-    A subclass without files replaces `__len__`, `rows` and `order`.
     Raises InputError for a folder without latents, an unfinished one, or one without a null prompt.
     """
 
@@ -109,12 +108,11 @@ class LatentSet:
         """The tensors and the metadata of a clip. Raises InputError where they do not fit the set or are not finite."""
         clip, metadata = read_file(path, "latents", "prompt")
         latents, prompt = clip["latents"], clip["prompt"]
-        if latents.shape != self.shape:
-            raise InputError(f"{path} holds latents {tuple(latents.shape)}; expected {self.shape}, as {MANIFEST} says")
         _, length, width = self.null.shape
-        if prompt.ndim != 2 or not 0 < len(prompt) <= length or prompt.shape[1] != width:
-            expected = f"at most {(length, width)}, as the null prompt has"
-            raise InputError(f"{path} holds a prompt {tuple(prompt.shape)}; expected {expected}")
+        fits = latents.shape == self.shape and prompt.ndim == 2 and 0 < len(prompt) <= length
+        if not fits or prompt.shape[1] != width:
+            shapes = f"latents {tuple(latents.shape)} and a prompt {tuple(prompt.shape)}"
+            raise InputError(f"{path} holds {shapes}; expected {self.shape} and at most {(length, width)}")
         for name, tensor in clip.items():
             if not tensor.sum().isfinite():  # a sum is ten times quicker than a look at every number
                 check_finite(f"{name} in {path}", tensor)
@@ -135,7 +133,7 @@ class LatentSet:
             raise InputError(f"part {index} of {parts} of a batch of {rows} rows; expected {expected}")
         own = slice(index * rows // parts, (index + 1) * rows // parts)
         numbers = range(step * rows, (step + 1) * rows)[own]
-        row = torch.stack([self.order(seed, number // len(self))[number % len(self)] for number in numbers])
+        row = torch.stack([_order(len(self), seed, number // len(self))[number % len(self)] for number in numbers])
         x, prompt = self.rows(row)
         eps = torch.stack([torch.randn(self.shape, generator=generator(seed, NOISE, number)) for number in numbers])
         times = draw_pairs(rows, generator(seed, TIMES, step), **pairs)
@@ -144,13 +142,10 @@ class LatentSet:
             prompt = torch.where(times["dropped"][:, None, None], self.null, prompt)
         return {"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": row} | times
 
-    def order(self, seed: int, epoch: int) -> Tensor:
-        """The order of all rows in an epoch."""
-        return _permutation(len(self), seed, epoch)
-
 
 @lru_cache(maxsize=4)
-def _permutation(count, seed, epoch):
+def _order(count, seed, epoch):
+    """The order of all rows in an epoch."""
     return torch.randperm(count, generator=generator(seed, ORDER, epoch))
 
 

@@ -1,9 +1,8 @@
 """From captioned videos to a folder of latents (latents.py): the library behind the command prepare-latents.
 
-A clip is done when its file exists, so an interrupted run goes on by doing what is missing. Processes share the clips
-by their numbers, and prompts are always encoded in the same batches of BATCH: what is written depends neither on the
-number of processes nor on interruptions. The text encoder and the codec are loaded in turn, as UMT5 is large; prompts
-wait in .unfinished/ for their videos.
+A clip is done when its file exists, so an interrupted run goes on by encoding what is missing. Processes share the
+clips by their numbers, and prompts are always encoded in the same batches: what is written depends neither on the
+number of processes nor on interruptions.
 """
 
 import hashlib
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,8 +40,9 @@ from minianyflow.wan.data.options import DTYPES, Options
 from minianyflow.wan.data.read_video import read_frames, to_float
 from minianyflow.wan.folders import encode_prompts, encode_video, load_parts
 
-SKIPPED, UNFINISHED = "skipped.jsonl", ".unfinished"  # why clips were skipped; the lock, waiting prompts
+SKIPPED, UNFINISHED = "skipped.jsonl", ".unfinished"  # why clips were skipped; the folder of the lock
 BATCH = 8  # prompts that are encoded together; fixed, because rounding depends on it
+ROUND = 128  # batches of prompts that are in memory while their videos are encoded
 AHEAD = 2  # clips that are read while another is encoded
 TIMED = 4  # clips that are encoded to estimate the time for all
 HEADER = 300  # bytes of a clip's file beside its numbers and its caption, about
@@ -59,8 +58,8 @@ def fetch(base: str) -> Path:
     if Path(base).exists() or str(base).count("/") != 1 or str(base)[0] in "./~":
         raise InputError(f"no folder {base}; expected a pipeline folder, or a name on the hub like owner/model")
     try:
-        needed = ["model_index.json", "vae/*", "text_encoder/*", "tokenizer/*"]
-        return Path(huggingface_hub.snapshot_download(str(base), allow_patterns=needed))
+        parts = ["model_index.json", "vae/*", "text_encoder/*", "tokenizer/*"]
+        return Path(huggingface_hub.snapshot_download(str(base), allow_patterns=parts))
     except Exception as problem:
         why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise InputError(f"{base} cannot be fetched ({why}); check name and network, or give a folder") from None
@@ -152,7 +151,8 @@ class Preparation:
         """
         (tokenizer,) = load_parts(self.source, "tokenizer")
         captions = [self.clips[number].caption for number in pending]
-        tokens = sum(min(len(ids), self.options.length) for ids in tokenizer([*captions, ""]).input_ids)
+        texts = (captions[start : start + 1000] for start in range(0, len(captions), 1000))
+        tokens = sum(min(len(ids), self.options.length) for some in texts for ids in tokenizer(some).input_ids)
         numbers = len(pending) * math.prod(self.shape) + tokens * self.width
         size = numbers * self.dtype.itemsize + sum(len(caption.encode()) + HEADER for caption in captions)
         place = next(folder for folder in (self.output.absolute(), *self.output.absolute().parents) if folder.exists())
@@ -175,33 +175,44 @@ class Preparation:
     # Encoding
 
     def encode(self, pending: list[int]) -> list[dict]:
-        """Write this process's share of the clips `pending`; returns {"number", "file", "reason"} per skipped clip."""
-        groups = sorted({number // BATCH for number in pending})[self.part[0] :: self.part[1]]
-        own = [number for number in pending if number // BATCH in {*groups}]
-        bars = {"disable": self.part[0] > 0, "mininterval": 0.5}
+        """Write this process's share of the clips `pending`; returns {"number", "file", "reason"} per skipped clip.
+
+        The text encoder and the codec take turns in memory, as UMT5 is large.
+        """
+        own, skipped = {}, []  # the clips to encode per batch of prompts
+        for number in pending:
+            if number // BATCH % self.part[1] == self.part[0]:
+                own.setdefault(number // BATCH, []).append(number)
         if self.part[0] == 0 and not (self.output / NULL).exists():
             null = self._encode_texts([self.options.null])
             self._write(NULL, file_bytes({"prompt": null}, self.options.null))
-        for group in tqdm(groups, desc="prompts", unit_scale=BATCH, **bars):
-            if not (self.output / _waiting(group)).exists():
-                prompts = self._encode_texts([clip.caption for clip in self.clips[group * BATCH :][:BATCH]])
-                self._write(_waiting(group), save({str(k): without_padding(row) for k, row in enumerate(prompts)}))
-        self.text_parts = None  # UMT5 is larger than everything else
-        skipped, group, prompts = [], None, {}
-        for number, latents in tqdm(self._encode_videos(own), desc="videos", unit="clip", total=len(own), **bars):
-            if number // BATCH != group:
-                group, before = number // BATCH, group
-                prompts = load_file(self.output / _waiting(group))
-                (self.output / _waiting(before)).unlink(missing_ok=True)  # or prompts would lie there twice
-            clip = self.clips[number]
-            if isinstance(latents, str):
-                skipped.append({"number": number, "file": clip.file, "reason": latents})
-                last = min(number + 1, RECENT * self.part[1])  # of them, one in part[1] is this process's
-                recent = [line for line in skipped[-RECENT:] if line["number"] > number - last]
-                self._check_skipped(recent, -(-last // self.part[1]))
-            else:
-                self._write(clip_name(number), clip_bytes(latents, prompts[str(number % BATCH)], clip.caption))
+        with tqdm(total=sum(map(len, own.values())), unit="clip", mininterval=0.5, disable=self.part[0] > 0) as bar:
+            for start in range(0, len(own), ROUND):
+                batches = list(own)[start : start + ROUND]
+                bar.set_description("prompts")
+                prompts = self._encode_prompts(batches)
+                self.text_parts = None
+                bar.set_description("videos")
+                for number, latents in self._encode_videos([number for batch in batches for number in own[batch]]):
+                    if isinstance(latents, str):
+                        skipped.append({"number": number, "file": self.clips[number].file, "reason": latents})
+                        last = min(number + 1, RECENT * self.part[1])  # of them, one in part[1] is this process's
+                        recent = [line for line in skipped[-RECENT:] if line["number"] > number - last]
+                        self._check_skipped(recent, -(-last // self.part[1]))
+                    else:
+                        data = clip_bytes(latents, prompts[number], self.clips[number].caption)
+                        self._write(clip_name(number), data)
+                    bar.update()
         return skipped
+
+    def _encode_prompts(self, batches):
+        """{number: prompt (L', D)} of whole batches."""
+        prompts = {}
+        for batch in batches:
+            numbers = range(len(self.clips))[batch * BATCH :][:BATCH]
+            encoded = self._encode_texts([self.clips[number].caption for number in numbers])
+            prompts |= {number: without_padding(prompt) for number, prompt in zip(numbers, encoded, strict=True)}
+        return prompts
 
     def _encode_texts(self, texts):
         """Prompts (B, L, D) on the CPU."""
@@ -227,17 +238,13 @@ class Preparation:
         path, options = self.videos / clip.file, self.options
         if not clip.caption:
             return "empty caption"
-        if path.is_file():
-            try:
-                return read_frames(path, options.frames, options.height, options.width, options.fps)
-            except InputError as problem:
-                reason = str(problem).removeprefix(f"{path} ")
-        else:
-            reason = "no such file"
-        if not self.videos.is_dir():  # a disk that went away is no reason to skip the clips on it
-            expected = "put it back and run the same command again"
-            raise InputError(f"the folder of videos {self.videos} is gone; {expected}")
-        return reason
+        try:
+            return read_frames(path, options.frames, options.height, options.width, options.fps)
+        except InputError as problem:
+            if not self.videos.is_dir():  # a disk that went away is no reason to skip the clips on it
+                expected = "put it back and run the same command again"
+                raise InputError(f"the folder of videos {self.videos} is gone; {expected}") from None
+            return str(problem).removeprefix(f"{path} ")
 
     def _encode_video(self, frames):
         if isinstance(frames, str):
@@ -283,11 +290,6 @@ class Preparation:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _waiting(group):
-    """Where the prompts of BATCH clips wait for their videos."""
-    return f"{UNFINISHED}/{group}.prompts"
 
 
 def _config(source, part, name):
