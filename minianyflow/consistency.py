@@ -7,6 +7,7 @@ f(z, 0) = z by construction. Letters and types: notation.py.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class ConsistencyLoss:
             self.calls += 1
             z, warm = interpolate(batch["x"], batch["eps"], t), min(1.0, self.calls / self.warmup)
             v = self.velocity(z, t, **condition)
-            target = continuous_target(lambda z, t, r: u(z, t, r, **condition), z, t, v, warm)
+            target = continuous_target(partial(u, **condition), z, t, v, warm)
         error = (u(z, t, torch.zeros_like(t), **condition) - target).square().flatten(1).mean(1)
         loss = self.weight(t) * error * adaptive_weight(error, self.adaptive)
         return loss, {"consistency": error.detach().mean()}

@@ -33,9 +33,8 @@ class GaussianMixture:
         for name, value in [("means", means), ("sigma", self.sigma), ("weights", weights)]:
             check_finite(name, value)
         if len(weights) != len(means) or len(self.sigma) not in (1, len(means)):
-            raise InputError(
-                f"{len(means)} means, {len(self.sigma)} sigmas, {len(weights)} weights; expected one per component"
-            )
+            found = f"{len(means)} means, {len(self.sigma)} sigmas, {len(weights)} weights"
+            raise InputError(f"{found}; expected one per component")
         if bool((self.sigma <= 0).any()) or bool((weights < 0).any()) or not bool(weights.sum() > 0):
             raise InputError("a mixture needs positive sigma and weights that are not negative and not all zero")
         self.weights = (weights / weights.sum()).to(means.dtype)  # (K,)

@@ -13,6 +13,7 @@ of `u`. Letters and types: notation.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -179,31 +180,29 @@ class FlowMapLoss:
         return {name: index for name, index in rows.items() if len(index)}
 
     @torch.no_grad()
-    def _target(self, name, u, batch, rows, z):
+    def _target(self, name, network, batch, rows, z):
         """The target of the rows of one kind, and the factor of their loss."""
         options = {"derivative": self.derivative, "delta": self.delta}
         t, r = batch["t"][rows], batch["r"][rows]
         condition = pick_rows(batch.get("condition", {}), rows)
+        u = partial(network, **condition)
         dropped = batch["dropped"][rows] if "dropped" in batch else torch.zeros_like(t, dtype=torch.bool)
-
-        def bound(z, t, r):
-            return u(z, t, r, **condition)
 
         def velocity(z, t):
             x, eps = batch["x"][rows], batch["eps"][rows]
             v = self.velocity(z, t, **condition) if self.velocity else data_velocity(x, eps)
             check_same_shape("the velocity", v, z)
             exact = self.guidance and not self.guidance.published
-            return v + self.guidance.pull(u, z, t, t, v, ~dropped, condition) if exact else v
+            return v + self.guidance.pull(network, z, t, t, v, ~dropped, condition) if exact else v
 
         if name == "semigroup":
-            return semigroup_target(bound, z, t, r, r + batch["split"][rows] * (t - r)), 1.0
+            return semigroup_target(u, z, t, r, r + batch["split"][rows] * (t - r)), 1.0
         if name == "lagrangian":
-            return lagrangian_target(bound, z, t, r, velocity, **options), 1.0
+            return lagrangian_target(u, z, t, r, velocity, **options), 1.0
         v = velocity(z, t)
-        target = v if name == "tangent" else eulerian_target(bound, z, t, r, v, **options)
+        target = v if name == "tangent" else eulerian_target(u, z, t, r, v, **options)
         if self.guidance and self.guidance.published:
-            target = target + self.guidance.pull(u, z, t, r, v, ~dropped, condition)
+            target = target + self.guidance.pull(network, z, t, r, v, ~dropped, condition)
             return target, torch.where(dropped, 1.0, self.guidance.scale**-2).to(z)
         return target, 1.0
 

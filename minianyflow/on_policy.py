@@ -7,6 +7,7 @@ jump all steps after it. Letters and types: notation.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -113,13 +114,8 @@ class OnPolicyLoss(InnerState):
         """Losses (B,), and the errors without weights by name: "distribution matching" and the kinds of `forward`."""
         condition = batch.get("condition", {})
         x = self.simulate(u, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)[-1]
-        loss = distribution_matching_loss(
-            x,
-            lambda z, t: self.real(z, t, **condition),
-            lambda z, t: velocity(self.fake, z, t, **condition),
-            batch["score_t"],
-            batch["score_eps"],
-        )
+        real, fake = partial(self.real, **condition), partial(velocity, self.fake, **condition)
+        loss = distribution_matching_loss(x, real, fake, batch["score_t"], batch["score_eps"])
         raw = {"distribution matching": loss.detach().mean()}
         if self.forward and self.forward_weight:
             forward, kinds = self.forward(u, batch)

@@ -136,9 +136,9 @@ def measured(samples: dict[str, Samples], steps, shape, data=None, load_codec=No
     from those is the floor, what the distances read without error.
     """
     first = next(iter(samples.values()))
-    kept, floors, reference, decoded = first.kept(shape), {}, None, []
+    compared, floors, reference, decoded = first.compared(shape), {}, None, []
     if data:
-        count = min(kept, len(data) // 2)
+        count = min(compared, len(data) // 2)
         rows = torch.linspace(0, len(data) - 1, 2 * count).round().long().tolist()  # from all of them
         reference, other = (data.rows(rows[start::2])[0] for start in range(2))
         vae = load_codec()
@@ -146,22 +146,22 @@ def measured(samples: dict[str, Samples], steps, shape, data=None, load_codec=No
             decoded += [motion(clip) for clip in decode_latents(vae, part.to(vae.device), len(part)).cpu()]
         figures = {name: [clip[name] for clip in decoded] for name in decoded[0]}
         floors["data"] = _distances(other, reference) | _moving(figures)
-    measure = {"sampled": first.count, "compared": len(reference) if data else 0, "path_error": kept}
+    measure = {"sampled": first.count, "compared": len(reference) if data else 0, "path_error": compared}
     measure |= {"path_error_to": steps[-1], "directions": 128, "decoded_data": len(decoded)}
-    methods = {label: _method(source, steps, kept, reference) for label, source in samples.items()}
+    methods = {label: _method(source, steps, compared, reference) for label, source in samples.items()}
     return {"measure": measure, "floors": floors, "methods": methods}
 
 
-def _method(samples, steps, kept, reference):
+def _method(samples, steps, compared, reference):
     """One source in the report: for every measure a list over step counts, one for its one seed."""
-    target, by_steps = samples.read(steps[-1], kept), []
+    target, by_steps = samples.read(steps[-1], compared), []
     for count in steps:
-        latents, known = samples.read(count, kept), samples.figures(count)
+        latents, clips = samples.read(count, compared), samples.figures(count)
         figures = {} if reference is None else _distances(latents[: len(reference)], reference)
         if len(steps) > 1:
             figures["path_error"] = path_error(latents, target) if count < steps[-1] else float("nan")
-        costs = {name: statistics.median(known[name]) for name in ("evaluations", "seconds")}
-        by_steps.append(figures | _moving(known) | costs | samples.vbench(count))
+        costs = {name: statistics.median(clips[name]) for name in ("evaluations", "seconds")}
+        by_steps.append(figures | _moving(clips) | costs | samples.vbench(count))
     names = dict.fromkeys([name for name in MEASURES if name in by_steps[0]])
     names |= dict.fromkeys(name for figures in by_steps for name in figures)  # VBench's
     return {"nfe": steps} | {name: [[figures.get(name) for figures in by_steps]] for name in names}

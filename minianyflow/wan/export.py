@@ -148,8 +148,8 @@ def provenance(config: Config, report: dict, role: str) -> dict:
 
 def notes(config: Config) -> str:
     """The licence, in one line, and how a teacher is sampled."""
-    known = " (Apache 2.0)" if config.base.startswith("Wan-AI/") else ""
-    licence = f"The weights stand under the licence of {config.base}{known}."
+    apache = " (Apache 2.0)" if config.base.startswith("Wan-AI/") else ""
+    licence = f"The weights stand under the licence of {config.base}{apache}."
     if any(name.startswith("nvidia/") for name in [config.base, *_origins(config)]):
         licence = "The released AnyFlow weights that it stands on carry a non-commercial licence, which holds here too."
     return f"{TEACHER}\n\n{licence}" if config.stage == "teacher" else licence

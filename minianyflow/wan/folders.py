@@ -69,12 +69,12 @@ def load_transformer(
     """
     kind, place = choose("architecture", architecture, CLASSES), _place(source, "transformer")
     config = _load(source, "transformer", lambda: kind.load_config(**place))
-    have = _source_kind(source, config)
-    if have == "causal" != architecture:
+    source_kind = _source_kind(source, config)
+    if source_kind == "causal" != architecture:
         raise InputError(f"{source} is causal; expected Wan or a bidirectional one: set architecture=causal")
     chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": partition} if architecture == "causal" else {}
     options = {name: value for name, value in chunks.items() if value is not None} | {"torch_dtype": dtype, **place}
-    new = (NEW_TIME,) * (have == "Wan") + (NEW_PATCH,) * (architecture == "causal" != have)
+    new = (NEW_TIME,) * (source_kind == "Wan") + (NEW_PATCH,) * (architecture == "causal" != source_kind)
     transformer = _load_whole(source, "transformer", kind, options, config["_class_name"], new)
     _start_new(transformer, new)
     _forget_other_options(transformer)
@@ -93,8 +93,8 @@ def _source_kind(source, config):
 def _forget_other_options(transformer):
     """Drop the options of Wan's configuration that the class does not take, so that the rest rebuilds the class."""
     parameters = inspect.signature(type(transformer).__init__).parameters
-    known = {*parameters, "_class_name", "_diffusers_version"}  # not where it was loaded from: folders are passed on
-    transformer._internal_dict = FrozenDict({k: value for k, value in transformer.config.items() if k in known})
+    options = {*parameters, "_class_name", "_diffusers_version"}  # not where it was loaded from: folders are passed on
+    transformer._internal_dict = FrozenDict({k: value for k, value in transformer.config.items() if k in options})
 
 
 @torch.no_grad()
@@ -159,8 +159,8 @@ def _place(source, name, bare=True):
         return {"pretrained_model_name_or_path": str(folder), "subfolder": name}
     if bare and (folder / "config.json").is_file():
         return {"pretrained_model_name_or_path": str(folder), "subfolder": None}
-    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folders"
-    raise InputError(f"no {name} in {source}; expected a pipeline folder, which has it beside others; found {there}")
+    folders = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folders"
+    raise InputError(f"no {name} in {source}; expected a pipeline folder, which has it beside others; found {folders}")
 
 
 def _load(source, name, load):
@@ -233,7 +233,7 @@ def _moments(vae, clip):
 def _scale(vae):
     """Mean and spread of raw latents, (1, C, 1, 1, 1) each."""
     pair = (vae.config.latents_mean, vae.config.latents_std)
-    return [torch.tensor(each, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1) for each in pair]
+    return [torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1) for values in pair]
 
 
 # A tiny Wan, of random weights

@@ -38,10 +38,10 @@ def sample_clips(
         raise InputError(f"no file {start}; expected a picture or a video")
     device = find_device(device)
     dtype = DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
-    found = find_source(source, dtype, device)
-    config, clip = found.config, found.clip | (clip or {})
+    loaded = find_source(source, dtype, device)
+    config, clip = loaded.config, loaded.clip | (clip or {})
     context = (context or 4 * (config.causal.first + config.causal.rest) - 3) if start else 0
-    check_clip(found, clip, context)
+    check_clip(loaded, clip, context)
     frames = read_video(start, context, clip["height"], clip["width"]) if start else None
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
@@ -55,9 +55,9 @@ def sample_clips(
     clips = {count: [] for count in steps}
     with tqdm(total=len(prompts) * sum(clips), unit="step", desc="sampling") as bar:
         for number, prompt in enumerate(embedded.split(1)):
-            noise = torch.randn(1, *found.shape(clip), generator=generator(seed, number)).to(device)
+            noise = torch.randn(1, *loaded.shape(clip), generator=generator(seed, number)).to(device)
             for count, videos in clips.items():
-                latents = sample(config, found.network, noise, prompt, count, prefix)
+                latents = sample(config, loaded.network, noise, prompt, count, prefix)
                 videos.append(decode_latents(vae, latents).cpu())
                 bar.update(count)
     write_clips(output, {step_label(count): torch.cat(videos) for count, videos in clips.items()}, prompts)

@@ -45,12 +45,12 @@ def sample(
 
 def _with_prefix(u, prefix):
     """`u` with the first frames replaced by clean ones at time 0; r is the step's, as in diffusers."""
-    known = prefix.shape[1]
+    frames = prefix.shape[1]
 
     def with_prefix(z, t, r, **condition):
         t, r = (time[:, None].repeat(1, z.shape[1]) for time in (t, r))
-        t[:, :known] = 0
-        return u(torch.cat([prefix, z[:, known:]], 1), t, r, **condition)
+        t[:, :frames] = 0
+        return u(torch.cat([prefix, z[:, frames:]], 1), t, r, **condition)
 
     return with_prefix
 

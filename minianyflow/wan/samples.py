@@ -72,8 +72,8 @@ class Samples:
         """{file name of a video: its prompt}."""
         return {self.video(1, number).name: self.prompts[number % len(self.prompts)] for number in range(self.count)}
 
-    def kept(self, shape: tuple[int, ...]) -> int:
-        """Number of first clips whose latents stay on disk, to be compared."""
+    def compared(self, shape: tuple[int, ...]) -> int:
+        """Number of first clips that are compared: their latents stay on disk."""
         return min(self.count, max(2, MOST // torch.Size(shape).numel()))
 
     def finished(self, steps: int, number: int) -> bool:
@@ -149,7 +149,7 @@ class Samples:
                         figures = {name: float(value) for name, value in file.metadata().items()} | motion(video)
                     self._put(self.video(count, number), partial(write_clip, clip=video))
                     self._put(path.with_suffix(".json"), partial(_write_json, figures))
-                    if number >= self.kept(latents.shape[1:]):
+                    if number >= self.compared(latents.shape[1:]):
                         path.unlink()
                     bar.update()
         PartialState().wait_for_everyone()

@@ -1,10 +1,11 @@
-"""The sizes of Wan2.1's text-to-video transformers, and transformers of these sizes with random weights, or none.
+"""The sizes of Wan2.1's text-to-video transformers, and transformers of these sizes with random weights, or without.
 
-The numbers are those of `transformer/config.json` in Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers; what both
-share and diffusers has as its default (patches of 1 x 2 x 2, text of 4096 numbers a token) is written out all the same.
+The numbers are those of `transformer/config.json` in Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers; the
+defaults of diffusers among them (patches of 1 x 2 x 2, text of 4096 numbers per token) are written out.
 """
 
 import torch
+from torch import nn
 
 from minianyflow.networks.wan import copy_time_embedder
 from minianyflow.support.errors import choose
@@ -27,15 +28,17 @@ SHAPES = {
 }
 
 
-def latent_shape(frames=81, height=480, width=832, channels=16):
-    """(F, C, H, W) of a clip's latents: a frame for every four after the first, a pixel for every 8 x 8."""
+def latent_shape(frames: int = 81, height: int = 480, width: int = 832, channels: int = 16) -> tuple[int, ...]:
+    """(F, C, H, W) of a clip's latents: one frame for four after the first, one pixel for 8 x 8."""
     return (frames - 1) // 4 + 1, channels, height // 8, width // 8
 
 
-def build_transformer(shape, architecture, device="meta", dtype=torch.float32, **changes):
-    """A transformer as wan_folders.load_transformer makes it, of random weights; on "meta" of none at all.
+def build_transformer(
+    shape: str | dict, architecture: str, device: torch.device | str = "meta", dtype=torch.float32, **changes
+) -> nn.Module:
+    """A transformer as folders.load_transformer makes it, of random weights; on "meta" without any.
 
-    shape: a name in SHAPES, or a dict of arguments. dtype: of the weights, but for those that the class keeps in
+    shape: a name in SHAPES, or a dict of arguments. dtype: of the weights, except those that the class keeps in
     float32. changes: other arguments; for a causal one full_chunk_limit, chunk_partition, compressed_patch_size.
     """
     kind = choose("architecture", architecture, CLASSES)

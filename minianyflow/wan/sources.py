@@ -46,14 +46,14 @@ class Source:
 
 def find_source(name: str, dtype: torch.dtype, device: torch.device | str) -> Source:
     """The `Source` called `name`, a folder or a name on the hub. Raises InputError for another name."""
-    known = _identify(name)
+    identity = _identify(name)
     if _is_run(name):
-        config, run = known
+        config, run = identity
         _note_licence(config.base, config.student, config.teacher)
         transformer, config = load_run(name, "student", dtype, device)
         return Source(network_of(transformer, config), config, run["clip"])
     _note_licence(name)
-    (architecture, stage), beside = known, _beside(name)
+    (architecture, stage), beside = identity, _beside(name)
     transformer = load_transformer(name, architecture, dtype, device=device)
     (scheduler,) = load_parts(name, "scheduler")
     shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))  # flow_shift is Wan's own
@@ -68,8 +68,8 @@ def find_source(name: str, dtype: torch.dtype, device: torch.device | str) -> So
 
 def known_clip(name: str) -> dict[str, int]:
     """The `clip` of a source, before its weights are loaded. Raises InputError as `find_source`, as far as it can."""
-    known = _identify(name)
-    return known[1]["clip"] if _is_run(name) else WAN_CLIP | _beside(name).get("clip", {})
+    identity = _identify(name)
+    return identity[1]["clip"] if _is_run(name) else WAN_CLIP | _beside(name).get("clip", {})
 
 
 def _is_run(name):

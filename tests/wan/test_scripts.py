@@ -292,7 +292,7 @@ def test_what_cannot_be_exported_is_one_line(runs, exported, tmp_path, capsys):
     refused(capsys, export, [runs / "causal", exported / "causal"], "exists and is not an empty folder")
     refused(capsys, export, [runs / "causal", exported / "causal", "--lora"], "exists and is not an empty folder")
     refused(capsys, export, [runs / "causal", tmp_path / "x", "--lora", "--dtype", "bf16"], "leave out --dtype")
-    refused(capsys, export, [runs / "causal"], "required: OUT; see export --help")
+    refused(capsys, export, [runs / "causal"], "required: OUT; see minianyflow export --help")
     broken = shutil.copytree(runs / "causal", tmp_path / "broken")
     (broken / "student.safetensors").unlink()
     refused(capsys, export, [broken, tmp_path / "x"], "broken is no run with an adapter of role 'student'")
@@ -435,7 +435,7 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
         ([run, "--prompts", tmp_path / "nothing.txt"], r"nothing.txt \(No such file"),
         ([run, "--prompt", " "], "no prompts in the list"),
         ([run, *prompt, "--steps", "4", "0"], "0 steps; expected whole numbers, at least 1"),
-        ([run, *prompt, "--steps", "four"], "invalid int value: 'four'; see sample --help"),
+        ([run, *prompt, "--steps", "four"], "invalid int value: 'four'; see minianyflow sample --help"),
         ([run, *prompt, "--frames", "16"], "frames 16; expected 4 n \\+ 1"),
         ([run, *prompt, "--frames", "-3"], "frames -3; expected 4 n"),
         ([run, *prompt, "--height", "40"], "height 40; expected a multiple of 32: .* patches of 4"),
