@@ -109,11 +109,11 @@ def test_the_time_of_a_solver_is_turned_round():
 def test_a_comparison_is_written_whole(tmp_path, monkeypatch):
     """Ours, and the peers that are here, at two step counts, in this process."""
     monkeypatch.setattr(peers, "NFE", (1, 4))
-    monkeypatch.setattr(peers, "POINTS", 512)
-    monkeypatch.setattr(peers, "references", lambda name: plane.load(name).sample(1024).split(512))
+    monkeypatch.setattr(peers, "POINTS", 1024)
+    monkeypatch.setattr(peers, "references", lambda name: plane.load(name).sample(2048).split(1024))
     here = lambda jobs, workers: {name: function(*rest) for name, (function, rest) in jobs.items()}  # noqa: E731
     monkeypatch.setattr(peers, "run_jobs", here)
-    monkeypatch.setattr(peers, "exact_flow", lambda name: (plane.load(name).sample(512), None))
+    monkeypatch.setattr(peers, "exact_flow", lambda name: (plane.load(name).sample(1024), None))
     report = peers.run(("ring8",), (0, 1), 0.1, tuple(INSTALLED), tmp_path, 1, True, SMALL)
     assert json.loads((tmp_path / "peers.json").read_text()) == report
     assert (tmp_path / "peers.png").stat().st_size > 1000

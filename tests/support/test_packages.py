@@ -17,7 +17,7 @@ from minianyflow.support.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
-UNPINNED = {"peers"}  # for benchmarks/compare.py alone: torchcfm brings lightning and a torchvision that must fit torch
+UNPINNED = {"peers"}  # for benchmarks/peers.py alone: torchcfm brings lightning and a torchvision that must fit torch
 EXTRAS = [needed for extra, needed in PROJECT["optional-dependencies"].items() if extra not in UNPINNED]
 NEEDED = [Requirement(line) for line in sum(EXTRAS, PROJECT["dependencies"])]
 FILES = [path for folder in ("minianyflow", "benchmarks") for path in (ROOT / folder).rglob("*.py")]

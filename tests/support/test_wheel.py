@@ -47,9 +47,16 @@ def run(command, folder):
     return done.stdout
 
 
+@pytest.mark.long
 def test_the_race_runs_from_an_empty_folder(installed, tmp_path):
-    run([installed, "demo", "--steps", "3", "--seeds", "0", "--points", "256", "--quiet"], tmp_path)
+    run([installed, "demo", "--steps", "3", "--seeds", "0", "--quiet"], tmp_path)
     assert json.loads((tmp_path / "outputs/demo/any_step.json").read_text())["dataset"] == "spiral"
+
+
+def test_the_race_finds_its_data_and_its_students(installed, tmp_path):
+    code = "from minianyflow.plane.students import load_student; print(load_student('mixed').copies)"
+    assert run([installed.with_name("python"), "-c", code], tmp_path).strip() == "1"
+    assert "all the options" in run([installed, "demo", "--help"], tmp_path).replace("options:", "all the options")
 
 
 def test_wan_is_planned_distilled_sampled_and_exported_from_an_empty_folder(installed, tmp_path):
