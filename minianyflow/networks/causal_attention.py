@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from einops import rearrange
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -126,7 +126,7 @@ class CausalAttention:
 
     def __call__(
         self,
-        attn,
+        attn: nn.Module,
         hidden_states: Tokens,
         attention_mask: Mask | bool | None = None,
         rotary_emb: dict | None = None,

@@ -10,8 +10,9 @@ either of them again, and a rollout may keep the gradient of its context.
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from minianyflow.networks.video import Latents, Prompt
+from minianyflow.networks.video import Latents, Prompt, Timesteps
 from minianyflow.support.errors import InputError
 
 Compressed = Float[Tensor, "batch 2 heads compressed head_dim"]
@@ -32,8 +33,10 @@ def read_layer(layer: dict, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat([*cached, torch.stack([key, value], 1)], 3).unbind(1)
 
 
-def fill_cache(transformer: nn.Module, x: Latents, prompt: Prompt, partition: tuple[int, ...], mask) -> Cache:
-    """The cache of clean frames x, at t = r = 0."""
+def fill_cache(
+    transformer: nn.Module, x: Latents, prompt: Prompt, partition: tuple[int, ...], mask: Tensor | BlockMask | bool
+) -> Cache:
+    """The cache of clean frames x, at t = r = 0. mask: as CausalAttention takes it."""
     zeros = torch.zeros(x.shape[:2], device=x.device)
     layers = [{} for _ in transformer.blocks]
     options = {"kv_cache": layers, "kv_cache_flag": {"is_cache_step": True}, "attention_mask": mask}
@@ -41,7 +44,15 @@ def fill_cache(transformer: nn.Module, x: Latents, prompt: Prompt, partition: tu
     return tuple((layer["compressed"], layer["full"]) for layer in layers)
 
 
-def read_cache(transformer, z, t, r, prompt, partition, cache: Cache) -> Latents:
+def read_cache(
+    transformer: nn.Module,
+    z: Latents,
+    t: Timesteps,
+    r: Timesteps,
+    prompt: Prompt,
+    partition: tuple[int, ...],
+    cache: Cache,
+) -> Latents:
     """The transformer's output for the last chunk z of the partition; t and r (B, F) as the transformer takes them."""
     layers = [{"compressed": old, "full": recent} for old, recent in cache] or [{} for _ in transformer.blocks]
     flags = {"is_cache_step": False, "num_cached_chunks": len(partition) - 1}

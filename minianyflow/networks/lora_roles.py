@@ -15,11 +15,12 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from minianyflow.networks.patches import active_adapter, compute_in_input_dtype, set_active_adapter
 from minianyflow.support.errors import InputError, choose
@@ -111,7 +112,7 @@ class RoleNetwork(Adapter):
         """The transformer that all roles share."""
         return self.network.transformer
 
-    def forward(self, *arguments, **condition):
+    def forward(self, *arguments: Tensor | None, **condition: Any) -> Tensor | tuple:
         """The output of `network` under this role. Raises InputError if the transformer has lost the adapter."""
         if self.role is not None:
             choose("role", self.role, roles_of(self.transformer))

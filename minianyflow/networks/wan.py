@@ -8,6 +8,7 @@ Shapes:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AnyFlowTransformer3DModel
@@ -71,7 +72,7 @@ class Autocast(nn.Module):
         """The transformer of the network."""
         return self.network.transformer
 
-    def forward(self, z: Latents, *arguments, **condition):
+    def forward(self, z: Latents, *arguments: Tensor | None, **condition: Any) -> Tensor | tuple:
         """The network's output; states have the dtype of z."""
         with torch.autocast(z.device.type, torch.bfloat16):
             return self.network(z, *arguments, **condition)
@@ -83,7 +84,7 @@ def to_compute_dtype(transformer: nn.Module, *tensors: Tensor | None) -> list[Te
     return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def check_latents(z: Latents, config) -> None:
+def check_latents(z: Latents, config: dict) -> None:
     """Raise InputError unless z is (B, F, C, H, W) with the channels and a size that the patches divide."""
     if z.ndim != 5 or z.shape[2] != config.in_channels:
         raise InputError(f"latents {tuple(z.shape)}; expected (B, F, {config.in_channels}, H, W)")

@@ -152,7 +152,7 @@ class Checkpoints:
         os.replace(unfinished, self.folder / unfinished.name.removeprefix(UNFINISHED))
         _sync(self.folder)
         for folder in self.folders()[self.keep :]:
-            shutil.rmtree(folder)  # half removed, it is broken
+            shutil.rmtree(folder, ignore_errors=True)  # half removed, it is broken
 
     def restore(self, roles, accelerator) -> tuple[int, list]:
         """Load the newest whole checkpoint; returns (number of steps, history), (0, []) if there is none.
@@ -288,9 +288,11 @@ def _raise_on_all(action, *arguments):
 
 
 def _cause(problem):
-    """The first cause of a failed save or load, in a few words."""
+    """The first cause of a failed save or load, in a few words. Raises Ctrl-C, which torch takes for a failure."""
     if isinstance(problem, CheckpointException):
         problem = next(iter(problem.failures.values()))[0]
+        if isinstance(problem, KeyboardInterrupt):
+            raise problem from None
         problem = problem.__cause__ or problem
     return " ".join((getattr(problem, "strerror", None) or str(problem)).split())
 

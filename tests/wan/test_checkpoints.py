@@ -9,14 +9,12 @@ from accelerate import Accelerator
 
 from minianyflow.batch import batches
 from minianyflow.networks.mlp import MLP
-from minianyflow.networks.teacher_forcing import TeacherForced
 from minianyflow.objectives import FlowMapLoss
-from minianyflow.on_policy import OnPolicyLoss
 from minianyflow.training import Role
 from minianyflow.wan import checkpoints as module
 from minianyflow.wan.checkpoints import Broken, Checkpoints, check
 from minianyflow.wan.guard import Guard
-from minianyflow.wan.trainer import loss_state, train_run
+from minianyflow.wan.trainer import train_run
 from tests.refused import refused
 from toy_data import plane
 
@@ -211,6 +209,18 @@ def test_an_error_of_the_disk_is_one_line_and_older_checkpoints_stay(tmp_path, w
     assert equal(run(tmp_path), whole)
 
 
+def test_ctrl_c_while_saving_is_no_failure(tmp_path, monkeypatch):
+    run(tmp_path, stop=5)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.distributed.FileSystemWriter, "write_data", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "000004"]
+
+
 @pytest.mark.parametrize(
     ("words", "start"),
     [
@@ -272,12 +282,3 @@ def test_stateful_objects_resume(tmp_path):
     resumed = Guard()
     run(tmp_path, stateful={"guard": resumed})
     assert resumed.skipped == [3]
-
-
-def test_the_state_of_a_loss_inside_losses_is_found():
-    inner = FlowMapLoss({}, rebalance=True)
-    loss = OnPolicyLoss(RING.velocity, RING.velocity, TeacherForced(inner))
-    assert loss_state(loss) == {}
-    loss.load_state_dict({"diagonal_loss": torch.tensor(2.0)})
-    assert inner.diagonal_loss == 2
-    assert loss_state(loss) == {"diagonal_loss": torch.tensor(2.0)}

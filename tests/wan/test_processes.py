@@ -33,7 +33,6 @@ from minianyflow.support.install import ROOT
 from minianyflow.wan import guard, stages, trainer
 from minianyflow.wan import run as runs
 from minianyflow.wan.commands import distill
-from minianyflow.wan.folders import make_tiny_wan
 
 STEPS, KINDS = 20, ("plain", "ddp", "shard")
 RUNS = {  # on-policy with one row per process: then processes differ in how often they evaluate a network
@@ -126,24 +125,33 @@ def launch(report, *given):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def students(tiny, tmp_path_factory):
     """A folder with a tiny Wan and runs of the forward stage, for on-policy runs to start from."""
-    folder = tmp_path_factory.mktemp("wan")
-    make_tiny_wan(folder / "wan")
+    folder = tmp_path_factory.mktemp("students")
+    (folder / "wan").symlink_to(tiny)
     for name in ("bidirectional forward", "causal forward"):
         assert run_once("plain", *arguments(folder, name, folder / name, 2))["status"] == 0
     return folder
 
 
-def arguments(tiny, name, output, steps):
+def arguments(folder, name, output, steps):
     """Arguments of distill for one of RUNS."""
     architecture, stage = RUNS[name]
-    words = [f"runs={tiny}", f"base={tiny}/wan", f"data={tiny}/wan/latents", f"output={output}", f"steps={steps}"]
+    words = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents", f"output={output}", f"steps={steps}"]
     if stage == "on_policy":
-        words += ["batch=2", f"student={tiny}/{architecture} forward", "teacher=null"]
+        words += ["batch=2", f"student={folder}/{architecture} forward", "teacher=null"]
     if "whole" in name:
-        words += ["trained=full", f"student={tiny}/wan"]
-    return ["--config", architecture, stage, "tiny", *words, "samples.every=0", "log.tracker=none"]
+        words += ["trained=full", f"student={folder}/wan"]
+    return [
+        "--config",
+        architecture,
+        stage,
+        "tiny",
+        *words,
+        "samples.every=0",
+        "log.tracker=none",
+        "checkpoints.every=100",
+    ]
 
 
 def history(folder):
@@ -173,26 +181,27 @@ def assert_same_training(folder, name, kind, plain, halves, steps):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_resume_after_sigterm(tiny, tmp_path):
+def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path):
     """SIGTERM reaches one of two processes: both save and stop, then go on. DDP, and FSDP2."""
     name, steps, given = "causal on_policy", 4, []
-    plain = run_once("plain", *arguments(tiny, name, tmp_path / "plain" / name, steps))
+    plain = run_once("plain", *arguments(students, name, tmp_path / "plain" / name, steps))
     for kind in KINDS[1:]:
-        whole, again = (arguments(tiny, name, tmp_path / place / name, steps) for place in (kind, f"{kind}-again"))
+        whole, again = (arguments(students, name, tmp_path / place / name, steps) for place in (kind, f"{kind}-again"))
         given += [(kind, whole), (kind, ["sigterm=3", *again]), (kind, again)]
     seen = launch(tmp_path / "report", *given)
     assert [[process["status"] for process in each] for each in seen] == 2 * [[0, 0], [143, 143], [0, 0]]
-    for kind, halves in zip(KINDS[1:], seen[::3], strict=True):
+    for kind, halves, resumed in zip(KINDS[1:], seen[::3], seen[2::3], strict=True):
         assert_same_training(tmp_path, name, kind, plain, halves, steps)
+        assert [len(process["rows"]) for process in resumed] == [steps - 2] * 2  # two steps were saved
         assert [entry["step"] for entry in history(tmp_path / f"{kind}-again" / name)] == list(range(steps))
         assert difference(tmp_path / kind, tmp_path / f"{kind}-again") < 1e-5
 
 
 @pytest.fixture(scope="module")
-def twenty(tiny, tmp_path_factory):
+def twenty(students, tmp_path_factory):
     """20 steps of every stage by one process, by two (DDP) and by two of FSDP2: the folder, and the reports."""
     folder = tmp_path_factory.mktemp("twenty")
-    given = {(kind, name): arguments(tiny, name, folder / kind / name, STEPS) for kind in KINDS for name in RUNS}
+    given = {(kind, name): arguments(students, name, folder / kind / name, STEPS) for kind in KINDS for name in RUNS}
     seen = {key: run_once("plain", *words) for key, words in given.items() if key[0] == "plain"}
     several = {key: (key[0], words) for key, words in given.items() if key[0] != "plain"}
     return folder, seen | dict(zip(several, launch(folder / "report", *several.values()), strict=True))
@@ -208,11 +217,11 @@ def test_two_processes_train_as_one_in_every_stage(twenty, name, kind):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_two_processes_resume_as_one_and_back(tiny, tmp_path, kind):
+def test_two_processes_resume_as_one_and_back(students, tmp_path, kind):
     """Two, then one, then two again end where two do that were never stopped."""
     names = ("causal forward", "causal on_policy", "bidirectional whole weights")
     whole, again = (
-        [arguments(tiny, name, tmp_path / place / name, 9) for name in names] for place in ("whole", "again")
+        [arguments(students, name, tmp_path / place / name, 9) for name in names] for place in ("whole", "again")
     )
     stopped = [["sigterm=3", *words] for words in again]
     seen = launch(tmp_path / "first", *((kind, words) for words in (*whole, *stopped)))

@@ -20,7 +20,7 @@ from minianyflow.wan.config import load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.data.write_video import write_clips
-from minianyflow.wan.folders import make_tiny_wan, moving_shapes
+from minianyflow.wan.folders import moving_shapes
 from minianyflow.wan.run import load_run
 
 PAGE = (ROOT / "docs/scaling.md").read_text()
@@ -70,9 +70,9 @@ def at_tiny_size(line, wan):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tiny, tmp_path, monkeypatch):
     """The working folder of the commands: videos with captions, one of them lost, and a tiny Wan."""
-    make_tiny_wan(tmp_path / "wan")
+    (tmp_path / "wan").symlink_to(tiny)
     captions, video = moving_shapes(COUNT, generator(3))
     write_clips(tmp_path / "clips", {"clip": video}, captions)
     lines = [json.dumps({"file": f"clip-{k}.mp4", "caption": captions[k]}) for k in range(COUNT)]

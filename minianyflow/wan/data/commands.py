@@ -88,8 +88,8 @@ def _prepare(arguments):
         skipped = gather_object(work.encode(pending))
         if main:
             work.finish(skipped)
-            done = f"{len(clips) - len(skipped)} clips, in {_duration(time.perf_counter() - start)}"
-            print(f"written: {arguments.output}, {done}", flush=True)
+            took = _duration(time.perf_counter() - start)
+            print(f"written: {arguments.output}, {len(clips) - len(skipped)} clips, in {took}", flush=True)
         if main and skipped:
             why = f"{arguments.output}/skipped.jsonl says why; --retry tries again"
             print(f"skipped: {len(skipped)} of {len(clips)} clips; {why}", flush=True)
