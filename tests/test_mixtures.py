@@ -36,7 +36,7 @@ def test_density_integrates_to_one():
     mixture = GaussianMixture(means, torch.tensor([0.3, 0.6]), torch.tensor([1.0, 3.0]))
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None]
     for t in (0.0, 0.4, 1.0):
-        density = mixture.log_density(z, torch.full((4001,), t)).exp()
+        density = mixture.log_density(z, torch.full((4001,), t).double()).exp()
         assert float(torch.trapezoid(density, z[:, 0])) == pytest.approx(1, abs=1e-9)
 
 
