@@ -208,10 +208,11 @@ def test_a_fingerprint_is_of_what_a_folder_holds_and_not_of_its_place(tmp_path):
         save_file({name: change}, tmp_path / "b/part-9.safetensors")  # read last
         assert weights.fingerprint(tmp_path / "b") != before
     (tmp_path / "b/part-9.safetensors").unlink()
-    config = json.loads((tmp_path / "b/config.json").read_text())
-    (tmp_path / "b/config.json").write_text(json.dumps(config | {"_diffusers_version": "0"}))
+    place = tmp_path / "b/config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps(config | {"_diffusers_version": "0", "transformers_version": "0"}))
     assert weights.fingerprint(tmp_path / "b") == before
-    (tmp_path / "b/config.json").write_text(json.dumps(config | {"eps": 1}))
+    place.write_text(json.dumps(config | {"eps": 1}))
     assert weights.fingerprint(tmp_path / "b") != before
     assert weights.fingerprint("owner/model") == "owner/model"
     (tmp_path / "b/part-0.safetensors").write_bytes(b"cut")

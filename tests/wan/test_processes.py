@@ -142,7 +142,16 @@ def arguments(folder, name, output, steps):
         words += ["batch=2", f"student={folder}/{architecture} forward", "teacher=null"]
     if "whole" in name:
         words += ["trained=full", f"student={folder}/wan"]
-    return ["--config", architecture, stage, "tiny", *words, "samples.every=0", "log.tracker=none"]
+    return [
+        "--config",
+        architecture,
+        stage,
+        "tiny",
+        *words,
+        "samples.every=0",
+        "log.tracker=none",
+        "checkpoints.every=100",
+    ]
 
 
 def history(folder):
