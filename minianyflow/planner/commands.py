@@ -62,7 +62,7 @@ def _as_arguments(changes):
 
     flags = [flag.format(changes[name]) for name, flag in SETUP.items() if changes.get(name)]
     rest = as_options({name: value for name, value in changes.items() if name not in SETUP or value is None})
-    return " ".join([*flags, *([rest] if rest else [])])
+    return " ".join([*flags, rest]).rstrip()
 
 
 def gpu_check(argv: list[str]) -> int:
@@ -85,18 +85,13 @@ def gpu_check(argv: list[str]) -> int:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tiny alone (default: cuda)")
     add("--profile", action="store_true", help="profile one more step: the longest operations per case")
     add("--json", action="store_true", help="print the report as JSON in place of the table")
-    add("--set", nargs="+", default=[], metavar="key=value", help="options of the configuration")
-    arguments = parser.parse_args(argv)
+    add("--set", dest="options", nargs="+", default=[], metavar="key=value", help="options of the configuration")
+    options = vars(parser.parse_args(argv))
     from minianyflow.planner.gpu_check import Request, check, markdown
 
-    names = ("sizes", "architectures", "stages", "steps", "batch", "device", "profile")
-    clip = {name: getattr(arguments, name) for name in ("frames", "height", "width")}
-    request = Request(
-        **{name: getattr(arguments, name) for name in names},
-        clip={name: value for name, value in clip.items() if value is not None},
-        options=arguments.set,
-    )
-    report = check(request, arguments.output, lambda line: print(line, file=sys.stderr, flush=True))
-    print(json.dumps(report, indent=1) if arguments.json else f"\n{markdown(report)}")
-    print(f"written: {arguments.output}/gpu_check.md, gpu_check.json", file=sys.stderr)
+    clip = {name: value for name in ("frames", "height", "width") if (value := options.pop(name)) is not None}
+    output, as_json = options.pop("output"), options.pop("json")
+    report = check(Request(clip=clip, **options), output, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(report, indent=1) if as_json else f"\n{markdown(report)}")
+    print(f"written: {output}/gpu_check.md, gpu_check.json", file=sys.stderr)
     return 0
