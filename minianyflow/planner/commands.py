@@ -2,11 +2,12 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 from minianyflow.support.cli import Parser
 
 KINDS, STAGES = ("bidirectional", "causal"), ("teacher", "forward", "on_policy")
-SETUP = {"gpu": "--gpu {}", "gpus": "--gpus {}", "sharded": "--sharded"}  # options of plan, not of the configuration
+FLAGS = {"gpu": "--gpu {}", "gpus": "--gpus {}", "sharded": "--sharded"}  # what plan takes beside a configuration
 
 
 def plan(argv: list[str]) -> int:
@@ -40,7 +41,8 @@ def plan(argv: list[str]) -> int:
     share, price = arguments.share, arguments.price
     report.check_share(share, price)
     if arguments.table:
-        rows = {name: report.as_row(published_plan(name)) for name in tqdm(report.PUBLISHED, unit="plan")}
+        plans = {name: published_plan(name) for name in tqdm(report.PUBLISHED, unit="plan")}
+        rows = {name: asdict(row) | {"gpu": row.gpu.name} for name, row in plans.items()}
         lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]  # of plans.json
         bill = report.bill_table(rows, report.PRICE if price is None else price, share)
         print("{\n" + ",\n".join(lines) + "\n}" if arguments.json else f"{report.stage_table(rows, share)}\n\n{bill}")
@@ -50,19 +52,10 @@ def plan(argv: list[str]) -> int:
     config, gpu = load_config(files, [*pairs, *arguments.overrides]), (arguments.gpu, arguments.memory, arguments.rate)
     planned = plan_run(config, gpu=find_gpu(*gpu), gpus=arguments.gpus, sharded=arguments.sharded)
     if arguments.json:
-        print(json.dumps(report.as_json(planned, share, price, _as_arguments), indent=1))
+        print(json.dumps(report.as_json(planned, share, price, FLAGS), indent=1))
     else:
-        print(report.describe(planned, share, price, _as_arguments))
+        print(report.describe(planned, share, price, FLAGS))
     return 0
-
-
-def _as_arguments(changes):
-    """Options as this command takes them."""
-    from minianyflow.planner.report import as_options
-
-    flags = [flag.format(changes[name]) for name, flag in SETUP.items() if changes.get(name)]
-    rest = as_options({name: value for name, value in changes.items() if name not in SETUP or value is None})
-    return " ".join([*flags, rest]).rstrip()
 
 
 def gpu_check(argv: list[str]) -> int:

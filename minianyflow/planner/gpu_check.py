@@ -31,7 +31,7 @@ from minianyflow.support.files import staging_folder
 from minianyflow.support.reports import markdown_table, mean
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import write_latents
-from minianyflow.wan.data.options import WAN_CLIP
+from minianyflow.wan.data.options import WAN_CLIP, Options
 from minianyflow.wan.folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
 from minianyflow.wan.run import guard, prepare
 from minianyflow.wan.shapes import SHAPES, SHARED, build_transformer, latent_shape
@@ -72,9 +72,7 @@ class Request:
     def __post_init__(self):
         if min(self.steps, self.batch) < 1:
             raise InputError(f"{self.steps} steps of {self.batch} clips; expected at least one of each")
-        for name, value in self.clip.items():
-            if value < 1 or (value % 4 != 1 if name == "frames" else value % 16):
-                raise InputError(f"{name} {value}; expected {'4 n + 1 frames' if name == 'frames' else '16 n pixels'}")
+        Options(**self.clip)  # raises for what Wan cannot take
         for name in [option.split("=")[0] for option in self.options]:
             if name in OWN:
                 raise InputError(f"{name} among other options; the check sets it itself: leave it out")

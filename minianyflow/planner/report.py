@@ -3,8 +3,7 @@
 Nothing heavy is imported here: plan.py makes plans.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import inf
 
@@ -80,15 +79,16 @@ def check_share(share: float, price: float | None = None) -> None:
         raise InputError(f"a price of {price} per GPU-hour; expected a number of at least 0")
 
 
-def as_options(changes: dict) -> str:
-    """Options as "name=value ..."."""
+def as_options(changes: dict, flags: dict) -> str:
+    """Options as "name=value ..."; those in `flags` as "flag"."""
     if changes.get("gpu", "") is None:
         return LARGEST
-    return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
+    words = {name: flags.get(name, f"{name}={{}}").format(str(value).lower()) for name, value in changes.items()}
+    return " ".join(words.values())
 
 
-def describe(plan: Plan, share: float = 0.5, price: float | None = None, word: Callable = as_options) -> str:
-    """The plan as lines of text. word(changes): the text of a set of options."""
+def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: dict | None = None) -> str:
+    """The plan as lines of text. flags: how a command takes options that the configuration has not."""
     run, gpu, in_all = plan.run, plan.gpu, "in all"
     how = "" if plan.gpus == 1 else " with FSDP2" if plan.sharded else " with DDP"
     lines = [
@@ -101,7 +101,7 @@ def describe(plan: Plan, share: float = 0.5, price: float | None = None, word: C
     lines += ["  what to change; each line is complete:"] if plan.changes else []
     for changes, peak in plan.changes:
         enough = changes.get("gpu") or peak <= (1 - SPARE) * gpu.memory
-        lines.append(f"    {word(changes)}: {peak / 1e9:.1f} GB{'' if enough else ', not enough'}")
+        lines.append(f"    {as_options(changes, flags or {})}: {peak / 1e9:.1f} GB{'' if enough else ', not enough'}")
     lines.append("  not loaded in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in OUTSIDE.items()))
     lines.append("\nnetwork evaluations per sample (forwards, backwards), TFLOP of one GPU per step")
     for role, (forwards, backwards) in plan.evaluations.items():
@@ -116,24 +116,19 @@ def describe(plan: Plan, share: float = 0.5, price: float | None = None, word: C
     return "\n".join(lines)
 
 
-def as_json(plan: Plan, share: float = 0.5, price: float | None = None, word: Callable = as_options) -> dict:
-    """The plan as a dict of plain values: bytes, FLOP, hours."""
+def as_json(plan: Plan, share: float = 0.5, price: float | None = None, flags: dict | None = None) -> dict:
+    """The plan as a dict of plain values: bytes, FLOP, hours. flags: as in describe."""
     report = {name: plan.run[name] for name in ("stage", "architecture", "base")}
     report |= {"gpu": plan.gpu.name, "gpus": plan.gpus, "sharded": plan.sharded}
     report |= {"memory": plan.memory, "peak": plan.peak, "room": plan.gpu.memory, "fits": plan.fits}
-    report |= {"change": {word(changes): peak for changes, peak in plan.changes}, "outside_training": OUTSIDE}
-    report |= {"flop": plan.flop, "flop_with_recompute": plan.flop_with_recompute, "flop_by_role": plan.roles}
-    report |= {"evaluations_a_sample": plan.evaluations, "share": share, "seconds_a_step": plan.seconds(share)}
-    report |= {"hours": plan.hours(share), "gpu_hours": plan.gpu_hours(share)}
+    report |= {"change": {as_options(changes, flags or {}): peak for changes, peak in plan.changes}}
+    report |= {"outside_training": OUTSIDE, "flop": plan.flop, "flop_with_recompute": plan.flop_with_recompute}
+    report |= {"flop_by_role": plan.roles, "evaluations_a_sample": plan.evaluations, "share": share}
+    report |= {"seconds_a_step": plan.seconds(share), "hours": plan.hours(share), "gpu_hours": plan.gpu_hours(share)}
     return report | ({} if price is None else {"money": price * plan.gpu_hours(share)})
 
 
 # The tables of docs/plan.md
-
-
-def as_row(plan: Plan) -> dict:
-    """The plan as a row of plans.json."""
-    return asdict(plan) | {"gpu": plan.gpu.name}
 
 
 def from_row(row: dict) -> Plan:
