@@ -94,10 +94,7 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
     with staging_folder(output):  # or an unwritable folder would be found after the first case
         pass
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    report = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": gpu.name if gpu else "CPU",
-    }
+    report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": gpu.name if gpu else "CPU"}
     report |= {"memory_gb": gpu.total_memory / 1e9 if gpu else None, "torch": torch.__version__}
     report |= {"cuda": torch.version.cuda, "matrix": matrix_rate(device), "steps": request.steps}
     report |= {"batch": request.batch, "options": list(request.options), "attention": {}, "cases": []}
@@ -263,19 +260,19 @@ def markdown(report: dict) -> str:
         f"{batch} clip{'s, one after another' * (batch > 1)}{options}.",
     ]
     for size, rates in report["attention"].items():
-        words = ", ".join(f"{name} {'does not run' if r is None else f'{r:.4g}'}" for name, r in rates.items())
+        words = ", ".join(f"{name} {f'{rate:.4g}' if rate else 'does not run'}" for name, rate in rates.items())
         parts.append(f"Attention of {size}, forward and backward, TFLOP/s: {words}.")
     titles = ["case", "clip", "s per step", "model TFLOP/s", "share", *PARTS, "plan", "off by"]
-    parts.append(markdown_table(titles, [_row(entry) for entry in report["cases"]]))
+    parts.append(markdown_table(titles, [_row(**entry) for entry in report["cases"]]))
     parts.append("Memory in GB. Share: of the matrices' rate, counting model FLOP as the plan does, no recomputation.")
     return "\n\n".join(parts) + "\n"
 
 
-def _row(entry):
-    clip, planned = entry["clip"], entry["plan"]["peak"]
-    row, plan = [entry["case"], f"{clip['frames']} x {clip['height']} x {clip['width']}"], f"{planned / 1e9:.4g}"
-    if "left_out" in entry:
-        return [*row, *[""] * 7, plan, entry["left_out"]]
-    row += [f"{entry['seconds_a_step']:.4g}", f"{entry['tflops']:.4g}", f"{entry['share']:.1%}"]
-    row += [f"{entry['memory'][name] / 1e9:.4g}" for name in PARTS]
-    return [*row, plan, f"{planned / entry['memory']['peak'] - 1:+.1%}"]
+def _row(case, clip, plan, left_out=None, memory=None, seconds_a_step=0, tflops=0, share=0, **_):
+    measured, end = [""] * (3 + len(PARTS)), left_out
+    if not left_out:
+        measured = [f"{seconds_a_step:.4g}", f"{tflops:.4g}", f"{share:.1%}"]
+        measured += [f"{memory[part] / 1e9:.4g}" for part in PARTS]
+        end = f"{plan['peak'] / memory['peak'] - 1:+.1%}"
+    size = f"{clip['frames']} x {clip['height']} x {clip['width']}"
+    return [case, size, *measured, f"{plan['peak'] / 1e9:.4g}", end]
