@@ -53,6 +53,12 @@ def test_the_active_adapter_is_what_peft_says_it_is():
         assert active_adapter(layer) == ("student", False) or active_adapter(layer) == (["student"], False)
 
 
+def test_a_layer_computes_in_the_dtype_of_its_input():
+    layer, x = InputDtypeLinear(4, 3, bias=False), draw(2, 4)
+    assert torch.allclose(layer(x), x @ layer.weight.T, atol=1e-6)
+    assert (layer(x.bfloat16()).dtype, layer.weight.dtype) == (torch.bfloat16, torch.float32)
+
+
 @pytest.mark.parametrize("architecture", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_patched_blocks_are_those_of_stock(architecture, dtype):

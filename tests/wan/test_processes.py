@@ -142,7 +142,16 @@ def arguments(folder, name, output, steps):
         words += ["batch=2", f"student={folder}/{architecture} forward", "teacher=null"]
     if "whole" in name:
         words += ["trained=full", f"student={folder}/wan"]
-    return ["--config", architecture, stage, "tiny", *words, "samples.every=0", "log.tracker=none"]
+    return [
+        "--config",
+        architecture,
+        stage,
+        "tiny",
+        *words,
+        "samples.every=0",
+        "log.tracker=none",
+        "checkpoints.every=100",
+    ]
 
 
 def history(folder):
@@ -181,8 +190,9 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path)
         given += [(kind, whole), (kind, ["sigterm=3", *again]), (kind, again)]
     seen = launch(tmp_path / "report", *given)
     assert [[process["status"] for process in each] for each in seen] == 2 * [[0, 0], [143, 143], [0, 0]]
-    for kind, halves in zip(KINDS[1:], seen[::3], strict=True):
+    for kind, halves, resumed in zip(KINDS[1:], seen[::3], seen[2::3], strict=True):
         assert_same_training(tmp_path, name, kind, plain, halves, steps)
+        assert [len(process["rows"]) for process in resumed] == [steps - 2] * 2  # two steps were saved
         assert [entry["step"] for entry in history(tmp_path / f"{kind}-again" / name)] == list(range(steps))
         assert difference(tmp_path / kind, tmp_path / f"{kind}-again") < 1e-5
 
