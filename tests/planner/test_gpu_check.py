@@ -111,29 +111,28 @@ def test_a_storage_counts_once():
 # ---- too small, missing, misspelt
 
 
-@pytest.fixture
-def planned(monkeypatch):
-    """Nothing is planned or timed."""
-    plan = SimpleNamespace(peak=1e9, memory={}, flop=1e12)
-    monkeypatch.setattr(gpu_check, "plan_run", lambda *given, **options: plan)
-    monkeypatch.setattr(gpu_check, "attention_rates", lambda *given: {})
-
-
-def test_a_gpu_with_too_little_memory_is_found_before_anything_is_built(planned, monkeypatch, tmp_path):
+def test_a_planned_peak_is_compared_with_the_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20e9, 24e9))
     assert too_large(19e9, torch.device("cuda")) is None
     assert "planned peak 73.0 GB; this GPU has 20.0 of 24.0 GB free" in too_large(73e9, torch.device("cuda"))
-    monkeypatch.setattr(gpu_check, "too_large", lambda peak, device: "planned peak too large: not run")
-    monkeypatch.setattr(gpu_check, "measure", None)  # not called
-    with refused("nothing could be measured: tiny bidirectional teacher: planned peak too large"):
-        check(tiny("teacher"), tmp_path)
-    assert "planned peak too large: not run" in (tmp_path / "gpu_check.md").read_text()
 
 
-def test_running_out_of_memory_is_a_row_of_the_table(planned, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "measure", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    with refused("out of memory, although the plan fits"):
+@pytest.mark.parametrize(
+    ("function", "instead", "reason"),
+    [
+        ("too_large", lambda peak, device: "planned peak too large: not run", "planned peak too large: not run"),
+        ("measure", Mock(side_effect=torch.OutOfMemoryError), "out of memory, although the plan fits"),
+    ],
+)
+def test_what_does_not_fit_is_a_row_of_the_table(function, instead, reason, monkeypatch, tmp_path):
+    plan = SimpleNamespace(peak=1e9, memory={}, flop=1e12)
+    monkeypatch.setattr(gpu_check, "plan_run", lambda *given, **options: plan)
+    monkeypatch.setattr(gpu_check, "attention_rates", lambda *given: {})
+    monkeypatch.setattr(gpu_check, "measure", None)  # not called for a planned peak that is too large
+    monkeypatch.setattr(gpu_check, function, instead)
+    with refused(f"nothing could be measured: tiny bidirectional teacher: {reason}"):
         check(tiny("teacher"), tmp_path)
+    assert f" | {reason} |" in (tmp_path / "gpu_check.md").read_text()
 
 
 @pytest.mark.parametrize(
