@@ -1,7 +1,4 @@
-"""Exposure bias on the circle: frames one after another, after true ones or a student's own.
-
-The committed students make the clips, by the library's sampler. A set of clips is sampled once.
-"""
+"""Exposure bias on the circle: the committed students' clips, frame by frame, after true frames or their own."""
 
 from functools import cache
 from typing import ClassVar

@@ -1,7 +1,4 @@
-"""Bouncing balls at 1 to 16 steps, whole clips at once and chunk by chunk, from the committed students.
-
-Importing this takes seconds, since it needs diffusers. A set of clips is sampled once.
-"""
+"""Bouncing balls from the committed video students. Importing this takes seconds, since it needs diffusers."""
 
 from functools import cache
 from typing import ClassVar

@@ -39,12 +39,7 @@ def check(argv):
 
 
 FAST = "not slow and not long"
-SLOWEST_FIRST = (
-    "notebooks",
-    "tests/wan",
-    "tests/live",
-    "tests",
-)  # a file is one worker's: the large ones must not come last
+SLOWEST_FIRST = ("notebooks", "tests/wan", "tests/live", "tests")  # a file is one worker's: no large one comes last
 
 
 def _pytest(*arguments, python=sys.executable):

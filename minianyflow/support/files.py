@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -89,6 +90,14 @@ def _unfinished_folder(parent, target):
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_json(path, expected):
+    """The content of a JSON file. Raises InputError, which says what is `expected`, for one that cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path} is not JSON ({problem}); {expected}") from None
 
 
 def remove_leftovers(folder):

@@ -1,7 +1,4 @@
-"""Pictures of videos: contact sheets, players that work in a saved notebook, the curves of a video report.
-
-Videos are grey, (n, T, H, W) in [0, 1]; values outside are clipped.
-"""
+"""Contact sheets, players and curves. Videos are grey, (n, T, H, W) in [0, 1]; values outside are clipped."""
 
 import io
 from collections.abc import Sequence
@@ -25,10 +22,7 @@ _GREYS = 64  # a quarter of all: smaller files, and no eye sees it
 
 
 def save_figures(report: dict, ends: dict, clips: Sequence[int], codec: Codec, folder: Path) -> None:
-    """Write the pictures of a report: any-step curves of two measures, and a contact sheet of the clips SHOWN.
-
-    ends: {stage: {nfe: latents}}; clips: which of them to show.
-    """
+    """Write any-step curves of two measures, and a contact sheet of `clips` from `ends`, {stage: {nfe: latents}}."""
     curves = report | {"methods": {name: method for name, method in report["methods"].items() if name in CURVES}}
     save_figure(any_step_curves(curves, "sliced_w2", "sliced W2 of latents"), folder / "any_step.png")
     save_figure(any_step_curves(curves, "from_ideal", "distance from ideal blobs"), folder / "from_ideal.png")
@@ -42,10 +36,7 @@ def save_figures(report: dict, ends: dict, clips: Sequence[int], codec: Codec, f
 
 
 def contact_sheet(rows: dict, frames: Sequence[int] = (0, 4, 8, 12, 16), titles=blobs.PROMPTS) -> Figure:
-    """A figure of stills: a row for each video of `rows` {label: (n, T, H, W)}, a block of `frames` for each title.
-
-    Block k shows clip k. Raises InputError for a clip or a frame that a video does not have.
-    """
+    """Stills: a row per video of {label: (n, T, H, W)}, a block of `frames` per title; block k shows clip k."""
     rows = {label: _checked(label, video, len(titles), max(frames) + 1) for label, video in rows.items()}
     width = next(iter(rows.values())).shape[3]
     gap, inch = max(1, width // 16), 0.95  # pixels between stills; size of a still
@@ -69,10 +60,9 @@ def contact_sheet(rows: dict, frames: Sequence[int] = (0, 4, 8, 12, 16), titles=
 
 
 def player(video, titles=None, columns=8, scale=6, fps=8):
-    """The videos side by side, in a loop: an image for a notebook's output, which needs no kernel.
+    """The videos side by side, in a loop: an animated PNG for a notebook's output, since nbconvert shows no GIF.
 
-    video: (n, T, H, W), or {label: (n, T, H, W)} for one labelled row per entry; the first `columns` clips are shown,
-    under their `titles`. An animated PNG, since nbconvert shows no GIF; `animated_png` returns the bytes.
+    video: (n, T, H, W), or {label: (n, T, H, W)}, a row per entry; the first `columns` clips, under `titles`.
     """
     from IPython.display import Image as NotebookImage
 

@@ -16,16 +16,16 @@ from minianyflow.measures import frechet_distance, path_error, sliced_w2
 from minianyflow.support.errors import InputError
 from minianyflow.support.figures import draw_any_step, save_figure
 from minianyflow.support.files import staging_folder
-from minianyflow.support.reports import rounded
+from minianyflow.support.reports import rounded, write_report
 from minianyflow.wan.config import find_device
 from minianyflow.wan.data.latents import LatentSet
-from minianyflow.wan.data.options import WAN_NULL
+from minianyflow.wan.data.options import DTYPES, WAN_NULL
 from minianyflow.wan.data.read_video import read_video
 from minianyflow.wan.data.write_video import clip_sheet
 from minianyflow.wan.folders import decode_latents, load_parts
 from minianyflow.wan.sampler import step_label
 from minianyflow.wan.samples import Samples, motion, roughness, source_fingerprint
-from minianyflow.wan.sources import DTYPES, check_clip, check_numbers, find_source, known_clip, read_prompts
+from minianyflow.wan.sources import check_clip, check_numbers, find_source, identify, read_prompts
 
 DECODED = 64  # number of held-out clips that are decoded, at most
 SHOWN = (1, 4)  # step counts on the sheet, beside the most
@@ -68,7 +68,7 @@ def evaluate(
         if not number >= 1:
             raise InputError(f"{name} {number}; expected at least 1")
     steps, names, texts = sorted(set(steps)), labelled(sources), list(dict.fromkeys(read_prompts(file=prompts)))
-    clips = {name: known_clip(name) | (clip or {}) for name in names.values()}
+    clips = {name: identify(name)[1] | (clip or {}) for name in names.values()}
     sizes = {name: "{frames} x {height} x {width}".format(**size) for name, size in clips.items()}
     if len({*sizes.values()}) > 1:
         differ = ", ".join(f"{size} ({name})" for name, size in sizes.items())
@@ -86,13 +86,15 @@ def evaluate(
         check_clip(source, clips[name])
         shape, base = source.shape(clips[name]), source.config.base
         if data and shape != held_out.shape:
-            raise InputError(
-                f"{name} makes latents {shape}; expected {held_out.shape}, as {data} has: set another size"
-            )
-        scale = guidance if source.config.stage == "teacher" else 1.0  # a student has it inside
+            expected = f"expected {held_out.shape}, as {data} has: set another size"
+            raise InputError(f"{name} makes latents {shape}; {expected}")
+        scale, null = (guidance if source.config.stage == "teacher" else 1.0), ""  # a student has it inside
         if source.config.stage == "teacher" and scale == 1 and PartialState().is_main_process:
             print(f"note: {label} is a teacher, sampled without guidance; students have theirs inside", file=sys.stderr)
-        null = "" if scale == 1 else null_text(held_out) if negative is None else negative
+        if scale != 1:
+            null = negative if negative is not None else held_out.null_text if held_out else WAN_NULL
+            if null is None:
+                raise InputError(f"{data} does not say of which text its null prompt is; give the negative prompt")
         settings = {"source": source_fingerprint(name), "prompts": texts, "videos": videos, "clip": clips[name]}
         settings |= {"seed": seed, "precision": precision, "guidance": scale, "negative": null}
         samples[label] = Samples(Path(output) / label, settings)
@@ -100,10 +102,14 @@ def evaluate(
     if not PartialState().is_main_process:
         return None
     report = measured(samples, steps, shape, held_out, lambda: load_parts(base, "vae")[0].to(device), batch)
-    report = {"dataset": data and str(data), "prompts": str(prompts), "seeds": [seed]} | report
     report["methods"] = {label: {"source": names[label]} | method for label, method in report["methods"].items()}
-    report = rounded(report)
-    write(report, samples, output)
+    report = rounded({"dataset": data and str(data), "prompts": str(prompts), "seeds": [seed]} | report)
+    with staging_folder(output) as folder:
+        write_report(report, folder / "any_step.json")
+        save_figure(curves(report), folder / "any_step.png")
+        sheet(samples, steps).save(folder / "sheet.png")
+        titles = json.dumps(next(iter(samples.values())).titles(), indent=1, ensure_ascii=False)
+        (folder / "prompts.json").write_text(titles + "\n", encoding="utf-8")
     return report
 
 
@@ -114,15 +120,6 @@ def labelled(sources: list[str]) -> dict[str, str]:
         raise InputError(f"sources {', '.join(sources)}; expected different ones")
     length = next(n for n in range(1, 1 + max(map(len, parts))) if len({tuple(p[-n:]) for p in parts}) == len(parts))
     return {"-".join(part[-length:]): source for part, source in zip(parts, sources, strict=True)}
-
-
-def null_text(data: LatentSet | None) -> str:
-    """The text of the null prompt of a set of latents; without one, Wan's negative prompt."""
-    if data is None:
-        return WAN_NULL
-    if data.null_text is None:
-        raise InputError(f"{data.folder} does not say of which text its null prompt is; give the negative prompt")
-    return data.null_text
 
 
 # Measures
@@ -179,16 +176,6 @@ def _moving(figures):
 # The picture, the sheet and the table
 
 
-def write(report: dict, samples: dict[str, Samples], output: str | Path) -> None:
-    """Write a report, its curves, a sheet of stills and the prompts of the videos; whole or not at all."""
-    with staging_folder(output) as folder:
-        (folder / "any_step.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        save_figure(curves(report), folder / "any_step.png")
-        sheet(samples, next(iter(report["methods"].values()))["nfe"]).save(folder / "sheet.png")
-        titles = next(iter(samples.values())).titles()
-        (folder / "prompts.json").write_text(json.dumps(titles, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def curves(report: dict):
     """A Figure: every measure of a report against steps, a line per source, the data's own reading dotted."""
     import matplotlib.pyplot as plt
@@ -232,19 +219,17 @@ def table(report: dict) -> str:
     """All measures as text, a row per step count; with several sources, the ratio of each to the first."""
     methods = report["methods"]
     first, *others = methods
-    heads = [*methods, *(f"{name} / {first}" for name in others)]
-    widths = [max(10, len(head)) + 2 for head in heads]
-    lines = []
+    heads = ["steps", *methods, *(f"{name} / {first}" for name in others)]
+    widths, lines = [6, *(max(10, len(head)) + 2 for head in heads[1:])], []
     for name in _measures(report):
-        floor = report["floors"].get("data", {}).get(name)
+        floor, rows = report["floors"].get("data", {}).get(name), [heads]
         clips = f"{report['measure']['compared']} clips; " * (name in DISTANCES)  # a reading depends on their number
         lines += ["", _label(report, name) + (f" ({clips}data: {_number(floor)})" if floor is not None else "")]
-        lines.append("steps".rjust(6) + "".join(head.rjust(width) for head, width in zip(heads, widths, strict=True)))
         for place, nfe in enumerate(methods[first]["nfe"]):
             values = [method[name][0][place] if name in method else None for method in methods.values()]
             ratios = [value / values[0] if values[0] and value is not None else None for value in values[1:]]
-            cells = [*map(_number, values), *(_number(ratio, "{:.2f}") for ratio in ratios)]
-            lines.append(f"{nfe:6}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+            rows.append([str(nfe), *map(_number, values), *(_number(ratio, "{:.2f}") for ratio in ratios)])
+        lines += ["".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines[1:])
 
 

@@ -15,11 +15,11 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.files import new_folder
 from minianyflow.times import generator
 from minianyflow.wan.config import Config
+from minianyflow.wan.data.options import DTYPES
 from minianyflow.wan.folders import load_parts, quiet
 from minianyflow.wan.run import load_run, read_run
 from minianyflow.wan.run_networks import network_of, transformer_of, weights_in
 from minianyflow.wan.sampler import sample
-from minianyflow.wan.sources import DTYPES
 
 PIPELINES = {"bidirectional": AnyFlowPipeline, "causal": AnyFlowFARPipeline}
 TEACHER = """It is a teacher: it learnt r = t alone, so `use_mean_velocity=False` keeps the pipeline to its velocity.

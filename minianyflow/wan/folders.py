@@ -26,9 +26,8 @@ from diffusers import (
 )
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from minianyflow.networks.causal import coarse_patches
 from minianyflow.support.errors import InputError, choose
@@ -68,7 +67,7 @@ def load_transformer(
     and for weights that lack or add more than a new embedder and coarse patches.
     """
     kind, place = choose("architecture", architecture, CLASSES), _place(source, "transformer")
-    config = _load(source, "transformer", lambda: kind.load_config(**place))
+    config = load(source, "transformer", lambda: kind.load_config(**place))
     source_kind = _source_kind(source, config)
     if source_kind == "causal" != architecture:
         raise InputError(f"{source} is causal; expected Wan or a bidirectional one: set architecture=causal")
@@ -121,12 +120,12 @@ def load_parts(source: str | Path, *names: str, dtype: torch.dtype | None = None
 def _load_part(source, name, dtype):
     kind, place = choose("part", name, PARTS), _place(source, name, bare=False)
     if name == "scheduler":
-        class_name = _load(source, name, lambda: kind.load_config(**place)).get("_class_name")
+        class_name = load(source, name, lambda: kind.load_config(**place)).get("_class_name")
         kind = getattr(diffusers, str(class_name), None)
         if kind is None:
             raise InputError(f"the scheduler in {source} is a {class_name}, which diffusers does not have")
     if name in ("tokenizer", "scheduler"):
-        return _load(source, name, lambda: kind.from_pretrained(**place))
+        return load(source, name, lambda: kind.from_pretrained(**place))
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
     return _load_whole(source, name, kind, options | place, kind.__name__).eval().requires_grad_(False)
 
@@ -134,12 +133,12 @@ def _load_part(source, name, dtype):
 def codec_factor(source: str | Path) -> int:
     """Pixels per side of a latent, from the configuration of a source's codec; its weights are not loaded."""
     place = _place(source, "vae", bare=False)
-    return _load(source, "vae", lambda: AutoencoderKLWan.load_config(**place)).get("scale_factor_spatial", 8)
+    return load(source, "vae", lambda: AutoencoderKLWan.load_config(**place)).get("scale_factor_spatial", 8)
 
 
 def _load_whole(source, name, kind, options, class_name, new=()):
     """A module from its weights. Raises InputError if they lack or add any, but for names that start with `new`."""
-    module, info = _load(source, name, lambda: kind.from_pretrained(**options, output_loading_info=True))
+    module, info = load(source, name, lambda: kind.from_pretrained(**options, output_loading_info=True))
     lacking = [name for name in info["missing_keys"] if not name.startswith(tuple(new))]
     for verb, names in (("lack", lacking), ("add", info["unexpected_keys"])):
         if names:
@@ -151,9 +150,7 @@ def _load_whole(source, name, kind, options, class_name, new=()):
 def _place(source, name, bare=True):
     """The place of a part for from_pretrained. bare: a folder of the part alone will do."""
     folder = Path(source)
-    if not folder.is_dir():
-        if folder.exists() or str(source).count("/") != 1 or str(source)[0] in "./~":
-            raise InputError(f"no folder {source}; expected a pipeline folder, or a name on the hub like owner/model")
+    if not is_folder(source):
         return {"pretrained_model_name_or_path": str(source), "subfolder": name}
     if (folder / name).is_dir():
         return {"pretrained_model_name_or_path": str(folder), "subfolder": name}
@@ -163,11 +160,20 @@ def _place(source, name, bare=True):
     raise InputError(f"no {name} in {source}; expected a pipeline folder, which has it beside others; found {folders}")
 
 
-def _load(source, name, load):
-    """load(), quiet; what diffusers, transformers and the hub raise for a broken source becomes one line."""
+def is_folder(source: str | Path, expected="a pipeline folder, or a name on the hub like owner/model") -> bool:
+    """Whether `source` is a folder, and not a name on the hub like owner/model. Raises InputError for anything else."""
+    if Path(source).is_dir():
+        return True
+    if Path(source).exists() or str(source).count("/") != 1 or str(source)[0] in "./~":
+        raise InputError(f"no folder {source}; expected {expected}")
+    return False
+
+
+def load(source: str | Path, name: str, action: Callable):
+    """action(), quiet; what diffusers, transformers and the hub raise for a broken source becomes one line."""
     try:
         with quiet():
-            return load()
+            return action()
     except Exception as problem:
         why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         todo = "fetch or make it again" if Path(source).is_dir() else "check the name and the network, or give a folder"
@@ -241,6 +247,7 @@ def _scale(vae):
 TINY_LENGTH = 32  # tokens of a prompt
 TINY_TRANSFORMER = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 2}
 TINY_TEXT = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
+TINY_TEXT |= {"vocab_size": 304}  # ByT5 takes 259
 TINY_CODEC = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}  # 16 channels and all factors are Wan's
 COLOURS = {"red": (1, 0.2, 0.2), "green": (0.2, 1, 0.2), "blue": (0.2, 0.2, 1), "yellow": (1, 1, 0.2)}
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -255,8 +262,8 @@ def make_tiny_wan(folder: str | Path, seed: int = 0, clips: int = 16, null: str 
     with new_folder(folder) as inside, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         captions, video = moving_shapes(clips, generator(seed))
-        tokenizer = _tokenizer(captions)
-        text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TINY_TEXT)).eval()
+        tokenizer = ByT5Tokenizer(extra_ids=0)  # a token per byte
+        text_encoder = UMT5EncoderModel(UMT5Config(**TINY_TEXT)).eval()
         vae = AutoencoderKLWan(**TINY_CODEC, latents_mean=[0.0] * 16, latents_std=[1.0] * 16).eval()
         raw = encode_video(vae, video)
         mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
@@ -287,17 +294,3 @@ def moving_shapes(count: int, source: torch.Generator, frames: int = 17, size: i
         videos.append(0.3 + inside * (torch.tensor(paint).view(3, 1, 1) - 0.3))
         captions.append(f"a {shade} {('square', 'disc')[kind[number]]} moves {name}")
     return captions, torch.stack(videos)
-
-
-def _tokenizer(captions):
-    """Bytes, and merges of them that are common in `captions`: every text is known, these are short."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(sorted(captions), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from minianyflow.networks.lora_roles import merge_role
 from minianyflow.networks.weights import fingerprint, load_role, save_role
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import remove_leftovers, staging_folder
+from minianyflow.support.files import read_json, remove_leftovers, staging_folder
 from minianyflow.training import Role
 from minianyflow.wan.checkpoints import Checkpoints
 from minianyflow.wan.config import Config, as_yaml, find_device, identity, load_config
@@ -194,11 +194,7 @@ def read_run(folder: str | Path) -> tuple[Config, dict]:
     for name in ("config.yaml", "run.json"):
         if not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}; expected a run folder, which a finished run leaves")
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise InputError(f"{folder / 'run.json'} is not JSON ({problem}); put it back as it was written") from None
-    return load_config([folder / "config.yaml"]), run
+    return load_config([folder / "config.yaml"]), read_json(folder / "run.json", "put it back as it was written")
 
 
 def load_run(folder: str | Path, role: str = "student", dtype=torch.float32, device="cpu") -> tuple[nn.Module, Config]:

@@ -27,7 +27,7 @@ from minianyflow.networks.wan import Autocast, WanNetwork
 from minianyflow.networks.weights import load_role
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config
-from minianyflow.wan.folders import load_transformer
+from minianyflow.wan.folders import is_folder, load_transformer
 
 
 class RunNetworks:
@@ -152,7 +152,6 @@ def weights_in(source: str | Path, role: str = "student", whole: bool = False) -
         return transformer if transformer.exists() else source
     if adapter.exists():
         return adapter
-    if not folder.is_dir() and (str(source).count("/") != 1 or str(source)[0] in "./~"):
-        raise InputError(f"no folder {source}; expected the folder of a finished run")
+    is_folder(source, "the folder of a finished run")
     expected = "a finished run: name whole weights as base=, or set trained=full"
     raise InputError(f"{source} is no run with an adapter of role {role!r}; expected {expected}")

@@ -8,11 +8,12 @@ from tqdm import tqdm
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
 from minianyflow.wan.config import find_device
+from minianyflow.wan.data.options import DTYPES
 from minianyflow.wan.data.read_video import read_video
 from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.folders import decode_latents, encode_prompts, encode_video, load_parts
 from minianyflow.wan.sampler import sample, step_label
-from minianyflow.wan.sources import DTYPES, check_clip, check_numbers, find_source
+from minianyflow.wan.sources import check_clip, check_numbers, find_source
 
 
 def sample_clips(

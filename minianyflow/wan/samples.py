@@ -11,7 +11,6 @@ on seed and number alone: it is the same for every source and step count.
 
 import gc
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -27,6 +26,8 @@ from tqdm import tqdm
 
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.support.errors import InputError
+from minianyflow.support.files import read_json
+from minianyflow.support.reports import write_report
 from minianyflow.times import generator
 from minianyflow.wan.data.write_video import write_clip
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
@@ -35,6 +36,7 @@ from minianyflow.wan.sources import Source
 
 MOST = 2**28  # numbers in the latents that stay on disk: 1 GB per step count, 128 clips of Wan's size
 LONGEST = 240  # bytes of a file name without its suffix
+AGAIN = "name another folder for the output, or remove it"
 
 
 class Samples:
@@ -46,13 +48,13 @@ class Samples:
     def __init__(self, folder: str | Path, settings: dict):
         self.folder, self.settings = Path(folder), settings
         self.prompts, self.videos, self.seed = (settings[name] for name in ("prompts", "videos", "seed"))
-        before = _read_json(self.folder / "settings.json")
+        path = self.folder / "settings.json"
+        before = read_json(path, AGAIN) if path.exists() else {}
         for name in settings if before else ():
             if before.get(name) != settings[name]:
-                what = f"{folder} holds clips that were sampled with another setting ({name})"
-                raise InputError(f"{what}; name another folder for the output, or remove it")
+                raise InputError(f"{folder} holds clips that were sampled with another setting ({name}); {AGAIN}")
         if not before and PartialState().is_main_process:
-            self._put(self.folder / "settings.json", partial(_write_json, settings))
+            self._put(path, partial(write_report, settings))
 
     @property
     def count(self) -> int:
@@ -86,13 +88,14 @@ class Samples:
 
     def figures(self, steps: int) -> dict[str, list[float]]:
         """Evaluations, seconds and motion: {name: [one per clip]}."""
-        clips = [_read_json(self.latents(steps, number).with_suffix(".json")) for number in range(self.count)]
+        clips = [read_json(self.latents(steps, number).with_suffix(".json"), AGAIN) for number in range(self.count)]
         return {name: [clip[name] for clip in clips] for name in clips[0]}
 
     def vbench(self, steps: int) -> dict[str, float]:
         """{dimension: score} of all `*_eval_results.json` in vbench/, {} if VBench was not run."""
         files = sorted((self.folder / "vbench" / f"{steps}_steps").glob("*_eval_results.json"))
-        return {f"vbench_{name}": float(score) for file in files for name, (score, *_) in _read_json(file).items()}
+        results = [result for file in files for result in read_json(file, AGAIN).items()]
+        return {f"vbench_{name}": float(score) for name, (score, *_) in results}
 
     def make(self, source: Source, shape, steps, dtype, device, batch=1, guidance=1.0, negative="") -> None:
         """Text encoder, then transformer, then codec, one after another on the device, as far as clips are missing.
@@ -119,7 +122,8 @@ class Samples:
         pieces = _mine([(count, n[k : k + batch]) for count, n in missing.items() for k in range(0, len(n), batch)])
         device, network = embedded.device, EvaluationCounter(source.network)
         u = guided_network(network, source.config, embedded[-1:], guidance) if guidance != 1 else network
-        with _bar("sampling", self.folder.name, sum(count * len(numbers) for count, numbers in pieces), "step") as bar:
+        total = sum(count * len(numbers) for count, numbers in pieces)
+        with tqdm(total=total, unit="step", desc=f"sampling {self.folder.name}", disable=None) as bar:
             for count, numbers in pieces:
                 noise = torch.stack([torch.randn(shape, generator=generator(self.seed, number)) for number in numbers])
                 prompt = embedded[[number % len(self.prompts) for number in numbers]]
@@ -139,7 +143,7 @@ class Samples:
         """Decode, write and measure the clips that are not finished."""
         missing = [(count, n) for count in steps for n in range(self.count) if not self.finished(count, n)]
         pieces = _mine([missing[k : k + batch] for k in range(0, len(missing), batch)])
-        with _bar("decoding", self.folder.name, sum(map(len, pieces)), "clip") as bar:
+        with tqdm(total=sum(map(len, pieces)), unit="clip", desc=f"decoding {self.folder.name}", disable=None) as bar:
             for piece in pieces:
                 latents = torch.stack([self._read(self.latents(*place)) for place in piece])
                 videos = decode_latents(vae, latents.to(vae.device), batch).cpu()
@@ -148,7 +152,7 @@ class Samples:
                     with safe_open(path, "pt") as file:
                         figures = {name: float(value) for name, value in file.metadata().items()} | motion(video)
                     self._put(self.video(count, number), partial(write_clip, clip=video))
-                    self._put(path.with_suffix(".json"), partial(_write_json, figures))
+                    self._put(path.with_suffix(".json"), partial(write_report, figures))
                     if number >= self.compared(latents.shape[1:]):
                         path.unlink()
                     bar.update()
@@ -217,24 +221,7 @@ def _mine(items):
     return items[state.process_index :: state.num_processes]
 
 
-def _bar(what, name, total, unit):
-    return tqdm(total=total, unit=unit, desc=f"{what} {name}", disable=None if total else True)
-
-
 def _now(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _write_json(value, path):
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        raise InputError(f"{path} cannot be read; remove it, or name another folder for the output") from None

@@ -1,6 +1,5 @@
 """What can be sampled: the folder of a run, an exported pipeline, released AnyFlow weights or Wan2.1 itself."""
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,9 +10,10 @@ from diffusers import DiffusionPipeline
 
 from minianyflow.networks.causal_attention import chunk_partition, compressed_chunks
 from minianyflow.support.errors import InputError
+from minianyflow.support.files import read_json
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.options import WAN_CLIP
-from minianyflow.wan.folders import codec_factor, load_parts, load_transformer, quiet
+from minianyflow.wan.folders import codec_factor, is_folder, load, load_parts, load_transformer
 from minianyflow.wan.run import load_run, read_run
 from minianyflow.wan.run_networks import network_of
 
@@ -22,8 +22,7 @@ KINDS = {  # pipelines of diffusers, as architecture and stage; Wan2.1 itself is
     "AnyFlowFARPipeline": ("causal", "forward"),
     "WanPipeline": ("bidirectional", "teacher"),
 }
-EXPECTED = "expected the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPECTED = "the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
 
 
 @dataclass
@@ -46,70 +45,46 @@ class Source:
 
 def find_source(name: str, dtype: torch.dtype, device: torch.device | str) -> Source:
     """The `Source` called `name`, a folder or a name on the hub. Raises InputError for another name."""
-    identity = _identify(name)
+    config, clip = identify(name)
+    if any(str(start).startswith("nvidia/") for start in (config.base, config.student, config.teacher)):
+        licence = "NVIDIA's released AnyFlow weights carry a non-commercial licence; see their page on the hub"
+        print(f"note: {licence}", file=sys.stderr)
     if _is_run(name):
-        config, run = identity
-        _note_licence(config.base, config.student, config.teacher)
         transformer, config = load_run(name, "student", dtype, device)
-        return Source(network_of(transformer, config), config, run["clip"])
-    _note_licence(name)
-    (architecture, stage), beside = identity, _beside(name)
-    transformer = load_transformer(name, architecture, dtype, device=device)
+        return Source(network_of(transformer, config), config, clip)
+    transformer = load_transformer(name, config.architecture, dtype, device=device)
     (scheduler,) = load_parts(name, "scheduler")
     shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))  # flow_shift is Wan's own
-    config = replace(load_config([architecture]), base=name, shift=shift, stage=beside.get("stage", stage))
-    if architecture == "causal":
+    config = replace(config, shift=shift)
+    if config.architecture == "causal":
         first, *others = transformer.config.chunk_partition
         config = replace(config, causal=replace(config.causal, first=first, rest=max(others, default=first)))
     network = network_of(transformer, config)
     network.timesteps = float(scheduler.config.num_train_timesteps)  # tiny ones count to 5: wan.TINY_TIMESTEPS
-    return Source(network, config, WAN_CLIP | beside.get("clip", {}), codec_factor(name))
+    return Source(network, config, clip, codec_factor(name))
 
 
-def known_clip(name: str) -> dict[str, int]:
-    """The `clip` of a source, before its weights are loaded. Raises InputError as `find_source`, as far as it can."""
-    identity = _identify(name)
-    return identity[1]["clip"] if _is_run(name) else WAN_CLIP | _beside(name).get("clip", {})
+def identify(name: str) -> tuple[Config, dict[str, int]]:
+    """Configuration and usual clip of a source, before its weights are loaded. Raises InputError as `find_source`."""
+    folder, index, beside = Path(name), Path(name) / "model_index.json", Path(name) / "minianyflow.json"
+    local = is_folder(name, EXPECTED)
+    if _is_run(name):
+        config, run = read_run(name)
+        return config, run["clip"]
+    if local and not index.is_file():
+        raise InputError(f"neither run.json nor model_index.json in {folder}; expected {EXPECTED}")
+    index = load(name, "pipeline", lambda: DiffusionPipeline.load_config(name))
+    kind, more = index.get("_class_name"), (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps")
+    if kind not in KINDS or more:
+        raise InputError(f"{name} holds a {kind}{' of Wan2.2' if more else ''}; expected {EXPECTED}")
+    architecture, stage = KINDS[kind]
+    exported = read_json(beside, "export the run again") if beside.is_file() else {}
+    config = replace(load_config([architecture]), base=name, stage=exported.get("stage", stage))
+    return config, WAN_CLIP | exported.get("clip", {})
 
 
 def _is_run(name):
     return any((Path(name) / file).is_file() for file in ("config.yaml", "run.json"))
-
-
-def _identify(name):
-    """(Config, run.json) of a run; (architecture, stage) of a pipeline, by its index."""
-    folder = Path(name).is_dir()
-    if not folder and (Path(name).exists() or name.count("/") != 1 or name[0] in "./~"):
-        raise InputError(f"no folder {name}; {EXPECTED}")
-    if _is_run(name):
-        return read_run(name)
-    if folder and not (Path(name) / "model_index.json").is_file():
-        raise InputError(f"neither run.json nor model_index.json in {name}; {EXPECTED}")
-    try:
-        with quiet():
-            index = DiffusionPipeline.load_config(name)
-    except Exception as problem:  # diffusers and the hub raise any kind of error for a broken source
-        why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-        raise InputError(f"{name} does not load ({why}); check the name and the network, or give a folder") from None
-    kind, more = index.get("_class_name"), (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps")
-    if kind not in KINDS or more:
-        raise InputError(f"{name} holds a {kind}{' of Wan2.2' if more else ''}; {EXPECTED}")
-    return KINDS[kind]
-
-
-def _beside(name):
-    """What an export wrote beside its pipeline; {} for other pipelines."""
-    beside = Path(name) / "minianyflow.json"
-    try:
-        return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    except ValueError as problem:
-        raise InputError(f"{beside} is not JSON ({problem}); export the run again") from None
-
-
-def _note_licence(*names):
-    if any(str(name).startswith("nvidia/") for name in names):
-        released = "NVIDIA's released AnyFlow weights carry a non-commercial licence"
-        print(f"note: {released}; see their page on the hub", file=sys.stderr)
 
 
 def check_numbers(steps: list[int], **frames: int | None) -> None:

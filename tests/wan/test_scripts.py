@@ -19,7 +19,7 @@ from minianyflow.times import generator
 from minianyflow.training import Role
 from minianyflow.wan.commands import export
 from minianyflow.wan.commands import sample as sampling
-from minianyflow.wan.config import load_config
+from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.export import notes
@@ -463,7 +463,7 @@ def test_released_weights_come_with_a_word_on_their_notes(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         sampling(["--help"])
     assert "commercial licence" in " ".join(capsys.readouterr().out.split())  # it may break at the hyphen
-    monkeypatch.setattr("minianyflow.wan.sources._identify", lambda name: ("bidirectional", "forward"))
+    monkeypatch.setattr("minianyflow.wan.sources.identify", lambda name: (Config(base=name), {}))
 
     def load(*arguments, **options):
         raise InputError("as far as this goes")

@@ -343,7 +343,7 @@ def test_parts_keep_their_dtype_rules_and_are_whole(copied):
     with pytest.raises(InputError, match=r"the scheduler in .* is a Clock"):
         load_parts(copied, "scheduler")
     level = transformers.utils.logging.get_verbosity()
-    (copied / "tokenizer/tokenizer.json").write_text("{")
+    (copied / "tokenizer/tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match=r"the tokenizer of .* does not load"):
         load_parts(copied, "tokenizer")
     assert transformers.utils.logging.get_verbosity() == level  # and nobody is left silenced

@@ -38,7 +38,7 @@ from minianyflow.wan.data.latents import (
 )
 from minianyflow.wan.data.options import DTYPES, Options
 from minianyflow.wan.data.read_video import read_frames, to_float
-from minianyflow.wan.folders import encode_prompts, encode_video, load_parts
+from minianyflow.wan.folders import encode_prompts, encode_video, is_folder, load, load_parts
 
 SKIPPED, UNFINISHED = "skipped.jsonl", ".unfinished"  # why clips were skipped; the folder of the lock
 BATCH = 8  # prompts that are encoded together; fixed, because rounding depends on it
@@ -53,16 +53,10 @@ SKIP, FEW, RECENT = 0.1, 20, 1000  # a share of the last clips may be skipped, o
 
 def fetch(base: str) -> Path:
     """The folder of a pipeline: `base` itself, or what the hub has under that name, without its transformer."""
-    if Path(base).is_dir():
+    if is_folder(base):
         return Path(base)
-    if Path(base).exists() or str(base).count("/") != 1 or str(base)[0] in "./~":
-        raise InputError(f"no folder {base}; expected a pipeline folder, or a name on the hub like owner/model")
-    try:
-        parts = ["model_index.json", "vae/*", "text_encoder/*", "tokenizer/*"]
-        return Path(huggingface_hub.snapshot_download(str(base), allow_patterns=parts))
-    except Exception as problem:
-        why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-        raise InputError(f"{base} cannot be fetched ({why}); check name and network, or give a folder") from None
+    parts = ["model_index.json", "vae/*", "text_encoder/*", "tokenizer/*"]
+    return Path(load(base, "pipeline", lambda: huggingface_hub.snapshot_download(base, allow_patterns=parts)))
 
 
 def model_identity(folder: Path) -> dict[str, str]:
