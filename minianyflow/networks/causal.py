@@ -219,7 +219,7 @@ def causal_backward_simulation(
     return simulate
 
 
-def tiny_causal(seed: int = 0, **changes) -> AnyFlowFARTransformer3DModel:
+def tiny_causal(seed: int = 0, **changes: object) -> AnyFlowFARTransformer3DModel:
     """A fresh causal transformer of the size in TINY, for latents (5, 4, 4, 4) in chunks 1, 2, 2."""
     torch.manual_seed(seed)
     transformer = AnyFlowFARTransformer3DModel(**TINY_CAUSAL | changes)

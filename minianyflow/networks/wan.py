@@ -93,7 +93,7 @@ def check_latents(z: Latents, config: dict) -> None:
         raise InputError(f"latents of {z.shape[3]} x {z.shape[4]}; expected a size that patches {high} x {wide} divide")
 
 
-def tiny_transformer(seed: int = 0, **changes) -> AnyFlowTransformer3DModel:
+def tiny_transformer(seed: int = 0, **changes: object) -> AnyFlowTransformer3DModel:
     """A fresh transformer of the size in TINY; its target-time embedder starts as a copy of its time embedder."""
     torch.manual_seed(seed)
     transformer = AnyFlowTransformer3DModel(**TINY | changes)
