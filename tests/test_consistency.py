@@ -32,15 +32,6 @@ def test_the_exact_map_is_its_own_target():
     assert float((target - exact).abs().max()) < 1e-9
 
 
-def test_the_last_cell_needs_no_network():
-    def u(z, t, r):
-        raise AssertionError("asked for a row whose target is known")
-
-    t = torch.full((4,), 1 / 64, dtype=torch.float64)
-    target = consistency_target(u, Z[:4], t, 0 * t, GAUSSIAN.velocity)
-    assert torch.allclose(target, GAUSSIAN.velocity(Z[:4], t))
-
-
 def test_continuous_tangent_is_normalised_and_warmed_up():
     u = MLP(shape=(1,)).double()
     v = GAUSSIAN.velocity(Z, T)

@@ -139,16 +139,3 @@ def published_fixed_point(z, t, r):
     inside = SCALE * CONDITIONAL.velocity(state, tau.flatten())
     inside = inside + (1 - SCALE) * UNCONDITIONAL.average_velocity(state, tau.flatten(), r)
     return (inside.reshape(tau.shape) * weights / 2).sum(1, keepdim=True)
-
-
-def test_exact_guidance_equals_two_passes():
-    """On the diagonal the guided target is what two forwards of the unguided model would combine to."""
-    u = Affine(2)
-    u.theta.data.normal_(generator=generator(4))
-    guidance = Guidance(SCALE, {"label": torch.zeros(1, dtype=torch.long)})
-    z, v = torch.randn(2, 6, 1, dtype=torch.float64)
-    t = torch.rand(6, dtype=torch.float64)
-    kept = torch.tensor([True, False, True, True, False, True])
-    v_null = u(z, t, t, label=torch.zeros(6, dtype=torch.long)).detach()
-    expected = torch.where(kept[:, None], v_null + SCALE * (v - v_null), v)
-    assert torch.allclose(v + guidance.pull(u, z, t, t, v, kept, {"label": torch.ones(6, dtype=torch.long)}), expected)
