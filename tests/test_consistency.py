@@ -7,7 +7,6 @@ from minianyflow.consistency import ConsistencyLoss, consistency_target, continu
 from minianyflow.interpolant import interpolate
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import eulerian_target
-from tests.refused import refused
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
@@ -85,16 +84,3 @@ def test_gradient_reaches_the_student_alone(form):
     assert raw["consistency"] > 0
     assert all(weight.grad.abs().sum() > 0 for weight in student.parameters())
     assert all(weight.grad is None for weight in average.parameters())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({}, "average="),
-        ({"form": "discreet"}, "did you mean 'discrete'"),
-        ({"average": MLP(), "grid": 0}, "grid >= 1"),
-    ],
-)
-def test_bad_input_is_one_clear_line(arguments, words):
-    with refused(words):
-        ConsistencyLoss(lambda z, t: z, **arguments)

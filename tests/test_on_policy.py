@@ -19,7 +19,6 @@ from minianyflow.on_policy import (
     draw_rollouts,
 )
 from minianyflow.times import draw_pairs, generator, time_grid
-from tests.refused import refused
 from toy_data.gaussians import Gaussian
 
 EVERY = [(steps, step) for steps in STEPS for step in range(steps)]
@@ -177,12 +176,3 @@ def test_both_roles_learn_and_neither_trains_the_other():
     FakeScoreLoss(student)(fake, batch)[0].mean().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in fake.parameters())
     assert all(weight.grad is None for weight in student.parameters())
-
-
-def test_bad_input_is_one_clear_line():
-    with refused("outside 0"):
-        backward_simulation_times(torch.tensor([4]), torch.tensor([4]))
-    with refused("at least one step"):
-        draw_rollouts(3, steps=(0, 2))
-    with refused("did you mean 'logit_normal'"):
-        draw_on_policy((2,), 4, fake_time="logitnormal")
