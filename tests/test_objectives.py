@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import interpolate
@@ -67,7 +68,7 @@ def gradients(losses, u):
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_gradient_through_a_target_and_one_to_every_weight(name):
     """The gradient is that of plain regression on the target of a copy."""
-    u, copy, teacher = MLP(), MLP(), torch.nn.Linear(2, 2)  # a teacher with weights of its own
+    u, copy, teacher = MLP(), MLP(), nn.Linear(2, 2)  # a teacher with weights of its own
     batch, loss = batch_of(32), FlowMapLoss({name: 1.0}, lambda z, t: teacher(z) * t[:, None])
     loss(u, batch)[0].mean().backward()
     assert all(bool(weight.grad.abs().sum() > 0) for weight in u.parameters())
@@ -144,9 +145,8 @@ def test_any_kind_of_row_may_be_absent(pairs, rebalance):
         loss, raw = FlowMapLoss(ALL, GAUSSIAN.velocity, rebalance=rebalance, adaptive=0.5)(u, batch_of(count, **pairs))
         loss.mean().backward()
         assert loss.shape == (count,)
-        assert all(
-            bool(value.isfinite().all()) for value in (*raw.values(), *(weight.grad for weight in u.parameters()))
-        )
+        assert all(map(torch.isfinite, raw.values()))
+        assert bool(nn.utils.get_total_norm([weight.grad for weight in u.parameters()]).isfinite())
 
 
 @pytest.mark.parametrize("name", FLOW_MAPS)
@@ -198,7 +198,7 @@ def test_a_state_has_any_shape(shape):
     assert torch.allclose(*ends, atol=1e-6)
 
 
-def test_guidance_replaces_what_it_names_and_needs_dropped_rows():
+def test_guidance_replaces_what_it_names():
     guidance = Guidance(2.0, {"label": torch.zeros(1, dtype=torch.long)}, published=False)
 
     def u(z, t, r, label, shift):
