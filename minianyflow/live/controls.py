@@ -36,7 +36,7 @@ class Scene:
 
     def __init__(self, **start):
         self.errors, self.player, self.message = [], Player(), ipywidgets.HTML()
-        self.controls = self.make_controls()
+        self.controls = self.make_controls() | {"seed": slider("noise, seed", range(10), 0)}
         for name, value in start.items():
             self.set(name, value)
         row = ipywidgets.HBox(list(self.controls.values()), layout={"flex_flow": "row wrap"})
@@ -47,7 +47,7 @@ class Scene:
         self.player.observe(self.on_pick, "picked")
 
     def make_controls(self) -> dict[str, ipywidgets.Widget]:
-        """The controls by name, in the order shown."""
+        """The controls by name, in the order shown; that of the noise's seed comes last."""
         return {}
 
     def draw(self, pack: Pack, **state) -> dict:
@@ -152,8 +152,3 @@ def slider(label: str, options: Iterable[float], value: float) -> ipywidgets.Sel
     """A control that slides along `options`, numbers."""
     options = [(f"{option:.3g}", option) for option in options]
     return ipywidgets.SelectionSlider(options=options, value=value, description=label, **LOOKS)
-
-
-def seed_control() -> ipywidgets.SelectionSlider:
-    """The control of the noise's seed."""
-    return slider("noise, seed", range(10), 0)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from minianyflow.live.controls import Scene, dropdown, seed_control, slider
+from minianyflow.live.controls import Scene, dropdown, slider
 from minianyflow.live.player import time_axis
 from minianyflow.measures import sobol_noise
 from minianyflow.networks.mlp import EvaluationCounter
@@ -42,14 +42,13 @@ class Exposure(Scene):
     offline_particles = 120
 
     def make_controls(self):
-        """Which frames are the context, the number of steps per frame, the students, noise."""
+        """Which frames are the context, the number of steps per frame, the students."""
         return {
             "context": dropdown("each frame after", [OWN, TRUE]),
             "steps": slider("steps a frame", [1, 2, 4, 16], 1),
             "left": dropdown("left", exposure.KEPT),
             "right": dropdown("right", exposure.KEPT, "on-policy"),
             "copy": slider("training seed", [0, 1, 2], TYPICAL),
-            "seed": seed_control(),
         }
 
     def draw(self, pack, particles, context, steps, left, right, copy, seed):

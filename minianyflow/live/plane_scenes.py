@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from minianyflow.flow_map import rollout, velocity
-from minianyflow.live.controls import LOOKS, Scene, dropdown, seed_control, slider
+from minianyflow.live.controls import LOOKS, Scene, dropdown, slider
 from minianyflow.live.player import Pack, time_axis
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import EvaluationCounter
@@ -69,12 +69,11 @@ class Race(Scene):
     offline: ClassVar = {"steps": (1, 2, 4, 8, 16, 32, 64), "dataset": DATASETS}
 
     def make_controls(self):
-        """Number of steps, data, students, noise."""
+        """Number of steps, data, students."""
         return {
             "steps": slider("steps", [1, 2, 4, 8, 16, 32, 64, 128], 4),
             "dataset": dropdown("data", DATASETS),
             "flow_map": dropdown("flow map", MAPS),
-            "seed": seed_control(),
         }
 
     def draw(self, pack, particles, steps, dataset, flow_map, seed):
@@ -101,7 +100,7 @@ class Triangle(Scene):
     chain = None  # the times where a user has placed the dots; else they are evenly spaced
 
     def make_controls(self):
-        """The first and the last time, the number of jumps between them, the map, data, noise."""
+        """The first and the last time, the number of jumps between them, the map, data."""
         times = [k / FINE for k in range(FINE + 1)]
         return {
             "jumps": slider("jumps", [1, 2, 3, 4, 6, 8], 1),
@@ -109,7 +108,6 @@ class Triangle(Scene):
             "target": slider("to r", times[:-1], 0.0),
             "method": dropdown("map", MAPS | {"Euler, exact velocity": "euler"}),
             "dataset": dropdown("data", DATASETS),
-            "seed": seed_control(),
         }
 
     def on_change(self, change):
@@ -163,13 +161,12 @@ class BackwardSimulation(Scene):
     offline: ClassVar = {"steps": (4, 8, 16, 50), "g": (0, 1, 3, 7)}  # with two steps g changes nothing
 
     def make_controls(self):
-        """N and g, as on-policy training draws them; the map, data, noise."""
+        """N and g, as on-policy training draws them; the map, data."""
         controls = {
             "steps": slider("N, steps of the rollout", STEPS, 16),
             "g": ipywidgets.IntSlider(3, 0, 15, description="g, the step kept", **LOOKS),
             "method": dropdown("flow map", MAPS),
             "dataset": dropdown("data", DATASETS),
-            "seed": seed_control(),
         }
         controls["steps"].observe(lambda change: setattr(controls["g"], "max", change["new"] - 1), "value")
         return controls

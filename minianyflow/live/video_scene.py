@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from minianyflow.live.controls import Scene, dropdown, seed_control
+from minianyflow.live.controls import Scene, dropdown
 from minianyflow.live.player import time_axis
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TextEncoder
@@ -57,11 +57,10 @@ class Video(Scene):
     offline: ClassVar = {"whole": ("on_policy", "consistency", "teacher"), "chunks": tuple(CHUNKS.values())}
 
     def make_controls(self):
-        """The student above, the student below, noise."""
+        """The student above, the student below."""
         return {
             "whole": dropdown("whole clips (above)", WHOLE),
             "chunks": dropdown("chunk by chunk (below)", CHUNKS),
-            "seed": seed_control(),
         }
 
     def draw(self, pack, particles, whole, chunks, seed):

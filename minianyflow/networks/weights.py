@@ -220,6 +220,7 @@ def fingerprint(source: str | Path) -> str:
             tensors |= dict.fromkeys(opened.keys(), opened)
         if (folder / "config.json").is_file():
             config = _public(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            config.pop("transformers_version", None)  # who saved a model changes nothing
             digest.update(json.dumps(config, sort_keys=True).encode())
         for name, opened in sorted(tensors.items()):
             tensor = opened.get_tensor(name)

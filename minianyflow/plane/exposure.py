@@ -90,7 +90,6 @@ def draw_clips(process: CircleProcess, rows: int, seeds: Sequence[int], simulate
 
 def make_arm(arm: str, network: CausalMLP, process: CircleProcess, seeds: Sequence[int], budget: Budget):
     """The roles, `draw(step)` and the evaluation counters of an arm. The real score is that of the joint law, exact."""
-    choose("arm", arm, dict.fromkeys(ARMS))
     student, mixed = EvaluationCounter(network), FLOW_MAPS["mixed"]
     if arm in FORCING:
         counters, exact = {"student": student}, None

@@ -76,19 +76,18 @@ def animated_png(video, titles: Sequence[str] | None = None, columns=8, scale=6,
     shapes = {clips.shape for clips in rows.values()}
     if len(shapes) != 1 or scale < 1 or fps <= 0:
         raise InputError(f"videos {shapes}, scale {scale}, fps {fps}; expected one shape for all rows, scale 1 or more")
-    frames = [np.concatenate([clips[:, k] for clips in rows.values()]) for k in range(next(iter(shapes))[1])]
-    background, corners, bar = _background(list(rows), titles or [], next(iter(shapes)), scale)
+    shades = np.round(np.clip(list(rows.values()), 0, 1) * (_GREYS - 1)) * 255 / (_GREYS - 1)
+    large = repeat(shades.round(), "row clip t height width -> t row (height y) clip (width x)", y=scale, x=scale)
+    gap = (0, max(4, scale))
+    spaced = np.pad(large.astype(np.uint8), ((0, 0), (0, 0), gap, (0, 0), gap), constant_values=255)
+    frames = rearrange(spaced, "t row height clip width -> t (row height) (clip width)")
+    background, place, (left, top, right, bottom) = _background(list(rows), titles or [], next(iter(shapes)), scale)
     pictures = []
-    for k, tiles in enumerate(frames):
-        picture = background.copy()
-        for tile, (left, top) in zip(tiles, corners, strict=True):
-            grey = np.round(np.round(np.clip(tile, 0, 1) * (_GREYS - 1)) * 255 / (_GREYS - 1)).astype(np.uint8)
-            large = repeat(grey, "height width -> (height y) (width x)", y=scale, x=scale)
-            picture.paste(Image.fromarray(large), (left, top))
-        left, top, right, bottom = bar
-        done = left + (right - left) * (k + 1) // len(frames)
+    for k, frame in enumerate(frames, 1):
+        pictures.append(picture := background.copy())
+        picture.paste(Image.fromarray(frame), place)
+        done = left + (right - left) * k // len(frames)
         ImageDraw.Draw(picture).rectangle((left, top, done, bottom), fill=90)
-        pictures.append(picture)
     file, tick = io.BytesIO(), 1000 / fps
     hold = [tick] * (len(pictures) - 1) + [tick + 500]
     pictures[0].save(file, "png", save_all=True, append_images=pictures[1:], duration=hold, loop=0)
@@ -96,7 +95,7 @@ def animated_png(video, titles: Sequence[str] | None = None, columns=8, scale=6,
 
 
 def _background(labels, titles, shape, scale):
-    """The background: a picture with labels and titles, the corners of the tiles, and the box of the bar."""
+    """The background: a picture with labels and titles, the corner of the clips, and the box of the bar."""
     count, _, height, width = shape
     font = ImageFont.load_default(16)
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
@@ -113,7 +112,7 @@ def _background(labels, titles, shape, scale):
         pen.multiline_text(place, label, fill=0, font=font, anchor="rm", align="right")
     bar = (left, bottom, right - 1, bottom + 3)
     pen.rectangle(bar, fill=225)
-    return picture, [(left + x * step_x, top + y * step_y) for y in range(len(labels)) for x in range(count)], bar
+    return picture, (left, top), bar
 
 
 def any_step_curves(report: dict, measure: str, ylabel: str | None = None) -> Figure:

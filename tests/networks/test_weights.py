@@ -250,7 +250,7 @@ def test_a_fingerprint_is_of_what_a_folder_holds_and_not_of_its_place(tmp_path):
         assert fingerprint(tmp_path / "b") != before
     (tmp_path / "b/part-9.safetensors").unlink()
     told = json.loads((tmp_path / "b/config.json").read_text())
-    (tmp_path / "b/config.json").write_text(json.dumps(told | {"_diffusers_version": "0"}))
+    (tmp_path / "b/config.json").write_text(json.dumps(told | {"_diffusers_version": "0", "transformers_version": "0"}))
     assert fingerprint(tmp_path / "b") == before
     (tmp_path / "b/config.json").write_text(json.dumps(told | {"eps": 1}))
     assert fingerprint(tmp_path / "b") != before
