@@ -47,7 +47,8 @@ class Samples:
 
     def __init__(self, folder: str | Path, settings: dict):
         self.folder, self.settings = Path(folder), settings
-        self.prompts, self.videos, self.seed = (settings[name] for name in ("prompts", "videos", "seed"))
+        self.prompts, self.seed = settings["prompts"], settings["seed"]
+        self.count = len(self.prompts) * settings["videos"]  # clips per step count
         path = self.folder / "settings.json"
         before = read_json(path, AGAIN) if path.exists() else {}
         for name in settings if before else ():
@@ -55,11 +56,6 @@ class Samples:
                 raise InputError(f"{folder} holds clips that were sampled with another setting ({name}); {AGAIN}")
         if not before and PartialState().is_main_process:
             self._put(path, partial(write_report, settings))
-
-    @property
-    def count(self) -> int:
-        """Clips per step count."""
-        return len(self.prompts) * self.videos
 
     def latents(self, steps: int, number: int) -> Path:
         """The file of a clip's latents; its figures are beside it, with the suffix .json."""
@@ -119,7 +115,8 @@ class Samples:
     def _sample(self, source, embedded, shape, steps, batch, guidance):
         """Sample the clips that are missing. embedded (P + 1, L, D): of the prompts and the null prompt."""
         missing = {count: [n for n in range(self.count) if not self._sampled(count, n)] for count in steps}
-        pieces = _mine([(count, n[k : k + batch]) for count, n in missing.items() for k in range(0, len(n), batch)])
+        pieces = [(count, n[k : k + batch]) for count, n in missing.items() for k in range(0, len(n), batch)]
+        pieces = pieces[PartialState().process_index :: PartialState().num_processes]
         device, network = embedded.device, EvaluationCounter(source.network)
         u = guided_network(network, source.config, embedded[-1:], guidance) if guidance != 1 else network
         total = sum(count * len(numbers) for count, numbers in pieces)
@@ -142,7 +139,8 @@ class Samples:
     def _decode(self, vae, steps, batch):
         """Decode, write and measure the clips that are not finished."""
         missing = [(count, n) for count in steps for n in range(self.count) if not self.finished(count, n)]
-        pieces = _mine([missing[k : k + batch] for k in range(0, len(missing), batch)])
+        pieces = [missing[k : k + batch] for k in range(0, len(missing), batch)]
+        pieces = pieces[PartialState().process_index :: PartialState().num_processes]
         with tqdm(total=sum(map(len, pieces)), unit="clip", desc=f"decoding {self.folder.name}", disable=None) as bar:
             for piece in pieces:
                 latents = torch.stack([self._read(self.latents(*place)) for place in piece])
@@ -213,12 +211,6 @@ def source_fingerprint(name: str) -> str:
     files = sorted(path for kind in ("safetensors", "json", "yaml") for path in Path(name).rglob(f"*.{kind}"))
     stats = [(str(path.relative_to(name)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
-
-
-def _mine(items):
-    """The share of this process."""
-    state = PartialState()
-    return items[state.process_index :: state.num_processes]
 
 
 def _now(device):

@@ -201,7 +201,7 @@ def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minianyflow.networks.pipelines._readme", full)  # the last thing written
+    monkeypatch.setattr("minianyflow.networks.pipelines.write_readme", full)  # the last thing written
     with refused(r"cannot write .*new \(No space left on device\)"):
         save_pipeline(target, network, *parts)
     assert list(tmp_path.iterdir()) == []

@@ -156,7 +156,7 @@ TYPES = {
     "clip=no way": "clip=no way .*valid number .*null",
     "rebalance=perhaps": "rebalance=perhaps .*valid boolean",
     "rebalance=1": "rebalance=1 .*valid boolean",
-    "betas=3": "betas=3 .*valid list",
+    "betas=3": "betas=3 .*valid array",
     "on_policy.rollouts=[2,x]": r"on_policy.rollouts=\[2, 'x'\] .*valid integer",
     "base=null": "base=None .*valid string",
     "student=[a]": "student=.*valid string .*null",
