@@ -204,6 +204,12 @@ def encode_prompts(tokenizer: Callable, text_encoder: nn.Module, prompts: list[s
     return text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
 
 
+def embed(source: str | Path, prompts: list[str], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`encode_prompts` by the parts of `source`, which do not stay in memory: UMT5 is larger than the 1.3B model."""
+    tokenizer, text_encoder = load_parts(source, "tokenizer", "text_encoder", dtype=dtype)
+    return encode_prompts(tokenizer, text_encoder.to(device), prompts, length)
+
+
 @torch.no_grad()
 def encode_video(vae: nn.Module, video: Tensor) -> Tensor:
     """Video (B, T, 3, H, W) in [0, 1] to normalised latents (B, F, C, h, w), clip by clip."""

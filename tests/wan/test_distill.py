@@ -28,7 +28,6 @@ from minianyflow.wan.run import load_run, read_run
 from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.sampler import sample
 from minianyflow.wan.stages import STAGES, draws, simulation
-from minianyflow.wan.trainer import train_run
 
 
 @pytest.fixture(scope="module")
@@ -279,19 +278,6 @@ def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monke
     monkeypatch.setattr(runs.Checkpoints, "lock", late)
     with pytest.raises(InputError, match="run holds a finished run"):
         runs.prepare(settings(folder, "causal", "forward", f"output={tmp_path}/run"))
-
-
-@pytest.mark.slow
-def test_data_that_is_gone_is_named_when_a_run_goes_on(folder, tmp_path, capsys):
-    """Not as another configuration."""
-    shutil.copytree(folder / "wan/latents", tmp_path / "data")
-    config = settings(folder, "causal", "forward", f"data={tmp_path}/data", f"output={tmp_path}/run")
-    kept = runs.Checkpoints(tmp_path / "run/checkpoints", settings=runs.run_identity(config, LatentSet(config.data)))
-    _, roles, draw = built(config)
-    train_run(roles, draw, 1, progress=False, checkpoints=kept)
-    shutil.rmtree(tmp_path / "data")
-    with pytest.raises(InputError, match=r"no latents in .*data; expected"):
-        runs.prepare(config)
 
 
 # ---- what a causal student trains on
