@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minianyflow.batch import Batch
-from minianyflow.flow_map import displace, pick_rows
+from minianyflow.flow_map import displace, rollout
 from minianyflow.interpolant import broadcast_time, interpolate
 from minianyflow.notation import Condition, Errors, Losses, Network, State, Times, Velocity, Weight
 from minianyflow.objectives import DELTA, adaptive_weight, eulerian_target
@@ -36,12 +36,8 @@ def consistency_target(
     v = velocity(z, t, **condition)
     if choose("solver", solver, {"euler": False, "heun": True}):
         v = (v + velocity(displace(z, v, t, s), s, **condition)) / 2
-    nearer, end = displace(z, v, t, s), torch.zeros_like(t)
-    x = nearer.clone()
-    rows = (s > 0).nonzero().squeeze(1)  # at s = 0 the boundary is exact
-    if len(rows):
-        u = u_average(nearer[rows], s[rows], end[rows], **pick_rows(condition, rows))
-        x[rows] = displace(nearer[rows], u, s[rows], end[rows])
+    times = torch.stack([s, torch.zeros_like(s)])
+    x = rollout(u_average, displace(z, v, t, s), times, **condition)[-1]  # where s = 0, without an evaluation
     return (z - x) / broadcast_time(t, z)
 
 

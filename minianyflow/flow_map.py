@@ -55,19 +55,14 @@ def rollout(u: Network, z: State, times: Grid, **condition: Condition) -> Trajec
         times = times[:, None].expand(-1, len(z))
     trajectory = [z]
     for t, r in pairwise(times):
-        trajectory.append(_move(u, trajectory[-1], t, r, condition))
+        z, rows = trajectory[-1], (t > r).nonzero().squeeze(1)
+        if len(rows) == len(z):
+            z = displace(z, u(z, t, r, **condition), t, r)
+        elif len(rows):
+            u_rows = u(z[rows], t[rows], r[rows], **pick_rows(condition, rows))
+            z = z.index_copy(0, rows, displace(z[rows], u_rows, t[rows], r[rows]))
+        trajectory.append(z)
     return torch.stack(trajectory)
-
-
-def _move(u, z, t, r, condition):
-    moving = t > r
-    if bool(moving.all()):
-        return displace(z, u(z, t, r, **condition), t, r)
-    rows = moving.nonzero().squeeze(1)
-    if len(rows) == 0:
-        return z
-    u_rows = u(z[rows], t[rows], r[rows], **pick_rows(condition, rows))
-    return z.index_copy(0, rows, displace(z[rows], u_rows, t[rows], r[rows]))
 
 
 def pick_rows(condition: dict[str, Condition], rows: Rows) -> dict[str, Condition]:

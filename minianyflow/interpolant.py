@@ -10,10 +10,8 @@ from minianyflow.support.errors import InputError
 def broadcast_time(t: Tensor, z: Tensor) -> Tensor:
     """View times `t` so that they multiply `z` row by row (frame by frame). Raises InputError if they do not fit."""
     if t.ndim > z.ndim or t.shape != z.shape[: t.ndim]:
-        raise InputError(
-            f"times of shape {tuple(t.shape)} do not fit a state of shape {tuple(z.shape)}; "
-            f"expected ({z.shape[0]},), one time per sample, or one per frame: use torch.full((len(z),), t)"
-        )
+        wanted = f"expected ({len(z)},), one time per sample, or one per frame: use torch.full((len(z),), t)"
+        raise InputError(f"times of shape {tuple(t.shape)} do not fit a state of shape {tuple(z.shape)}; {wanted}")
     return t.reshape(t.shape + (1,) * (z.ndim - t.ndim))
 
 

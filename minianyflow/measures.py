@@ -42,8 +42,8 @@ def sliced_w2(a: Tensor, b: Tensor, count: int = 128) -> float:
     sampling noise (.011 to .022 on the spiral; a map of even noises has .004) would count as error.
     Raises InputError for sizes that do not fit, and for samples that are not finite.
     """
-    a, b = _flat(a), _flat(b)
-    if a.shape[1] != b.shape[1] or len(a) % len(b):
+    a, b = _flat(a, b)
+    if len(a) % len(b):
         raise InputError(f"samples {tuple(a.shape)} and reference {tuple(b.shape)}; expected (K n, D) and (n, D)")
     along = directions(a.shape[1], count).to(a)
     quantiles_a, quantiles_b = (np.sort((along @ points.T).cpu().numpy()) for points in (a, b))  # faster than torch
@@ -52,8 +52,8 @@ def sliced_w2(a: Tensor, b: Tensor, count: int = 128) -> float:
 
 def path_error(end: Samples, exact_end: Samples) -> float:
     """Mean distance between the ends of samples and the ends of the exact flow from the same noises, in data units."""
-    end, exact_end = _flat(end), _flat(exact_end)
-    if end.shape != exact_end.shape:
+    end, exact_end = _flat(end, exact_end)
+    if len(end) != len(exact_end):
         raise InputError(f"ends {tuple(end.shape)} and exact ends {tuple(exact_end.shape)}; expected the same shape")
     return float((end - exact_end).norm(dim=1).mean())
 
@@ -63,13 +63,11 @@ def frechet_distance(a: Tensor, b: Tensor, least: int = ENOUGH) -> float:
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, equation 6).
     Small samples read too much, even between equal laws (blob latents, 320 numbers: data against data 2.2 at 2048, .6
-    at 8192), and so high a floor hides differences: compare at one count, beside data against data. If a sample has
-    more numbers than there are samples, the distance is computed from products of samples, for clips of any size.
-    Raises InputError for fewer than `least` samples, and for shapes that do not fit.
+    at 8192): compare at one count, beside data against data. If a sample has more numbers than there are samples, the
+    distance is computed from products of samples. Raises InputError for fewer than `least` samples, and for shapes
+    that do not fit.
     """
-    a, b = (_flat(x, max(least, 2), torch.float64).cpu() for x in (a, b))
-    if a.shape[1] != b.shape[1]:
-        raise InputError(f"samples of {a.shape[1]} and {b.shape[1]} numbers; expected equal numbers: reshape one")
+    a, b = _flat(a.cpu(), b.cpu(), max(least, 2), torch.float64)
     mean_a, mean_b = a.mean(0), b.mean(0)
     if a.shape[1] > min(len(a), len(b)):  # with S = X'X the trace of (S_a S_b)^(1/2) is the sum of the singular values
         a, b = ((x - mean) / (len(x) - 1) ** 0.5 for x, mean in ((a, mean_a), (b, mean_b)))  # of X_a X_b'
@@ -95,9 +93,14 @@ def off_share(samples: Samples, mixture: GaussianMixture, rare: float = 3.35e-4)
     return float((distance > radius * mixture.sigma).all(1).float().mean())
 
 
-def _flat(samples, least=1, dtype=torch.float32):
-    if samples.ndim < 2 or len(samples) < least:
-        more = ": small samples read too much, draw more" if least > 2 else ""
-        raise InputError(f"samples of shape {tuple(samples.shape)}; expected (n, *shape), n at least {least}{more}")
-    check_finite("a set of samples", samples)
-    return samples.flatten(1).to(dtype)
+def _flat(a, b, least=1, dtype=torch.float32):
+    """Two sets of samples as (n, D)."""
+    for samples in (a, b):
+        if samples.ndim < 2 or len(samples) < least:
+            more = ": small samples read too much, draw more" if least > 2 else ""
+            raise InputError(f"samples of shape {tuple(samples.shape)}; expected (n, *shape), n at least {least}{more}")
+        check_finite("a set of samples", samples)
+    a, b = a.flatten(1).to(dtype), b.flatten(1).to(dtype)
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"samples of {a.shape[1]} and {b.shape[1]} numbers; expected equal numbers: reshape one")
+    return a, b

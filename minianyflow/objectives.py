@@ -91,7 +91,7 @@ FLOW_MAPS = {name: {name: 1.0} for name in TARGETS} | {"mixed": {"eulerian": 0.5
 
 
 class InnerState:
-    """A loss around another one, `self.forward`, whose state it saves and restores."""
+    """A loss around another one, `self.forward`, which has the state."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the inner loss, {name: tensor}."""
@@ -129,9 +129,7 @@ class FlowMapLoss:
         if self.shares and not (min(self.shares.values()) >= 0 and sum(self.shares.values()) > 0):
             raise InputError(f"shares {dict(self.shares)}; expected shares that are not negative and not all zero")
         if "lagrangian" in self.shares and self.velocity is None:
-            raise InputError(
-                "a Lagrangian target needs a velocity of all states: velocity=, a teacher's or the exact one"
-            )
+            raise InputError("a Lagrangian target needs velocity=, a teacher's or the exact one, of all states")
         if self.guidance and self.guidance.published and set(self.shares) - {"eulerian"}:
             raise InputError(f"published guidance is for the Eulerian target alone; got {', '.join(self.shares)}")
 
@@ -168,42 +166,40 @@ class FlowMapLoss:
 
     def kinds(self, batch: Batch) -> dict[str, Rows]:
         """The indices of the rows of each kind in the batch: {"tangent": ..., name: ...}."""
-        off = (batch["t"] > batch["r"]).nonzero().squeeze(1)
-        if len(off) and not self.shares:
+        diagonal, lower = batch["t"] == batch["r"], 0.0
+        if not (self.shares or bool(diagonal.all())):
             raise InputError("rows with r < t and no objective for them: name one in `shares`, or draw diagonal=1")
-        rows = {"tangent": (batch["t"] == batch["r"]).nonzero().squeeze(1)}
-        lower = 0.0
+        masks = {"tangent": diagonal}
         for name, share in self.shares.items():
             upper = lower + share / sum(self.shares.values())
-            rows[name] = off[(batch["objective_draw"][off] >= lower) & (batch["objective_draw"][off] < upper)]
+            masks[name] = ~diagonal & (batch["objective_draw"] >= lower) & (batch["objective_draw"] < upper)
             lower = upper
-        return {name: index for name, index in rows.items() if len(index)}
+        return {name: mask.nonzero().squeeze(1) for name, mask in masks.items() if bool(mask.any())}
 
     @torch.no_grad()
     def _target(self, name, network, batch, rows, z):
         """The target of the rows of one kind, and the factor of their loss."""
         options = {"derivative": self.derivative, "delta": self.delta}
-        t, r = batch["t"][rows], batch["r"][rows]
-        condition = pick_rows(batch.get("condition", {}), rows)
+        guidance, batch = self.guidance, pick_rows(batch, rows)
+        t, r, condition = batch["t"], batch["r"], batch.get("condition", {})
         u = partial(network, **condition)
-        dropped = batch["dropped"][rows] if "dropped" in batch else torch.zeros_like(t, dtype=torch.bool)
 
         def velocity(z, t):
-            x, eps = batch["x"][rows], batch["eps"][rows]
-            v = self.velocity(z, t, **condition) if self.velocity else data_velocity(x, eps)
+            v = self.velocity(z, t, **condition) if self.velocity else data_velocity(batch["x"], batch["eps"])
             check_same_shape("the velocity", v, z)
-            exact = self.guidance and not self.guidance.published
-            return v + self.guidance.pull(network, z, t, t, v, ~dropped, condition) if exact else v
+            if guidance and not guidance.published:
+                return v + guidance.pull(network, z, t, t, v, ~batch["dropped"], condition)
+            return v
 
         if name == "semigroup":
-            return semigroup_target(u, z, t, r, r + batch["split"][rows] * (t - r)), 1.0
+            return semigroup_target(u, z, t, r, r + batch["split"] * (t - r)), 1.0
         if name == "lagrangian":
             return lagrangian_target(u, z, t, r, velocity, **options), 1.0
         v = velocity(z, t)
         target = v if name == "tangent" else eulerian_target(u, z, t, r, v, **options)
-        if self.guidance and self.guidance.published:
-            target = target + self.guidance.pull(network, z, t, r, v, ~dropped, condition)
-            return target, torch.where(dropped, 1.0, self.guidance.scale**-2).to(z)
+        if guidance and guidance.published:
+            target = target + guidance.pull(network, z, t, r, v, ~batch["dropped"], condition)
+            return target, torch.where(batch["dropped"], 1.0, guidance.scale**-2).to(z)
         return target, 1.0
 
 

@@ -63,9 +63,8 @@ def backward_simulation_times(lengths: Counts, step: Counts, shift: float = 1.0)
     """
     if not bool(((step >= 0) & (step < lengths)).all()):
         raise InputError("found a step g outside 0..N-1; draw N and g with draw_rollouts")
-    inner = torch.stack([(lengths - step) / lengths, (lengths - step - 1) / lengths])
-    ends = torch.ones_like(inner[0])
-    return time_shift(torch.stack([ends, inner[0], inner[1], 0 * ends]), shift)
+    before, after = (lengths - step) / lengths, (lengths - step - 1) / lengths
+    return time_shift(torch.stack([torch.ones_like(before), before, after, torch.zeros_like(before)]), shift)
 
 
 def backward_simulation(

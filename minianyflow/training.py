@@ -6,6 +6,7 @@ checkpoints, trackers), on the same `accumulate_gradient` and `Role.update`.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,10 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from minianyflow.batch import Batch, part_of
-from minianyflow.notation import Loss
+from minianyflow.notation import Errors, Loss
 from minianyflow.support.errors import InputError
-
-Figures = dict[str, Tensor | float]
 
 
 @dataclass
@@ -69,18 +68,19 @@ class Role:
 
 
 def accumulate_gradient(
-    role: Role, parts: Sequence[Batch], network: nn.Module | None = None, no_sync: Callable = nullcontext
-) -> tuple[list[Tensor], Figures]:
-    """Add up the gradient of the mean loss over `parts`, the micro-batches of one step.
+    role: Role, batch: Batch, parts: int = 1, network: nn.Module | None = None, no_sync: Callable = nullcontext
+) -> tuple[list[Tensor], Errors]:
+    """Add up the gradient of the mean loss over the batch, in `parts` micro-batches.
 
     network: the role's own, or its wrapper for several processes; no_sync: the context of all parts but the last.
     Returns the losses, a (B,) per part, and the means of the errors by name, with that of the losses as "loss".
     """
     network, losses, figures = network or role.network, [], []
-    for index, part in enumerate(parts):
-        with nullcontext() if index == len(parts) - 1 else no_sync():
-            loss, errors = role.loss(network, part)
-            (loss.mean() / len(parts)).backward()
+    device = next(network.parameters()).device
+    for index in range(parts):
+        with no_sync() if index < parts - 1 else nullcontext():
+            loss, errors = role.loss(network, part_of(batch, index, parts, device))
+            (loss.mean() / parts).backward()
         losses.append(loss.detach())
         figures.append(errors | {"loss": losses[-1].mean()})
     return losses, mean_figures(figures)
@@ -98,25 +98,25 @@ def train(
     """Train all roles for `steps` steps; returns the history, a list of {"step", "ROLE/NAME": error}.
 
     draw(step): the batch. accumulate: number of micro-batches per step (gradient accumulation). progress: a bar, none,
-    or a dict of tqdm's options. on_step(step) is called after the step. The history has one entry per `log_every`
-    steps, and one for the last.
+    or a dict of tqdm's options. on_step(step) is called after the step. `log_every`: steps per entry of the history,
+    which ends with the last step.
     Raises InputError if a loss is not finite, or a weight that should learn gets no gradient or is frozen.
     """
-    check_roles(roles, steps)
-    options = {"desc": "training", "unit": "step", "mininterval": 0.5}
-    options |= progress if isinstance(progress, dict) else {"disable": not progress}
-    history = []
-    for step in tqdm(range(steps), **options):
+    lacking = [name for name, role in roles.items() if role.loss is None]
+    if steps < 1 or lacking:
+        raise InputError(
+            f"{steps} steps, roles without a loss: {lacking}; expected at least 1 step, and a loss per role"
+        )
+    history, bar = [], {"desc": "training", "unit": "step", "mininterval": 0.5}
+    bar |= progress if isinstance(progress, dict) else {"disable": not progress}
+    for step in tqdm(range(steps), **bar):
         batch, figures = draw(step), {"step": step}
         for name, role in roles.items():
-            device = next(role.network.parameters()).device
-            parts = [part_of(batch, index, accumulate, device) for index in range(accumulate)]
-            losses, errors = accumulate_gradient(role, parts)
+            _, errors = accumulate_gradient(role, batch, accumulate)
             check_gradients(name, role, first=step == 0)
             norm = nn.utils.clip_grad_norm_(role.network.parameters(), role.clip) if role.clip else 0.0
-            if not (math.isfinite(norm) and all(bool(loss.isfinite().all()) for loss in losses)):
-                loss = float(errors["loss"])
-                raise InputError(f"{name}/loss is {loss} at step {step}; expected finite losses: lower lr")
+            if not math.isfinite(errors["loss"] + norm):
+                raise InputError(f"{name}/loss is {errors['loss']} at step {step}; expected finite losses: lower lr")
             role.update(step, steps)
             figures |= {f"{name}/{key}": error for key, error in errors.items()}
         if step % log_every == 0 or step == steps - 1:
@@ -126,33 +126,23 @@ def train(
     return history
 
 
-def mean_figures(figures: Sequence[Figures]) -> Figures:
+def mean_figures(figures: Sequence[dict[str, Tensor | float]]) -> dict[str, Tensor | float]:
     """The mean of each figure, over those of the dicts that have it."""
-    values = {}
+    values = defaultdict(list)
     for name, value in (pair for some in figures for pair in some.items()):
-        values.setdefault(name, []).append(value)
+        values[name].append(value)
     return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
-
-
-def check_roles(roles: dict[str, Role], steps: int) -> None:
-    """Raise InputError for no steps, or a role without a loss."""
-    if steps < 1:
-        raise InputError(f"{steps} training steps; expected at least 1")
-    for name, role in roles.items():
-        if role.loss is None:
-            raise InputError(f"role {name!r} has no loss; set its `loss` before training")
 
 
 def check_gradients(name: str, role: Role, first: bool) -> None:
     """Raise InputError if a weight of the optimiser is frozen, or if the `first` gradient does not reach a weight."""
     groups = role.optimizer.param_groups
-    weights = dict(pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True))
-    frozen = [key for key, weight in weights.items() if not weight.requires_grad]  # torch leaves its gradient None
-    weights |= {key: weight for key, weight in role.network.named_parameters() if weight.requires_grad}
-    missing = [key for key, weight in weights.items() if first and weight.grad is None]
-    for names, problem, advice in (
-        (frozen, "was frozen after its optimiser was made", "leave requires_grad alone between forward and backward"),
-        (missing, "got no gradient", "freeze it, or use it in the loss"),
-    ):
-        if names:
-            raise InputError(f"{names[0]} of role {name!r} {problem} ({len(names)} weights in all): {advice}")
+    trained = [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
+    frozen = [key for key, weight in trained if not weight.requires_grad]  # torch leaves its gradient None
+    if frozen:
+        problem, advice = "was frozen after its optimiser was made", "leave requires_grad alone while training"
+        raise InputError(f"{frozen[0]} of role {name!r} {problem} ({len(frozen)} weights in all): {advice}")
+    unused = [key for key, weight in role.network.named_parameters() if weight.requires_grad and weight.grad is None]
+    if first and unused:
+        problem, advice = "got no gradient", "freeze it, or use it in the loss"
+        raise InputError(f"{unused[0]} of role {name!r} {problem} ({len(unused)} weights in all): {advice}")

@@ -25,6 +25,12 @@ from toy_data import plane  # noqa: E402
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Tests draw the same random numbers in any order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def spiral():
     """The spiral in float64."""

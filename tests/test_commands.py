@@ -1,6 +1,7 @@
 """The command line on bad input: one line, no stack trace, nothing half-written."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,13 +72,7 @@ def test_video_takes_every_step_count_of_its_report_unless_told(monkeypatch):
 def test_a_folder_that_cannot_be_written_is_named_before_training(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert main(["demo", "--output", str(tmp_path / "file" / "demo")]) == 2
-    printed = capsys.readouterr().err
-    assert "cannot write to" in printed
-    assert "--output" in printed
-
-
-def minianyflow(*arguments):
-    return [sys.executable, "-m", "minianyflow", *map(str, arguments)]
+    assert re.search("cannot write to .*name a folder", capsys.readouterr().err)
 
 
 def gone(group, seconds=15):
@@ -96,17 +91,17 @@ def gone(group, seconds=15):
 def test_an_interrupted_demo_leaves_what_was_there(tmp_path, how):
     (tmp_path / "any_step.json").write_text("of an earlier run")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and its children, ignore it
-    running = subprocess.Popen(
-        minianyflow("demo", "--output", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    demo = [sys.executable, "-m", "minianyflow", "demo", "--output", str(tmp_path)]
+    running = subprocess.Popen(demo, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     time.sleep(12)  # in the midst of training
     if how == "Ctrl-C":
         os.killpg(running.pid, signal.SIGINT)  # every process of the group
     else:
         running.terminate()  # the parent alone
     assert running.wait(timeout=60) == 130
-    assert "Traceback" not in (printed := running.stderr.read())
+    printed = running.stderr.read()
     assert "interrupted" in printed
+    assert "Traceback" not in printed
     assert [file.name for file in tmp_path.iterdir()] == ["any_step.json"]
     assert (tmp_path / "any_step.json").read_text() == "of an earlier run"
     assert gone(running.pid)  # nobody is left behind

@@ -4,14 +4,19 @@ import pytest
 import torch
 
 from minianyflow.consistency import ConsistencyLoss, consistency_target, continuous_target
+from minianyflow.interpolant import interpolate
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import eulerian_target
-from minianyflow.times import draw_pairs, generator
 from tests.refused import refused
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
 Z, T = torch.linspace(-2, 2, 60, dtype=torch.float64)[:, None], torch.linspace(0.05, 1, 60, dtype=torch.float64)
+
+
+def double_batch(count=40):
+    x, eps = torch.randn(2, count, 1, dtype=torch.float64)
+    return {"x": x, "eps": eps, "t": torch.rand(count, dtype=torch.float64)}
 
 
 def test_the_exact_map_is_its_own_target():
@@ -53,43 +58,37 @@ def test_continuous_tangent_is_normalised_and_warmed_up():
 def test_the_discrete_loss_is_what_it_says(solver):
     """Every option by hand: the grid, the averaged student, the teacher's step, the weight, the adaptive weight."""
     student, average = MLP(shape=(1,)).double(), MLP(shape=(1,), seeds=(1,)).double()
-    x, eps = torch.randn(2, 40, 1, dtype=torch.float64)
-    t = torch.rand(40, dtype=torch.float64)
+    batch = double_batch()
     loss = ConsistencyLoss(GAUSSIAN.velocity, average, grid=8, solver=solver, weight=torch.sqrt, adaptive=0.5)
-    losses, raw = loss(student, {"x": x, "eps": eps, "t": t})
-    upper = torch.ceil(8 * t) / 8
+    losses, raw = loss(student, batch)
+    upper = torch.ceil(8 * batch["t"]) / 8
     lower = upper - 1 / 8
-    z = (1 - upper)[:, None] * x + upper[:, None] * eps
+    z = interpolate(batch["x"], batch["eps"], upper)
     v = GAUSSIAN.velocity(z, upper)
     if solver == "heun":
         v = (v + GAUSSIAN.velocity(z - v / 8, lower)) / 2
     there = z - v / 8
     end = there - lower[:, None] * average(there, lower, 0 * lower)
-    error = (student(z, upper, 0 * t) - (z - end) / upper[:, None]).square().mean(1)
+    error = (student(z, upper, 0 * upper) - (z - end) / upper[:, None]).square().mean(1)
     assert torch.allclose(losses, upper.sqrt() * error / (error + 5e-3).sqrt(), atol=1e-9)
     assert float(raw["consistency"]) == pytest.approx(float(error.detach().mean()), abs=1e-6)
 
 
 def test_the_continuous_loss_warms_up():
-    student = MLP(shape=(1,)).double()
-    x, eps = torch.randn(2, 40, 1, dtype=torch.float64)
-    t = torch.rand(40, dtype=torch.float64)
+    student, batch = MLP(shape=(1,)).double(), double_batch()
     loss = ConsistencyLoss(GAUSSIAN.velocity, form="continuous", warmup=4, weight=torch.ones_like)
-    z = (1 - t)[:, None] * x + t[:, None] * eps
+    z, t = interpolate(**batch), batch["t"]
     with torch.no_grad():
         here, v = student(z, t, 0 * t), GAUSSIAN.velocity(z, t)
     for warm in (0.25, 0.5, 0.75, 1.0, 1.0):
         expected = (here - continuous_target(student, z, t, v, warm)).square().mean(1)
-        assert torch.allclose(loss(student, {"x": x, "eps": eps, "t": t})[0], expected, atol=1e-9)
+        assert torch.allclose(loss(student, batch)[0], expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["discrete", "continuous"])
 def test_gradient_reaches_the_student_alone(form):
-    student, average = MLP(), MLP(seeds=(1,))
-    source = generator(0)
-    x, eps = torch.randn(2, 16, 2, generator=source)
-    loss = ConsistencyLoss(lambda z, t: z, average, form)
-    losses, raw = loss(student, {"x": x, "eps": eps, **draw_pairs(16, source)})
+    student, average = MLP(shape=(1,)).double(), MLP(shape=(1,), seeds=(1,)).double()
+    losses, raw = ConsistencyLoss(lambda z, t: z, average, form)(student, double_batch(16))
     losses.mean().backward()
     assert losses.shape == (16,)
     assert raw["consistency"] > 0

@@ -10,13 +10,8 @@ from minianyflow.flow_map import displace, end_point, jump, rollout, velocity
 from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate, score_from_velocity
 from minianyflow.measures import path_error, sobol_noise
 from minianyflow.objectives import eulerian_target, lagrangian_target, semigroup_target
-from minianyflow.samplers import (
-    sample_consistency,
-    sample_consistency_deterministic,
-    sample_euler,
-    sample_flow_map,
-    sample_ode,
-)
+from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
+from minianyflow.samplers import sample_consistency_deterministic as sample_deterministic
 from minianyflow.times import generator, time_grid, time_shift
 from tests.refused import refused
 from toy_data import plane
@@ -27,9 +22,9 @@ def largest(a, b):
     return float((a - b).abs().max())
 
 
-def test_semigroup(spiral, states):
-    z, t, s, r = states(spiral, 16)
-    assert largest(spiral.flow(spiral.flow(z, t, s), s, r), spiral.flow(z, t, r)) < 1e-5
+def noise_and_end(mixture, count):
+    z = sobol_noise(count, (2,)).double()
+    return z, mixture.flow(z, torch.ones(count), torch.zeros(count))
 
 
 def test_each_target_of_the_exact_map_is_the_exact_map(spiral, states):
@@ -42,14 +37,15 @@ def test_each_target_of_the_exact_map_is_the_exact_map(spiral, states):
     assert largest(semigroup_target(u, z, t, r, s), exact) < 1e-7
 
 
-def test_tangent(spiral, states):
+def test_tangent_and_score(spiral, states):
     z, t, _, _ = states(spiral)
+    assert torch.allclose(score_from_velocity(spiral.velocity(z, t), z, t), spiral.score(z, t), rtol=1e-6)
     assert torch.equal(velocity(spiral.average_velocity, z, t), spiral.velocity(z, t))
     assert largest(spiral.average_velocity(z, t, t - 1e-6), spiral.velocity(z, t)) < 1e-5  # continuous at the diagonal
 
 
 def test_interpolant_and_its_velocity():
-    x, eps, t = torch.randn(5, 3, 2), torch.randn(5, 3, 2), torch.rand(5)
+    (x, eps), t = torch.randn(2, 5, 3, 2), torch.rand(5)
     z = interpolate(x, eps, t)
     assert torch.allclose(clean_from_velocity(data_velocity(x, eps), z, t), x, atol=1e-6)
     assert torch.equal(interpolate(x, eps, torch.zeros(5)), x)
@@ -58,14 +54,8 @@ def test_interpolant_and_its_velocity():
     assert torch.equal(interpolate(x, eps, frames)[2, 1], interpolate(x[2, 1:2], eps[2, 1:2], frames[2, 1:2])[0])
 
 
-def test_score_from_velocity(spiral, states):
-    z, t, _, _ = states(spiral)
-    assert torch.allclose(score_from_velocity(spiral.velocity(z, t), z, t), spiral.score(z, t), rtol=1e-6)
-
-
 def test_euler_converges_with_order_one(spiral):
-    z = sobol_noise(128, (2,)).double()
-    exact = spiral.flow(z, torch.ones(128), torch.zeros(128))
+    z, exact = noise_and_end(spiral, 128)
     steps = np.array([64, 128, 256])
     errors = [path_error(sample_euler(spiral.velocity, z, time_grid(int(n)).double())[-1], exact) for n in steps]
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
@@ -73,16 +63,14 @@ def test_euler_converges_with_order_one(spiral):
 
 
 def test_any_solver_of_torchdiffeq(spiral):
-    z = sobol_noise(64, (2,)).double()
-    exact = spiral.flow(z, torch.ones(64), torch.zeros(64))
+    z, exact = noise_and_end(spiral, 64)
     assert path_error(sample_ode(spiral.velocity, z, time_grid(2))[-1], exact) < 1e-3
     euler = sample_ode(spiral.velocity, z, time_grid(8), method="euler")
     assert torch.allclose(euler, sample_euler(spiral.velocity, z, time_grid(8)), atol=1e-6)
 
 
 def test_the_exact_map_is_any_step(spiral):
-    z = sobol_noise(32, (2,)).double()
-    exact = spiral.flow(z, torch.ones(32), torch.zeros(32))
+    z, exact = noise_and_end(spiral, 32)
     for steps in (1, 4):
         trajectory = sample_flow_map(spiral.average_velocity, z, time_grid(steps).double())
         assert trajectory.shape == (steps + 1, 32, 2)
@@ -91,12 +79,11 @@ def test_the_exact_map_is_any_step(spiral):
 
 def test_exact_consistency_sampling_loses_the_path_and_the_deterministic_one_the_law(spiral):
     """One step of either is the flow; with more, re-noising makes another, equally good, sample."""
-    z = sobol_noise(64, (2,)).double()
-    exact = spiral.flow(z, torch.ones(64), torch.zeros(64))
+    z, exact = noise_and_end(spiral, 64)
     u = partial(spiral.average_velocity, tolerance=1e-5)
     renoised = [path_error(sample_consistency(u, z, time_grid(n).double(), generator(n))[-1], exact) for n in (1, 2, 4)]
     assert renoised[0] < 1e-3 < 0.25 < min(renoised[1:])
-    off = [path_error(sample_consistency_deterministic(u, z, time_grid(n).double())[-1], exact) for n in (1, 2, 4)]
+    off = [path_error(sample_deterministic(u, z, time_grid(n).double())[-1], exact) for n in (1, 2, 4)]
     assert off[0] < 1e-3 < 0.03 < min(off[1:])
 
 
@@ -107,12 +94,15 @@ def test_exact_consistency_sampling_keeps_the_law_and_the_deterministic_one_does
     u, times = gaussian.average_velocity, time_grid(steps).double()
     end = sample_consistency(u, z, times, generator(steps))[-1]
     assert (float(end.mean()), float(end.std())) == pytest.approx((0.6, 0.5), abs=0.03)
-    off = sample_consistency_deterministic(u, z, times)[-1]
+    off = sample_deterministic(u, z, times)[-1]
     assert abs(float(off.std()) - 0.5) > 0.03 or steps == 1
 
 
-BATCH = torch.randn(4, 2)
-ONES, HALF = torch.ones(4), torch.full((4,), 0.5)
+BATCH, ONES, HALF = torch.randn(4, 2), torch.ones(4), torch.full((4,), 0.5)
+
+
+def still(z, t, r):
+    return 0 * z
 
 
 @pytest.mark.parametrize(
@@ -141,10 +131,6 @@ ONES, HALF = torch.ones(4), torch.full((4,), 0.5)
 def test_bad_input_is_one_clear_line(make, words):
     with refused(words):
         make()
-
-
-def still(z, t, r):
-    return 0 * z
 
 
 def test_rollout_takes_a_grid_a_sample_and_leaves_out_rests():

@@ -68,41 +68,34 @@ def test_gradient_flows_through_all_three_jumps():
     u, z = MLP().double(), torch.randn(4, 2, dtype=torch.float64)
     lengths, step = torch.full((4,), 8), torch.full((4,), 3)
     times = backward_simulation_times(lengths, step)
-    backward_simulation(u, z, lengths, step)[-1].square().sum().backward()
-    whole = [weight.grad.clone() for weight in u.parameters()]
-    total = [torch.zeros_like(weight) for weight in whole]
-    for jump in range(3):  # the same, one jump's weights at a time
+    frozen = {name: weight.detach() for name, weight in u.named_parameters()}
 
-        def only(z, t, r, jump=jump):
-            frozen = {name: weight.detach() for name, weight in u.named_parameters()}
-            live = bool((t == times[jump]).all())
+    def gradient(jumps):
+        """The gradient through the weights of these jumps alone."""
+
+        def only(z, t, r):
+            live = any(torch.equal(t, times[jump]) for jump in jumps)
             return u(z, t, r) if live else torch.func.functional_call(u, frozen, (z, t, r))
 
-        u.zero_grad()
-        backward_simulation(only, z, lengths, step)[-1].square().sum().backward()
-        assert all(weight.grad.abs().sum() > 0 for weight in u.parameters())
-        total = [a + weight.grad for a, weight in zip(total, u.parameters(), strict=True)]
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(whole, total, strict=True))
+        end = backward_simulation(only, z, lengths, step)[-1]
+        return torch.cat([part.flatten() for part in torch.autograd.grad(end.square().sum(), list(u.parameters()))])
 
-
-def each_number(gaussian):
-    """The velocity of states whose numbers are independent, each N(mean, sigma^2)."""
-    return lambda z, t: gaussian.velocity(z.reshape(-1, 1), t.repeat_interleave(z[0].numel())).reshape(z.shape)
+    parts = [gradient([jump]) for jump in range(3)]
+    assert all(bool(part.any()) for part in parts)
+    assert torch.allclose(gradient([0, 1, 2]), sum(parts), rtol=1e-5, atol=1e-8)
 
 
 def test_distribution_matching_gradient_is_the_published_one():
-    x = torch.randn(5, 3, 2, requires_grad=True)
-    t, eps = torch.rand(5), torch.randn(5, 3, 2)
+    x, t, eps = torch.randn(5, 3, 2, requires_grad=True), torch.rand(5), torch.randn(5, 3, 2)
     real, fake = Gaussian(1.0, 0.5), Gaussian(0.0, 0.7)
-
-    losses = distribution_matching_loss(x, each_number(real), each_number(fake), t, eps)
+    losses = distribution_matching_loss(x, real.velocity, fake.velocity, t, eps)
     assert losses.shape == (5,)
     gradient = torch.autograd.grad(losses.sum(), x)[0]
     z = interpolate(x, eps, t)
-    x_real, x_fake = (z - t[:, None, None] * each_number(side)(z, t) for side in (real, fake))
+    x_real, x_fake = (z - t[:, None, None] * side.velocity(z, t) for side in (real, fake))
     size = (x - x_real).abs().mean((1, 2), keepdim=True)
     assert torch.allclose(gradient, 2 / 6 * (x_fake - x_real) / size, atol=1e-5)
-    same = torch.autograd.grad(distribution_matching_loss(x, each_number(real), each_number(real), t, eps).sum(), x)[0]
+    same = torch.autograd.grad(distribution_matching_loss(x, real.velocity, real.velocity, t, eps).sum(), x)[0]
     assert float(same.abs().max()) < 1e-5  # scores agree: nothing moves
 
 
@@ -114,76 +107,72 @@ def test_descent_moves_samples_to_the_real_law():
     for _ in range(150):
         fake = Gaussian(float(x.mean()), float(x.std()))
         t, eps = torch.rand(64, generator=source), torch.randn(64, 32, generator=source)
-        loss = distribution_matching_loss(x, each_number(Gaussian(1.0, 0.5)), each_number(fake), t, eps)
+        loss = distribution_matching_loss(x, Gaussian(1.0, 0.5).velocity, fake.velocity, t, eps)
         x = (x - 0.5 * torch.autograd.grad(loss.sum(), x)[0]).detach().requires_grad_()
     assert sliced_w2(x.detach().reshape(-1, 1), target) < 0.15 * before
 
 
-def policy_batch(count, source):
-    x, eps = torch.randn(2, count, 2, generator=source)
-    return {"x": x, "eps": eps, **draw_pairs(count, source), **draw_on_policy((2,), count, source)}
+def policy_batch(count=32):
+    x, eps = torch.randn(2, count, 2)
+    return {"x": x, "eps": eps, **draw_pairs(count), **draw_on_policy((2,), count)}
 
 
-class Recorder:
-    """A velocity that remembers what it was asked."""
+def recorder(velocity):
+    """The velocity, as a function that records its states and times in `inputs`."""
 
-    def __init__(self, velocity):
-        self.velocity, self.asked = velocity, []
+    def u(z, t, r=None):
+        u.inputs.append((z.detach(), t))
+        return velocity(z, t)
 
-    def __call__(self, z, t, r=None):
-        self.asked.append((z.detach(), t))
-        return self.velocity(z, t)
+    u.inputs = []
+    return u
+
+
+def same(inputs, z, t):
+    """Whether a recorder was evaluated once, at z and t."""
+    ((state, time),) = inputs
+    return torch.allclose(state, z, atol=1e-6) and torch.equal(time, t)
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_what_is_scored_is_the_clean_end_of_the_rollout(shift):
     """Both score the rollout's end, noised to score_t, each in its own role; the forward loss is added."""
-    real, fake = Recorder(each_number(Gaussian(1.0, 0.5))), Recorder(each_number(Gaussian(0.0, 0.7)))
-    student, forward, batch = MLP(), FlowMapLoss({"eulerian": 1.0}), policy_batch(32, generator(0))
+    real, fake = recorder(Gaussian(1.0, 0.5).velocity), recorder(Gaussian(0.0, 0.7).velocity)
+    student, forward, batch = MLP(), FlowMapLoss({"eulerian": 1.0}), policy_batch()
     losses, _ = OnPolicyLoss(real, fake, forward, forward_weight=0.3, shift=shift)(student, batch)
     end = backward_simulation(student, batch["noise"], batch["lengths"], batch["step"], shift)[-1]
     z = interpolate(end, batch["score_eps"], batch["score_t"])
-    for asked in (real.asked, fake.asked):
-        assert len(asked) == 1
-        assert torch.allclose(asked[0][0], z, atol=1e-6)
-        assert torch.equal(asked[0][1], batch["score_t"])
+    assert same(real.inputs, z, batch["score_t"])
+    assert same(fake.inputs, z, batch["score_t"])
     matching = distribution_matching_loss(end, real, fake, batch["score_t"], batch["score_eps"])
     assert torch.allclose(losses, matching + 0.3 * forward(student, batch)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
-def test_the_fake_score_learns_the_students_ends(shift):
-    student, batch = MLP(), policy_batch(32, generator(1))
+@pytest.mark.parametrize("times", [{}, {"fake_t": torch.full((32,), 0.25)}])
+def test_the_fake_score_learns_the_students_ends(shift, times):
+    """At the times of the scores, or at times of its own."""
+    student, batch, fake = MLP(), policy_batch() | times, recorder(lambda z, t: 0 * z)
     end = backward_simulation(student, batch["noise"], batch["lengths"], batch["step"], shift)[-1].detach()
-    fake = Recorder(lambda z, t: 0 * z)
     losses, _ = FakeScoreLoss(student, shift)(fake, batch)
-    assert torch.allclose(fake.asked[-1][0], interpolate(end, batch["score_eps"], batch["score_t"]), atol=1e-6)
+    t = times.get("fake_t", batch["score_t"])
+    assert same(fake.inputs, interpolate(end, batch["score_eps"], t), t)
     assert torch.allclose(losses, (batch["score_eps"] - end).square().mean(1), atol=1e-6)
 
 
-def test_the_fake_score_may_learn_at_times_of_its_own():
-    drawn = draw_on_policy((2,), 4000, generator(0), shift=5.0, fake_time="logit_normal")
-    plain = drawn["fake_t"] / (5 - 4 * drawn["fake_t"])  # the shift undone
-    assert float(plain.logit().mean()) == pytest.approx(0, abs=0.05)
-    assert float(plain.logit().std()) == pytest.approx(1, abs=0.05)
-    student, batch, fake = MLP(), policy_batch(32, generator(1)), Recorder(lambda z, t: 0 * z)
-    FakeScoreLoss(student)(fake, batch | {"fake_t": torch.full((32,), 0.25)})
-    assert torch.equal(fake.asked[-1][1], torch.full((32,), 0.25))
-    with refused("did you mean 'logit_normal'"):
-        draw_on_policy((2,), 4, fake_time="logitnormal")
-
-
 def test_on_policy_draws_have_their_shapes_and_their_shift():
-    drawn = draw_on_policy((3, 4), 4000, generator(0), shift=5.0)
+    drawn = draw_on_policy((3, 4), 4000, shift=5.0, fake_time="logit_normal")
     assert drawn["noise"].shape == drawn["score_eps"].shape == (4000, 3, 4)
     assert set(drawn["lengths"].tolist()) == set(STEPS)
     assert float(drawn["score_t"].median()) == pytest.approx(5 / 6, abs=0.03)
     assert not torch.equal(drawn["noise"], drawn["score_eps"])
+    plain = (drawn["fake_t"] / (5 - 4 * drawn["fake_t"])).logit()  # the shift undone
+    assert (float(plain.mean()), float(plain.std())) == pytest.approx((0, 1), abs=0.1)
 
 
 def test_both_roles_learn_and_neither_trains_the_other():
     student, fake = MLP(), MLP(seeds=(1,))
-    batch = policy_batch(32, generator(0))
+    batch = policy_batch()
     loss = OnPolicyLoss(lambda z, t: z, fake, FlowMapLoss({"eulerian": 1.0}))
     losses, raw = loss(student, batch)
     losses.mean().backward()
@@ -202,3 +191,5 @@ def test_bad_input_is_one_clear_line():
         backward_simulation_times(torch.tensor([4]), torch.tensor([4]))
     with refused("at least one step"):
         draw_rollouts(3, steps=(0, 2))
+    with refused("did you mean 'logit_normal'"):
+        draw_on_policy((2,), 4, fake_time="logitnormal")

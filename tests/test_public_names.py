@@ -51,7 +51,7 @@ def test_all_names_together_need_neither_diffusers_nor_matplotlib_nor_many_modul
 
 
 FOLDER = Path(minianyflow.__path__[0])
-TYPED = [*FOLDER.glob("[!_]*.py"), FOLDER / "networks" / "mlp.py"]
+TYPED = [*FOLDER.glob("[!_]*.py"), *FOLDER.glob("networks/[!_]*.py")]
 
 
 def public_functions(tree):
@@ -63,7 +63,7 @@ def public_functions(tree):
             yield node
 
 
-@pytest.mark.parametrize("file", TYPED, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", TYPED, ids=lambda file: str(file.relative_to(FOLDER)))
 def test_all_arguments_and_results_have_types(file):
     for function in public_functions(ast.parse(file.read_text())):
         spec = function.args

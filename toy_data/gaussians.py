@@ -4,8 +4,13 @@ import numpy as np
 import torch
 
 
+def _column(t, z):
+    """Times (B,) or (1,) in a shape that multiplies states (B, *shape) row by row."""
+    return t.reshape(-1, *[1] * (z.ndim - 1))
+
+
 class Gaussian:
-    """Data N(mean, sigma^2) on the line. z (B, 1), t and r (B,)."""
+    """Data N(mean, sigma^2) on the line; states z (B, *shape) of more numbers have them independent. t and r (B,)."""
 
     def __init__(self, mean, sigma):
         self.mean, self.sigma = mean, sigma
@@ -19,21 +24,22 @@ class Gaussian:
         return (t - (1 - t) * self.sigma**2) / self.spread(t) ** 2
 
     def velocity(self, z, t):
-        """slope (z - (1-t) mean) - mean: (B, 1)."""
-        t = t[:, None]
+        """slope (z - (1-t) mean) - mean."""
+        t = _column(t, z)
         return self.slope(t) * (z - (1 - t) * self.mean) - self.mean
 
     def flow(self, z, t, r):
-        """Phi(z; t -> r) = (1-r) mean + spread(r) / spread(t) (z - (1-t) mean): (B, 1)."""
-        t, r = t[:, None], r[:, None]
+        """Phi(z; t -> r) = (1-r) mean + spread(r) / spread(t) (z - (1-t) mean)."""
+        t, r = _column(t, z), _column(r, z)
         return (1 - r) * self.mean + self.spread(r) / self.spread(t) * (z - (1 - t) * self.mean)
 
     def average_velocity(self, z, t, r):
-        """The exact u(z, t, r), free of cancellation near r = t, so that it can be differentiated: (B, 1)."""
-        early, late = self.spread(r)[:, None], self.spread(t)[:, None]
+        """The exact u(z, t, r), free of cancellation near r = t, so that it can be differentiated."""
+        t, r = _column(t, z), _column(r, z)
+        early, late = self.spread(r), self.spread(t)
         # (spread(t) - spread(r)) / (t - r), from the difference of the squares
-        change = ((1 + self.sigma**2) * (t + r) - 2 * self.sigma**2)[:, None] / (early + late)
-        return change / late * (z - (1 - t[:, None]) * self.mean) - self.mean
+        change = ((1 + self.sigma**2) * (t + r) - 2 * self.sigma**2) / (early + late)
+        return change / late * (z - (1 - t) * self.mean) - self.mean
 
 
 class GuidedGaussian:

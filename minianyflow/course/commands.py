@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+from contextlib import nullcontext
 
 from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
@@ -14,32 +14,27 @@ def course(argv: list[str]) -> int:
     """Run the notebooks in fresh kernels and save them with their outputs, or compare them with what is saved."""
     parser = Parser("minianyflow course", description=course.__doc__)
     parser.add_argument("--only", help="the number of one notebook, say 03")
-    parser.add_argument(
-        "--compare", action="store_true", help="write nothing; print where claims differ from saved ones"
-    )
+    parser.add_argument("--compare", action="store_true", help="write nothing; print where claims differ from saved")
     parser.add_argument("--figures", metavar="FOLDER", help="write every figure there too, for slides")
     arguments = parser.parse_args(argv)
     import nbformat
     from tqdm import tqdm
 
     from minianyflow.course.notebooks import compare, execute, notebooks
+    from minianyflow.support.files import staging_folder
 
     chosen = [path for path in notebooks() if not arguments.only or path.name.startswith(arguments.only)]
     if not chosen:
         known = ", ".join(path.name[:2] for path in notebooks())
         raise InputError(f"no notebook begins with {arguments.only!r}; expected one of {known}")
-    if arguments.figures:
-        try:
-            Path(arguments.figures).mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise InputError(f"cannot write to {arguments.figures} ({problem.strerror}); name another folder") from None
     differences = []
-    for path in tqdm(chosen, unit="notebook"):
-        fresh = execute(path, arguments.figures)
-        if arguments.compare:
-            differences += [f"{path.name}: {line}" for line in compare(nbformat.read(path, as_version=4), fresh)]
-        else:
-            nbformat.write(fresh, path)
+    with staging_folder(arguments.figures) if arguments.figures else nullcontext() as figures:
+        for path in tqdm(chosen, unit="notebook"):
+            fresh = execute(path, figures)
+            if arguments.compare:
+                differences += [f"{path.name}: {line}" for line in compare(nbformat.read(path, as_version=4), fresh)]
+            else:
+                nbformat.write(fresh, path)
     print("\n".join(differences) or f"{len(chosen)} notebooks run, every claim holds")
     return 1 if differences else 0
 

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable
 from functools import partial, reduce
 from importlib import import_module
+from itertools import product
 from operator import getitem
 
 from minianyflow.support.cli import Parser
@@ -14,59 +14,42 @@ from minianyflow.support.install import ROOT
 MARKED = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def table(function: str, report: str | None = None, *keys: str) -> Callable[[], str]:
-    """A function that returns a table: what "module:name" makes of a report in docs/, or of report[key][key]...
-
-    report: None for a function that takes no arguments. Modules are named, not imported: only those of a page are
-    loaded, and benchmarks are above this package.
-    """
-
-    def make():
-        module, name = function.split(":")
-        arguments = []
-        if report:
-            arguments = [reduce(getitem, keys, json.loads((ROOT / "docs" / report).read_text()))]
-        return getattr(import_module(module), name)(*arguments)
-
-    return make
+def table(function: str, report: str | None = None, *keys: str) -> str:
+    """What "module:name" makes of report[key][key]... in docs/, or of nothing. Benchmarks are above this module."""
+    module, name = function.split(":")
+    arguments = [reduce(getitem, keys, json.loads((ROOT / "docs" / report).read_text()))] if report else []
+    return getattr(import_module(module), name)(*arguments)
 
 
 def _peers(report, *targets):
     """Two tables for each target of a comparison with other libraries."""
     made_by = {"": "benchmarks.peers:table", "_ratios": "benchmarks.peers:ratio_table"}
-    return {
-        target + end: table(function, report, "targets", target)
-        for target in targets
-        for end, function in made_by.items()
-    }
+    return {name + end: (made_by[end], report, "targets", name) for name, end in product(targets, made_by)}
 
 
 _TABLES, _VIDEO = "minianyflow.course.tables:", "video/any_step.json"
-TABLES: dict[str, dict[str, Callable[[], str]]] = {  # {page: {name: function() -> text}}
-    "README.md": {"any_step": table(_TABLES + "text_block", "plane/any_step.json")},
-    "docs/plane.md": {"ablation": table(_TABLES + "text_block", "plane/ablation.json")},
+TABLES = {  # {page: {name: arguments of `table`}}
+    "README.md": {"any_step": (_TABLES + "text_block", "plane/any_step.json")},
+    "docs/plane.md": {"ablation": (_TABLES + "text_block", "plane/ablation.json")},
     "docs/video.md": {
-        "any_step": table(_TABLES + "video_table", _VIDEO),
-        "costs": table(_TABLES + "video_costs", _VIDEO),
-        "causal": table(_TABLES + "video_causal", _VIDEO),
-        "exposure": table(_TABLES + "exposure_table", "video/exposure.json"),
-        "padding": table(_TABLES + "video_padding", _VIDEO),
+        "any_step": (_TABLES + "video_table", _VIDEO),
+        "costs": (_TABLES + "video_costs", _VIDEO),
+        "causal": (_TABLES + "video_causal", _VIDEO),
+        "exposure": (_TABLES + "exposure_table", "video/exposure.json"),
+        "padding": (_TABLES + "video_padding", _VIDEO),
     },
-    "docs/wan.md": {"evaluations": table("minianyflow.wan.tables:evaluations_per_sample")},
-    "docs/evaluation.md": {"evaluation": table("minianyflow.wan.tables:evaluation")},
+    "docs/wan.md": {"evaluations": ("minianyflow.wan.tables:evaluations_per_sample",)},
+    "docs/evaluation.md": {"evaluation": ("minianyflow.wan.tables:evaluation",)},
     "docs/plan.md": {
-        "bill": table("minianyflow.planner.report:bill_table", "plan/plans.json"),
-        "plan": table("minianyflow.planner.report:stage_table", "plan/plans.json"),
+        "bill": ("minianyflow.planner.report:bill_table", "plan/plans.json"),
+        "plan": ("minianyflow.planner.report:stage_table", "plan/plans.json"),
     },
     "docs/peers.md": _peers("peers/peers.json", "spiral") | _peers("peers/others.json", "ring8", "checkerboard"),
 }
 
 
 def write(check: bool = False) -> list[str]:
-    """Write the tables of all pages; returns the pages that were not current. check: change nothing.
-
-    Raises InputError for a page that lacks a table, or has one that is not registered in TABLES.
-    """
+    """Write the tables of all pages (check: of none); returns those not current. InputError if one lacks some."""
     stale = []
     for page, tables in TABLES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -82,7 +65,7 @@ def write(check: bool = False) -> list[str]:
 
 
 def _marked(tables, match):
-    return f"<!-- table {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
+    return f"<!-- table {match[1]} -->\n{table(*tables[match[1]])}\n<!-- end -->"
 
 
 def docs(argv: list[str]) -> int:

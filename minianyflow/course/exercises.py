@@ -1,7 +1,6 @@
 """Exercises: the check that shows a student's answer beside the expected one, and the student's files.
 
-A solution is a short script in `notebooks/solutions/`. Lines between `# SOLUTION` and `# END` are left out of the
-student's copy in `notebooks/exercises/`. `python -m minianyflow exercises` writes the copies.
+They are the scripts in `notebooks/solutions/` without the lines between `# SOLUTION` and `# END`.
 """
 
 import re

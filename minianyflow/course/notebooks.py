@@ -1,8 +1,4 @@
-"""The frame of the course's notebooks: their first cell, their claims, their small figures; and how they are run.
-
-Notebooks are committed with their outputs. `execute` runs one in a fresh kernel; `compare` compares the claims of two
-runs.
-"""
+"""The frame of the course's notebooks: their first cell, their claims, their small figures; and how they are run."""
 
 import builtins
 import itertools
@@ -38,10 +34,7 @@ def start(name: str, minutes: float, needs: str = "nothing but the library") -> 
 
 
 def claim(what: str, figures, at_most: float | None = None, at_least: float | None = None) -> None:
-    """Print a figure of the notebook beside its bound. figures: a number, or one per seed, each of which must hold.
-
-    Raises AssertionError if it does not.
-    """
+    """Print figures, one or one per seed, beside their bound; AssertionError unless every one holds."""
     values = np.asarray([float(value) for value in np.ravel(figures)] or [math.nan])
     low, high = (-math.inf if at_least is None else at_least), (math.inf if at_most is None else at_most)
     holds = bool((np.isfinite(values) & (values >= low) & (values <= high)).all())
@@ -96,17 +89,17 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 
 def compare(committed: nbformat.NotebookNode, fresh: nbformat.NotebookNode, tolerance: float = 0.25) -> list[str]:
-    """Differences between the claims of two runs of a notebook, as lines; none means that they agree.
+    """Lines for differences between the claims of two runs of a notebook; none means that they agree.
 
     tolerance: of a claim's mean, relative: other processors round differently, and training amplifies it.
     """
     old, new = claims_of(committed), claims_of(fresh)
     lines = [f"no longer claimed: {what}" for what in old.keys() - new.keys()]
     lines += [f"only in the new run: {what}" for what in new.keys() - old.keys()]
-    differ = [
-        what for what in old.keys() & new.keys() if abs(old[what] - new[what]) > tolerance * abs(old[what]) + 1e-6
-    ]
-    return lines + [f"{what}: committed {old[what]:g}, now {new[what]:g}" for what in differ]
+    for what in old.keys() & new.keys():
+        if abs(old[what] - new[what]) > tolerance * abs(old[what]) + 1e-6:
+            lines.append(f"{what}: committed {old[what]:g}, now {new[what]:g}")
+    return lines
 
 
 def tidy(cell: nbformat.NotebookNode) -> None:

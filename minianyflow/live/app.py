@@ -1,14 +1,10 @@
-"""The scenes as one full-window app for a class: Voila serves them from this machine, ready before a page is opened.
-
-One kernel waits with the first scene drawn; another scene is built when it is first chosen.
-"""
+"""The scenes as one app for a class: Voila serves them, the first one drawn before a page is opened."""
 
 import os
 import socket
 import subprocess
 import sys
 import time
-import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,10 +44,7 @@ def app(first: str = "race") -> ipywidgets.Widget:
 
 
 def prepared(first: str) -> ipywidgets.Widget:
-    """`app(first)` in the notebook that is served. The file `ready` beside it appears when it is drawn or has failed.
-
-    The file contains the error, or nothing.
-    """
+    """`app(first)` in the notebook that is served; then the file `ready` is beside it, with the error if any."""
     problem = ""
     try:
         return app(first)
@@ -67,7 +60,7 @@ def prepared(first: str) -> ipywidgets.Widget:
 def serve(scene: str = "race", port: int = 0) -> Iterator[tuple[str, subprocess.Popen]]:
     """Voila with that scene drawn and waiting; yields its address and its process."""
     choose("scene", scene, TITLES)
-    port = free_port(port)  # an error about the port comes before anything is started
+    port = free_port(port)
     with TemporaryDirectory(prefix="minianyflow-live-") as folder:
         folder = Path(folder)
         write_notebook(folder / "live.ipynb", f"from minianyflow.live import app\napp.prepared({scene!r})")
@@ -80,22 +73,6 @@ def serve(scene: str = "race", port: int = 0) -> Iterator[tuple[str, subprocess.
             if problem := ready.read_text():
                 raise InputError(f"{scene} cannot be drawn: {problem}")
             yield f"http://127.0.0.1:{port}/", process
-
-
-def run(scene: str = "race", port: int = 8866, open_page: bool = True) -> int:
-    """Serve until interrupted and return the exit status; open the browser once the first scene is ready."""
-    choose("scene", scene, TITLES)
-    start = time.perf_counter()
-    print(f"drawing {scene} (some seconds)", flush=True)
-    with serve(scene, port) as (address, process):
-        print(f"ready after {time.perf_counter() - start:.0f} s: {address} (Ctrl-C ends it)", flush=True)
-        if open_page:
-            webbrowser.open(address)
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            print("\nended")
-            return 0
 
 
 def write_notebook(path: Path, *cells: str) -> None:
@@ -120,10 +97,7 @@ def free_port(port: int = 0) -> int:
 def serving(
     command: Sequence, ready: Callable[[], bool], log: Path, environment: dict[str, str], seconds: float = 180
 ) -> Iterator[subprocess.Popen]:
-    """A server, `python COMMAND`, from when `ready()` is true to the end of the block; yields its process.
-
-    Its output goes to the file `log`. Raises InputError with the last line of that if it ends or is not ready in time.
-    """
+    """A server, `python COMMAND`, from when `ready()` is true: its process. InputError with its last line if not."""
     command = [sys.executable, *map(str, command)]
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | environment)

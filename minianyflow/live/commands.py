@@ -1,5 +1,7 @@
 """Commands of the live scenes: `live` and `live-html`."""
 
+import time
+import webbrowser
 from pathlib import Path
 
 from minianyflow.support.cli import Parser
@@ -10,14 +12,22 @@ def live(argv: list[str]) -> int:
     """Serve the scenes as a full-window app for a class, offline, with the first one drawn before it is opened."""
     parser = Parser("minianyflow live", description=live.__doc__)
     parser.add_argument("--scene", default="race", help="the scene that is drawn first (default: race)")
-    parser.add_argument(
-        "--port", default=8866, type=int, help="of this machine; 0 for any that is free (default: 8866)"
-    )
+    parser.add_argument("--port", default=8866, type=int, help="of this machine; 0 for any free one (default: 8866)")
     parser.add_argument("--no-browser", action="store_true", help="print the address and open no browser")
     arguments = parser.parse_args(argv)
-    from minianyflow.live.app import run
+    from minianyflow.live.app import serve
 
-    return run(arguments.scene, arguments.port, not arguments.no_browser)
+    start = time.perf_counter()
+    print(f"drawing {arguments.scene} (some seconds)", flush=True)
+    with serve(arguments.scene, arguments.port) as (address, process):
+        print(f"ready after {time.perf_counter() - start:.0f} s: {address} (Ctrl-C ends it)", flush=True)
+        if not arguments.no_browser:
+            webbrowser.open(address)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            print("\nended")
+            return 0
 
 
 def live_html(argv: list[str]) -> int:

@@ -1,7 +1,6 @@
 """The base of all scenes: controls, one drawing function, and a picture for a notebook whose kernel is not running.
 
-A scene is an object that displays itself as the last line of a cell. `state` gives the values of its controls. `draw`
-turns such values into what the player shows and touches no widget, so tests and offline pages call it, too.
+`draw` turns the values of the controls into what the player shows, and touches no widget: offline pages call it, too.
 """
 
 import base64
@@ -27,8 +26,7 @@ LOOKS = {"layout": {"width": "auto", "min_width": "260px"}, "style": {"descripti
 class Scene:
     """A player below its controls. Subclasses set `title` and define `make_controls` and `draw`.
 
-    errors: exceptions of callbacks. They are shown below the player, printed and appended here, since ipywidgets
-    drops them otherwise.
+    errors: exceptions of callbacks, which ipywidgets drops: they are shown below the player, printed and appended here.
     """
 
     title: ClassVar[str] = ""
@@ -38,7 +36,7 @@ class Scene:
 
     def __init__(self, **start):
         self.errors, self.player, self.message = [], Player(), ipywidgets.HTML()
-        self.controls = self.make_controls()
+        self.controls = self.make_controls() | {"seed": slider("noise, seed", range(10), 0)}
         for name, value in start.items():
             self.set(name, value)
         row = ipywidgets.HBox(list(self.controls.values()), layout={"flex_flow": "row wrap"})
@@ -49,7 +47,7 @@ class Scene:
         self.player.observe(self.on_pick, "picked")
 
     def make_controls(self) -> dict[str, ipywidgets.Widget]:
-        """The controls by name, in the order shown."""
+        """The controls by name, in the order shown; that of the noise's seed comes last."""
         return {}
 
     def draw(self, pack: Pack, **state) -> dict:
@@ -73,10 +71,8 @@ class Scene:
         try:
             control.value = value
         except TraitError:
-            options = getattr(control, "options", None)
-            expected = (
-                ", ".join(repr(option) for _, option in options) if options else f"{control.min} to {control.max}"
-            )
+            options = [repr(option) for _, option in getattr(control, "options", ())]
+            expected = ", ".join(options) or f"{control.min} to {control.max}"
             raise InputError(f"{name} {value!r}; expected one of {expected}") from None
 
     def redraw(self) -> None:
@@ -108,10 +104,7 @@ class Scene:
             raise
 
     def offline_page(self) -> tuple[dict, bytes]:
-        """The contents of an offline page: ({"title", "controls", "scenes"}, bytes), a scene for every possible choice.
-
-        Values are written as text; a scene's key is its values joined by "|".
-        """
+        """({"title", "controls", "scenes"}, bytes): a scene per possible choice, by its values joined with "|"."""
         pack, state, controls, scenes = Pack(), self.state(), [], {}
         for name, values in self.offline.items():
             control = self.controls[name]
@@ -159,8 +152,3 @@ def slider(label: str, options: Iterable[float], value: float) -> ipywidgets.Sel
     """A control that slides along `options`, numbers."""
     options = [(f"{option:.3g}", option) for option in options]
     return ipywidgets.SelectionSlider(options=options, value=value, description=label, **LOOKS)
-
-
-def seed_control() -> ipywidgets.SelectionSlider:
-    """The control of the noise's seed."""
-    return slider("noise, seed", range(10), 0)

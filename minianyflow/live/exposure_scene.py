@@ -1,14 +1,11 @@
-"""Exposure bias on the circle: frames one after another, after true ones or a student's own.
-
-The committed students make the clips, by the library's sampler. A set of clips is sampled once.
-"""
+"""Exposure bias on the circle: the committed students' clips, frame by frame, after true frames or their own."""
 
 from functools import cache
 from typing import ClassVar
 
 from torch import Tensor
 
-from minianyflow.live.controls import Scene, dropdown, seed_control, slider
+from minianyflow.live.controls import Scene, dropdown, slider
 from minianyflow.live.player import time_axis
 from minianyflow.measures import sobol_noise
 from minianyflow.networks.mlp import EvaluationCounter
@@ -45,14 +42,13 @@ class Exposure(Scene):
     offline_particles = 120
 
     def make_controls(self):
-        """Which frames are the context, the number of steps per frame, the students, noise."""
+        """Which frames are the context, the number of steps per frame, the students."""
         return {
             "context": dropdown("each frame after", [OWN, TRUE]),
             "steps": slider("steps a frame", [1, 2, 4, 16], 1),
             "left": dropdown("left", exposure.KEPT),
             "right": dropdown("right", exposure.KEPT, "on-policy"),
             "copy": slider("training seed", [0, 1, 2], TYPICAL),
-            "seed": seed_control(),
         }
 
     def draw(self, pack, particles, context, steps, left, right, copy, seed):

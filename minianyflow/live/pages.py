@@ -70,7 +70,7 @@ def animate(page, path, frames: int = 36, size=(1180, 700), colours: int = 64, m
             pictures.append(Image.open(BytesIO(tab.locator(".lm-player").screenshot())).convert("RGB"))
     method, plain = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE  # white stays white
     palette = pictures[-1].quantize(colours, method, dither=plain)  # one palette for all frames: no pixel flickers
-    first, *rest = [picture.quantize(palette=palette, dither=plain) for picture in pictures]
+    first, *rest = (picture.quantize(palette=palette, dither=plain) for picture in pictures)
     durations = [1200] + [milliseconds] * (frames - 2) + [2500]
     path.parent.mkdir(parents=True, exist_ok=True)
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True, disposal=1)

@@ -1,7 +1,4 @@
-"""A still picture of a scene, from the same arrays that the player draws: for notebooks whose kernel is not running.
-
-Pillow draws it in a tenth of the time that importing matplotlib takes, and a notebook waits for it.
-"""
+"""A still picture of a scene for notebooks whose kernel is not running. A tenth of the time of importing matplotlib."""
 
 import io
 import textwrap

@@ -1,7 +1,4 @@
-"""Scenes on the plane: the race, the triangle of times, backward simulation.
-
-The library's samplers make all paths. Exact paths are computed once per data set, seed and number of particles.
-"""
+"""Scenes on the plane: the race, the triangle of times, backward simulation. The library's samplers make all paths."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from minianyflow.flow_map import rollout, velocity
-from minianyflow.live.controls import LOOKS, Scene, dropdown, seed_control, slider
+from minianyflow.live.controls import LOOKS, Scene, dropdown, slider
 from minianyflow.live.player import Pack, time_axis
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import EvaluationCounter
@@ -28,6 +25,7 @@ from minianyflow.times import generator, time_grid
 from toy_data import plane
 
 FINE = 64  # steps of the exact paths; the times of the triangle lie on this grid
+TRIANGLE = {"kind": "triangle", "snap": FINE}
 DATASETS = ("spiral", "ring8")  # those with committed students
 LABELS = {method: label.replace("\n", " ") for method, label in LABELS.items()}
 MAPS = {LABELS[method]: method for method in ("mixed", *FLOW_MAPS)}  # the students that are flow maps
@@ -64,11 +62,6 @@ def particles_panel(
     return panel | {"measures": measures | {"evaluations": str(evaluations)}}
 
 
-def triangle_panel(title: str, colour: str, chain: list[float], **more) -> dict:
-    """A chain of times in the triangle. more: `drag`, a user can move the dots; `dots`, grey ones; `measures`."""
-    return {"kind": "triangle", "title": title, "colour": colour, "chain": chain, "snap": FINE, **more}
-
-
 class Race(Scene):
     """The same noise by the exact flow, Euler, a flow map and a consistency map; 1 to 128 steps."""
 
@@ -76,12 +69,11 @@ class Race(Scene):
     offline: ClassVar = {"steps": (1, 2, 4, 8, 16, 32, 64), "dataset": DATASETS}
 
     def make_controls(self):
-        """Number of steps, data, students, noise."""
+        """Number of steps, data, students."""
         return {
             "steps": slider("steps", [1, 2, 4, 8, 16, 32, 64, 128], 4),
             "dataset": dropdown("data", DATASETS),
             "flow_map": dropdown("flow map", MAPS),
-            "seed": seed_control(),
         }
 
     def draw(self, pack, particles, steps, dataset, flow_map, seed):
@@ -108,7 +100,7 @@ class Triangle(Scene):
     chain = None  # the times where a user has placed the dots; else they are evenly spaced
 
     def make_controls(self):
-        """The first and the last time, the number of jumps between them, the map, data, noise."""
+        """The first and the last time, the number of jumps between them, the map, data."""
         times = [k / FINE for k in range(FINE + 1)]
         return {
             "jumps": slider("jumps", [1, 2, 3, 4, 6, 8], 1),
@@ -116,7 +108,6 @@ class Triangle(Scene):
             "target": slider("to r", times[:-1], 0.0),
             "method": dropdown("map", MAPS | {"Euler, exact velocity": "euler"}),
             "dataset": dropdown("data", DATASETS),
-            "seed": seed_control(),
         }
 
     def on_change(self, change):
@@ -153,7 +144,7 @@ class Triangle(Scene):
         measures = {"times": " > ".join(f"{time:.2f}" for time in chain)} if short else {"jumps": str(count)}
         learned, solved = f"{LABELS[method]}: {count} jump{'s' * (count > 1)}", f"{solver} from 1 to 0"
         panels = [
-            triangle_panel("drag the dots", colour, chain, drag=True, measures=measures),
+            TRIANGLE | {"title": "drag the dots", "colour": colour, "chain": chain, "drag": True, "measures": measures},
             particles_panel(pack, learned, colour, path, chain, exact, count),
             particles_panel(pack, "exact flow", COLOURS["exact"], exact, between, exact, solved, trace=False),
         ]
@@ -170,13 +161,12 @@ class BackwardSimulation(Scene):
     offline: ClassVar = {"steps": (4, 8, 16, 50), "g": (0, 1, 3, 7)}  # with two steps g changes nothing
 
     def make_controls(self):
-        """N and g, as on-policy training draws them; the map, data, noise."""
+        """N and g, as on-policy training draws them; the map, data."""
         controls = {
             "steps": slider("N, steps of the rollout", STEPS, 16),
             "g": ipywidgets.IntSlider(3, 0, 15, description="g, the step kept", **LOOKS),
             "method": dropdown("flow map", MAPS),
             "dataset": dropdown("data", DATASETS),
-            "seed": seed_control(),
         }
         controls["steps"].observe(lambda change: setattr(controls["g"], "max", change["new"] - 1), "value")
         return controls
@@ -202,7 +192,7 @@ class BackwardSimulation(Scene):
         dots = [list(pair) for pair in pairwise(all_times.tolist())]
         title, counts = f"N = {steps}, g = {int(step[0])}", [u.rows // particles for u in (whole, few)]
         panels = [
-            triangle_panel(title, colour, times.tolist(), dots=dots, measures=measures),
+            TRIANGLE | {"title": title, "colour": colour, "chain": times.tolist(), "dots": dots, "measures": measures},
             particles_panel(pack, f"all {steps} steps", "#777777", path, all_times, exact, counts[0]),
             particles_panel(pack, jumps, colour, simulated, times, exact, counts[1]),
             gradient_panel(network, dataset, seed, {"#444444": all_times, colour + "55": times}),
@@ -222,16 +212,13 @@ def spread(start: float, target: float, jumps: int) -> list[float]:
 def check_chain(chain: list[float]) -> list[float]:
     """The chain, if it falls along the grid inside [0, 1]; else raises InputError."""
     falling = sorted({round(FINE * time) / FINE for time in chain}, reverse=True)
-    if len(chain) < 2 or falling != list(chain) or not 0 <= chain[-1] < chain[0] <= 1:
+    if falling != list(chain) or not 0 <= chain[-1] < chain[0] <= 1:
         raise InputError(f"times {chain}; expected falling ones, {FINE}ths in [0, 1]: choose `to r` below `from t`")
     return list(chain)
 
 
 def gradients(network, mixture, z: Tensor, times: Tensor, seed: int = 0) -> list[float]:
-    """The norm of the on-policy loss's gradient that reaches the weights through each jump of a rollout.
-
-    The real score is exact; the fake score is the student's own velocity, which is where a fake score starts.
-    """
+    """The norm of the on-policy gradient through each jump. The real score is exact, the fake one the student's."""
     weights = dict(network.named_parameters())
     copies = [{name: w.detach().clone().requires_grad_(True) for name, w in weights.items()} for _ in times[1:]]
     of_jump = iter(copies)  # a rollout evaluates one jump after another, here with weights of its own

@@ -25,15 +25,13 @@ GREYS = 15  # shades of a video; so few compress well
 
 
 class Player(anywidget.AnyWidget):
-    """scene: JSON, what to draw. payload: the bytes of its arrays. picked: a chain of times that a user has moved; the
-    kernel empties it once it has read it.
-    """
+    """The widget."""
 
     _esm = STATIC / "player.js"
     _css = STATIC / "player.css"
-    scene = traitlets.Dict().tag(sync=True)
-    payload = traitlets.Bytes(b"").tag(sync=True)
-    picked = traitlets.List(traitlets.Float()).tag(sync=True)
+    scene = traitlets.Dict().tag(sync=True)  # what to draw
+    payload = traitlets.Bytes(b"").tag(sync=True)  # the bytes of its arrays
+    picked = traitlets.List(traitlets.Float()).tag(sync=True)  # times that a user has moved; the kernel empties it
 
     def show(self, scene: dict, payload: bytes) -> None:
         """Draw another scene: one message, so that the arrays always fit the JSON that names them."""
@@ -43,11 +41,7 @@ class Player(anywidget.AnyWidget):
 
 
 class Pack:
-    """Arrays on their way to the browser: an array is sent once, however many scenes show it.
-
-    add_points and add_video return the name under which a panel shows the array. `arrays` describes them by name,
-    `scene` makes the JSON, `payload` is the bytes.
-    """
+    """Arrays on their way to the browser, once per array; panels show them by the names that add_* return."""
 
     def __init__(self):
         self.names, self.arrays, self.data = {}, {}, bytearray()
@@ -89,11 +83,10 @@ class Pack:
         return bytes(self.data)
 
     def scene(self, title: str, panels: list[dict], axis: dict, **more) -> dict:
-        """The JSON of a scene.
+        """The JSON of a scene. panels: dicts with a "kind"; `measures`, {name: text}, is printed below.
 
-        panels: dicts with a "kind"; `measures`, {name: text}, is printed below. axis: what is scrubbed, see time_axis.
-        more: `note`, a line below; `columns` of the grid of panels; `position` to begin at, 0 to 1;
-        `duration` in milliseconds; `loop`.
+        axis: of `time_axis`. more: `note`, a line below; `columns` of the grid of panels; `position` to begin at, 0 to
+        1; `duration` in milliseconds; `loop`.
         """
         for panel in panels:
             choose("kind of panel", panel["kind"], KINDS)

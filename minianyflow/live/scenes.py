@@ -1,11 +1,5 @@
 """The five scenes of the course, one line per scene: `from minianyflow.live import scenes`, then `scenes.race()`.
 
-    race                  the same noise by the exact flow, Euler, a flow map and a consistency map, 1 to 128 steps
-    triangle              jumps (t, r) dragged through the triangle of times, learned against exact
-    backward_simulation   three jumps for a rollout of N steps; where the gradient goes
-    exposure              a point on a circle, frame by frame, after true frames or a student's own
-    video                 bouncing balls at 1 to 16 steps, whole clips at once or chunk by chunk
-
 Arguments set the controls at the start: `scenes.race(steps=16, dataset="ring8")`. Only the module of the scene that is
 opened is imported.
 """

@@ -1,7 +1,4 @@
-"""Bouncing balls at 1 to 16 steps, whole clips at once and chunk by chunk, from the committed students.
-
-Importing this takes seconds, since it needs diffusers. A set of clips is sampled once.
-"""
+"""Bouncing balls from the committed video students. Importing this takes seconds, since it needs diffusers."""
 
 from functools import cache
 from typing import ClassVar
@@ -9,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from minianyflow.live.controls import Scene, dropdown, seed_control
+from minianyflow.live.controls import Scene, dropdown
 from minianyflow.live.player import time_axis
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TextEncoder
@@ -60,11 +57,10 @@ class Video(Scene):
     offline: ClassVar = {"whole": ("on_policy", "consistency", "teacher"), "chunks": tuple(CHUNKS.values())}
 
     def make_controls(self):
-        """The student above, the student below, noise."""
+        """The student above, the student below."""
         return {
             "whole": dropdown("whole clips (above)", WHOLE),
             "chunks": dropdown("chunk by chunk (below)", CHUNKS),
-            "seed": seed_control(),
         }
 
     def draw(self, pack, particles, whole, chunks, seed):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minianyflow.consistency import time_weight
-from minianyflow.plane.race import BUDGET, Budget, check, exact_flow, in_report, run_method
+from minianyflow.plane.race import Budget, check, exact_flow, in_report, run_method
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.support.reports import rounded, write_report
@@ -44,12 +44,7 @@ CHANGES = {
 
 
 def run(
-    dataset: str = "spiral",
-    seeds: Sequence[int] = (0, 1, 2),
-    budget: Budget = BUDGET,
-    output: str | Path = "outputs/ablation",
-    workers: int = 2,
-    quiet: bool = False,
+    dataset: str, seeds: Sequence[int], budget: Budget, output: str | Path, workers: int = 2, quiet: bool = False
 ) -> dict:
     """Train each method once for each of its CHANGES; writes `ablation.json`, in the form of the race's report."""
     check(dataset, seeds, budget)

@@ -30,11 +30,9 @@ class CausalMLP(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, r: Tensor, past: Tensor, frame: Tensor, copy: Tensor | None = None):
         """z (B, 2), past (B, n, 2) with n >= frame (B,); later frames have no effect. Returns (B, 2)."""
-        if past.ndim != 3 or len(past) != len(z) or past.shape[1] < int(frame.max()):
-            raise InputError(
-                f"past {tuple(past.shape)} of {len(z)} clips at frame {int(frame.max())}; expected (B, n, 2) and n no "
-                "less than the frame's number, counted from 0"
-            )
+        last = int(frame.max())
+        if past.ndim != 3 or len(past) != len(z) or past.shape[1] < last:
+            raise InputError(f"past {tuple(past.shape)} at frame {last}; expected ({len(z)}, n, 2), n no less than it")
         place = frame[:, None] + torch.arange(WINDOW)  # in a past that WINDOW empty frames precede
         window = nn.functional.pad(past, (0, 0, WINDOW, 0)).take_along_dim(place[..., None], 1)
         inputs = torch.cat([z, window.flatten(1), (place >= WINDOW).to(z)], 1)
@@ -56,10 +54,7 @@ def conditional_velocity(process: CircleProcess) -> Callable[..., Tensor]:
 
 
 class ClipScore(nn.Module):
-    """A fake score u(z, t, r) of whole clips: the exact joint velocity plus an MLP, which is zero at first.
-
-    Fake scores start as the teacher (DMD2; AnyFlow). In this experiment the teacher is a formula.
-    """
+    """A fake score u(z, t, r) of whole clips: it starts as the teacher (DMD2), the exact velocity, plus an MLP."""
 
     def __init__(self, exact: Callable, shape: tuple[int, ...], width: int = 128, depth: int = 4, seeds=(0,)):
         super().__init__()
@@ -72,7 +67,7 @@ class ClipScore(nn.Module):
 
 
 def frame_by_frame(make_frame: Callable, z: Tensor, truth: Tensor | None = None, detach=False, **condition) -> Tensor:
-    """Clips (B, F, 2) from noise `z` (B, F, 2): x = make_frame(z_k, past=, frame=, **condition), k = 0, 1, ...
+    """Clips (B, F, 2) from noise `z` (B, F, 2), each frame by make_frame(z_k, past=, frame=, **condition).
 
     The past consists of the frames made so far, without gradient if `detach`; or of the frames of the clips `truth`.
     """
@@ -88,20 +83,17 @@ def frame_by_frame(make_frame: Callable, z: Tensor, truth: Tensor | None = None,
 def simulate(detach: bool) -> Callable[..., Tensor]:
     """Backward simulation of clips, frame by frame, for `OnPolicyLoss`: (1, B, F, 2), all at t = 0."""
 
-    def backward_simulation_of_clips(u, z, lengths, step, shift=1.0, **condition):
-        def make_frame(z, **condition):
-            return backward_simulation(u, z, lengths, step, shift, **condition)[-1]
+    def clips(u, z, *rollout, **condition):
+        def make_frame(z, **past):
+            return backward_simulation(u, z, *rollout, **past)[-1]
 
         return frame_by_frame(make_frame, z, detach=detach, **condition)[None]
 
-    return backward_simulation_of_clips
+    return clips
 
 
 def sample_clips(u: Callable, z: Tensor, nfe: int, truth: Tensor | None = None, **condition) -> Tensor:
-    """Clips (B, F, 2) by any-step sampling, `nfe` evaluations per frame.
-
-    Free-running, or with true context: each frame follows those of the clips `truth` (B, F, 2).
-    """
+    """Clips (B, F, 2) by any-step sampling, `nfe` evaluations per frame; the clips `truth` as context, if given."""
     times = time_grid(nfe)
     return frame_by_frame(lambda z, **past: sample_flow_map(u, z, times, **past)[-1], z, truth, **condition)
 

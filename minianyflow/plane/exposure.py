@@ -1,13 +1,13 @@
 """Exposure bias where it is exact: a causal student of the circle process, trained on true pasts or on its own.
 
 Trained on true pasts (teacher forcing) a student meets its own errors only when it runs free. On-policy training
-(Self-Forcing, arXiv 2506.08009; AnyFlow, section 4) lets it make whole clips, each frame by three jumps, and matches
-their joint law. circle_student.py has the student and its losses, exposure_figure.py draws the result.
+(Self-Forcing, arXiv 2506.08009; AnyFlow, section 4) makes whole clips, a frame by three jumps, and matches their law.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -55,32 +55,25 @@ LOST = 0.3  # a clip whose last radius is six sigmas off
 
 @dataclass(frozen=True)
 class Budget:
-    """What a seed spends: evaluations (see `spent`) on the start, teacher forcing, and on every arm after it.
+    """What a seed spends."""
 
-    rows, clips: per batch and seed, of teacher forcing and of on-policy training. simulated: lengths of rollouts.
-    points: of a curve.
-    """
-
-    start: int = 1_280_000
-    after: int = 2_560_000
-    rows: int = 128
-    clips: int = 32
-    simulated: tuple[int, ...] = (1, 2, 4, 16)
+    start: int = 1_280_000  # evaluations (see `spent`) on the start, teacher forcing
+    after: int = 2_560_000  # and on every arm after it
+    rows: int = 128  # per batch and seed, of teacher forcing
+    clips: int = 32  # the same of on-policy training
+    simulated: tuple[int, ...] = (1, 2, 4, 16)  # lengths of rollouts
     lr: float = 1e-2
     lr_on_policy: float = 1e-3
     lr_fake: float = 3e-3
     width: int = 64
-    points: int = 3
+    points: int = 3  # of a curve
 
 
 BUDGET = Budget()
 
 
 def draw_clips(process: CircleProcess, rows: int, seeds: Sequence[int], simulated=None) -> Callable[[int], dict]:
-    """`draw(step)` for `train`: clips, one frame of each, and with `simulated` what on-policy training draws.
-
-    Frames, times and rollouts are shared by the seeds, as in `batch.batches`; data and noise are not.
-    """
+    """`draw(step)` for `train`: clips and one frame of each; with `simulated` also what on-policy training draws."""
     data, shape = batches(process.clips.sample, rows, seeds), (process.frames, 2)
 
     def draw(step):
@@ -96,12 +89,7 @@ def draw_clips(process: CircleProcess, rows: int, seeds: Sequence[int], simulate
 
 
 def make_arm(arm: str, network: CausalMLP, process: CircleProcess, seeds: Sequence[int], budget: Budget):
-    """The roles, `draw(step)` and the evaluation counters of an arm.
-
-    Teacher forcing learns from the data's velocity or the exact one. On-policy training has a student and a fake score;
-    the real score is the exact one of the joint law.
-    """
-    choose("arm", arm, dict.fromkeys(ARMS))
+    """The roles, `draw(step)` and the evaluation counters of an arm. The real score is that of the joint law, exact."""
     student, mixed = EvaluationCounter(network), FLOW_MAPS["mixed"]
     if arm in FORCING:
         counters, exact = {"student": student}, None
@@ -137,9 +125,8 @@ def spent(counters: dict[str, EvaluationCounter]) -> dict:
 
 def step_cost(roles: dict[str, Role], draw: Callable, counters: dict[str, EvaluationCounter], probes: int = 8) -> float:
     """The mean evaluations of a step, from the losses of the first ones; the counters start again at zero."""
-    for role in roles.values():
-        for step in range(probes):
-            role.loss(role.network, draw(step))
+    for role, step in product(roles.values(), range(probes)):
+        role.loss(role.network, draw(step))
     cost = spent(counters)["evaluations"] / probes
     for counter in counters.values():
         counter.rows = counter.with_grad = 0
@@ -148,11 +135,8 @@ def step_cost(roles: dict[str, Role], draw: Callable, counters: dict[str, Evalua
 
 @torch.no_grad()
 def measure(network, process: CircleProcess, copies: int, nfe: Sequence[int] = NFE) -> dict:
-    """By NFE: radius errors free-running and with true context, (copies, F); share of clips lost; sliced W2 of clips.
-
-    A clip is lost if its last radius is six sigmas off, or more. The copies start from the same noises.
-    """
-    z = sobol_noise(CLIPS, (process.frames, 2)).repeat_interleave(copies, 0)
+    """By NFE: radius errors, free-running and with true context (copies, F); share of clips LOST; their sliced W2."""
+    z = sobol_noise(CLIPS, (process.frames, 2)).repeat_interleave(copies, 0)  # the same for all copies
     truth = process.clips.sample(TRUE, generator(1)).repeat_interleave(copies, 0)
     reference = process.clips.sample_stratified(CLIPS, generator(0))
 
@@ -182,7 +166,7 @@ def radius_error(clips: Tensor) -> Tensor:
 def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0) -> tuple[list[dict], dict[str, Tensor]]:
     """Train one arm from the weights `start` (None: from scratch) until it has cost so many `evaluations` per seed.
 
-    Returns its curve, [{"cost", "nfe"}] at equal distances, and the averaged weights at the end.
+    Returns its curve, [{"cost", "nfe"}] at equal distances, and the averaged weights.
     """
     torch.set_num_threads(1)
     process, network = CircleProcess(), CausalMLP(budget.width, seeds=seeds)
@@ -216,11 +200,7 @@ def run(
     workers: int = 2,
     quiet: bool = False,
 ) -> dict:
-    """The whole experiment. Returns the report.
-
-    Writes `exposure.json`, `exposure.png` and the students of the arms KEPT, `students.safetensors`, in half precision,
-    which `load_student` opens; all of them or none.
-    """
+    """The whole experiment: returns the report; writes exposure.json, exposure.png, students of KEPT, or nothing."""
     if not seeds or len(set(seeds)) < len(seeds) or min(budget.start, budget.after, budget.points) < 1:
         raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, one at least, and positive numbers")
     for arm in arms:
@@ -256,7 +236,7 @@ def run(
 
 
 def load_student(arm: str, copy: int = 0, path: str | Path = STUDENTS) -> CausalMLP:
-    """The trained network of one of the arms KEPT and one seed that `run` wrote; by default the committed one."""
+    """The network of an arm KEPT and one seed that `run` wrote; by default the committed one."""
     choose("arm", arm, dict.fromkeys(KEPT))
     weights, seeds, budget = read_copy(path, copy, f"{arm}/")
     return frozen(CausalMLP(budget["width"], seeds=seeds), weights)

@@ -1,7 +1,6 @@
 """The claim in one run: flow maps and consistency maps race from the same noise against the exact answer.
 
-Every student has the same network, data, teacher (the exact velocity) and number of evaluations; several seeds train
-as one network. race_figure.py draws the result.
+Every student has the same network, data, exact teacher and number of evaluations; several seeds train as one network.
 """
 
 import time
@@ -94,16 +93,16 @@ def run_method(method, dataset, seeds, budget, changes, quiet, position=0) -> di
     """Train one method (Euler has nothing to train), sample and measure it; on one thread, in a process of its own."""
     torch.set_num_threads(1)
     bar = {"position": position, "disable": quiet or None}  # None: shown where there is a terminal
-    if method == "euler":
-        sampled = sample_all(method, None, dataset, 1, {"desc": "sampling euler", **bar})
-        return {"sampled": sampled, "cost": {"train_seconds": 0.0, "network_evaluations": 0}}
-    student, draw = make_student(method, dataset, seeds, budget, **changes)
-    start = time.perf_counter()
-    train({"student": student}, draw, budget.steps, progress={"desc": f"training {method}", **bar})
-    seconds, network = time.perf_counter() - start, student.average.module
-    cost = {"train_seconds": round(seconds, 1), "network_evaluations": student.network.rows + network.rows}
-    sampled = sample_all(method, network, dataset, len(seeds), {"desc": f"sampling {method}", **bar})
-    return {"sampled": sampled, "cost": cost, "weights": network.network.state_dict()}
+    network, seconds, evaluations, weights = None, 0.0, 0, None
+    if method != "euler":
+        student, draw = make_student(method, dataset, seeds, budget, **changes)
+        start = time.perf_counter()
+        train({"student": student}, draw, budget.steps, progress={"desc": f"training {method}", **bar})
+        seconds, network = time.perf_counter() - start, student.average.module
+        evaluations, weights = student.network.rows + network.rows, network.network.state_dict()
+    cost = {"train_seconds": round(seconds, 1), "network_evaluations": evaluations}
+    sampled = sample_all(method, network, dataset, len(seeds) if network else 1, {"desc": f"sampling {method}", **bar})
+    return {"sampled": sampled, "cost": cost, "weights": weights}
 
 
 def exact_flow(dataset: str, position: int = 0) -> tuple[Tensor, Tensor]:
@@ -124,18 +123,16 @@ def floors(dataset: str, exact_ends: Tensor) -> dict:
     """What the measure reads without any error: data against data, a perfect re-noised sampler, the exact flow."""
     mixture, (reference, other) = plane.load(dataset), references(dataset)
     fresh = [mixture.sample(DRAWS * POINTS, generator(1, draw)) for draw in range(8)]
-    counts = {"sliced_w2": POINTS, "sliced_w2_pooled": DRAWS * POINTS}
+    one, pooled = (mean(sliced_w2(sample[:n], reference) for sample in fresh) for n in (POINTS, DRAWS * POINTS))
     return {
         "reference_floor": {"sliced_w2": sliced_w2(reference, other)},
-        "fresh_noise": {
-            name: mean(sliced_w2(samples[:count], reference) for samples in fresh) for name, count in counts.items()
-        },
+        "fresh_noise": {"sliced_w2": one, "sliced_w2_pooled": pooled},
         "exact_flow": {"sliced_w2": sliced_w2(exact_ends, reference)},
     }
 
 
 def in_report(result: dict, seeds: Sequence[int], exact_ends: Tensor) -> dict:
-    """One method as it stands in the JSON: per measure a list over step counts for each seed, and its cost."""
+    """One method in the JSON: per measure a list over step counts for each seed, and its cost."""
     ends, distances, _ = result["sampled"]
     copies = [seed % len(ends[NFE[0]]) for seed in range(len(seeds))]  # Euler has one copy, the same for all seeds
     measures = {name: [[by_nfe[nfe][copy] for nfe in NFE] for copy in copies] for name, by_nfe in distances.items()}
@@ -152,11 +149,7 @@ def run(
     quiet: bool = False,
     methods: Sequence[str] = METHODS,
 ) -> dict:
-    """The whole race: train, sample, measure, draw. Returns the report.
-
-    Writes `any_step.json`, `any_step.png` and the trained networks, `METHOD.safetensors`, which `load_student` opens;
-    all of them or none. workers: processes; each trains one method at a time, on one core.
-    """
+    """The whole race: returns the report; writes any_step.json, any_step.png and METHOD.safetensors, or nothing."""
     check(dataset, seeds, budget)
     with staging_folder(output) as folder:
         jobs = {name: (run_method, (name, dataset, tuple(seeds), budget, {}, quiet)) for name in reversed(methods)}
@@ -179,15 +172,13 @@ def run(
         save_figure(any_step_figure(report, paths, exact_paths), folder / "any_step.png")
         write_report(report, folder / "any_step.json")
         for name in methods:
-            if "weights" in results[name]:
-                save_copies(folder / f"{name}.safetensors", results[name]["weights"], budget, seeds, dataset=dataset)
+            if weights := results[name]["weights"]:
+                save_copies(folder / f"{name}.safetensors", weights, budget, seeds, dataset=dataset)
     return report
 
 
 def check(dataset: str, seeds: Sequence[int], budget: Budget) -> None:
     """Raise InputError for a dataset that there is not, and for seeds or a budget that train nothing."""
     plane.load(dataset)
-    if not seeds or budget.steps < 1 or budget.rows < 1:
-        raise InputError(f"{len(seeds)} seeds, {budget.steps} steps, {budget.rows} rows; expected at least one of each")
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds {list(seeds)}; expected different ones, each trains its own copy")
+    if not seeds or len(set(seeds)) < len(seeds) or min(budget.steps, budget.rows) < 1:
+        raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, at least one, and positive numbers")

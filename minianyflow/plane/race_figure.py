@@ -23,10 +23,7 @@ def draw_paths(axes, paths, colour: str, samples=None, exact=None, limit: float 
 
 
 def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str, float] | None = None) -> None:
-    """`sliced_w2` or `path_error` of a report against steps: the mean over seeds, and their range.
-
-    floors: {method: value}, dotted lines in that method's colour, below which the measure shows no error.
-    """
+    """`sliced_w2` or `path_error` against steps: mean and range over seeds; dotted: `floors` {method: value}."""
     for name, method in report["methods"].items():
         values = np.array(method.get(f"{measure}_pooled", method[measure]))
         style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
@@ -45,10 +42,7 @@ def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str,
 
 
 def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 16, 64), lines: int = 60) -> Figure:
-    """Methods as rows, steps as columns, with the sliced W2 of each; the exact flow and the two curves beside.
-
-    trajectories: {method: {nfe: (nfe + 1, n, 2)}}; exact_paths (times, n, 2), from the same n noises.
-    """
+    """Methods as rows, steps as columns, from {method: {nfe: (nfe + 1, n, 2)}}; exact flow and curves beside."""
     figure = plt.figure(figsize=(15, 11.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.42, 1])
     grid = left.subplots(len(trajectories), len(shown))

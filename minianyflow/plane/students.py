@@ -1,7 +1,4 @@
-"""Trained students of the plane: how each method samples, and how weights are written and read.
-
-The race writes one file per method; those of the committed runs are in toy_data/students.
-"""
+"""Trained students of the plane: how they sample and are saved. The committed ones are in toy_data/students."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -35,7 +32,8 @@ class Budget:
 
 def sample(method: str, network, dataset: str, z: Tensor, nfe: int, draw: int = 0, **condition) -> Tensor:
     """The trajectory (nfe + 1, B, 2) of one method from noise `z` (B, 2) in `nfe` evaluations."""
-    if choose("method", method, dict.fromkeys(METHODS, method)) == "euler":
+    choose("method", method, dict.fromkeys(METHODS))
+    if method == "euler":
         return sample_euler(plane.load(dataset).velocity, z, time_grid(nfe))
     if method == "consistency":
         return sample_consistency(network, z, time_grid(nfe), generator(nfe, draw), **condition)
@@ -44,8 +42,8 @@ def sample(method: str, network, dataset: str, z: Tensor, nfe: int, draw: int = 
 
 def load_student(method: str, copy: int = 0, folder: str | Path = STUDENTS) -> MLP:
     """The network u(z, t, r) of one seed that a race wrote; by default of the committed spiral."""
-    path = Path(folder) / f"{choose('method', method, dict.fromkeys(METHODS[1:], method))}.safetensors"
-    weights, seeds, budget = read_copy(path, copy)
+    choose("method", method, dict.fromkeys(METHODS[1:]))
+    weights, seeds, budget = read_copy(Path(folder) / f"{method}.safetensors", copy)
     return frozen(MLP(width=budget["width"], depth=budget["depth"], seeds=seeds), weights)
 
 
@@ -56,9 +54,9 @@ def save_copies(path: Path, weights: dict[str, Tensor], budget, seeds, **metadat
 
 
 def read_copy(path: str | Path, copy: int, prefix: str = "") -> tuple[dict[str, Tensor], list[int], dict]:
-    """The weights, in float32, of one copy from a file of `save_copies`, [its seed], and the budget.
+    """The float32 weights of one copy from a file of `save_copies`, [its seed], and the budget; InputError if none.
 
-    prefix: only weights whose names begin with it, without it. Raises InputError if there is no such file or copy.
+    prefix: only weights whose names begin with it, without it.
     """
     path = Path(path)
     if not path.exists():

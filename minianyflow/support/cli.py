@@ -36,11 +36,9 @@ def run(command):
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as missing:
-        print(
-            f"error: {missing.name} is not installed here; run `python -m minianyflow setup`, then use "
-            "`.venv/bin/python` (on Windows `.venv\\Scripts\\python`), or `make`",
-            file=sys.stderr,
-        )
+        where = "`.venv/bin/python` (on Windows `.venv\\Scripts\\python`), or `make`"
+        problem = f"{missing.name} is not installed here; run `python -m minianyflow setup`, then use {where}"
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: what is unfinished does not count; run the same command again", file=sys.stderr)

@@ -19,13 +19,15 @@ def setup(argv):
 def test(argv):
     """Run every test but the long ones, browser and notebooks included, in two processes: a quarter of an hour."""
     Parser("minianyflow test", description=test.__doc__).parse_args(argv)
-    return _install_browser() or _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
+    _install_browser()
+    return _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
 
 
 def test_all(argv):
     """Run every test, the long ones too, then the fast ones with the lowest versions of all packages: two hours."""
     Parser("minianyflow test-all", description=test_all.__doc__).parse_args(argv)
-    failed = _install_browser() or _pytest("--nbmake", "--nbmake-timeout=900", *SLOWEST_FIRST)
+    _install_browser()
+    failed = _pytest("--nbmake", "--nbmake-timeout=900", *SLOWEST_FIRST)
     return _pytest("-m", FAST, "tests", python=lowest_python()) or failed
 
 
@@ -39,12 +41,7 @@ def check(argv):
 
 
 FAST = "not slow and not long"
-SLOWEST_FIRST = (
-    "notebooks",
-    "tests/wan",
-    "tests/live",
-    "tests",
-)  # a file is one worker's: the large ones must not come last
+SLOWEST_FIRST = ("notebooks", "tests/wan", "tests/live", "tests")  # a file is one worker's: no large one comes last
 
 
 def _pytest(*arguments, python=sys.executable):
@@ -57,7 +54,6 @@ def _install_browser():
         browser(install=True)
     except InputError as problem:
         print(f"{problem}; the tests that need it will fail", file=sys.stderr)
-    return 0
 
 
 def _needs_checkout(command):

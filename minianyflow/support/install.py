@@ -22,10 +22,7 @@ def setup():
 
 
 def lowest_python():
-    """The Python of .venv-lowest, made if need be: every package in the lowest version that pyproject.toml allows.
-
-    torch is the pinned one, of which a CPU build is at hand.
-    """
+    """The Python of .venv-lowest: every package but torch in the lowest version that pyproject.toml allows."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -67,13 +64,9 @@ APPLICATIONS = (  # where other systems keep one
 
 
 def browser(install=False):
-    """The path of a Chromium, which tests and the benchmark drive; InputError where there is none.
-
-    install: with root on Debian, get it by apt-get first; nothing of this is ever downloaded from elsewhere.
-    """
-    found = [shutil.which(name) for name in BROWSERS] + [path for path in APPLICATIONS if Path(path).exists()]
-    if any(found):
-        return next(filter(None, found))
+    """The path of a Chromium, for tests and the benchmark; install: with root on Debian, get it by apt-get first."""
+    if found := next(filter(None, map(shutil.which, (*BROWSERS, *APPLICATIONS))), None):
+        return found
     if install and shutil.which("apt-get") and os.geteuid() == 0:
         print("installing Debian's chromium, which the browser tests drive (once; a minute or more)", flush=True)
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}

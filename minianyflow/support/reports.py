@@ -36,10 +36,7 @@ def seed_means(by_seed: list[list[float]]) -> list[float]:
 
 
 def text_table(report: dict, measure: str = "sliced_w2") -> str:
-    """One measure of a report as text: a row per method, a column per step count; mean over the seeds, times 1000.
-
-    A measure that a method also has pooled over draws of fresh noise gets a second row. Floors stand below.
-    """
+    """One measure as text: a row per method, a column per step count; mean over seeds, times 1000; floors below."""
     methods = report["methods"]
     width = max(26, 10 + max(map(len, methods)))
     nfe = next(iter(methods.values()))["nfe"]

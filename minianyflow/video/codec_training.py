@@ -14,7 +14,7 @@ from toy_data import blobs
 class Autoencoder(nn.Module):
     """Video through the codec and back, with `blur` times noise on the latents in between."""
 
-    def __init__(self, blur: float):
+    def __init__(self, blur):
         super().__init__()
         self.codec, self.blur = Codec(), blur
 

@@ -1,7 +1,4 @@
-"""Pictures of videos: contact sheets, players that work in a saved notebook, the curves of a video report.
-
-Videos are grey, (n, T, H, W) in [0, 1]; values outside are clipped.
-"""
+"""Contact sheets, players and curves. Videos are grey, (n, T, H, W) in [0, 1]; values outside are clipped."""
 
 import io
 from collections.abc import Sequence
@@ -25,10 +22,7 @@ _GREYS = 64  # a quarter of all: smaller files, and no eye sees it
 
 
 def save_figures(report: dict, ends: dict, clips: Sequence[int], codec: Codec, folder: Path) -> None:
-    """Write the pictures of a report: any-step curves of two measures, and a contact sheet of the clips SHOWN.
-
-    ends: {stage: {nfe: latents}}; clips: which of them to show.
-    """
+    """Write any-step curves of two measures, and a contact sheet of `clips` from `ends`, {stage: {nfe: latents}}."""
     curves = report | {"methods": {name: method for name, method in report["methods"].items() if name in CURVES}}
     save_figure(any_step_curves(curves, "sliced_w2", "sliced W2 of latents"), folder / "any_step.png")
     save_figure(any_step_curves(curves, "from_ideal", "distance from ideal blobs"), folder / "from_ideal.png")
@@ -42,10 +36,7 @@ def save_figures(report: dict, ends: dict, clips: Sequence[int], codec: Codec, f
 
 
 def contact_sheet(rows: dict, frames: Sequence[int] = (0, 4, 8, 12, 16), titles=blobs.PROMPTS) -> Figure:
-    """A figure of stills: a row for each video of `rows` {label: (n, T, H, W)}, a block of `frames` for each title.
-
-    Block k shows clip k. Raises InputError for a clip or a frame that a video does not have.
-    """
+    """Stills: a row per video of {label: (n, T, H, W)}, a block of `frames` per title; block k shows clip k."""
     rows = {label: _checked(label, video, len(titles), max(frames) + 1) for label, video in rows.items()}
     width = next(iter(rows.values())).shape[3]
     gap, inch = max(1, width // 16), 0.95  # pixels between stills; size of a still
@@ -69,10 +60,9 @@ def contact_sheet(rows: dict, frames: Sequence[int] = (0, 4, 8, 12, 16), titles=
 
 
 def player(video, titles=None, columns=8, scale=6, fps=8):
-    """The videos side by side, in a loop: an image for a notebook's output, which needs no kernel.
+    """The videos side by side, in a loop: an animated PNG for a notebook's output, since nbconvert shows no GIF.
 
-    video: (n, T, H, W), or {label: (n, T, H, W)} for one labelled row per entry; the first `columns` clips are shown,
-    under their `titles`. An animated PNG, since nbconvert shows no GIF; `animated_png` returns the bytes.
+    video: (n, T, H, W), or {label: (n, T, H, W)}, a row per entry; the first `columns` clips, under `titles`.
     """
     from IPython.display import Image as NotebookImage
 
@@ -86,19 +76,18 @@ def animated_png(video, titles: Sequence[str] | None = None, columns=8, scale=6,
     shapes = {clips.shape for clips in rows.values()}
     if len(shapes) != 1 or scale < 1 or fps <= 0:
         raise InputError(f"videos {shapes}, scale {scale}, fps {fps}; expected one shape for all rows, scale 1 or more")
-    frames = [np.concatenate([clips[:, k] for clips in rows.values()]) for k in range(next(iter(shapes))[1])]
-    background, corners, bar = _background(list(rows), titles or [], next(iter(shapes)), scale)
+    shades = np.round(np.clip(list(rows.values()), 0, 1) * (_GREYS - 1)) * 255 / (_GREYS - 1)
+    large = repeat(shades.round(), "row clip t height width -> t row (height y) clip (width x)", y=scale, x=scale)
+    gap = (0, max(4, scale))
+    spaced = np.pad(large.astype(np.uint8), ((0, 0), (0, 0), gap, (0, 0), gap), constant_values=255)
+    frames = rearrange(spaced, "t row height clip width -> t (row height) (clip width)")
+    background, place, (left, top, right, bottom) = _background(list(rows), titles or [], next(iter(shapes)), scale)
     pictures = []
-    for k, tiles in enumerate(frames):
-        picture = background.copy()
-        for tile, (left, top) in zip(tiles, corners, strict=True):
-            grey = np.round(np.round(np.clip(tile, 0, 1) * (_GREYS - 1)) * 255 / (_GREYS - 1)).astype(np.uint8)
-            large = repeat(grey, "height width -> (height y) (width x)", y=scale, x=scale)
-            picture.paste(Image.fromarray(large), (left, top))
-        left, top, right, bottom = bar
-        done = left + (right - left) * (k + 1) // len(frames)
+    for k, frame in enumerate(frames, 1):
+        pictures.append(picture := background.copy())
+        picture.paste(Image.fromarray(frame), place)
+        done = left + (right - left) * k // len(frames)
         ImageDraw.Draw(picture).rectangle((left, top, done, bottom), fill=90)
-        pictures.append(picture)
     file, tick = io.BytesIO(), 1000 / fps
     hold = [tick] * (len(pictures) - 1) + [tick + 500]
     pictures[0].save(file, "png", save_all=True, append_images=pictures[1:], duration=hold, loop=0)
@@ -106,7 +95,7 @@ def animated_png(video, titles: Sequence[str] | None = None, columns=8, scale=6,
 
 
 def _background(labels, titles, shape, scale):
-    """The background: a picture with labels and titles, the corners of the tiles, and the box of the bar."""
+    """The background: a picture with labels and titles, the corner of the clips, and the box of the bar."""
     count, _, height, width = shape
     font = ImageFont.load_default(16)
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
@@ -123,7 +112,7 @@ def _background(labels, titles, shape, scale):
         pen.multiline_text(place, label, fill=0, font=font, anchor="rm", align="right")
     bar = (left, bottom, right - 1, bottom + 3)
     pen.rectangle(bar, fill=225)
-    return picture, [(left + x * step_x, top + y * step_y) for y in range(len(labels)) for x in range(count)], bar
+    return picture, (left, top), bar
 
 
 def any_step_curves(report: dict, measure: str, ylabel: str | None = None) -> Figure:

@@ -28,11 +28,10 @@ _ENERGY = math.pi * SIGMA**2  # of one ball: the sum of its squared pixels
 
 
 def find_balls(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The balls of a video: positions (B, T, 4, 2) in pixels (x, y), amplitudes (B, T, 4), residual (B, T, 16, 16).
+    """The balls, brightest first: positions (B, T, 4, 2) in pixels (x, y), amplitudes (B, T, 4), residual like `video`.
 
-    Matching pursuit (Mallat and Zhang 1993) with the ideal ball: add the ball that explains most of the residual, then
-    refine all balls so far in turn by Gauss-Newton steps. Brightest first. An amplitude near 0 is no ball, and its
-    position means nothing. Accurate to .003 pixels and .003 of the amplitude on rendered clips.
+    Matching pursuit (Mallat and Zhang 1993): add the ideal ball that explains most of the residual, then refine all in
+    turn by Gauss-Newton steps. To .003 pixels and amplitude on rendered clips. An amplitude near 0 is no ball.
     """
     video = _checked(video)
     pieces = [_pursue(frames) for frames in video.flatten(0, 1).split(PIECE)]
@@ -58,10 +57,7 @@ def _pursue(rest):
 
 
 def _refine(rest, position, amplitude):
-    """One Gauss-Newton step of one ball (N, 2), (N,); changes `rest` (N, 16, 16), the residual of all balls, in place.
-
-    A ball and its two derivatives are orthogonal, so each unknown is one projection.
-    """
+    """One Gauss-Newton step of one ball (N, 2), (N,), in place of `rest`. It and its derivatives are orthogonal."""
     bump = _profile(position)  # (N, 2, 16)
     slope = bump * (_PIXEL - position[..., None]) / SIGMA**2
     energy, steep = bump.square().sum(2), slope.square().sum(2)  # (N, 2): along x, along y
@@ -130,8 +126,7 @@ def summary(video: Tensor, balls: Tensor, partition: tuple[int, ...] | None = No
     light          mean; light_kept: share of clips whose light is within 15% of 1 in every frame
     obeyed_and_kept            share of clips with both
     from_ideal, acceleration   means, as in `physics`
-    Data: 1, 1, 1, 1, 0, 0. The codec alone: 1, .99, 1, 1 (in four of ten clips a frame is off by 5% or more, in none
-    by 15%), .05, .14.
+    Data: 1, 1, 1, 1, 0, 0. The codec alone: 1, .99, 1, 1, .05, .14.
 
     A `partition` of latent frames into chunks, say (1, 2, 2), adds `by_chunk`, a list of the same measures per chunk;
     an acceleration counts in the chunk of its last frame. Raises InputError if it does not sum to (T + 3) / 4.
@@ -142,18 +137,16 @@ def summary(video: Tensor, balls: Tensor, partition: tuple[int, ...] | None = No
     if partition is not None:
         if frames % 4 != 1:
             raise InputError(f"{frames} frames; expected 4 n + 1, such as 17, for a chunk partition: cut the clip")
-        chunks = [
-            slice(max(4 * chunk.start - 3, 0), 4 * chunk.stop - 3)
+        whole["by_chunk"] = [
+            _summary(figures, balls, slice(max(4 * chunk.start - 3, 0), 4 * chunk.stop - 3))
             for chunk in _chunks(partition, (frames + 3) // 4)  # latent frame k is video frames 4 k - 3 to 4 k
         ]
-        whole["by_chunk"] = [_summary(figures, balls, chunk) for chunk in chunks]
     return whole
 
 
 def _summary(figures, balls, frames):
-    light, count, from_ideal, squares = (
-        figures[name][:, frames] for name in ("light", "count", "from_ideal", "squared_acceleration")
-    )
+    names = "light", "count", "from_ideal", "squared_acceleration"
+    light, count, from_ideal, squares = (figures[name][:, frames] for name in names)
     obeyed, light_kept = (count == balls[:, None]).all(1), ((light - 1).abs() <= LIGHT_OFF).all(1)
     return {
         "prompt_obeyed": float(obeyed.float().mean()),
@@ -168,8 +161,7 @@ def _summary(figures, balls, frames):
 def drift(latents: Tensor, reference: Tensor, partition: tuple[int, ...]) -> list[float]:
     """Sliced W2 of each chunk's latents (n, F, C, h, w) from the same chunk of `reference`: floats, in data units."""
     if latents.shape[1:] != reference.shape[1:]:
-        shapes = f"{tuple(latents.shape)} and a reference of {tuple(reference.shape)}"
-        raise InputError(f"latents {shapes}; expected the same frames and sizes: cut the longer one")
+        raise InputError(f"latents {latents.shape}; expected the same frames and sizes as those of {reference.shape}")
     return [sliced_w2(latents[:, chunk], reference[:, chunk]) for chunk in _chunks(partition, latents.shape[1])]
 
 

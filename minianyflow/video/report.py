@@ -1,7 +1,7 @@
 """Any-step reports of the video students, in the form of the plane's: what each reaches at 1 to 128 steps.
 
 All start from the same noises (scrambled Sobol), half of each prompt. Latents are measured against held-out ones,
-decoded videos against what a blob video is. Excess is a measure minus the codec's own, that of data through the codec.
+decoded videos against what a blob video is.
 """
 
 import json
@@ -43,10 +43,7 @@ COST = ("steps", "forwards", "backwards", "seconds")
 
 
 def prompts_for(count: int) -> tuple[Tensor, Tensor]:
-    """Embeddings (count, L, D), half of them of one ball and half of two, and the numbers of balls (count,).
-
-    In random order, the same every time: in turn, they would go with the parity of Sobol points.
-    """
+    """Embeddings (count, L, D), half of them of one ball and half of two, and the numbers of balls (count,)."""
     which = torch.randperm(count, generator=generator(103)) % 2
     return TextEncoder()(blobs.PROMPTS)[which], which + 1
 
@@ -62,8 +59,7 @@ def sample(how: str, network, z: Tensor, prompt: Tensor, nfe: int) -> Tensor:
     """Where `nfe` evaluations take the noise z (B, F, C, H, W); (B, F, C, H, W).
 
     how: "euler" (a teacher), "consistency" (re-noised), "flow_map", or, with `nfe` evaluations per chunk, "causal" and
-    "causal euler". "ode" follows a teacher's ODE by dopri5 to a tolerance of 1e-3, whatever `nfe`. "guided euler" and
-    "guided ode" have the guidance that students learn: two forwards per evaluation.
+    "causal euler"; "ode", a teacher's by dopri5; "guided euler" and "guided ode" with the guidance that students learn.
     """
     times, ends, v = time_grid(nfe), [], partial(velocity, network)
     if how.startswith("guided"):
@@ -85,19 +81,16 @@ def sample(how: str, network, z: Tensor, prompt: Tensor, nfe: int) -> Tensor:
 
 
 def measure(latents: Tensor, reference: Tensor, codec: Codec, balls: Tensor, partition=None) -> dict:
-    """All measures of latents (n, F, C, H, W) whose prompts ask for `balls` (n,): {name: float}, and by chunk.
-
-    The first SEEN clips are measured as videos.
-    """
+    """All measures of latents (n, F, C, H, W) whose prompts ask for `balls` (n,); of the first SEEN as videos."""
     figures = {"sliced_w2": sliced_w2(latents, reference), "frechet": frechet_distance(latents, reference)}
     drifts = {"drift": drift(latents, reference, partition)} if partition else {}
     return figures | drifts | summary(codec.decode(latents[:SEEN]), balls[:SEEN], partition)
 
 
 def measure_network(path, codec_path, how, reference, nfes, quiet=False, position=0, padded=False, only_w2=False):
-    """Sample one trained network at every step count and measure: ({nfe: figures}, {nfe: ends}).
+    """Sample a network at every step count and measure: ({nfe: figures}, {nfe: ends}); only_w2: by sliced W2 alone.
 
-    padded: a causal one with the zero keys of stock diffusers. only_w2: no other measure than sliced W2.
+    padded: a causal one with the zero keys of stock diffusers.
     """
     torch.set_num_threads(1)
     network, codec, z = load_network(path), load_codec(codec_path), sobol_noise(COUNT, reference.shape[1:])
@@ -109,10 +102,8 @@ def measure_network(path, codec_path, how, reference, nfes, quiet=False, positio
     bar = {"desc": f"measuring {Path(path).stem}", "position": position, "disable": quiet or None, "unit": "sampler"}
     for nfe in tqdm(nfes, **bar):
         ends[nfe] = sample(how, network, z, prompt, nfe)
-        if only_w2:
-            figures[nfe] = {"sliced_w2": sliced_w2(ends[nfe], reference)}
-        else:
-            figures[nfe] = measure(ends[nfe], reference, codec, balls, partition)
+        few = {"sliced_w2": sliced_w2(ends[nfe], reference)} if only_w2 else None
+        figures[nfe] = few or measure(ends[nfe], reference, codec, balls, partition)
     return figures, ends
 
 
@@ -146,14 +137,11 @@ def run(
     """Sample and measure every trained network in `weights`; writes and returns the report, any_step.json.
 
     names: stages, all by default; every seed that is there. extras: all measures beside sliced W2, the teacher guided
-    and its exact ODE, long clips and stock's padding for causal students, and the pictures any_step.png,
-    from_ideal.png and contact_sheet.png. All files are written or none.
+    and its exact ODE, long clips and stock's padding for causal students, and the pictures. All files or none.
     """
     names = [name for name, stage in STAGES.items() if stage.kind != "codec"] if names is None else list(names)
     if min(nfes, default=0) < 1 or not {*nfes} & {*CAUSAL_NFE}:
-        raise InputError(
-            f"step counts {(*nfes,)}; expected 1 or more, one of {CAUSAL_NFE} among them: causal take those"
-        )
+        raise InputError(f"step counts {(*nfes,)}; expected 1 or more, with one of {CAUSAL_NFE}: causal take those")
     codec_path = path_of(weights, "codec")
     codec = load_codec(codec_path)
     (reference, other), balls = held_out(codec)
@@ -176,7 +164,7 @@ def run(
             jobs[name, "padded"] = job(name, (PADDED,), padded=True)
     with staging_folder(output) as folder:
         results = run_jobs(jobs, workers)
-        guided_ends = results["teacher", "guided euler"][1] if ("teacher", "guided euler") in jobs else None
+        _, guided_ends = results.get(("teacher", "guided euler"), (None, None))
         target = guided_ends[max(nfes)] if guided_ends else None
         report = {
             "dataset": "blobs",
@@ -189,7 +177,7 @@ def run(
         if guided_ends:
             report["teacher_ode"] = results["teacher", "ode"][0][1]
             report["guided_teacher_ode"] = results["teacher", "guided ode"][0][1]
-            by_nfe = results["teacher", "guided euler"][0]
+            by_nfe, _ = results["teacher", "guided euler"]
             report["guided_teacher"] = {str(nfe): figures for nfe, figures in by_nfe.items()}
         report["costs"] = {name: costs(name, weights) for name in ("codec", *names)}
         report = rounded(report)
@@ -223,7 +211,7 @@ def floors(reference: Tensor, other: Tensor, codec: Codec, balls: Tensor) -> dic
 
 
 def in_report(name: str, results: dict, weights: str | Path, nfes: Sequence[int], target: Tensor | None) -> dict:
-    """One stage as it stands in the JSON: per measure a list over step counts for each seed, and its cost."""
+    """One stage in the JSON: per measure a list over step counts for each seed, and its cost."""
     seeds = seeds_in(weights, name)
     by_seed = [results[name, seed] for seed in seeds]
     entry = {"seeds": list(seeds), "nfe": list(nfes), **costs(name, weights)}
@@ -245,7 +233,7 @@ def comparison(folder: str | Path, workers: int = 2, quiet: bool = False, nfes: 
 
     Returns text: sliced W2 x 1000, the mean over seeds, and what one seed cost.
     """
-    before = {path.name: _provenance(path)["figures"] for path in Path(WEIGHTS).glob("*.safetensors")}
+    before = {path.stem: json.loads(path.read_text())["figures"] for path in Path(WEIGHTS).glob("*-?.json")}
     report = run(folder, Path(folder) / "report", nfes=nfes, workers=workers, quiet=quiet, extras=False)
     _note_figures(path_of(folder, "codec"), report["floors"]["codec"])
     header = "".join(f"{f'NFE {nfe}':>8}{'before':>8}" for nfe in nfes)
@@ -256,19 +244,14 @@ def comparison(folder: str | Path, workers: int = 2, quiet: bool = False, nfes: 
             _note_figures(path, {"sliced_w2": dict(zip(map(str, nfes), values, strict=True))})
         line = name.ljust(22)
         for nfe, new in zip(nfes, seed_means(method["sliced_w2"]), strict=True):
-            old = [before.get(path.name, {}).get("sliced_w2", {}).get(str(nfe)) for path in paths]
+            old = [before.get(path.stem, {}).get("sliced_w2", {}).get(str(nfe)) for path in paths]
             line += f"{1000 * new:>8.1f}" + (f"{1000 * mean(old):>8.1f}" if all(old) else f"{'-':>8}")
         lines.append(line + f"{method['seconds']:>18.0f}")
     return "\n".join(lines)
 
 
-def _provenance(path):
-    """The JSON beside the weights at `path`."""
-    return json.loads(path.with_suffix(".json").read_text())
-
-
 def _note_figures(path, figures):
-    """Write what was measured into the provenance of the weights at `path`."""
-    provenance = _provenance(path) | {"figures": figures}
+    """Write what was measured into the JSON beside the weights at `path`, their provenance."""
+    path = path.with_suffix(".json")
     with staging_folder(path.parent) as folder:
-        write_report(provenance, folder / path.with_suffix(".json").name)
+        write_report(json.loads(path.read_text()) | {"figures": figures}, folder / path.name)

@@ -43,22 +43,17 @@ CLIPS = 16384  # encoded once, for all stages
 
 @dataclass(frozen=True)
 class Stage:
-    """kind: how it trains (`BUILDERS`). parent: the stage that it starts from. steps, rows, lr: of the loop.
+    """How one stage trains."""
 
-    seeds: one student per seed, from seed 0 of the parent where that has fewer. options: of its loss. stream: the
-    number of its stream of batches, another one than that of the student it starts from. guidance: scale of its
-    teacher's velocity, 1 for none.
-    """
-
-    kind: str
-    parent: str = ""
+    kind: str  # of BUILDERS
+    parent: str = ""  # the stage that it starts from
     steps: int = 0
     rows: int = 128
     lr: float = 3e-3
-    seeds: tuple[int, ...] = (0,)
-    options: dict = field(default_factory=dict)
-    stream: int = 1
-    guidance: float = 1.0
+    seeds: tuple[int, ...] = (0,)  # one student per seed, from seed 0 of the parent where that has fewer
+    options: dict = field(default_factory=dict)  # of its loss
+    stream: int = 1  # the number of its stream of batches, another one than that of its parent
+    guidance: float = 1.0  # scale of its teacher's velocity, 1 for none
 
 
 THREE = (0, 1, 2)
@@ -69,6 +64,7 @@ GUIDANCE = 2.0  # for all students: the guided law is nearer to the data than th
 FLOW_MATCHING = {"diagonal": 1.0, "end": 0.0}  # shares of the pairs of times: r = t in all rows
 FORWARD = {name: {"shares": shares, "adaptive": 0.5} for name, shares in FLOW_MAPS.items()}
 EULERIAN = FORWARD["eulerian"]
+GRADIENT = {"context_gradient": True}
 STAGES = {
     "codec": Stage("codec", steps=1000, lr=6e-3),
     "teacher": Stage("teacher", "codec", 6000, lr=6e-3),
@@ -82,14 +78,9 @@ STAGES = {
     "causal_teacher": Stage("causal_teacher", "teacher", 4000, stream=2),
     "causal": Stage("causal", "causal_teacher", 700, seeds=THREE, options=EULERIAN, stream=7, guidance=GUIDANCE),
     "causal_on_policy": Stage("causal_on_policy", "causal", 100, 64, 1e-4, THREE, stream=3, guidance=GUIDANCE),
-    "causal_gradient": Stage(
-        "causal_on_policy", "causal", 100, 64, 1e-4, (0,), {"context_gradient": True}, 3, GUIDANCE
-    ),
+    "causal_gradient": Stage("causal_on_policy", "causal", 100, 64, 1e-4, (0,), GRADIENT, 3, GUIDANCE),
     "causal_forward_only": Stage("causal", "causal", 227, options=EULERIAN, stream=6, guidance=GUIDANCE),
 }
-
-
-# What the stages train on
 
 
 def path_of(folder: str | Path, name: str, seed: int = 0) -> Path:
@@ -111,10 +102,7 @@ def make_latents(folder: str | Path) -> None:
 
 
 class Earlier:
-    """What a stage finds in its folder: latents, networks to start from, and teachers.
-
-    teachers: an EvaluationCounter per teacher of this stage.
-    """
+    """What a stage finds in its folder: latents, networks to start from, `teachers` by their EvaluationCounter."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.teachers, data = folder, [], load_file(latents_path(folder))
@@ -122,10 +110,7 @@ class Earlier:
         self.prompts = TextEncoder()(["", *blobs.PROMPTS])  # (3, L, D); number 0 is the null prompt
 
     def batch(self, rows: int, source: torch.Generator, drop: float = 0.0, **pairs):
-        """x, eps (rows, 5, 4, 4, 4), the pairs of times (of `draw_pairs`), and the prompts as the condition.
-
-        Rows have the null prompt with probability `drop`.
-        """
+        """x, eps (rows, 5, 4, 4, 4), pairs of times, and prompts, with probability `drop` the null prompt."""
         index = torch.randint(len(self.latents), (rows,), generator=source)
         dropped = torch.rand(rows, generator=source) < drop
         prompt = self.prompts[torch.where(dropped, 0, self.balls[index])]
@@ -164,8 +149,7 @@ Built = tuple[dict[str, Role], Callable[[int], dict]]
 
 def build_teacher(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """Flow matching on data; a tenth of the rows without their prompt."""
-    network = WanNetwork(tiny_transformer(seed), TINY_TIMESTEPS)
-    teacher = _role(network, stage, FlowMapLoss({}, weight=torch.ones_like))
+    teacher = _role(WanNetwork(tiny_transformer(seed), TINY_TIMESTEPS), stage, FlowMapLoss({}, weight=torch.ones_like))
     return {"teacher": teacher}, lambda step: earlier.batch(stage.rows, generator(seed, step), DROPPED, **FLOW_MATCHING)
 
 
@@ -189,15 +173,15 @@ def build_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
     return _on_policy(stage, seed, earlier, student, earlier.forward(STAGES[stage.parent]), stage.options)
 
 
-def build_causal_teacher(stage: Stage, seed: int, earlier: Earlier) -> Built:
-    """Flow matching on data by teacher forcing, from the bidirectional teacher."""
-    loss = FlowMapLoss({}, weight=torch.ones_like)
-    return _teacher_forcing(stage, seed, earlier, loss, drop=DROPPED, **FLOW_MATCHING)
-
-
 def build_causal(stage: Stage, seed: int, earlier: Earlier) -> Built:
-    """The forward stage by teacher forcing, with the velocity of the causal teacher."""
-    return _teacher_forcing(stage, seed, earlier, earlier.forward(stage, "causal_teacher"))
+    """Teacher forcing: flow matching on data for the causal teacher, the forward stage with its velocity for others."""
+    if stage.kind == "causal_teacher":
+        loss, options = FlowMapLoss({}, weight=torch.ones_like), {"drop": DROPPED, **FLOW_MATCHING}
+    else:
+        loss, options = earlier.forward(stage, "causal_teacher"), {}
+    network, whole = earlier.causal(stage.parent, seed), earlier.draw(stage, seed, **options)
+    student = _role(network, stage, TeacherForced(loss))
+    return {"student": student}, lambda step: cycle_context_lengths(whole(step), step, network)
 
 
 def build_causal_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
@@ -210,12 +194,6 @@ def build_causal_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
     return _on_policy(stage, seed, earlier, student, forward, options, cut, simulate=simulate)
 
 
-def _teacher_forcing(stage, seed, earlier, loss, **options):
-    network, whole = earlier.causal(stage.parent, seed), earlier.draw(stage, seed, **options)
-    student = _role(network, stage, TeacherForced(loss))
-    return {"student": student}, lambda step: cycle_context_lengths(whole(step), step, network)
-
-
 def _on_policy(stage, seed, earlier, network, forward, options, cut=lambda batch, step: batch, **simulation):
     student = _role(network, stage, None, betas=(0.0, 0.999))
     fake = _role(earlier.network("teacher"), stage, None, lr=FAKE_RATE * stage.lr, betas=(0.0, 0.999))
@@ -223,10 +201,11 @@ def _on_policy(stage, seed, earlier, network, forward, options, cut=lambda batch
     student.loss = OnPolicyLoss(real, fake.network, forward, **options, **simulation)
     fake.loss = FakeScoreLoss(student.network, **simulation)
     whole, shape = earlier.draw(stage, seed), earlier.latents.shape[1:]
-    return {
-        "student": student,
-        "fake": fake,
-    }, lambda step: cut(whole(step), step) | draw_on_policy(shape, stage.rows, generator(seed, 4, step))
+
+    def draw(step):
+        return cut(whole(step), step) | draw_on_policy(shape, stage.rows, generator(seed, 4, step))
+
+    return {"student": student, "fake": fake}, draw
 
 
 def _role(network, stage, loss, lr=None, ema=0.99, **options):
@@ -238,13 +217,10 @@ BUILDERS = {
     "flow_map": build_flow_map,
     "consistency": build_consistency,
     "on_policy": build_on_policy,
-    "causal_teacher": build_causal_teacher,
+    "causal_teacher": build_causal,
     "causal": build_causal,
     "causal_on_policy": build_causal_on_policy,
 }
-
-
-# One stage, and all of them
 
 
 def train_stage(name: str, seed: int, folder: str | Path, quiet: bool = False, position: int = 0) -> None:
@@ -254,8 +230,7 @@ def train_stage(name: str, seed: int, folder: str | Path, quiet: bool = False, p
     bar = {"desc": f"{name} {seed}", "position": position, "disable": quiet or None}
     start = time.perf_counter()
     if stage.kind == "codec":
-        network, history, counter = train_codec(stage.steps, seed, stage.lr, progress=bar)
-        counters = [counter]
+        network, history, *counters = train_codec(stage.steps, seed, stage.lr, progress=bar)
     else:
         earlier = Earlier(folder)
         roles, draw = BUILDERS[stage.kind](stage, seed, earlier)
@@ -282,10 +257,9 @@ def train_stage(name: str, seed: int, folder: str | Path, quiet: bool = False, p
 
 
 def train_all(folder: str | Path = "outputs/weights", workers: int = 2, quiet: bool = False) -> None:
-    """Train every stage that `folder` does not have yet, after its parent, `workers` at a time.
+    """Train every stage that `folder` does not have yet, after its parent; an interrupted run resumes.
 
-    Each is written as soon as it is done: an interrupted run resumes from there. One that is there with other settings,
-    or from another parent, is trained again; so are the latents of another codec made again.
+    A stage with other settings or from another parent is trained again, latents of another codec are made again.
     """
     folder = Path(folder)
     if not _is_done(folder, "codec", 0):
@@ -306,9 +280,7 @@ def train_all(folder: str | Path = "outputs/weights", workers: int = 2, quiet: b
 def _is_done(folder, name, seed):
     """Whether this one is there, trained with today's settings from the parent that is there now."""
     path = path_of(folder, name, seed)
-    if not path.exists():
-        return False
-    provenance = read_weights(path, *KINDS)[2]
+    provenance = read_weights(path, *KINDS)[2] if path.exists() else {}
     settings = json.loads(json.dumps(asdict(STAGES[name])))
     return provenance.get("stage") == settings and provenance.get("parent") == _parent(folder, name, seed)
 

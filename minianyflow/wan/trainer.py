@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from minianyflow.batch import part_of
 from minianyflow.support.errors import InputError
-from minianyflow.training import accumulate_gradient, check_gradients, check_roles, mean_figures
+from minianyflow.training import accumulate_gradient, check_gradients, mean_figures
 from minianyflow.wan.guard import Guard, Preempted, any_process, catch_sigterm, launcher_gone, log_figures
 
 
@@ -41,7 +41,6 @@ def train_run(
     the first.
     Raises InputError if a loss is not finite, a weight that should learn gets no gradient, or one is frozen.
     """
-    check_roles(roles, steps)
     accelerator, guard = accelerator or Accelerator(), guard or Guard()
     part = (0, 1) if own_rows else (accelerator.process_index, accelerator.num_processes)
     wrapped = {name: _wrap(role, accelerator) for name, role in roles.items()}
@@ -113,8 +112,7 @@ def _reduce_once(network):
 def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard):
     """One step of one role: its figures by name, or None for a bad batch, which changes nothing."""
     before = loss_state(role.loss)
-    parts = [part_of(batch, index, accumulate, accelerator.device) for index in range(accumulate)]
-    losses, figures = accumulate_gradient(role, parts, network, lambda: accelerator.no_sync(network))
+    losses, figures = accumulate_gradient(role, batch, accumulate, network, lambda: accelerator.no_sync(network))
     check_gradients(name, role, first=step == 0)
     norm = 0.0
     if role.clip:  # accelerate's own function fails with two sharded networks

@@ -17,23 +17,17 @@ from minianyflow.support import install
 from minianyflow.support.errors import InputError
 
 
-def test_a_missing_browser_is_one_line_or_installed(monkeypatch):
-    calls = []
-    monkeypatch.setattr(install, "APPLICATIONS", ())
+@pytest.mark.parametrize(("wanted", "user", "calls"), [(False, 0, 0), (True, 1000, 0), (True, 0, 2)])
+def test_a_missing_browser_is_one_line_and_installed_only_if_that_is_wanted_and_allowed(
+    wanted, user, calls, monkeypatch
+):
+    called = []
     monkeypatch.setattr(install.shutil, "which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
-    monkeypatch.setattr(install.os, "geteuid", lambda: 0, raising=False)
-    monkeypatch.setattr(install.subprocess, "call", lambda command, **options: calls.append(command))
+    monkeypatch.setattr(install.os, "geteuid", lambda: user, raising=False)
+    monkeypatch.setattr(install.subprocess, "call", lambda command, **options: called.append(command))
     with pytest.raises(InputError, match="apt install chromium"):
-        install.browser()
-    assert calls == []  # nothing is installed unless that is wanted
-    with pytest.raises(InputError, match="apt install chromium"):
-        install.browser(install=True)  # where apt-get fails
-    assert [command[0] for command in calls] == ["apt-get"] * 2
-    assert "chromium" in calls[1]
-    monkeypatch.setattr(install.os, "geteuid", lambda: 1000, raising=False)
-    with pytest.raises(InputError):
-        install.browser(install=True)
-    assert len(calls) == 2  # not without the right
+        install.browser(wanted)  # apt-get fails
+    assert [command[0] for command in called] == ["apt-get"] * calls
     monkeypatch.setattr(install.shutil, "which", lambda name: f"/bin/{name}" if name == "google-chrome" else None)
     assert install.browser() == "/bin/google-chrome"
 
@@ -59,9 +53,8 @@ def test_a_server_that_does_not_come_up_is_named_with_its_last_words(tmp_path):
 
 def test_the_app_has_every_scene_and_builds_only_what_is_shown(monkeypatch):
     built = []
-    monkeypatch.setattr(
-        scenes, "open_scene", lambda name: built.append(name) or SimpleNamespace(widget=ipywidgets.Label(name))
-    )
+    widgets = {name: SimpleNamespace(widget=ipywidgets.Label(name)) for name in scenes.SCENES}
+    monkeypatch.setattr(scenes, "open_scene", lambda name: built.append(name) or widgets[name])
     menu, stage = live.app("race").children
     assert [name for _, name in menu.options] == list(scenes.SCENES)
     (race,) = stage.children

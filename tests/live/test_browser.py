@@ -21,7 +21,6 @@ PLAYER, RANGE, CHOICES, HAND = ".lm-player", ".lm-bar input[type=range]", ".lm-c
 CONTROLS = ".widget-dropdown, .widget-hslider"
 LABELS = "print(*(control.description for control in _.controls.values()), sep='|')"  # _: what the cell before showed
 MARK = "document.querySelector('.lm-player').dataset.old = '1'"
-RACE = "from minianyflow.live import scenes\nscene = scenes.race()\n"
 PLACES = {"race": "00", "triangle": "03", "backward_simulation": "05", "video": "06", "exposure": "07"}
 
 # Nothing more is coming: the screen was drawn three times, ours not once, and the kernel, if there is one, is idle.
@@ -161,16 +160,8 @@ def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name, sce
     is_well(page)
 
 
-def test_an_error_in_a_callback_is_shown(stage):
-    wrong = "def draw(*args, **state):\n    raise ValueError('nothing to draw')\nscene.draw = draw\n"
-    page = run_in(stage, RACE + wrong + "scene")
-    move(controls(page)["steps"])
-    page.wait_for_selector("pre.lm-error")
-    assert "nothing to draw" in page.inner_text("pre.lm-error")
-
-
 def test_keys_move_time_and_not_the_notebook(stage):
-    page = run_in(stage, RACE + "scene", "scene.state()")
+    page = run_in(stage, "from minianyflow.live import scenes\nscene = scenes.race()\nscene", "scene.state()")
     cells = page.locator(".jp-Cell").count()
     for focused in (PLAYER, RANGE):
         page.focus(focused)

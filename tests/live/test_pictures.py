@@ -12,10 +12,8 @@ CHART = {"kind": "chart", "xlabel": "t", "times": [1, 0.5, 0], "ticks": [0, 1], 
 
 def drawn(panel, pack=None, note=""):
     """The pixels of a scene of one panel."""
-    pack = pack or Pack()
-    scene = pack.scene(
-        "", [{"title": "", "colour": "#0072b2", "times": [1.0, 0.0], **panel}], time_axis([1, 0]), note=note
-    )
+    pack, panel = pack or Pack(), {"title": "", "colour": "#0072b2", "times": [1.0, 0.0]} | panel
+    scene = pack.scene("", [panel], time_axis([1, 0]), note=note)
     return np.asarray(pictures.picture(scene, pack.payload))
 
 

@@ -65,14 +65,10 @@ def test_a_panel_that_nobody_can_draw_is_refused_and_both_sides_know_the_same():
         unpack({"arrays": {"a0": {}}}, b"", "b0")
 
 
-def test_the_browser_needs_nothing_but_these_files_and_no_words_in_them_are_small():
-    """Words of the app and of the pages grow with the window besides: test_browser.py measures them."""
+def test_the_browser_needs_nothing_but_these_files():
     style = (STATIC / "player.css").read_text()
     assert not re.search(r"https?:|\bimport\b|fetch\(|<script", SCRIPT)
     assert not re.search(r"url\(|@import", style)
     packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["minianyflow"]
     files = {path for pattern in packed for path in (ROOT / "minianyflow").glob(pattern)}
     assert {path for path in STATIC.rglob("*") if path.is_file()} <= files
-    sizes = [int(size) for size in re.findall(r"(\d+)px[^;]*system-ui", SCRIPT + style)]
-    assert len(sizes) >= 4
-    assert min(sizes) >= 16

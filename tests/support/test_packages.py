@@ -12,9 +12,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from minianyflow.support import install
 from minianyflow.support.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = install.ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
 UNPINNED = {"peers"}  # for benchmarks/peers.py alone: torchcfm brings lightning and a torchvision that must fit torch
@@ -56,8 +57,8 @@ def test_only_what_nothing_else_needs_goes_unpinned():
     for name in unpinned:
         assert canonical(name) not in pins, name
         importing = re.compile(rf"^( *)(?:from|import) {name.replace('-', '_')}\b", re.M)
-        found = {path.stem: importing.findall(path.read_text()) for path in FILES}
-        assert {module for module, lines in found.items() if lines} == {"peers"}
+        found = {path.stem: lines for path in FILES if (lines := importing.findall(path.read_text()))}
+        assert list(found) == ["peers"]
         assert all(found["peers"]), f"{name} is imported at the top of peers.py"
 
 
@@ -93,8 +94,6 @@ def test_the_package_itself_needs_only_python():
 
 
 def test_set_up_does_nothing_where_it_is_done_and_names_what_failed(tmp_path, monkeypatch):
-    from minianyflow.support import install
-
     calls = []
     monkeypatch.setattr(install, "ROOT", tmp_path)
     monkeypatch.setattr(install.venv, "create", lambda folder, with_pip: folder.mkdir(exist_ok=True))

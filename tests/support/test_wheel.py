@@ -56,7 +56,7 @@ def test_the_race_runs_from_an_empty_folder(installed, tmp_path):
 def test_the_race_finds_its_data_and_its_students(installed, tmp_path):
     code = "from minianyflow.plane.students import load_student; print(load_student('mixed').copies)"
     assert run([installed.with_name("python"), "-c", code], tmp_path).strip() == "1"
-    assert "all the options" in run([installed, "demo", "--help"], tmp_path).replace("options:", "all the options")
+    assert "options:" in run([installed, "demo", "--help"], tmp_path)
 
 
 def test_wan_is_planned_distilled_sampled_and_exported_from_an_empty_folder(installed, tmp_path):
@@ -64,9 +64,7 @@ def test_wan_is_planned_distilled_sampled_and_exported_from_an_empty_folder(inst
     printed = run([installed, "plan", "--config", "wan-1.3b", "causal", "forward", "--gpu", "h100"], tmp_path)
     assert "planned, not measured" in printed
     run([installed, "distill", "--config", "bidirectional", "forward", *TINY, "output=run"], tmp_path)
-    run(
-        [installed, "sample", "run", "--prompt", "a red disc moves left", "--steps", "1", "--output", "clips"], tmp_path
-    )
+    run([installed, "sample", "run", "--prompt", "a red disc", "--steps", "1", "--output", "clips"], tmp_path)
     run([installed, "export", "run", "exported"], tmp_path)
     assert (tmp_path / "clips/1_step-0.mp4").stat().st_size > 0
     assert (tmp_path / "exported/model_index.json").is_file()

@@ -81,13 +81,10 @@ def test_curves_show_the_mean_the_range_and_the_floors():
     colours = [line.get_color() for line in axes.lines[:3]]
     assert len(set(colours)) == 3
     assert any_step_curves(REPORT, "light").axes[0].get_yscale() == "linear"
-
-
-def test_a_floor_of_zero_leaves_the_axis_logarithmic_and_is_named():
     methods = {"mixed": {"nfe": [1, 2], "from_ideal": [[0.8, 0.07]]}}
     floors = {"data": {"from_ideal": 0.0}, "codec": {"from_ideal": 0.05}}
     axes = any_step_curves({"methods": methods, "floors": floors}, "from_ideal").axes[0]
-    assert axes.get_yscale() == "log"
+    assert axes.get_yscale() == "log"  # in spite of a floor of 0, which is named
     lines = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert (lines["codec"][0], len(lines["data: 0"])) == (0.05, 0)
 

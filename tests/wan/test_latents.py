@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minianyflow.objectives import FlowMapLoss
-from minianyflow.support.errors import InputError
 from minianyflow.wan.data import latents as module
 from minianyflow.wan.data.latents import LatentSet, clip_name, verify, write_latents
+from tests.refused import refused
 
 ROWS, SHAPE = 11, (2, 3, 4, 4)
 PAIRS = {"diagonal": 0.5, "end": 0.25, "shift": 5.0, "drop": 0.5}
@@ -38,13 +37,6 @@ def rows_of(batch):
     return batch["x"][:, 0, 0, 0, 0].long().tolist()
 
 
-def one_line(message, function, *arguments, **options):
-    with pytest.raises(InputError, match=message) as problem:
-        function(*arguments, **options)
-    assert "\n" not in str(problem.value)
-    return str(problem.value)
-
-
 def test_what_is_written_is_read(folder):
     data, order = LatentSet(folder), [10, 0, 4, 3, 8, 4]  # in any order, one twice
     assert (len(data), data.shape, data.null_text) == (ROWS, SHAPE, None)
@@ -56,11 +48,8 @@ def test_what_is_written_is_read(folder):
     assert torch.equal(data.null, -torch.ones(1, 5, 6))
     assert LatentSet(write(folder.parent / "text", null_text="ugly")).null_text == "ugly"
     assert clip_name(1_234_567) == "01234/01234567.safetensors"
-
-
-def test_captions_with_all_kinds_of_characters(tmp_path):
     texts = ["a\u2028b", "a\x85b", "a\x0cb\n", "", '"', *map(str, range(ROWS - 5))]
-    assert LatentSet(write(tmp_path, captions=texts)).captions(range(ROWS)) == texts
+    assert LatentSet(write(folder.parent / "texts", captions=texts)).captions(range(ROWS)) == texts
 
 
 def test_half_precision_without_padding_on_disk_is_float32_with_padding_in_a_batch(tmp_path):
@@ -72,11 +61,9 @@ def test_half_precision_without_padding_on_disk_is_float32_with_padding_in_a_bat
         stored = load_file(data.path(row))
         assert stored["latents"].dtype == stored["prompt"].dtype == torch.bfloat16
         assert len(stored["prompt"]) == length
-    assert torch.equal(data.rows([7, 5])[1], prompts[[7, 5]].float())
-    batch = data.draw(0, 4, **PAIRS)
-    tensors = batch["x"], batch["eps"], batch["t"], batch["condition"]["prompt"]
-    assert {tensor.dtype for tensor in tensors} == {torch.float32}
-    assert batch["condition"]["prompt"].shape == (4, 5, 6)
+    rows = data.rows([7, 5])
+    assert rows[0].dtype == rows[1].dtype == torch.float32
+    assert torch.equal(rows[1], prompts[[7, 5]].float())
 
 
 # Batches
@@ -91,28 +78,6 @@ def test_every_row_once_per_epoch_whatever_the_batch(folder, rows):
     assert first != second  # another order per epoch
     assert first == rows_of(data.draw(0, ROWS, seed=7))  # the same whatever the batch
     assert first != rows_of(data.draw(0, ROWS, seed=8))
-
-
-def test_a_batch_depends_on_its_step_alone(folder):
-    one, other = LatentSet(folder), LatentSet(folder)
-    for step in range(3):
-        one.draw(step, 4, seed=3, **PAIRS)
-    torch.manual_seed(99)
-    again, expected = one.draw(1, 4, seed=3, **PAIRS), other.draw(1, 4, seed=3, **PAIRS)
-    assert again.keys() == expected.keys() >= {"x", "eps", "condition", "row", "t", "r", "split", "dropped"}
-    assert torch.equal(again["condition"].pop("prompt"), expected["condition"].pop("prompt"))
-    assert all(torch.equal(again[name], expected[name]) for name in again if name != "condition")
-
-
-def test_noise_belongs_to_the_sample(folder):
-    """Two batches of 3 have the noise of one of 6, and no two samples share theirs, not even of one row."""
-    data = LatentSet(folder)
-    halves = torch.cat([data.draw(step, 3)["eps"] for step in (2, 3)])
-    assert torch.equal(halves, data.draw(1, 6)["eps"])
-    many = torch.cat([data.draw(step, ROWS)["eps"] for step in range(3)]).flatten(1)
-    assert len(many.unique(dim=0)) == 3 * ROWS
-    assert abs(float(many.mean())) < 0.15
-    assert abs(float(many.std()) - 1) < 0.15
 
 
 def test_noise_times_and_order_use_random_numbers_of_their_own(folder, monkeypatch):
@@ -138,33 +103,30 @@ def test_dropped_rows_get_the_null_prompt(folder):
     assert "dropped" not in data.draw(0, ROWS)
 
 
-def test_the_loss_takes_a_batch_as_it_is(folder):
-    def u(z, t, r, prompt):
-        return z * (t - r).view(-1, 1, 1, 1, 1) + prompt.mean((1, 2)).view(-1, 1, 1, 1, 1)
-
-    losses, raw = FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5})(u, LatentSet(folder).draw(0, 8, **PAIRS))
-    assert losses.shape == (8,)
-    assert set(raw) == {"tangent", "eulerian", "semigroup"}
-
-
 @pytest.mark.parametrize("parts", [1, 2, 6])
-def test_parts_make_the_batch_and_read_only_their_rows(folder, monkeypatch, parts):
+def test_a_batch_depends_on_its_step_alone_and_parts_read_only_their_rows(folder, monkeypatch, parts):
     read, read_clip = [], LatentSet.read_clip
     monkeypatch.setattr(LatentSet, "read_clip", lambda self, path: read.append(path.stem) or read_clip(self, path))
     data = LatentSet(folder)
     whole = data.draw(3, 6, 5, **PAIRS)
     assert read == [f"{row:08d}" for row in rows_of(whole)]
-    batches = [data.draw(3, 6, 5, (index, parts), **PAIRS) for index in range(parts)]
+    torch.manual_seed(99)
+    batches = [LatentSet(folder).draw(3, 6, 5, (index, parts), **PAIRS) for index in range(parts)]
     assert read[6:] == read[:6]
+    assert whole.keys() >= {"x", "eps", "condition", "row", "t", "r", "split", "dropped"}
     prompt = whole.pop("condition")["prompt"]
     assert torch.equal(torch.cat([batch.pop("condition")["prompt"] for batch in batches]), prompt)
     assert all(torch.equal(torch.cat([batch[name] for batch in batches]), whole[name]) for name in whole)
     for part in ((0, 4), (parts, parts), (-1, parts)):
-        one_line(rf"part {part[0]} of {part[1]} of a batch of 6 rows; expected equal parts", data.draw, 0, 6, part=part)
+        with refused(rf"part {part[0]} of {part[1]} of a batch of 6 rows; expected equal parts"):
+            data.draw(0, 6, part=part)
 
 
 def test_every_sample_once_per_epoch_at_any_number_of_processes_across_any_resume(folder):
-    """Steps of 6 rows on 1, 2, 3 and 6 processes in turn, stopped and resumed in between: exactly twelve epochs."""
+    """Steps of 6 rows on 1, 2, 3 and 6 processes in turn, stopped and resumed in between: exactly twelve epochs.
+
+    Noise belongs to the sample, and no two share theirs, not even of one row.
+    """
     drawn, noise = Counter(), []
     for start, stop, processes in ((0, 4, 2), (4, 5, 1), (5, 14, 6), (14, 20, 3), (20, 22, 2)):
         data = LatentSet(folder)  # a resumed run reads the folder again
@@ -174,7 +136,11 @@ def test_every_sample_once_per_epoch_at_any_number_of_processes_across_any_resum
                 drawn.update(rows_of(batch))
                 noise.append(batch["eps"])
     assert drawn == dict.fromkeys(range(ROWS), 12)
-    assert torch.equal(torch.cat(noise), LatentSet(folder).draw(0, 132, 1)["eps"])
+    noise = torch.cat(noise)
+    assert torch.equal(noise, LatentSet(folder).draw(0, 132, 1)["eps"])
+    assert len(noise.flatten(1).unique(dim=0)) == 132
+    assert abs(float(noise.mean())) < 0.05  # 12672 numbers: 0.009 by chance
+    assert abs(float(noise.std()) - 1) < 0.05
 
 
 # Broken files
@@ -214,7 +180,8 @@ def test_a_broken_clip_is_named_or_skipped(folder, capsys, how):
     breaks, message = BROKEN[how]
     before = rows_of(LatentSet(folder).draw(0, ROWS))
     breaks(LatentSet(folder).path(4))
-    assert "00000004.safetensors" in one_line(message, LatentSet(folder).rows, [4])
+    with refused(rf"^(?=.*00000004\.safetensors).*{message}"):
+        LatentSet(folder).rows([4])
     assert len(verify(folder)) == 1
     assert capsys.readouterr().err == ""
     data = LatentSet(folder, skip=1)
@@ -232,16 +199,13 @@ def test_one_broken_clip_too_many(folder):
     data = LatentSet(folder, skip=1)
     for row in (0, 10):
         cut(data.path(row))
-    one_line(r"00000000\.safetensors .* \(1 other broken clips were skipped\)", data.rows, [10, 0])
+    with refused(r"00000000\.safetensors .* \(1 other broken clips were skipped\)"):
+        data.rows([10, 0])
     assert LatentSet(folder, skip=2).rows([10])[0].unique().tolist() == [1]  # 0 follows on 10, 1 on 0
     for row in range(1, 10):
         cut(data.path(row))
-    one_line(r"all 11 clips in .* are broken; fetch or make it again", LatentSet(folder, skip=ROWS).rows, [3])
-
-
-@pytest.mark.parametrize("index", [-1, ROWS])
-def test_rows_that_do_not_exist(folder, index):
-    one_line(rf"no row {index} in .*; expected rows 0 to 10", LatentSet(folder).rows, [index])
+    with refused(r"all 11 clips in .* are broken; fetch or make it again"):
+        LatentSet(folder, skip=ROWS).rows([3])
 
 
 def change_manifest(folder, **changes):
@@ -252,30 +216,18 @@ def change_manifest(folder, **changes):
 FOLDERS = {
     "empty": (lambda folder: (folder / "manifest.json").unlink(), "no latents in .*; expected a folder that"),
     "unfinished": (lambda folder: change_manifest(folder, finished=False), "is unfinished; .* again, it goes on"),
-    "cut manifest": (lambda folder: cut(folder / "manifest.json"), "manifest.json is cut short or no manifest"),
-    "list": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json is cut short or no manifest"),
+    "cut manifest": (lambda folder: cut(folder / "manifest.json"), "manifest.json is not JSON .*make it again"),
     "earlier": (lambda folder: change_manifest(folder, format=1), "written by an earlier version; prepare .* again"),
     "no null": (lambda folder: (folder / "null.safetensors").unlink(), "null.safetensors is missing"),
-    "other null": (
-        lambda folder: save_file({"prompt": torch.zeros(5, 6)}, folder / "null.safetensors"),
-        r"null.safetensors holds \(5, 6\); expected one prompt \(1, L, D\)",
-    ),
 }
 
 
 @pytest.mark.parametrize("how", FOLDERS)
 def test_a_folder_that_does_not_fit_is_one_line(folder, how):
     breaks, message = FOLDERS[how]
-    if how == "empty":
-        (folder / "null.safetensors").unlink()
     breaks(folder)
-    one_line(message, LatentSet, folder)
-
-
-def test_shards_of_an_earlier_version_are_refused(tmp_path):
-    save_file({"latents": marked()[0], "prompts": marked()[1]}, tmp_path / "00000.safetensors")
-    for function in (LatentSet, write):
-        one_line("written by an earlier version; prepare the latents again, in a new folder", function, tmp_path)
+    with refused(message):
+        LatentSet(folder)
 
 
 def test_skipped_clips_have_no_row_and_change_the_identity(folder):
@@ -297,8 +249,19 @@ def test_verify_finds_a_number_that_changed_into_another(folder, name):
     assert verify(folder) == [f"{folder / name} has another SHA-256 than when it was written"]
 
 
-def test_writing_says_what_does_not_fit(folder, tmp_path):
-    one_line("holds latents already; expected a new folder", write, folder)
-    one_line("11 latents, 11 prompts, 1 captions; expected as many of each", write, tmp_path / "new", captions=["one"])
-    one_line(r"null \(1, 4, 6\); expected .* \(1, L, D\)", write, tmp_path / "new", null=torch.zeros(1, 4, 6))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": ["one"]}, r"latents \(11, 2, 3, 4, 4\), .*, 1 captions; expected .* and N captions"),
+        ({"null": torch.zeros(1, 4, 6)}, r"null \(1, 4, 6\), .*; expected .* \(1, L, D\)"),
+    ],
+)
+def test_writing_says_what_does_not_fit(tmp_path, changes, message):
+    with refused(message):
+        write(tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_set_is_never_written_over(folder):
+    with refused("holds latents already; expected a new folder"):
+        write(folder)

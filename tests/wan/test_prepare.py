@@ -1,11 +1,8 @@
 """Videos to latents: the numbers that Wan's own parts make, by any number of processes, however often killed."""
 
-import contextlib
-import gc
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator
 from minianyflow.wan.data import commands, prepare
@@ -29,6 +25,7 @@ from minianyflow.wan.data.prepare import Preparation
 from minianyflow.wan.data.read_video import read_frames, to_float
 from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.folders import encode_prompts, encode_video, load_parts, make_tiny_wan, moving_shapes
+from tests.refused import refused
 
 COUNT, LENGTH = 9, 32
 TINY = {"frames": 9, "height": 32, "width": 48, "length": LENGTH}
@@ -41,9 +38,12 @@ SCRIPT = str(ROOT / "scripts/prepare_latents.py")
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder of a tiny Wan, 9 good videos and 4 bad ones, captions.jsonl, and `whole`, which one run makes."""
+    """A tiny Wan, two other models, 9 good videos, 4 bad ones, captions.jsonl, and `whole`, which one run makes."""
     folder = tmp_path_factory.mktemp("prepare")
     make_tiny_wan(folder / "wan", clips=2)
+    make_tiny_wan(folder / "other", seed=1, clips=1)
+    (folder / "stranger/vae").mkdir(parents=True)
+    (folder / "stranger/vae/config.json").write_text('{"latent_channels": 4}')
     captions, video = moving_shapes(COUNT, generator(5))
     write_clips(folder / "videos", {"clip": video[:, :9]}, captions)
     (folder / "videos/junk.mp4").write_text("no video")
@@ -54,19 +54,6 @@ def here(tmp_path_factory):
     rows[1:1], rows[9:9] = bad[:1], bad[1:]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     assert run(folder, folder / "whole") == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def mended(here, tmp_path_factory):
-    """As `here`, with all videos good; one caption is still empty. `whole` is what an undisturbed run makes of it."""
-    folder = tmp_path_factory.mktemp("mended")
-    for name in ("wan", "captions.jsonl"):
-        (folder / name).symlink_to(here / name)
-    shutil.copytree(here / "videos", folder / "videos")
-    for number, name in enumerate(BAD):
-        shutil.copy(here / f"videos/clip-{number}.mp4", folder / "videos" / name)
-    finish(work(folder, folder / "whole"))
     return folder
 
 
@@ -99,12 +86,6 @@ def finish(job):
     return len(read)
 
 
-def refused(message, function, *arguments, **options):
-    with pytest.raises(InputError, match=message) as problem:
-        function(*arguments, **options)
-    assert "\n" not in str(problem.value)
-
-
 def contents(folder):
     """{name: bytes} of all files, hidden ones too; of a manifest all but where the model was."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -115,76 +96,68 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("0*/*")}
 
 
-@contextlib.contextmanager
-def vanishing(monkeypatch, folder, name, empty=False):
-    """The folder of the videos goes away when the video `name` is read, and may leave an empty one behind."""
-    videos, away, read = folder / "videos", folder / "away", prepare.read_frames
+def vanish(monkeypatch, folder, name, left=()):
+    """The folder of the videos is renamed when the video `name` is read; `left` is made in its place."""
+    videos, read = folder / "videos", prepare.read_frames
 
     def gone(path, *options):
         frames = read(path, *options)
         if path.name == name:
-            videos.rename(away)
-            if empty:
-                videos.mkdir()
+            videos.rename(folder / "away")
+            for place in left:
+                (folder / place).mkdir()
         return frames
 
     monkeypatch.setattr(prepare, "read_frames", gone)
-    try:
-        yield
-    finally:
-        monkeypatch.undo()
-        if empty:
-            videos.rmdir()
-        away.rename(videos)
-        gc.collect()
+
+
+@pytest.fixture
+def own(here, tmp_path):
+    """As `here`, with videos of its own."""
+    folder = tmp_path / "own"
+    shutil.copytree(here, folder, ignore=shutil.ignore_patterns("short", "whole", "other"))
+    return folder
 
 
 # What is written
 
 
 @pytest.mark.slow
-def test_clips_hold_what_wans_parts_make(here):
-    data, clips = LatentSet(here / "whole"), read_captions(here / "captions.jsonl")
+@pytest.mark.parametrize(("dtype", "null"), [(torch.bfloat16, WAN_NULL), (torch.float32, "a blur")])
+def test_clips_hold_what_wans_parts_make(here, tmp_path, dtype, null):
+    output = here / "whole"
+    if dtype == torch.float32:
+        output = tmp_path / "out"
+        assert run(here, output, "--dtype=fp32", f"--null={null}") == 0
+    data, clips = LatentSet(output), read_captions(here / "captions.jsonl")
     good = [clip for clip in clips if clip.file not in BAD]
-    assert (len(data), data.shape, data.null_text) == (COUNT, (3, 16, 4, 6), WAN_NULL)
+    assert (len(data), data.shape, data.null_text) == (COUNT, (3, 16, 4, 6), null)
     assert data.captions(range(COUNT)) == [clip.caption for clip in good]
     (vae,) = load_parts(here / "wan", "vae")
-    parts = load_parts(here / "wan", "tokenizer", "text_encoder", dtype=torch.bfloat16)
+    parts = load_parts(here / "wan", "tokenizer", "text_encoder", dtype=dtype)
     latents, prompts = data.rows(range(COUNT))
     for number, clip in enumerate(good):
         video = to_float(read_frames(here / "videos" / clip.file, 9, 32, 48))
-        assert torch.equal(latents[number], encode_video(vae, video)[0].bfloat16().float())
+        assert torch.equal(latents[number], encode_video(vae, video)[0].to(dtype).float())
     expected = encode_prompts(*parts, [clip.caption for clip in clips[:8]], LENGTH).float()
     assert torch.equal(prompts[:7], expected[[0, *range(2, 8)]])  # clip 1 is a bad one
-    assert torch.equal(data.null, encode_prompts(*parts, [WAN_NULL], LENGTH).float())
+    assert torch.equal(data.null, encode_prompts(*parts, [null], LENGTH).float())
     stored = load_file(data.path(0))
-    assert stored["latents"].dtype == stored["prompt"].dtype == torch.bfloat16
+    assert stored["latents"].dtype == stored["prompt"].dtype == dtype
     assert 1 < len(stored["prompt"]) < LENGTH
 
 
 @pytest.mark.slow
-def test_single_precision_and_another_null_prompt(here, tmp_path):
-    assert run(here, tmp_path / "out", "--dtype=fp32", "--null=a blur", "--limit=1") == 0
-    data, (vae,) = LatentSet(tmp_path / "out"), load_parts(here / "wan", "vae")
-    assert {tensor.dtype for tensor in load_file(data.path(0)).values()} == {torch.float32}
-    video = to_float(read_frames(here / "videos/clip-0.mp4", 9, 32, 48))
-    assert torch.equal(data.rows([0])[0], encode_video(vae, video))
-    assert data.null_text == "a blur"
-    parts = load_parts(here / "wan", "tokenizer", "text_encoder")
-    assert torch.equal(data.null, encode_prompts(*parts, ["a blur"], LENGTH))
-
-
-@pytest.mark.slow
 def test_skipped_clips_are_listed_with_their_reasons(here, tmp_path, capsys):
-    assert run(here, tmp_path / "out") == 0
-    assert "skipped: 4 of 13 clips" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
-    assert [line["file"] for line in lines] == list(BAD)
-    assert all(line["reason"].startswith(BAD[line["file"]]) and "\n" not in line["reason"] for line in lines)
-    assert contents(tmp_path / "out") == contents(here / "whole")
-    before = times(tmp_path / "out")
-    assert run(here, tmp_path / "out") == 0
-    assert "is finished already" in capsys.readouterr().out
+    before = {}
+    for _ in range(2):  # a second run tries them again, and changes nothing
+        assert run(here, tmp_path / "out") == 0
+        assert "skipped: 4 of 13 clips" in capsys.readouterr().out
+        lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+        assert [line["file"] for line in lines] == list(BAD)
+        assert all(line["reason"].startswith(BAD[line["file"]]) and "\n" not in line["reason"] for line in lines)
+        assert contents(tmp_path / "out") == contents(here / "whole")
+        before = before or times(tmp_path / "out")
     assert times(tmp_path / "out") == before
 
 
@@ -195,11 +168,12 @@ def test_the_disk_is_computed_and_a_dry_run_leaves_nothing(here, tmp_path, capsy
     out = capsys.readouterr().out
     assert "13 clips to encode, 0 are there; 9 frames of 48 x 32; 1 process" in out
     assert "s per clip on one process" in out
-    size, _ = work(here, tmp_path / "out").check_room([k for k in range(13) if k not in SKIPPED])
+    _, size, _ = work(here, tmp_path / "out").estimate([k for k in range(13) if k not in SKIPPED])
     written = sum(path.stat().st_size for path in (here / "whole").glob("0*/*"))
-    assert abs(size / written - 1) < 0.1
+    assert abs(size / written - 1) < 0.3
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda place: SimpleNamespace(free=20000))
-    refused(r"GB are needed and 2e-05 GB free in .*make room, name another", run, here, tmp_path / "out")
+    with refused(r"GB are needed and 2e-05 GB free in .*make room, name another"):
+        run(here, tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -223,11 +197,10 @@ def test_the_number_of_processes_changes_nothing(here, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "ROUND", 1)
     jobs = [work(here, tmp_path / "out", part=(index, 3)) for index in range(3)]
     jobs[0].begin()
-    refused("another run is at work in", work(here, tmp_path / "out").begin)
+    with refused("another run is at work in"):
+        work(here, tmp_path / "out").begin()
     pending = jobs[0].pending()
-    skipped = [line for job in reversed(jobs) for line in job.encode(pending)]
-    refused(r"silent.mp4 was not encoded \(1 clips in all\)", jobs[0].finish, skipped[:2] + skipped[3:])
-    jobs[0].finish(skipped)
+    jobs[0].finish([line for job in reversed(jobs) for line in job.encode(pending)])
     assert contents(tmp_path / "out") == contents(here / "whole")
 
 
@@ -242,7 +215,7 @@ def test_two_processes_equal_one(here, tmp_path):
     assert contents(tmp_path / "out") == contents(here / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_goes_on(here, tmp_path):
     """Killed at random moments: what is encoded stays, and the result is that of one run."""
     output, draw = tmp_path / "out", random.Random(0)
@@ -258,7 +231,8 @@ def test_a_killed_process_goes_on(here, tmp_path):
         assert process.returncode == (130 if kill == signal.SIGTERM else -kill), complaint
         assert (b"interrupted" in complaint) == (kill == signal.SIGTERM)
         assert before.items() <= times(output).items()
-        refused("is unfinished; expected all its clips: run prepare-latents again", LatentSet, output)
+        with refused("is unfinished; expected all its clips: run prepare-latents again"):
+            LatentSet(output)
     assert run(here, output) == 0
     assert contents(output) == contents(here / "whole")
 
@@ -284,28 +258,25 @@ def test_stopped_at_any_write_it_goes_on(here, tmp_path, monkeypatch, after):
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_what_was_written(here, tmp_path):
-    """The system refuses files as large as the largest clip."""
-    output, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
-    largest = max(path.stat().st_size for path in (here / "whole").glob("0*/*"))
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
-        refused(r"cannot write .*\(File too large\); make room and run the same", finish, work(here, output))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(output.glob("**/.unfinished-*"))
-    assert finish(work(here, output)) > 0
-    assert contents(output) == contents(here / "whole")
-
-
-@pytest.mark.slow
-def test_videos_that_go_away_are_not_skipped(here, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-    with vanishing(monkeypatch, here, "clip-3.mp4"):
-        refused(r"the folder of videos .* is gone; put it back and run the same", finish, work(here, output))
-    assert not (output / "skipped.jsonl").exists()
-    assert 0 < finish(work(here, output)) < 13
-    assert contents(output) == contents(here / "whole")
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ((), r"the folder of videos .* is gone; put it back and run the same"),
+        (("videos",), r"5 of [0-9]+ clips .*No such file"),  # as a network disk does
+    ],
+)
+def test_videos_that_go_away_are_encoded_by_the_next_run(here, own, monkeypatch, left, message):
+    monkeypatch.setattr(prepare, "FEW", 4)
+    with monkeypatch.context() as patch:
+        vanish(patch, own, "clip-3.mp4", left)
+        with refused(message):
+            finish(work(own, own / "out"))
+    assert not (own / "out/skipped.jsonl").exists()
+    for place in left:
+        (own / place).rmdir()
+    (own / "away").rename(own / "videos")
+    assert 0 < finish(work(own, own / "out")) < 13
+    assert contents(own / "out") == contents(here / "whole")
 
 
 # Too much skipped, and tried again
@@ -314,31 +285,33 @@ def test_videos_that_go_away_are_not_skipped(here, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_more_skipped_than_is_allowed_stops_and_is_no_finished_set(here, tmp_path, monkeypatch):
     finish(work(here, tmp_path / "few", skip=0.001))  # a few always may
-    refused(r"1 of 2 clips .* junk\.mp4 .* at most 0 \(skip=0\)", finish, work(here, tmp_path / "none", skip=0))
+    with refused(r"1 of 2 clips .* junk\.mp4 .* at most 0 \(skip=0\)"):
+        finish(work(here, tmp_path / "none", skip=0))
     monkeypatch.setattr(prepare, "FEW", 1)
     expected = r"4 of 12 clips had to be skipped, the last was silent\.mp4 \(empty caption\); .* 3 \(skip=0\.3\): "
-    refused(expected + ".* run the same command again, or allow more", finish, work(here, tmp_path / "out", skip=0.3))
+    for _ in range(2):  # nor piece by piece
+        with refused(expected + ".* run the same command again, or allow more"):
+            finish(work(here, tmp_path / "out", skip=0.3))
+        assert len(times(tmp_path / "out")) == 8
+    with refused("is unfinished"):
+        LatentSet(tmp_path / "out")
     before = times(tmp_path / "out")
-    assert len(before) == 8
-    refused("4 of 12 clips had to be skipped", finish, work(here, tmp_path / "out", skip=0.3))  # nor piece by piece
-    refused("is unfinished", LatentSet, tmp_path / "out")
-    with monkeypatch.context() as patch:  # videos that go away after a million good ones are noticed soon
-        patch.setattr(prepare, "RECENT", 4)
-        refused("3 of 4 clips", finish, work(here, tmp_path / "out", skip=0.6))
     finish(work(here, tmp_path / "out", skip=0.4))
     assert contents(tmp_path / "out") == contents(here / "whole")
     assert before.items() <= times(tmp_path / "out").items()
 
 
 @pytest.mark.slow
-def test_only_skipped_and_lost_clips_are_tried_again(here, mended, tmp_path):
-    """In a finished folder, which stays as it is meanwhile: a run that reads it is not disturbed."""
-    output = tmp_path / "out"
-    shutil.copytree(here / "whole", output)
+def test_skipped_and_lost_clips_of_a_finished_folder_are_tried_again(own):
+    """The folder stays as it is meanwhile: a run that reads it is not disturbed."""
+    output, videos = own / "out", own / "videos"
+    finish(work(own, output))
+    for number, name in enumerate(BAD):
+        shutil.copy(videos / f"clip-{number}.mp4", videos / name)
+    finish(work(own, own / "undisturbed"))
     (output / clip_name(12)).unlink()
     before, manifest = times(output), (output / "manifest.json").read_bytes()
-    assert finish(work(mended, output)) == 0  # only with retry
-    job = work(mended, output, retry=True)
+    job = work(own, output)
     job.begin()
     assert job.pending() == [*SKIPPED, 12]
     skipped = job.encode(job.pending())
@@ -347,54 +320,36 @@ def test_only_skipped_and_lost_clips_are_tried_again(here, mended, tmp_path):
     job.finish(skipped)
     job.lock.close()
     assert before.items() <= times(output).items()
-    assert contents(output) == contents(mended / "whole")
-    assert finish(work(mended, output, retry=True)) == 1  # the empty caption
-    (output / clip_name(12)).unlink()
-    assert finish(work(mended, output, retry=True)) == 2
-    assert contents(output) == contents(mended / "whole")
-
-
-@pytest.mark.slow
-def test_videos_that_leave_an_empty_folder_behind(mended, tmp_path, monkeypatch):
-    """As a network disk does: the run stops, and the next one encodes all that was skipped."""
-    monkeypatch.setattr(prepare, "FEW", 4)
-    with vanishing(monkeypatch, mended, "clip-3.mp4", empty=True):
-        refused(r"5 of [0-9]+ clips .*No such file", finish, work(mended, tmp_path / "out"))
-    finish(work(mended, tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(mended / "whole")
+    assert contents(output) == contents(own / "undisturbed")
+    assert finish(work(own, output)) == 1  # the empty caption
 
 
 # Verifying, and bad input
 
 
 @pytest.mark.slow
-def test_verify_reads_everything(here, tmp_path, capsys):
+def test_verify_says_what_is_wrong(here, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(here / "whole", output)
-    assert prepare_latents(["--verify", f"--output={output}", f"--base={here}/wan"]) == 0
+    assert prepare_latents(["--verify", f"--output={output}"]) == 0
     assert f"{output}: {COUNT} clips, whole" in capsys.readouterr().out
-    path = output / clip_name(8)
-    path.write_bytes(path.read_bytes()[:-7])
     shutil.copy(output / clip_name(3), output / clip_name(99))
-    make_tiny_wan(tmp_path / "other", seed=1, clips=1)
-    assert prepare_latents(["--verify", f"--output={output}", f"--base={tmp_path}/other"]) == 1
-    broken, extra, *models = capsys.readouterr().out.splitlines()
-    assert broken.startswith(f"{path} cannot be read")
-    assert extra == f"{output}/{clip_name(99)} is not in manifest.json"
-    assert f"{output} was made with another vae than that of {tmp_path}/other" in models
+    assert prepare_latents(["--verify", f"--output={output}"]) == 1
+    assert capsys.readouterr().out == f"{output}/{clip_name(99)} is not in manifest.json\n"
 
 
 GOOD = '{"file": "a.mp4", "caption": "a"}\n'
 CAPTIONS = {
-    "no file": (None, r"captions .* cannot be read \(No such file or directory\); expected jsonl or csv"),
+    "no file": (None, r"captions .* cannot be read \(.*No such file or directory.*\); expected jsonl or csv"),
     "other keys": ('{"path": "a.mp4", "text": "a"}\n', r"line 1 of .* has path, text; expected texts named file and"),
-    "no json": (GOOD + "a.mp4,a\n", r"line 2 of .* is not a JSON object; expected .*for a csv name the file \.csv"),
+    "no json": (GOOD + "a.mp4,a\n", r"line 2 of .* is not a JSON object .*for a csv name the file \.csv"),
     "twice": (GOOD + GOOD, r"a\.mp4 is in lines 1 and 2 of .*; expected each file once"),
     "empty": ("\n", r"no clips in .*; expected one line per clip"),
     "half an emoji": (
         '{"file": "a.mp4", "caption": "\\ud83d"}\n',
-        r"line 1 .* half a character \('.ud83d'\); expected",
+        "line 1 .* not a JSON object .*surrogates not",
     ),
+    "list": ("[1]\n", "line 1 of .* is not a JSON object"),
     "number": ('{"file": "a.mp4", "caption": 3}\n', r"line 1 of .* has file, caption; expected texts"),
     "csv columns": ("video,caption\na.mp4,red\n", "line 2 of .* has video, caption; expected texts named file and"),
     "csv not UTF-8": (b"file,caption\na.mp4,\xff\n", r"cannot be read \(.*\); expected jsonl or csv in UTF-8"),
@@ -407,7 +362,8 @@ def test_captions_that_do_not_fit_are_one_line(tmp_path, how):
     path = tmp_path / ("captions.csv" if "csv" in how.split() else "captions.jsonl")
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(message, read_captions, path)
+    with refused(message):
+        read_captions(path)
 
 
 def test_captions_from_a_csv(tmp_path):
@@ -418,20 +374,23 @@ def test_captions_from_a_csv(tmp_path):
 
 
 REFUSED = {  # the last word names a folder that it is asked for
-    "frames": (["--frames=16"], r"frames=16; expected 4 n \+ 1, as the codec takes them: 13 or 17"),
-    "height": (["--height=100"], r"height=100; expected a multiple of 16: 96"),
+    "frames": (["--frames=16"], r"frames=16; expected 4 n \+ 1, like 17 or 81"),
+    "height": (["--height=100"], r"height=100; expected a multiple of 16"),
     "fps": (["--fps=0"], r"fps=0\.0; expected more than 0"),
     "limit": (["--limit=0"], r"limit=0; expected at least 1"),
     "skip": (["--skip=10"], r"skip=10\.0; expected a share of the clips, from 0 to 1"),
     "videos": (["--videos=nowhere"], r"no folder nowhere; expected the folder of the videos"),
     "base": (["--base=./nowhere"], r"no folder \./nowhere; expected a pipeline folder"),
-    "no pipeline": (["--base={root}/docs"], r"no config\.json in .*docs/text_encoder; expected a pipeline folder"),
-    "another family": (["--base={stranger}"], r"the vae of .*stranger has no z_dim; expected a pipeline of Wan's"),
+    "no pipeline": (["--base={here}/videos"], r"videos/vae/config\.json .*; expected a pipeline folder"),
+    "another family": (["--base={here}/stranger"], r"the vae of .*stranger has no z_dim; expected a pipeline of Wan's"),
     "dtype": (["--dtype=fp16"], r"invalid choice: 'fp16'"),
     "other frames": (["--frames=13", "whole"], r"was made with frames=9; asked for frames=13: name another output"),
     "other null": (["--null=", "whole"], r"was made with null='.*'; asked for null='': name another"),
     "other clips": (["--limit=2", "whole"], r"was made with captions='13 clips, .*'; asked for captions='2 clips, "),
-    "other model": (["--base={other}", "whole"], r"was made with vae='weights .*'; asked for vae='weights .*: name"),
+    "other model": (
+        ["--base={here}/other", "whole"],
+        r"was made with vae='weights .*'; asked for vae='weights .*:",
+    ),
     "not prepared": (["wan/latents"], r"was made with captions=None; asked for .*: name another output folder"),
 }
 
@@ -441,17 +400,10 @@ REFUSED = {  # the last word names a folder that it is asked for
 def test_what_cannot_be_is_refused_in_one_line(here, tmp_path, how):
     changes, message = REFUSED[how]
     *changes, name = changes if not changes[-1].startswith("--") else [*changes, None]
-    output, places = here / name if name else tmp_path / "out", {"root": ROOT}
-    if how == "other model":
-        places["other"] = tmp_path / "other"
-        make_tiny_wan(places["other"], seed=1, clips=1)
-    if how == "another family":
-        places["stranger"] = tmp_path / "stranger"
-        shutil.copytree(here / "wan/text_encoder", places["stranger"] / "text_encoder")
-        (places["stranger"] / "vae").mkdir()
-        (places["stranger"] / "vae/config.json").write_text('{"latent_channels": 4}')
+    output = here / name if name else tmp_path / "out"
     before = contents(output) if name else {}
-    refused(message, run, here, output, *(change.format(**places) for change in changes))
+    with refused(message):
+        run(here, output, *(change.format(here=here) for change in changes))
     assert (contents(output) == before) if name else not output.exists()
 
 
@@ -459,16 +411,16 @@ def test_what_cannot_be_is_refused_in_one_line(here, tmp_path, how):
 def test_nothing_readable_is_an_error(here, tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text('{"file": "junk.mp4", "caption": "a"}\n{"file": "gone.mp4", "caption": "b"}\n')
-    message = r"none of 2 clips could be read; .*skipped\.jsonl says why"
-    refused(message, run, here, tmp_path / "out", f"--captions={path}")
+    with refused(r"none of 2 clips could be read; .*skipped\.jsonl says why"):
+        run(here, tmp_path / "out", f"--captions={path}")
     assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_command_says_what_is_missing_and_has_the_defaults_of_the_library(tmp_path, monkeypatch):
-    missing = r"--videos is missing; expected --videos FOLDER --captions FILE, or --verify"
-    refused(missing, prepare_latents, [f"--output={tmp_path}"])
-    verify = [f"--output={tmp_path}", "--verify"]
-    refused("no latents in .*; expected a folder that prepare-latents", prepare_latents, verify)
+    with refused(r"--videos is missing; expected --videos FOLDER --captions FILE, or --verify"):
+        prepare_latents([f"--output={tmp_path}"])
+    with refused("no latents in .*; expected a folder that prepare-latents"):
+        prepare_latents([f"--output={tmp_path}", "--verify"])
     monkeypatch.setattr(commands, "_prepare", lambda arguments: arguments)
     given = prepare_latents(["--videos=a", "--captions=b", "--output=c"])
     assert given.null is None  # Wan's

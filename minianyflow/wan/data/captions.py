@@ -2,14 +2,13 @@
 
 import csv
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from minianyflow.support.errors import InputError
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """A line of the captions file."""
 
     file: str
@@ -28,9 +27,7 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             rows = list(_csv_rows(lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
-    except OSError as problem:
-        raise InputError(f"captions {path} cannot be read ({problem.strerror}); expected jsonl or csv") from None
-    except (UnicodeDecodeError, csv.Error) as problem:
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
         raise InputError(f"captions {path} cannot be read ({problem}); expected jsonl or csv in UTF-8") from None
     first_lines, clips = {}, []
     for number, row in rows:
@@ -38,11 +35,6 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
         if not isinstance(name, str) or not isinstance(caption, str) or not name:
             columns = ", ".join(map(str, row)) or "nothing"
             raise InputError(f"line {number} of {path} has {columns}; expected texts named file and caption")
-        try:
-            f"{name}{caption}".encode()
-        except UnicodeEncodeError as problem:  # a text that was cut to a length may end in half an emoji
-            half = f"half a character ({problem.object[problem.start]!r})"
-            raise InputError(f"line {number} of {path} has {half}; expected whole ones: take it out") from None
         if name in first_lines:
             raise InputError(f"{name} is in lines {first_lines[name]} and {number} of {path}; expected each file once")
         first_lines[name] = number
@@ -60,13 +52,11 @@ def _csv_rows(lines):
 
 def _jsonl_rows(path, lines):
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            expected = '{"file": ..., "caption": ...}; for a csv name the file .csv'
-            raise InputError(f"line {number} of {path} is not a JSON object; expected {expected}")
-        yield number, row
+        if line.strip():
+            try:
+                row = dict(json.loads(line))
+                json.dumps(row, ensure_ascii=False).encode()  # a text that was cut to a length may end in half an emoji
+            except (ValueError, TypeError) as problem:
+                expected = 'expected {"file": ..., "caption": ...}; for a csv name the file .csv'
+                raise InputError(f"line {number} of {path} is not a JSON object ({problem}); {expected}") from None
+            yield number, row

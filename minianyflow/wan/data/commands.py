@@ -1,6 +1,7 @@
 """The command prepare-latents."""
 
 import dataclasses
+import math
 import time
 from datetime import timedelta
 
@@ -12,7 +13,8 @@ BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 def prepare_latents(argv) -> int:
     """Encode captioned videos once, for every run: a folder of latents, prompts and the null prompt.
 
-    Run the same command again after an interruption: it goes on. Several processes: accelerate launch.
+    Run the same command again after an interruption, or with better videos: it encodes what has no file yet. Several
+    processes: accelerate launch.
     """
     parser = Parser("minianyflow prepare-latents", description=prepare_latents.__doc__.splitlines()[0])
     add = parser.add_argument
@@ -30,9 +32,8 @@ def prepare_latents(argv) -> int:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--limit", type=int, metavar="N", help="the first N clips only")
     add("--skip", type=float, default=0.1, metavar="SHARE", help="stop if more is skipped (default: 0.1 of the clips)")
-    add("--retry", action="store_true", help="try skipped or lost clips of a finished OUT again")
     add("--dry-run", action="store_true", help="say how much disk and time it takes, and stop")
-    add("--verify", action="store_true", help="check a finished OUT; with --base the model, too")
+    add("--verify", action="store_true", help="check a finished OUT")
     arguments = parser.parse_args(argv)
     if arguments.verify:
         return _verify(arguments)
@@ -43,15 +44,9 @@ def prepare_latents(argv) -> int:
 
 
 def _verify(arguments):
-    from tqdm import tqdm
-
     from minianyflow.wan.data.latents import LatentSet, verify
-    from minianyflow.wan.data.prepare import verify_model
 
-    output = arguments.output
-    problems = verify(output, lambda paths: tqdm(paths, desc="verifying", unit="file", mininterval=0.5))
-    if arguments.base:
-        problems += verify_model(output, arguments.base)
+    problems, output = verify(arguments.output), arguments.output
     print("\n".join(problems) or f"{output}: {len(LatentSet(output))} clips, whole")
     return 1 if problems else 0
 
@@ -72,26 +67,24 @@ def _prepare(arguments):
     accelerator = Accelerator(cpu=find_device(arguments.device).type == "cpu", kwargs_handlers=[patient])
     part, main = (accelerator.process_index, accelerator.num_processes), accelerator.is_main_process
     where = (arguments.base or BASE, clips, arguments.videos, arguments.output)
-    work = Preparation(*where, options, accelerator.device, part, arguments.skip, arguments.retry)
+    work = Preparation(*where, options, accelerator.device, part, arguments.skip)
     if main:
         work.begin(write=not arguments.dry_run)
     accelerator.wait_for_everyone()
     pending = work.pending()
     accelerator.wait_for_everyone()  # all processes have listed the same files, before that changes
-    if main and pending is None:
-        print(f"{arguments.output} is finished already; --verify checks it", flush=True)
-    elif main and pending:
+    if main and pending:
         _announce(work, pending, accelerator.distributed_type.value)
     accelerator.wait_for_everyone()  # the others begin when there is room
-    if pending is not None and not arguments.dry_run:
+    if not arguments.dry_run:
         start = time.perf_counter()
         skipped = gather_object(work.encode(pending))
         if main:
             work.finish(skipped)
-            took = _duration(time.perf_counter() - start)
-            print(f"written: {arguments.output}, {len(clips) - len(skipped)} clips, in {took}", flush=True)
+            took, count = _duration(time.perf_counter() - start), len(clips) - len(skipped)
+            print(f"written: {arguments.output}, {count} clips, in {took}", flush=True)
         if main and skipped:
-            why = f"{arguments.output}/skipped.jsonl says why; --retry tries again"
+            why = f"{arguments.output}/skipped.jsonl says why; the same command tries them again"
             print(f"skipped: {len(skipped)} of {len(clips)} clips; {why}", flush=True)
     accelerator.end_training()  # a process group that is left to the end of Python may abort it
     return 0
@@ -99,17 +92,15 @@ def _prepare(arguments):
 
 def _announce(work, pending, kind):
     """Print the disk and the time that the clips `pending` take."""
-    size, free = (f"{size / 1e9:.3g} GB" if size > 1e9 else f"{size / 1e6:.3g} MB" for size in work.check_room(pending))
     count, processes, shape = len(pending), work.part[1], work.options
     clips = f"{count} clips to encode, {len(work.clips) - count} are there"
     shape = f"{shape.frames} frames of {shape.width} x {shape.height}"
     print(f"{clips}; {shape}; {f'{processes} processes ({kind})' if processes > 1 else '1 process'}", flush=True)
-    seconds = work.time_per_clip(pending)
+    seconds, size, free = work.estimate(pending)
     total = f"about {_duration(seconds * count / processes)}, {seconds:.2g} s per clip on one process"
-    print(f"disk: {size} of {free} that are free; time: {total}", flush=True)
+    print(f"disk: about {size / 1e9:.3g} GB of {free / 1e9:.3g} GB that are free; time: {total}", flush=True)
 
 
 def _duration(seconds):
-    units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "s"))
-    unit, name = next(pair for pair in units if seconds >= pair[0])
-    return f"{seconds / (unit or 1):.2g} {name}"
+    """Days, hours, minutes and seconds."""
+    return str(timedelta(seconds=math.ceil(seconds)))

@@ -12,7 +12,7 @@ last. Rows are read when a batch needs them: a large set is never in memory.
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from minianyflow.batch import Batch
 from minianyflow.interpolant import check_finite
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import staging_folder
+from minianyflow.support.files import read_json, staging_folder
 from minianyflow.times import draw_pairs, generator
 
 NULL, MANIFEST, FORMAT = "null.safetensors", "manifest.json", 2
@@ -54,16 +54,12 @@ class LatentSet:
         self.shape = tuple(manifest["shape"])
         null, metadata = read_file(self.folder / NULL, "prompt")
         self.null, self.null_text = null["prompt"].float(), metadata.get("text")
-        if self.null.ndim != 3 or len(self.null) != 1:
-            raise InputError(f"{self.folder / NULL} holds {tuple(self.null.shape)}; expected one prompt (1, L, D)")
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def path(self, index: int) -> Path:
         """The file of a row."""
-        if not 0 <= index < len(self):
-            raise InputError(f"no row {int(index)} in {self.folder}; expected rows 0 to {len(self) - 1}")
         return self.folder / clip_name(self.numbers[index])
 
     def files(self, indices: Iterable[int]) -> list[str]:
@@ -85,13 +81,12 @@ class LatentSet:
 
     def _read_row(self, index):
         """The tensors of a row, or of the next one that can be read; that depends only on the files."""
-        path = self.path(index)
-        for following in range(index + 1, index + 1 + len(self)):
+        for place in range(index, index + len(self)):
+            path = self.path(place % len(self))
             try:
                 return self.read_clip(path)[0]
             except InputError as problem:
                 self._skip_broken(path, problem)
-            path = self.path(following % len(self))
         raise InputError(f"all {len(self)} clips in {self.folder} are broken; {AGAIN}")
 
     def _skip_broken(self, path, problem):
@@ -109,8 +104,7 @@ class LatentSet:
         clip, metadata = read_file(path, "latents", "prompt")
         latents, prompt = clip["latents"], clip["prompt"]
         _, length, width = self.null.shape
-        fits = latents.shape == self.shape and prompt.ndim == 2 and 0 < len(prompt) <= length
-        if not fits or prompt.shape[1] != width:
+        if latents.shape != self.shape or len(prompt) > length or prompt.shape[1:] != (width,):
             shapes = f"latents {tuple(latents.shape)} and a prompt {tuple(prompt.shape)}"
             raise InputError(f"{path} holds {shapes}; expected {self.shape} and at most {(length, width)}")
         for name, tensor in clip.items():
@@ -167,34 +161,29 @@ def write_latents(
     Raises InputError for counts that differ, shapes that do not fit, or a folder that holds latents already.
     """
     folder = Path(folder)
-    if not len(latents) == len(prompts) == len(captions) or not len(latents):
-        counts = f"{len(latents)} latents, {len(prompts)} prompts, {len(captions)} captions"
-        raise InputError(f"{counts}; expected as many of each, and at least one")
-    if latents.ndim != 5 or prompts.ndim != 3 or prompts[:1].shape != null.shape:
+    count = len(captions) if len(latents) == len(prompts) == len(captions) else 0
+    if not count or latents.ndim != 5 or prompts.ndim != 3 or prompts[:1].shape != null.shape:
         shapes = f"latents {tuple(latents.shape)}, prompts {tuple(prompts.shape)}, null {tuple(null.shape)}"
-        raise InputError(f"{shapes}; expected (N, F, C, H, W), (N, L, D) and (1, L, D)")
+        expected = "(N, F, C, H, W), (N, L, D), (1, L, D) and N captions"
+        raise InputError(f"{shapes}, {len(captions)} captions; expected {expected}")
     if read_manifest(folder, unfinished=True):
         raise InputError(f"{folder} holds latents already; expected a new folder: name another")
     digest = hashlib.sha256()
     with staging_folder(folder) as unfinished:
-        for number, (clip, prompt, caption) in enumerate(zip(latents, prompts, captions, strict=True)):
-            path, data = unfinished / clip_name(number), clip_bytes(clip, prompt, caption)
+        for number, caption in enumerate(captions):
+            path = unfinished / clip_name(number)
             path.parent.mkdir(exist_ok=True)
+            data = file_bytes({"latents": latents[number], "prompt": without_padding(prompts[number])}, caption)
             path.write_bytes(data)
             digest.update(hashlib.sha256(data).digest())
         (unfinished / NULL).write_bytes(file_bytes({"prompt": null}, null_text))
-        manifest = {"clips": len(latents), "skipped": [], "shape": [*latents.shape[1:]], "sha256": digest.hexdigest()}
+        manifest = {"clips": count, "skipped": [], "shape": [*latents.shape[1:]], "sha256": digest.hexdigest()}
         (unfinished / MANIFEST).write_bytes(manifest_bytes(manifest, finished=True))
 
 
 def clip_name(number: int) -> str:
     """The file of a clip inside its folder."""
     return f"{number // 1000:05d}/{number:08d}.safetensors"
-
-
-def clip_bytes(latents: Tensor, prompt: Tensor, caption: str) -> bytes:
-    """The contents of a clip's file: latents (F, C, H, W), a prompt (L, D) whose padding is left out, a caption."""
-    return file_bytes({"latents": latents, "prompt": without_padding(prompt)}, caption)
 
 
 def without_padding(prompt: Tensor) -> Tensor:
@@ -242,26 +231,19 @@ def read_file(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str
 def read_manifest(folder: str | Path, unfinished: bool = False) -> dict | None:
     """The manifest of a folder, or None if there is none. unfinished: also that of a folder not yet complete."""
     path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        earlier = manifest.get("format") != FORMAT if manifest else any(Path(folder).glob("*.safetensors"))
-    except (OSError, ValueError, AttributeError):
-        raise InputError(f"{path} is cut short or no manifest; {AGAIN}") from None
-    if earlier:
+    manifest = read_json(path, AGAIN) if path.exists() else None
+    if manifest and manifest.get("format") != FORMAT:
         raise InputError(f"{folder} was written by an earlier version; prepare the latents again, in a new folder")
     if manifest and not manifest["finished"] and not unfinished:
         raise InputError(f"{folder} is unfinished; expected all its clips: run prepare-latents again, it goes on")
-    return manifest or None
+    return manifest
 
 
-def verify(folder: str | Path, watch: Callable[[Sequence], Iterable] = iter) -> list[str]:
-    """What is wrong with a finished set, one line per problem: every file is read, digests included.
-
-    watch: wraps the paths that are read, for example in a progress bar.
-    """
+def verify(folder: str | Path) -> list[str]:
+    """What is wrong with a finished set, one line per problem: every file is read, digests included."""
     data, problems = LatentSet(folder), []
     clips = [data.path(index) for index in range(len(data))]
-    for path in watch([data.folder / NULL, *clips]):
+    for path in tqdm([data.folder / NULL, *clips], desc="verifying", unit="file", disable=None):
         try:
             tensors, metadata = read_file(path, "prompt") if path.name == NULL else data.read_clip(path)
             if metadata.get("sha256") != _digest(tensors, metadata.get("text")):

@@ -34,12 +34,11 @@ class Options:
 
     def __post_init__(self):
         if self.frames < 1 or self.frames % 4 != 1:
-            near = max(1, 4 * ((self.frames - 1) // 4) + 1)
-            raise InputError(f"frames={self.frames}; expected 4 n + 1, as the codec takes them: {near} or {near + 4}")
+            raise InputError(f"frames={self.frames}; expected 4 n + 1, like 17 or 81: the codec takes four together")
         for name in ("height", "width"):
             value = getattr(self, name)
             if value < 16 or value % 16:
-                raise InputError(f"{name}={value}; expected a multiple of 16: {max(16, 16 * round(value / 16))}")
+                raise InputError(f"{name}={value}; expected a multiple of 16")
         for name in ("fps", "length"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)}; expected more than 0")

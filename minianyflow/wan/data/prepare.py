@@ -11,10 +11,8 @@ import math
 import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -24,12 +22,11 @@ from tqdm import tqdm
 
 from minianyflow.networks.weights import fingerprint
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import lock_folder, remove_leftovers, staging_folder
+from minianyflow.support.files import lock_folder, read_json, remove_leftovers, staging_folder
 from minianyflow.wan.data.captions import Clip
 from minianyflow.wan.data.latents import (
     MANIFEST,
     NULL,
-    clip_bytes,
     clip_name,
     file_bytes,
     manifest_bytes,
@@ -39,14 +36,14 @@ from minianyflow.wan.data.latents import (
 from minianyflow.wan.data.options import DTYPES, Options
 from minianyflow.wan.data.read_video import read_frames, to_float
 from minianyflow.wan.folders import encode_prompts, encode_video, is_folder, load, load_parts
+from minianyflow.wan.prefetch import prefetch
 
-SKIPPED, UNFINISHED = "skipped.jsonl", ".unfinished"  # why clips were skipped; the folder of the lock
+SKIPPED = "skipped.jsonl"  # which clips were skipped, and why
 BATCH = 8  # prompts that are encoded together; fixed, because rounding depends on it
 ROUND = 128  # batches of prompts that are in memory while their videos are encoded
-AHEAD = 2  # clips that are read while another is encoded
-TIMED = 4  # clips that are encoded to estimate the time for all
-HEADER = 300  # bytes of a clip's file beside its numbers and its caption, about
-SKIP, FEW, RECENT = 0.1, 20, 1000  # a share of the last clips may be skipped, or a few; more means that videos are gone
+TIMED = 8  # clips that are encoded to estimate the disk and the time for all
+HEADER = 500  # bytes of a clip's file beside its numbers, about
+SKIP, FEW = 0.1, 20  # this share of the clips may be skipped, or a few; more means that videos are gone
 
 # The model
 
@@ -68,13 +65,6 @@ def model_identity(folder: Path) -> dict[str, str]:
     return parts | {"tokenizer": digest.hexdigest()[:12]}
 
 
-def verify_model(folder: str | Path, base: str) -> list[str]:
-    """Which parts of the pipeline `base` did not make the latents in `folder`, one line per part."""
-    made, model = read_manifest(folder).get("made", {}), model_identity(fetch(base))
-    parts = [name for name in model if model[name] != made.get(name)]
-    return [f"{folder} was made with another {name} than that of {base}" for name in parts]
-
-
 # The work
 
 
@@ -83,8 +73,7 @@ class Preparation:
     """Latents of `clips` in `output`: `begin` on the main process, `encode` on all of them, `finish` on the main one.
 
     base: a pipeline's folder or name on the hub. videos: the folder of the clips. part: (index, parts), this process of
-    so many. skip: the share that may be skipped, of all clips and of the last ones that a process read; a few always
-    may. retry: skipped and lost clips of a finished folder are tried again.
+    so many. skip: the share of the clips so far that may be skipped; a few always may.
     Raises InputError for a folder that other clips, options or weights made.
     """
 
@@ -96,7 +85,6 @@ class Preparation:
     device: str | torch.device = "cpu"
     part: tuple[int, int] = (0, 1)
     skip: float = SKIP
-    retry: bool = False
 
     def __post_init__(self):
         self.videos, self.output = Path(self.videos), Path(self.output)
@@ -105,14 +93,16 @@ class Preparation:
         if not 0 <= self.skip <= 1:
             raise InputError(f"skip={self.skip}; expected a share of the clips, from 0 to 1")
         self.source, self.dtype = fetch(self.base), DTYPES[self.options.dtype]
-        self.width = _config(self.source, "text_encoder", "d_model")
-        frames, channels = (self.options.frames - 1) // 4 + 1, _config(self.source, "vae", "z_dim")
-        self.shape = (frames, channels, self.options.height // 8, self.options.width // 8)
+        channels = read_json(self.source / "vae/config.json", "expected a pipeline folder").get("z_dim")
+        if channels is None:
+            raise InputError(f"the vae of {self.source} has no z_dim; expected a pipeline of Wan's family")
+        shape = self.options
+        self.shape = ((shape.frames - 1) // 4 + 1, channels, shape.height // 8, shape.width // 8)
         self.vae = self.text_parts = self.lock = None  # loaded and locked when needed
 
     def begin(self, write: bool = True) -> None:
-        """Check that the folder is of this work; with `write` make and lock it, if anything is left to do."""
-        lines = "\n".join(json.dumps(astuple(clip), ensure_ascii=False) for clip in self.clips)
+        """Check that the folder is of this work; with `write` make and lock it."""
+        lines = "\n".join(json.dumps(clip, ensure_ascii=False) for clip in self.clips)
         captions = f"{len(self.clips)} clips, {hashlib.sha256(lines.encode()).hexdigest()[:12]}"
         made = {"captions": captions} | asdict(self.options) | model_identity(self.source)
         self.head = {"clips": len(self.clips), "base": str(self.base), "made": made}
@@ -122,49 +112,36 @@ class Preparation:
             if before != value:
                 why = f"{self.output} was made with {name}={before!r}; asked for {name}={value!r}"
                 raise InputError(f"{why}: name another output folder")
-        if write and self.pending() is not None:
-            self.lock = lock_folder(self.output / UNFINISHED)
+        if write:
+            self.lock = lock_folder(self.output)
             if not found:
                 self._write(MANIFEST, manifest_bytes(self.head, finished=False))
 
-    def pending(self) -> list[int] | None:
-        """The numbers of the clips that have no file yet; None where nothing is left to do."""
-        found, missing = read_manifest(self.output, unfinished=True), self._missing()
-        return None if found and found["finished"] and not (missing and self.retry) else missing
-
-    def _missing(self):
+    def pending(self) -> list[int]:
+        """The numbers of the clips that have no file: skipped ones too, since their videos may be better by now."""
         existing = {f"{path.parent.name}/{path.name}" for path in self.output.glob("[0-9]*/*.safetensors")}
         return [number for number in range(len(self.clips)) if clip_name(number) not in existing]
 
-    # What it will take
+    def estimate(self, pending: list[int]) -> tuple[float, float, int]:
+        """What the clips `pending` will take: seconds per clip on one process, bytes in all, and bytes that are free.
 
-    def check_room(self, pending: list[int]) -> tuple[int, int]:
-        """Bytes that these clips will take, about, if none is skipped, and those that are free for them.
-
-        Raises InputError if there are too few.
+        A few of them are encoded, which `encode` will encode again. Raises InputError if there is too little room.
         """
-        (tokenizer,) = load_parts(self.source, "tokenizer")
-        captions = [self.clips[number].caption for number in pending]
-        texts = (captions[start : start + 1000] for start in range(0, len(captions), 1000))
-        tokens = sum(min(len(ids), self.options.length) for some in texts for ids in tokenizer(some).input_ids)
-        numbers = len(pending) * math.prod(self.shape) + tokens * self.width
-        size = numbers * self.dtype.itemsize + sum(len(caption.encode()) + HEADER for caption in captions)
+        few = pending[:: -(-len(pending) // TIMED)]
+        for numbers in (few[:1], few):  # the first one loads the models
+            start = time.perf_counter()
+            prompts = self._encode_texts([self.clips[number].caption for number in numbers])
+            for _ in self._encode_videos(numbers):
+                pass
+        seconds = (time.perf_counter() - start) / len(few)
+        tokens = sum(map(torch.numel, map(without_padding, prompts))) / len(few)
+        size = len(pending) * (HEADER + self.dtype.itemsize * (math.prod(self.shape) + tokens))
         place = next(folder for folder in (self.output.absolute(), *self.output.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if size > free:
-            room = f"{size / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB free in {place}"
+            room = f"about {size / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB free in {place}"
             raise InputError(f"{room}; make room, name another output folder, or take fewer clips")
-        return size, free
-
-    def time_per_clip(self, pending: list[int]) -> float:
-        """Seconds that a process needs per clip, judged by the first few, which `encode` will encode again."""
-        few = pending[:TIMED]
-        for numbers in (few[:1], few):  # the first one loads the models
-            start = time.perf_counter()
-            self._encode_texts([self.clips[number].caption for number in numbers])
-            for _ in self._encode_videos(numbers):
-                pass
-        return (time.perf_counter() - start) / len(few)
+        return seconds, size, free
 
     # Encoding
 
@@ -190,12 +167,10 @@ class Preparation:
                 for number, latents in self._encode_videos([number for batch in batches for number in own[batch]]):
                     if isinstance(latents, str):
                         skipped.append({"number": number, "file": self.clips[number].file, "reason": latents})
-                        last = min(number + 1, RECENT * self.part[1])  # of them, one in part[1] is this process's
-                        recent = [line for line in skipped[-RECENT:] if line["number"] > number - last]
-                        self._check_skipped(recent, -(-last // self.part[1]))
+                        self._check_skipped(skipped, -(-(number + 1) // self.part[1]))
                     else:
-                        data = clip_bytes(latents, prompts[number], self.clips[number].caption)
-                        self._write(clip_name(number), data)
+                        tensors = {"latents": latents, "prompt": prompts[number]}
+                        self._write(clip_name(number), file_bytes(tensors, self.clips[number].caption))
                     bar.update()
         return skipped
 
@@ -216,16 +191,10 @@ class Preparation:
         return encode_prompts(*self.text_parts, texts, self.options.length).to(self.dtype).cpu()
 
     def _encode_videos(self, numbers) -> Iterator[tuple[int, Tensor | str]]:
-        """(number, latents (F, C, h, w) or the reason why there are none); the next clips are read meanwhile."""
-        with ThreadPoolExecutor(AHEAD) as pool:
-            waiting = deque()
-            for number in numbers:
-                waiting.append((number, pool.submit(self._read, self.clips[number])))
-                if len(waiting) > AHEAD:
-                    number, job = waiting.popleft()
-                    yield number, self._encode_video(job.result())
-            for number, job in waiting:
-                yield number, self._encode_video(job.result())
+        """(number, latents (F, C, h, w) or the reason why there are none); the next clip is read meanwhile."""
+        read = prefetch(lambda index: self._read(self.clips[numbers[index]]), len(numbers))
+        for index, number in enumerate(numbers):
+            yield number, self._encode_video(read(index))
 
     def _read(self, clip):
         """Bytes (T, H, W, 3), or the reason why there are none."""
@@ -236,8 +205,8 @@ class Preparation:
             return read_frames(path, options.frames, options.height, options.width, options.fps)
         except InputError as problem:
             if not self.videos.is_dir():  # a disk that went away is no reason to skip the clips on it
-                expected = "put it back and run the same command again"
-                raise InputError(f"the folder of videos {self.videos} is gone; {expected}") from None
+                again = "put it back and run the same command again"
+                raise InputError(f"the folder of videos {self.videos} is gone; {again}") from None
             return str(problem).removeprefix(f"{path} ")
 
     def _encode_video(self, frames):
@@ -262,17 +231,12 @@ class Preparation:
     def finish(self, skipped: list[dict]) -> dict:
         """Write skipped.jsonl and the manifest, which is returned. skipped: what `encode` returned on all processes."""
         skipped = sorted(skipped, key=lambda line: line["number"])
-        lost = {*self._missing()} - {line["number"] for line in skipped}
-        if lost:
-            file = self.clips[min(lost)].file
-            raise InputError(f"{file} was not encoded ({len(lost)} clips in all); run the same command again")
         self._write(SKIPPED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped).encode())
         if len(skipped) == len(self.clips):
             raise InputError(f"none of {len(self.clips)} clips could be read; {self.output / SKIPPED} says why")
         self._check_skipped(skipped, len(self.clips))
-        manifest = self.head | {"skipped": [line["number"] for line in skipped], "shape": self.shape}
+        manifest = self.head | {"skipped": self.pending(), "shape": self.shape}
         self._write(MANIFEST, manifest_bytes(manifest, finished=True))
-        shutil.rmtree(self.output / UNFINISHED, ignore_errors=True)
         for folder in (self.output, *self.output.glob("[0-9]*")):
             remove_leftovers(folder)
         return manifest
@@ -284,14 +248,3 @@ class Preparation:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _config(source, part, name):
-    """A value of the configuration of a pipeline's part."""
-    path = source / part / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError):
-        raise InputError(f"no config.json in {path.parent}; expected a pipeline folder, with {part} in it") from None
-    except KeyError:
-        raise InputError(f"the {part} of {source} has no {name}; expected a pipeline of Wan's family") from None

@@ -107,6 +107,5 @@ def _write(path, clip, fps):
     """An mp4 of bytes (T, H, W, 3). H.264 shares colours between 2 x 2 pixels: an odd side grows by its edge."""
     odd = [(0, side % 2) for side in clip.shape[1:3]]
     options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
-    with imageio.get_writer(path, format="FFMPEG", **options) as writer:
-        for frame in np.pad(clip, [(0, 0), *odd, (0, 0)], mode="edge"):
-            writer.append_data(frame)
+    frames = np.pad(clip, [(0, 0), *odd, (0, 0)], mode="edge")
+    imageio.mimwrite(path, frames, format="FFMPEG", **options)
