@@ -28,13 +28,20 @@ def checkpoint_blocks(transformer: nn.Module, keep_attention: bool = False) -> N
             try:
                 return block(*arguments)
             finally:  # even after an exception: a recomputation stops by one once it has all that it needs
-                _check_role(block, role)
+                if (found := active_role(block)) != role:
+                    wrong = f"a block of role {role!r} is recomputed under {found!r}: its gradient would be wrong"
+                    raise RuntimeError(f"{wrong}; leave the active adapter to RoleNetwork")
+
+        @contextlib.contextmanager
+        def under_role(reading):
+            with bind_role(block, role), reading:
+                yield
 
         def contexts():
-            if not keep_attention:
-                return contextlib.nullcontext(), bind_role(block, role)
-            keeping, reading = create_selective_checkpoint_contexts(_keep_attention)
-            return keeping, _both(bind_role(block, role), reading)
+            keeping = reading = contextlib.nullcontext()
+            if keep_attention:
+                keeping, reading = create_selective_checkpoint_contexts(_keep_attention)
+            return keeping, under_role(reading)
 
         # no block draws random numbers
         return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
@@ -57,18 +64,3 @@ def _keep_attention(context, operation, *arguments, **options):
     # not that of the text, a few tokens: as much to keep, and little to compute
     keep = operation in ATTENTION and arguments[1].shape[2] >= arguments[0].shape[2]
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@contextlib.contextmanager
-def _both(outer, inner):
-    with outer, inner:
-        yield
-
-
-def _check_role(block, role):
-    found = active_role(block)
-    if found != role:
-        raise RuntimeError(
-            f"a block of role {role!r} is recomputed under {found!r}: its gradient would be wrong; "
-            "leave the active adapter to RoleNetwork"
-        )

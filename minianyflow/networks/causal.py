@@ -1,7 +1,6 @@
 """Video chunk by chunk: diffusers' causal transformer as u(z, t, r, prompt), and the rollout over chunks.
 
 causal_attention.py says which chunk sees which, kv_cache.py what is kept of earlier chunks. Shapes beside wan.py's:
-    partition                       (n_1, n_2, ...), the frames of each chunk
     clean, past, context, prefix    (B, frames, C, H, W), clean frames: t = 0
 """
 
@@ -17,8 +16,8 @@ from torch.nn import functional
 from minianyflow.flow_map import rollout
 from minianyflow.interpolant import check_same_shape
 from minianyflow.networks.causal_attention import CausalAttention, causal_mask, chunk_partition, compressed_chunks
-from minianyflow.networks.kv_cache import Cache, cached_frames, fill_cache, read_cache
-from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, VideoTimes, to_timesteps
+from minianyflow.networks.kv_cache import Cache, cached_frames, read_cache, write_cache
+from minianyflow.networks.video import TIMESTEPS, Latents, Partition, Prompt, VideoTimes, to_timesteps
 from minianyflow.networks.wan import TINY, check_latents, copy_time_embedder, to_compute_dtype
 from minianyflow.notation import Grid, Network, Trajectory
 from minianyflow.on_policy import backward_simulation_times
@@ -27,8 +26,6 @@ from minianyflow.support.errors import InputError
 Clean = Float[Tensor, "batch clean_frames channels height width"]
 Rows = Float[Tensor, "batch"]
 Past = Float[Tensor, "batch past_frames channels height width"]
-
-TINY_CAUSAL = {**TINY, "full_chunk_limit": 2, "chunk_partition": (1, 2, 2)}
 
 
 class CausalNetwork(nn.Module):
@@ -62,7 +59,7 @@ class CausalNetwork(nn.Module):
         for block in transformer.blocks:
             block.attn1.set_processor(CausalAttention(padded))
 
-    def partition(self, frames: int) -> tuple[int, ...]:
+    def partition(self, frames: int) -> Partition:
         """The chunks of a clip of `frames` frames."""
         return chunk_partition(frames, self.first, self.rest, self.ragged)
 
@@ -84,15 +81,17 @@ class CausalNetwork(nn.Module):
         Raises InputError for frames that do not make chunks, a context that does not fit them, and as WanNetwork.
         """
         check_latents(z, self.transformer.config)
-        clean_or_past = clean if past is None else past
-        ways = {"cache": cache, "context": context, "clean or past": clean_or_past, "single_chunk": single_chunk}
+        teacher_forcing = clean if past is None else past
+        ways = {"cache": cache, "context": context, "clean or past": teacher_forcing, "single_chunk": single_chunk}
         given = [name for name, value in ways.items() if value is not None]
         if len(given) > (not fill_cache):
             raise InputError(f"got {', '.join(given)}; expected one of them at most, and none with fill_cache")
         dtype = z.dtype
         z, prompt, clean, past, context = to_compute_dtype(self.transformer, z, prompt, clean, past, context)
         if fill_cache:
-            return self._fill_cache(z, prompt)
+            partition = self.partition(z.shape[1])
+            self._compressed_frames(partition, z, "cache")
+            return write_cache(self.transformer, z, prompt, partition, self._mask(partition, z, False, "cache"))
         t, r = (to_timesteps(time, z, self.timesteps) for time in (t, r))
         if cache is not None:
             before = cached_frames(cache, len(self.transformer.blocks), len(z), self._tokens(z))
@@ -108,10 +107,8 @@ class CausalNetwork(nn.Module):
         partition = partition or self.partition(past.shape[1] + z.shape[1])
         old = self._compressed_frames(partition, z)
         if past.shape[1] != old:
-            raise InputError(
-                f"past of {past.shape[1]} frames in a clip of chunks {partition}; expected past= of {old} frames: "
-                f"all but the last {self.transformer.config.full_chunk_limit} chunks"
-            )
+            expected = f"{old} frames: all but the last {self.transformer.config.full_chunk_limit} chunks"
+            raise InputError(f"past of {past.shape[1]} frames in chunks {partition}; expected past= of {expected}")
         if clean is not None:
             check_same_shape("clean", clean, z)
         zeros = t.new_zeros(past.shape[:2])
@@ -126,11 +123,6 @@ class CausalNetwork(nn.Module):
         clean = torch.cat([recent, z], 1)  # z fills its place among the clean frames: no noisy token sees it there
         t, r = (torch.cat([time.new_zeros(recent.shape[:2]), time], 1) for time in (t, r))
         return self._all_chunks(clean, t, r, prompt, clean, past)[:, -z.shape[1] :]
-
-    def _fill_cache(self, x, prompt):
-        partition = self.partition(x.shape[1])
-        self._compressed_frames(partition, x, "cache")
-        return fill_cache(self.transformer, x, prompt, partition, self._mask(partition, x, False, "cache"))
 
     def _next_chunk(self, before, z):
         """The partition of the clip that ends with z, one chunk after `before` frames; and its compressed frames."""
@@ -148,10 +140,8 @@ class CausalNetwork(nn.Module):
         old = sum(partition[: compressed_chunks(partition, config.full_chunk_limit, mode)])
         _, high, wide = config.compressed_patch_size
         if old and (z.shape[3] % high or z.shape[4] % wide):
-            raise InputError(
-                f"latents of {z.shape[3]} x {z.shape[4]} in {len(partition)} chunks; expected a size that compressed "
-                f"patches {high} x {wide} divide"
-            )
+            expected = f"a size that compressed patches {high} x {wide} divide"
+            raise InputError(f"latents of {z.shape[3]} x {z.shape[4]} in {len(partition)} chunks; expected {expected}")
         return old
 
     def _tokens(self, z):
@@ -190,10 +180,9 @@ def causal_rollout(
     context = z[:, :0] if prefix is None else prefix
     starts = (0, *accumulate(partition[:-1]))
     if context.shape != z[:, : context.shape[1]].shape or context.shape[1] not in starts:
-        raise InputError(
-            f"prefix {tuple(context.shape)} of a clip {tuple(z.shape)}; expected the clip's shape with "
-            f"{' or '.join(map(str, starts[1:])) or 'no'} frames: whole chunks, and fewer than the clip"
-        )
+        frames = " or ".join(map(str, starts[1:])) or "no"
+        expected = f"the clip's shape with {frames} frames: whole chunks, and fewer than the clip"
+        raise InputError(f"prefix {tuple(context.shape)} of a clip {tuple(z.shape)}; expected {expected}")
     trajectory = [context.expand(len(times), *context.shape)]
     for size in partition[starts.index(context.shape[1]) :]:
         start = context.shape[1]
@@ -222,14 +211,15 @@ def causal_backward_simulation(
 def tiny_causal(seed: int = 0, **changes: object) -> AnyFlowFARTransformer3DModel:
     """A fresh causal transformer of the size in TINY, for latents (5, 4, 4, 4) in chunks 1, 2, 2."""
     torch.manual_seed(seed)
-    transformer = AnyFlowFARTransformer3DModel(**TINY_CAUSAL | changes)
+    chunks = {"full_chunk_limit": 2, "chunk_partition": (1, 2, 2)}
+    transformer = AnyFlowFARTransformer3DModel(**TINY | chunks | changes)
     copy_time_embedder(transformer)
     return transformer
 
 
 @torch.no_grad()
 def causal_from(
-    transformer: AnyFlowTransformer3DModel, full_chunk_limit: int = 2, partition: tuple[int, ...] = (1, 2, 2)
+    transformer: AnyFlowTransformer3DModel, full_chunk_limit: int = 2, partition: Partition = (1, 2, 2)
 ) -> AnyFlowFARTransformer3DModel:
     """A causal transformer with copies of the weights of a bidirectional one."""
     config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
@@ -243,7 +233,5 @@ def causal_from(
 def coarse_patches(patch: nn.Conv3d, size: tuple[int, int, int]) -> dict[str, Tensor]:
     """The weights of the coarse patches' embedding: those of full patches, interpolated trilinearly as in diffusers."""
     coarse = functional.interpolate(patch.weight.float(), size=size, mode="trilinear", align_corners=False)
-    return {
-        "far_patch_embedding.weight": coarse.to(patch.weight.dtype),
-        "far_patch_embedding.bias": patch.bias.detach().clone(),
-    }
+    weights = {"weight": coarse.to(patch.weight.dtype), "bias": patch.bias.detach().clone()}
+    return {f"far_patch_embedding.{name}": value for name, value in weights.items()}

@@ -4,7 +4,6 @@ A clip is cut into chunks of (first, rest, rest, ...) frames. A chunk sees itsel
 full resolution, older ones compressed to coarse patches (FAR, arXiv 2503.19325).
 
 Shapes:
-    partition                   (n_1, n_2, ...), the frames of each chunk
     query, key, value           (B, heads, tokens, D)
     mask                        (queries, keys) bool, True where the query sees the key; a BlockMask on a GPU
 """
@@ -13,19 +12,16 @@ from functools import lru_cache
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from minianyflow.networks.kv_cache import read_layer, write_layer
-from minianyflow.networks.video import Heads, Tokens
+from minianyflow.networks.kv_cache import Mask, read_layer, write_layer
+from minianyflow.networks.video import Heads, Partition, Tokens
 from minianyflow.support.errors import InputError, choose
 
-Mask = Bool[Tensor, "queries keys"] | BlockMask
 
-
-def chunk_partition(frames: int, first: int = 1, rest: int = 2, ragged: bool = False) -> tuple[int, ...]:
+def chunk_partition(frames: int, first: int = 1, rest: int = 2, ragged: bool = False) -> Partition:
     """The chunks of a clip: (first, rest, rest, ...); if `ragged`, the last one may be shorter, as in AnyFlow.
 
     Raises InputError where they do not sum to `frames`.
@@ -37,7 +33,7 @@ def chunk_partition(frames: int, first: int = 1, rest: int = 2, ragged: bool = F
     return (first,) + (rest,) * ((frames - first) // rest) + ((left,) if left else ())
 
 
-def compressed_chunks(partition: tuple[int, ...], full_chunk_limit: int, mode: str = "train") -> int:
+def compressed_chunks(partition: Partition, full_chunk_limit: int, mode: str = "train") -> int:
     """The number of chunks, from the first on, that are compressed.
 
     mode: "train", or "cache", which leaves room for the next chunk, the one that will read the cache.
@@ -48,7 +44,7 @@ def compressed_chunks(partition: tuple[int, ...], full_chunk_limit: int, mode: s
 
 @lru_cache(maxsize=128)
 def causal_mask(
-    partition: tuple[int, ...],
+    partition: Partition,
     tokens_per_frame: int,
     compressed_tokens_per_frame: int,
     full_chunk_limit: int,

@@ -20,6 +20,8 @@ from minianyflow.support.errors import InputError
 Video = Float[Tensor, "batch video_frames pixels_high pixels_wide"]
 Raw = Float[Tensor, "batch channels frames height width"]
 
+SIZES = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+SIZES |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "scale_factor_temporal": 4, "scale_factor_spatial": 4}
 PIECE = 256  # clips that are encoded together
 
 
@@ -28,25 +30,13 @@ class Codec(nn.Module):
 
     def __init__(self, vae: AutoencoderKLWan | None = None):
         super().__init__()
-        self.vae = vae or AutoencoderKLWan(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[True, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-            scale_factor_temporal=4,
-            scale_factor_spatial=4,
-        )
+        self.vae = vae or AutoencoderKLWan(**SIZES)
 
     def encode_raw(self, video: Video) -> Raw:
         """The mean of the posterior over raw latents. Raises InputError for a video of a shape that does not fit."""
         if video.ndim != 4 or video.shape[1] % 4 != 1 or video.shape[2] % 16 or video.shape[3] % 16:
-            raise InputError(
-                f"a video of shape {tuple(video.shape)}; expected (B, T, H, W) with T = 4 n + 1 frames, "
-                "H and W multiples of 16"
-            )
+            expected = "(B, T, H, W) with T = 4 n + 1 frames, H and W multiples of 16"
+            raise InputError(f"a video of shape {tuple(video.shape)}; expected {expected}")
         colour = repeat(2 * video - 1, "b t h w -> b rgb t h w", rgb=3)  # three equal channels, in [-1, 1]
         return self.vae.encode(colour).latent_dist.mode()
 

@@ -8,19 +8,20 @@ either of them again, and a rollout may keep the gradient of its context.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from minianyflow.networks.video import Latents, Prompt, Timesteps
+from minianyflow.networks.video import Heads, Latents, Partition, Prompt, Timesteps
 from minianyflow.support.errors import InputError
 
 Compressed = Float[Tensor, "batch 2 heads compressed head_dim"]
 Full = Float[Tensor, "batch 2 heads full head_dim"]
 Cache = tuple[tuple[Compressed, Full], ...]
+Mask = Bool[Tensor, "queries keys"] | BlockMask
 
 
-def write_layer(layer: dict, key: Tensor, value: Tensor, compressed_tokens: int) -> None:
+def write_layer(layer: dict, key: Heads, value: Heads, compressed_tokens: int) -> None:
     """Put the keys and values of one layer into its dict, which was made for this call; (B, heads, tokens, D) each."""
     both = torch.stack([key, value], 1)  # (B, 2, heads, tokens, D)
     layer["compressed"], layer["full"] = both[..., :compressed_tokens, :], both[..., compressed_tokens:, :]
@@ -33,9 +34,7 @@ def read_layer(layer: dict, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat([*cached, torch.stack([key, value], 1)], 3).unbind(1)
 
 
-def fill_cache(
-    transformer: nn.Module, x: Latents, prompt: Prompt, partition: tuple[int, ...], mask: Tensor | BlockMask | bool
-) -> Cache:
+def write_cache(transformer: nn.Module, x: Latents, prompt: Prompt, partition: Partition, mask: Mask | bool) -> Cache:
     """The cache of clean frames x, at t = r = 0. mask: as CausalAttention takes it."""
     zeros = torch.zeros(x.shape[:2], device=x.device)
     layers = [{} for _ in transformer.blocks]
@@ -45,13 +44,7 @@ def fill_cache(
 
 
 def read_cache(
-    transformer: nn.Module,
-    z: Latents,
-    t: Timesteps,
-    r: Timesteps,
-    prompt: Prompt,
-    partition: tuple[int, ...],
-    cache: Cache,
+    transformer: nn.Module, z: Latents, t: Timesteps, r: Timesteps, prompt: Prompt, partition: Partition, cache: Cache
 ) -> Latents:
     """The transformer's output for the last chunk z of the partition; t and r (B, F) as the transformer takes them."""
     layers = [{"compressed": old, "full": recent} for old, recent in cache] or [{} for _ in transformer.blocks]

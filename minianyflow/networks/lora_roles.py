@@ -14,7 +14,8 @@ of the times' embedders.
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def add_role(
     name: str,
     rank: int,
     alpha: float | None = None,
-    targets: tuple[str, ...] | list[str] = TARGETS,
+    targets: Sequence[str] = TARGETS,
     start: str | None = None,
 ) -> None:
     """Put an adapter called `name` on a transformer: trainable, in float32; all of the base is frozen.
@@ -87,9 +88,7 @@ class Adapter(nn.Module):
             for half in ("lora_A", "lora_B"):
                 parent = self
                 for part in name.split("."):
-                    if part not in parent._modules:
-                        parent.add_module(part, nn.Module())
-                    parent = parent._modules[part]
+                    parent = parent._modules.setdefault(part, nn.Module())
                 parent.add_module(half, getattr(layer, half)[role])
 
 
@@ -122,10 +121,8 @@ class RoleNetwork(Adapter):
     def __deepcopy__(self, memo):
         if self.role is None:
             return RoleNetwork(self.network, None)
-        taken, number = roles_of(self.transformer), 1
-        while f"{self.role} copy {number}" in taken:
-            number += 1
-        name = f"{self.role} copy {number}"
+        names = (f"{self.role} copy {number}" for number in count(1))
+        name = next(name for name in names if name not in roles_of(self.transformer))
         add_role(self.transformer, name, **role_options(self.transformer, self.role), start=self.role)
         other = RoleNetwork(self.network, name).train(self.training)
         for weight, copied in zip(self.parameters(), other.parameters(), strict=True):
@@ -209,17 +206,17 @@ def _keep_requires_grad(transformer):
 
 
 def _check_new(transformer, name, rank, targets):
-    if name in roles_of(transformer) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        taken = ", ".join(roles_of(transformer)) or "none"
-        expected = f"a name without a full stop that is no method of torch's modules and not taken (so far: {taken})"
-        raise InputError(f"a new role {name!r}; expected {expected}")
+    taken = roles_of(transformer)
+    if name in taken or not name or "." in name or hasattr(nn.ModuleDict, name):
+        expected = "a new name without a full stop that is no method of torch's modules"
+        raise InputError(f"role {name!r}; expected {expected} (roles so far: {', '.join(taken) or 'none'})")
     if rank < 1:
         raise InputError(f"role {name!r} of rank {rank}; expected at least 1")
     layers = [key for key, module in transformer.named_modules() if not isinstance(module, nn.Identity)]
     for target in targets:
         if not any(re.fullmatch(target, key) for key in layers):
-            kind = type(transformer).__name__
-            raise InputError(f"target {target!r} is no layer of this {kind}; expected names as in TARGETS")
+            layer = f"layer of this {type(transformer).__name__}"
+            raise InputError(f"target {target!r} is no {layer}; expected names as in TARGETS")
 
 
 def _start_weights(transformer, start, rank, alpha, pattern):

@@ -76,10 +76,8 @@ def _embed_times(embedder, t, r, prompt, tokens):
 def _rotations(rope, **layout):
     """As diffusers', but cosine and sine (1, 1, N, D / 2, 2) in float32; and the tokens per frame, full and coarse."""
     sizes = layout["layout_cfg"] if "layout_cfg" in layout else layout["far_cfg"]
-    rotations = {
-        name: torch.view_as_real(rotation.to(torch.complex64))
-        for name, rotation in type(rope).forward(rope, **layout).items()
-    }
+    rotations = type(rope).forward(rope, **layout).items()
+    rotations = {name: torch.view_as_real(rotation.to(torch.complex64)) for name, rotation in rotations}
     return rotations | {"tokens": (sizes["full_token_per_frame"], sizes.get("compressed_token_per_frame", 0))}
 
 
@@ -107,8 +105,7 @@ def _shift_and_scale(x, shift, scale):
 
 def _per_frame(function, x, *vectors, tokens):
     """function(x, *vectors) for x (B, N, D), vectors (B, frames, D); the first frames may be coarse: fewer tokens."""
-    full, coarse = tokens
-    frames = vectors[0].shape[1]
+    (full, coarse), frames = tokens, vectors[0].shape[1]
     old = (frames * full - x.shape[1]) // (full - coarse)
     parts, start = [], 0
     for first, last, size in ((0, old, coarse), (old, frames, full)):

@@ -21,7 +21,7 @@ from minianyflow.support.files import new_folder
 from minianyflow.times import time_grid
 
 FRAMES = 5  # latent frames of a clip of 17
-BLOBS = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}
+BLOBS = {"height": 16, "width": 16, "num_frames": 17, "num_inference_steps": 4, "max_sequence_length": PROMPT_LENGTH}
 README = """# {name}
 
 {what}, trained with minianyflow: any number of steps will do.
@@ -35,7 +35,7 @@ pipeline = {pipeline}.from_pretrained("{name}")
     {prompt}, {options}
 ).frames[0]
 ```
-{causal}{notes}{provenance}"""
+{causal}"""
 CAUSAL = {  # what the README of a causal pipeline adds
     "imports": "from minianyflow.networks.causal_attention import CausalAttention\n",
     "attention": """for block in pipeline.transformer.blocks:
@@ -90,8 +90,23 @@ def write_pipeline(
         pipeline.save_pretrained(inside)
         for name, text in (files or {}).items():
             (inside / name).write_text(text)
-        name, kind = Path(folder).name, type(pipeline).__name__
-        (inside / "README.md").write_text(_readme(name, kind, what, prompt, options, provenance, notes))
+        kind = type(pipeline).__name__
+        text = README.format(
+            name=Path(folder).name,
+            pipeline=kind,
+            what=what,
+            version=diffusers.__version__,
+            prompt=json.dumps(prompt, ensure_ascii=False),
+            options=", ".join(f"{name}={value}" for name, value in options.items()),
+            **(CAUSAL if kind == AnyFlowFARPipeline.__name__ else dict.fromkeys(CAUSAL, "")),
+        )
+        write_readme(inside, text, notes, provenance)
+
+
+def write_readme(folder: Path, text: str, notes: str = "", provenance: dict | None = None) -> None:
+    """Write README.md: the text, the notes, and how it was made."""
+    made = f"How it was made:\n\n```json\n{json.dumps(provenance, indent=1)}\n```" if provenance else ""
+    (folder / "README.md").write_text("\n\n".join(filter(None, (text.strip(), notes, made))) + "\n")
 
 
 def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
@@ -99,20 +114,14 @@ def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
 
     Raises InputError for a folder without a pipeline, with another one, or with one that diffusers cannot load.
     """
-    folder, kinds = Path(folder), {kind.__name__: kind for kind in (AnyFlowPipeline, AnyFlowFARPipeline)}
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise InputError(f"no model_index.json in {folder}; expected a folder that save_pipeline wrote")
     try:
-        name = json.loads(index.read_text()).get("_class_name")
-        if name not in kinds:
-            raise InputError(f"{folder} holds a {name}; expected {' or '.join(kinds)}")
-        pipeline = kinds[name].from_pretrained(folder, local_files_only=True)
-    except InputError:
-        raise
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     except Exception as problem:  # diffusers and transformers raise anything for a broken folder
         why = str(problem).strip().partition("\n")[0]
-        raise InputError(f"{folder} does not load ({why}); save it again with save_pipeline") from None
+        raise InputError(f"{folder} does not load ({why}); expected a folder that save_pipeline wrote") from None
+    if not isinstance(pipeline, AnyFlowPipeline | AnyFlowFARPipeline):
+        kind = type(pipeline).__name__
+        raise InputError(f"{folder} holds a {kind}; expected an AnyFlowPipeline or an AnyFlowFARPipeline")
     if isinstance(pipeline, AnyFlowFARPipeline):
         for block in pipeline.transformer.blocks:
             block.attn1.set_processor(CausalAttention())
@@ -154,19 +163,3 @@ def _in_chunks(network):
     transformer = copy.deepcopy(transformer)
     transformer.register_to_config(chunk_partition=tuple(partition))
     return transformer
-
-
-def _readme(name, pipeline, what, prompt, options, provenance, notes):
-    options = {"height": None, "width": None, "num_frames": None, "num_inference_steps": 4} | options
-    source = f"\nHow it was made:\n\n```json\n{json.dumps(provenance, indent=1)}\n```\n" if provenance else ""
-    return README.format(
-        name=name,
-        pipeline=pipeline,
-        what=what,
-        version=diffusers.__version__,
-        prompt=json.dumps(prompt, ensure_ascii=False),
-        options=", ".join(f"{option}={value}" for option, value in options.items()),
-        notes=f"\n{notes}\n" if notes else "",
-        provenance=source,
-        **(CAUSAL if pipeline == AnyFlowFARPipeline.__name__ else dict.fromkeys(CAUSAL, "")),
-    )

@@ -27,6 +27,7 @@ Tokens = Float[Tensor, "batch tokens model_width"]
 Text = Float[Tensor, "batch length model_width"]
 Heads = Float[Tensor, "batch heads tokens head_dim"]
 Angles = Float[Tensor, "tokens pairs"]
+Partition = tuple[int, ...]  # the frames of each chunk of a clip
 
 TIMESTEPS = 1000.0  # Wan's transformer takes times from 0 to 1000
 

@@ -19,24 +19,12 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, VideoTimes, to_timesteps
 from minianyflow.support.errors import InputError
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 64,
-    "ffn_dim": 256,
-    "num_layers": 4,
-    "rope_max_seq_len": 64,
-}
+TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+TINY |= {"freq_dim": 64, "ffn_dim": 256, "num_layers": 4, "rope_max_seq_len": 64}
 TINY_TIMESTEPS = 5.0  # tiny ones take 0 to 5: docs/video.md says what Wan's 160 turns between 0 and 1 do to du/dt
 PROMPT_LENGTH = 4  # tokens; pass it to a pipeline as max_sequence_length: attention sees padding, in Wan too
-WORDS = (  # more than blobs need: another toy can be prompted by the same encoder
-    *("one", "two", "ball", "balls"),
-    *("zero", "three", "four", "five", "six", "seven", "eight", "nine"),
-    *("moving", "left", "right", "up", "down"),
-)
+WORDS = ("one", "two", "ball", "balls", "zero", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS += ("moving", "left", "right", "up", "down")  # more than blobs need: other toys use the same encoder
 
 
 class WanNetwork(nn.Module):
@@ -118,9 +106,8 @@ class TextEncoder(nn.Module):
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-        self.tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        )
+        marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
         size = {"d_model": TINY["text_dim"], "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
         self.encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), dropout_rate=0.0, **size)).eval()
         self.requires_grad_(False)

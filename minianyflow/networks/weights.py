@@ -40,12 +40,9 @@ def save_weights(path: str | Path, state: dict[str, Tensor], provenance: dict) -
     "figures" measured, and anything else; the versions of torch and diffusers are added.
     Raises InputError if any of these is missing, or a weight is not finite in half precision.
     """
-    path = _checked(path)
     missing = [name for name in ("kind", "config", *PROVENANCE) if name not in provenance]
     if missing:
         raise InputError(f"weights without {', '.join(missing)}; expected kind, config, {', '.join(PROVENANCE)}")
-    if provenance["kind"] not in KINDS:
-        raise InputError(f"weights of kind {provenance['kind']!r}; expected one of {', '.join(KINDS)}")
     beside = {"format": FORMAT} | {name: value for name, value in provenance.items() if name != "config"}
     beside["versions"] = {package: version(package) for package in ("torch", "diffusers")}
     state = {name: _half(name, value) for name, value in state.items()}
@@ -58,15 +55,27 @@ def read_weights(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
     kinds: those expected. The provenance is {} where there is no .json.
     Raises InputError for no such file, one cut short or not safetensors, another format or kind.
     """
-    metadata, state = _read(path)
+    path = _checked(path)
+    if not path.is_file():
+        others = ", ".join(sorted(other.stem for other in path.parent.glob("*.safetensors"))) or "none"
+        raise InputError(f"no weights {path.name} in {path.parent}; those there are: {others}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as problem:
+        whole = f"{path}, {path.stat().st_size} bytes, is cut short or no safetensors file"
+        raise InputError(f"{whole} ({problem}): fetch or make it again") from None
+    if metadata.get("format") != FORMAT or not {"kind", "config"} <= set(metadata):
+        raise InputError(f"{path} has format {metadata.get('format', 'unknown')!r}; expected {FORMAT!r}: make it again")
     if metadata["kind"] not in kinds:
-        expected = " or ".join(map(repr, kinds))
-        raise InputError(f"{path} holds weights of kind {metadata['kind']!r}; expected {expected}")
-    beside = Path(path).with_suffix(".json")
+        raise InputError(f"{path} holds weights of kind {metadata['kind']!r}; expected {' or '.join(map(repr, kinds))}")
+    beside = path.with_suffix(".json")
     try:
         provenance = json.loads(beside.read_text()) if beside.exists() else {}
     except ValueError as problem:
         raise InputError(f"{beside} is not JSON ({problem}); expected the provenance of {path}") from None
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     return state, json.loads(metadata["config"]), provenance
 
 
@@ -99,9 +108,8 @@ def load_network(path: str | Path) -> WanNetwork | CausalNetwork:
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load a state dict that was read from `path`. InputError names one too few, too many or of another shape."""
-    expected, found = (
-        {name: tuple(value.shape) for name, value in weights.items()} for weights in (module.state_dict(), state)
-    )
+    states = (module.state_dict(), state)
+    expected, found = ({name: tuple(value.shape) for name, value in weights.items()} for weights in states)
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if wrong:
         name, kind = wrong[0], type(module).__name__
@@ -112,7 +120,6 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 
 def save_role(path: str | Path, transformer: nn.Module, role: str) -> None:
     """Write the weights of one adapter to `path`, a .safetensors file, and in its metadata what rebuilds it."""
-    path = _checked(path)
     choose("role", role, roles_of(transformer))
     state = {name: value.cpu().contiguous() for name, value in Adapter(transformer, role).state_dict().items()}
     _write(path, state, "role", role_options(transformer, role) | {"transformer": type(transformer).__name__})
@@ -158,9 +165,8 @@ def _public(config):
 
 
 def _half(name, value):
-    if not value.is_floating_point():
-        return value.detach().cpu().clone()
-    half = value.detach().to("cpu", torch.float16, copy=True).contiguous()
+    dtype = torch.float16 if value.is_floating_point() else value.dtype
+    half = value.detach().to("cpu", dtype, copy=True).contiguous()
     if not bool(half.isfinite().all()):
         raise InputError(f"{name} is not finite in half precision; expected trained weights below 65504")
     return half
@@ -175,31 +181,12 @@ def _checked(path):
 
 def _write(path, state, kind, config, provenance=None):
     """Tensors and provenance, whole or not at all."""
+    path = _checked(path)
     with staging_folder(path.parent) as folder:
         data = save(state, {"format": FORMAT, "kind": kind, "config": json.dumps(config)})
         (folder / path.name).write_bytes(data)  # safetensors' save_file would let nobody else read the file
-        if provenance is not None:
+        if provenance:
             (folder / path.name).with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
-
-
-def _read(path):
-    """Metadata and tensors of a file that is whole and of our format; floats in float32."""
-    path = _checked(path)
-    if not path.is_file():
-        others = ", ".join(sorted(other.stem for other in path.parent.glob("*.safetensors"))) or "none"
-        raise InputError(f"no weights {path.name} in {path.parent}; those there are: {others}")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as problem:
-        size = path.stat().st_size
-        raise InputError(
-            f"{path}, {size} bytes, is cut short or no safetensors file ({problem}): fetch or make it again"
-        ) from None
-    if metadata.get("format") != FORMAT or not {"kind", "config"} <= set(metadata):
-        raise InputError(f"{path} has format {metadata.get('format', 'unknown')!r}; expected {FORMAT!r}: make it again")
-    return metadata, {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def fingerprint(source: str | Path) -> str:
@@ -224,8 +211,7 @@ def fingerprint(source: str | Path) -> str:
             digest.update(json.dumps(config, sort_keys=True).encode())
         for name, opened in sorted(tensors.items()):
             tensor = opened.get_tensor(name)
-            flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)
-            ends = SAMPLED * tensor.element_size()
+            flat, ends = tensor.reshape(-1).view(torch.uint8), SAMPLED * tensor.element_size()
             digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
             digest.update(torch.cat([flat[:ends], flat[-ends:]]).numpy().tobytes())
     except (SafetensorError, OSError, ValueError) as problem:

@@ -5,6 +5,7 @@ import sys
 from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
 
+SOURCES = "run folder, exported pipeline, or name on the hub like nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers"
 SIZES = {"frames": "4 n + 1", "height": "pixels", "width": "pixels", "length": "tokens per prompt"}
 
 
@@ -17,13 +18,8 @@ def distill(argv: list[str]) -> int:
     SIGTERM saves after the current step and exits with 143; the same command then resumes.
     """
     parser = Parser("minianyflow distill", description=distill.__doc__.splitlines()[0])
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="overlays of minianyflow/wan/configs in order: model, architecture, stage; or paths of your own",
-    )
+    words = "overlays of minianyflow/wan/configs in order: model, architecture, stage; or paths of your own"
+    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help=words)
     parser.add_argument("--print-config", action="store_true", help="print every option with its value, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options; --print-config shows them all")
     arguments = parser.parse_args(argv)
@@ -62,22 +58,14 @@ def sample(argv: list[str]) -> int:
     here; evaluate has --guidance.
     """
     parser = Parser("minianyflow sample", description=sample.__doc__)
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a run folder, an exported pipeline, or a name on the hub: nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers, "
-        "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers (causal), or those of 14B",
-    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCES + ", or the causal nvidia/AnyFlow-FAR-...")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
     parser.add_argument("--prompts", metavar="FILE", help="or a file of them, one per line")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 4, 32], help="step counts (default: 1 4 32)")
-    _size_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; the same for every step count (default: 0)")
     parser.add_argument("--image", metavar="FILE", help="the first frame")
     parser.add_argument("--video", metavar="FILE", help="the first frames, at 16 per second")
     parser.add_argument("--context", type=int, help="how many frames of --video (default: the first two chunks)")
-    parser.add_argument("--output", default="outputs/samples", metavar="OUT", help="folder (default: outputs/samples)")
-    _device_options(parser)
+    _sampling_options(parser, "outputs/samples")
     options = vars(parser.parse_args(argv))
     texts, file, image, video = (options.pop(name) for name in ("prompt", "prompts", "image", "video"))
     if (texts is None) == (file is None):
@@ -123,25 +111,17 @@ def evaluate(argv: list[str]) -> int:
     weights carry a non-commercial licence.
     """
     parser = Parser("minianyflow evaluate", description=evaluate.__doc__)
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="run folders of distill, exported pipelines, names on the hub like Wan-AI/Wan2.1-T2V-1.3B-Diffusers or "
-        "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers; ratios are to the first",
-    )
+    words = f"{SOURCES} or Wan-AI/Wan2.1-T2V-1.3B-Diffusers; ratios are to the first"
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=words)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, one per line")
     steps = [1, 2, 4, 8, 16, 32, 64, 128]
     parser.add_argument("--steps", nargs="+", type=int, default=steps, help="step counts (default: 1 to 128, doubling)")
     parser.add_argument("--data", metavar="FOLDER", help="folder of held-out latents (default: none, and no distance)")
     parser.add_argument("--videos", type=int, default=5, help="clips per prompt (default: 5, as VBench wants)")
-    _size_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for all sources (default: 0)")
     parser.add_argument("--batch", type=int, default=1, help="clips sampled and decoded together (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale, for teachers alone (default: 1, none)")
     parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)")
-    parser.add_argument("--output", default="outputs/evaluation", metavar="OUT", help="(default: outputs/evaluation)")
-    _device_options(parser)
+    _sampling_options(parser, "outputs/evaluation")
     options = vars(parser.parse_args(argv))
     from accelerate import PartialState
 
@@ -171,17 +151,16 @@ def make_tiny_wan(argv: list[str]) -> int:
     return 0
 
 
-def _size_options(parser):
+def _sampling_options(parser, output):
     for name, words in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"{words} (default: the source's, or Wan2.1's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for all (default: 0)")
+    parser.add_argument("--output", default=output, metavar="OUT", help=f"folder (default: {output})")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on a GPU, fp32 on a CPU)")
 
 
 def _clip(options):
     """The sizes that are given, taken out of the options."""
     sizes = {name: options.pop(name) for name in SIZES}
     return {name: size for name, size in sizes.items() if size is not None}
-
-
-def _device_options(parser):
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on a GPU, fp32 on a CPU)")

@@ -18,7 +18,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, Strict, ValidationError
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from minianyflow.support.errors import InputError, choose
@@ -196,9 +196,10 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
         values = OmegaConf.to_container(OmegaConf.merge(defaults, *(layer for _, layer in layers)), resolve=True)
     except OmegaConfBaseException as problem:
         raise InputError(f"the configuration does not resolve: {str(problem).splitlines()[0]}") from None
-    config = _typed(Config, {name: value for name, value in values.items() if name not in SECTIONS}, origin)
-    for name, kind in SECTIONS.items():
-        setattr(config, name, _typed(kind, values[name], origin, f"{name}."))
+    try:
+        config = TypeAdapter(Config).validate_json(json.dumps(values))  # of Python's own dicts it makes no section
+    except ValidationError as problem:
+        raise _wrong(problem.errors()[0], values, origin) from None
     config.velocity = config.velocity or ("base" if config.objective == "lagrangian" else "data")
     flat = dict(_flat(asdict(config)))
     for wrong, names, why in _contradictions(config):
@@ -248,7 +249,7 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
     causal_from_base = forward and c.architecture == "causal" and from_base
     yield causal_from_base and not chunk_teacher, "architecture velocity teacher", why
     yield scale != 1 and not c.drop, "guidance.scale drop", "nothing would train the null prompt; set drop=0.1"
-    why = "on-policy distillation starts from a student; name the run folder of a forward stage: student=FOLDER"
+    why = "it starts from a student; name the run folder of a forward stage: student=FOLDER"
     yield c.stage == "on_policy" and not c.student, "stage student", why
     why = "without checkpointing all activations are kept; set one of them the other way"
     yield c.keep_attention and not c.checkpointing, "keep_attention checkpointing", why
@@ -317,14 +318,12 @@ def _nearest(name):
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(OPTIONS)}"
 
 
-def _typed(kind, values, origin, prefix=""):
-    """kind(**values). Raises InputError for the first value of another type or out of bounds."""
-    try:
-        return kind(**values)
-    except ValidationError as problem:
-        error = problem.errors()[0]
-    value, name = values[error["loc"][0]], f"{prefix}{error['loc'][0]}"
+def _wrong(error, values, origin):
+    """The InputError for a value of another type or out of bounds."""
+    name, inner, *_ = (*error["loc"], "")
+    value = values[name][inner] if name in SECTIONS else values[name]
+    name = f"{name}.{inner}" if name in SECTIONS else name
     if error["type"] == "literal_error":
         choose(name, value, dict.fromkeys(re.findall(r"'(\w+)'", error["ctx"]["expected"])))
     why = f"{error['msg']} ({OPTIONS[name].description})".replace("Input", "it").replace("List", "it")
-    raise InputError(f"{name}={value}{origin.get(name, '')}; {why}")
+    return InputError(f"{name}={value}{origin.get(name, '')}; {why}")

@@ -98,7 +98,7 @@ def evaluate(
         settings = {"source": source_fingerprint(name), "prompts": texts, "videos": videos, "clip": clips[name]}
         settings |= {"seed": seed, "precision": precision, "guidance": scale, "negative": null}
         samples[label] = Samples(Path(output) / label, settings)
-        samples[label].make(source, shape, steps, DTYPES[precision], device, batch, scale, null)
+        samples[label].make(source, steps, device, batch)
     if not PartialState().is_main_process:
         return None
     report = measured(samples, steps, shape, held_out, lambda: load_parts(base, "vae")[0].to(device), batch)

@@ -68,32 +68,23 @@ def load_transformer(
     """
     kind, place = choose("architecture", architecture, CLASSES), _place(source, "transformer")
     config = load(source, "transformer", lambda: kind.load_config(**place))
-    source_kind = _source_kind(source, config)
-    if source_kind == "causal" != architecture:
-        raise InputError(f"{source} is causal; expected Wan or a bidirectional one: set architecture=causal")
-    chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": partition} if architecture == "causal" else {}
-    options = {name: value for name, value in chunks.items() if value is not None} | {"torch_dtype": dtype, **place}
-    new = (NEW_TIME,) * (source_kind == "Wan") + (NEW_PATCH,) * (architecture == "causal" != source_kind)
-    transformer = _load_whole(source, "transformer", kind, options, config["_class_name"], new)
-    _start_new(transformer, new)
-    _forget_other_options(transformer)
-    return transformer.to(device) if device else transformer
-
-
-def _source_kind(source, config):
     name = config.get("_class_name")
     if name not in SOURCES:
         raise InputError(f"{source} holds a {name}; expected one of {', '.join(SOURCES)}")
     if config.get("image_dim"):
         raise InputError(f"{source} takes an image beside the text; expected a text-to-video model")
-    return SOURCES[name]
-
-
-def _forget_other_options(transformer):
-    """Drop the options of Wan's configuration that the class does not take, so that the rest rebuilds the class."""
-    parameters = inspect.signature(type(transformer).__init__).parameters
-    options = {*parameters, "_class_name", "_diffusers_version"}  # not where it was loaded from: folders are passed on
+    source_kind = SOURCES[name]
+    if source_kind == "causal" != architecture:
+        raise InputError(f"{source} is causal; expected Wan or a bidirectional one: set architecture=causal")
+    chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": partition} if architecture == "causal" else {}
+    options = {name: value for name, value in chunks.items() if value is not None} | {"torch_dtype": dtype, **place}
+    new = (NEW_TIME,) * (source_kind == "Wan") + (NEW_PATCH,) * (architecture == "causal" != source_kind)
+    transformer = _load_whole(source, "transformer", kind, options, name, new)
+    _start_new(transformer, new)
+    # Options of Wan that the class does not take go, and so does the folder it was loaded from: folders are passed on.
+    options = {*inspect.signature(kind.__init__).parameters, "_class_name", "_diffusers_version"}
     transformer._internal_dict = FrozenDict({k: value for k, value in transformer.config.items() if k in options})
+    return transformer.to(device) if device else transformer
 
 
 @torch.no_grad()
@@ -213,11 +204,22 @@ def encode_prompts(tokenizer: Callable, text_encoder: nn.Module, prompts: list[s
     return text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
 
 
+def embed(source: str | Path, prompts: list[str], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`encode_prompts` by the parts of `source`, which do not stay in memory: UMT5 is larger than the 1.3B model."""
+    tokenizer, text_encoder = load_parts(source, "tokenizer", "text_encoder", dtype=dtype)
+    return encode_prompts(tokenizer, text_encoder.to(device), prompts, length)
+
+
 @torch.no_grad()
 def encode_video(vae: nn.Module, video: Tensor) -> Tensor:
     """Video (B, T, 3, H, W) in [0, 1] to normalised latents (B, F, C, h, w), clip by clip."""
-    mean, std = _scale(vae)
-    return torch.cat([(_moments(vae, clip) - mean) / std for clip in video.split(1)]).transpose(1, 2).contiguous()
+    shape, factor = video.shape, vae.config.scale_factor_spatial
+    if len(shape) != 5 or shape[2] != 3 or shape[1] % 4 != 1 or shape[3] % factor or shape[4] % factor:
+        expected = f"(B, T, 3, H, W) with T = 4 n + 1, H and W multiples of {factor}"
+        raise InputError(f"video {tuple(shape)}; expected {expected}")
+    clips = (2 * video - 1).transpose(1, 2).to(vae.dtype).split(1)
+    latents, (mean, std) = torch.cat([vae.encode(clip).latent_dist.mode() for clip in clips]), _scale(vae)
+    return ((latents - mean) / std).transpose(1, 2).contiguous()
 
 
 @torch.no_grad()
@@ -226,14 +228,6 @@ def decode_latents(vae: nn.Module, latents: Tensor, batch: int = 1) -> Tensor:
     mean, std = _scale(vae)
     clips = [vae.decode(clip.transpose(1, 2).to(mean) * std + mean).sample for clip in latents.split(batch)]
     return ((torch.cat(clips) + 1) / 2).clamp(0, 1).transpose(1, 2)
-
-
-def _moments(vae, clip):
-    shape, factor = clip.shape, vae.config.scale_factor_spatial
-    if len(shape) != 5 or shape[2] != 3 or shape[1] % 4 != 1 or shape[3] % factor or shape[4] % factor:
-        expected = f"(B, T, 3, H, W) with T = 4 n + 1, H and W multiples of {factor}"
-        raise InputError(f"video {tuple(shape)}; expected {expected}")
-    return vae.encode((2 * clip - 1).transpose(1, 2).to(vae.dtype)).latent_dist.mode()
 
 
 def _scale(vae):

@@ -113,8 +113,7 @@ def _check_unfinished(output):
 
 def guard(config: Config, data: LatentSet) -> Guard:
     """The guard against bad batches of a run."""
-    above = math.inf if config.on_nan.above is None else config.on_nan.above
-    return Guard(config.on_nan.skip, above, config.output, data.files)
+    return Guard(config.on_nan.skip, config.on_nan.above or math.inf, config.output, data.files)
 
 
 def save_run(

@@ -11,7 +11,7 @@ from minianyflow.wan.config import find_device
 from minianyflow.wan.data.options import DTYPES
 from minianyflow.wan.data.read_video import read_video
 from minianyflow.wan.data.write_video import write_clips
-from minianyflow.wan.folders import decode_latents, encode_prompts, encode_video, load_parts
+from minianyflow.wan.folders import decode_latents, embed, encode_video, load_parts
 from minianyflow.wan.sampler import sample, step_label
 from minianyflow.wan.sources import check_clip, check_numbers, find_source
 
@@ -48,10 +48,8 @@ def sample_clips(
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise InputError(f"cannot write to {output} ({problem.strerror}); name another folder") from None
-    tokenizer, text_encoder, vae = load_parts(config.base, "tokenizer", "text_encoder", "vae", dtype=dtype)
-    embedded = encode_prompts(tokenizer, text_encoder.to(device), prompts, clip["length"])
-    del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
-    vae.to(device)
+    embedded = embed(config.base, prompts, clip["length"], dtype, device)
+    vae = load_parts(config.base, "vae")[0].to(device)
     prefix = encode_video(vae, frames.to(device)) if start else None
     clips = {count: [] for count in steps}
     with tqdm(total=len(prompts) * sum(clips), unit="step", desc="sampling") as bar:

@@ -17,8 +17,9 @@ from minianyflow.times import generator, time_grid
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
 from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.options import DTYPES
 from minianyflow.wan.data.write_video import write_clips
-from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
+from minianyflow.wan.folders import decode_latents, embed, load_parts
 
 SAMPLES = 5  # key (seed, key) of random numbers, beside those of the data and of stages.py
 
@@ -79,10 +80,7 @@ def sample_while_training(
         return None
     prompts, device = config.samples.prompts, accelerator.device
     if accelerator.is_main_process:
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        tokenizer, text_encoder = load_parts(config.base, "tokenizer", "text_encoder", dtype=dtype)
-        prompt = encode_prompts(tokenizer, text_encoder.to(device), prompts, data.null.shape[1]).float()
-        del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
+        prompt = embed(config.base, prompts, data.null.shape[1], DTYPES[config.precision], device).float()
         (vae,) = load_parts(config.base, "vae")  # now, or a missing one would be found hours later
         noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
 

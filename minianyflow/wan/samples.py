@@ -29,8 +29,9 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.files import read_json
 from minianyflow.support.reports import write_report
 from minianyflow.times import generator
+from minianyflow.wan.data.options import DTYPES
 from minianyflow.wan.data.write_video import write_clip
-from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts
+from minianyflow.wan.folders import decode_latents, embed, load_parts
 from minianyflow.wan.sampler import guided_network, sample
 from minianyflow.wan.sources import Source
 
@@ -40,14 +41,17 @@ AGAIN = "name another folder for the output, or remove it"
 
 
 class Samples:
-    """The samples of one source in `folder`. settings: plain enough for JSON, with prompts, videos and seed.
+    """The samples of one source in `folder`.
 
+    settings: plain enough for JSON: prompts, videos (per prompt), clip, seed, precision, and of a teacher guidance and
+    negative, the text of its null prompt.
     Raises InputError for a folder with samples of other settings.
     """
 
     def __init__(self, folder: str | Path, settings: dict):
         self.folder, self.settings = Path(folder), settings
-        self.prompts, self.videos, self.seed = (settings[name] for name in ("prompts", "videos", "seed"))
+        self.prompts, self.seed = settings["prompts"], settings["seed"]
+        self.count = len(self.prompts) * settings["videos"]  # clips per step count
         path = self.folder / "settings.json"
         before = read_json(path, AGAIN) if path.exists() else {}
         for name in settings if before else ():
@@ -55,11 +59,6 @@ class Samples:
                 raise InputError(f"{folder} holds clips that were sampled with another setting ({name}); {AGAIN}")
         if not before and PartialState().is_main_process:
             self._put(path, partial(write_report, settings))
-
-    @property
-    def count(self) -> int:
-        """Clips per step count."""
-        return len(self.prompts) * self.videos
 
     def latents(self, steps: int, number: int) -> Path:
         """The file of a clip's latents; its figures are beside it, with the suffix .json."""
@@ -97,30 +96,27 @@ class Samples:
         results = [result for file in files for result in read_json(file, AGAIN).items()]
         return {f"vbench_{name}": float(score) for name, (score, *_) in results}
 
-    def make(self, source: Source, shape, steps, dtype, device, batch=1, guidance=1.0, negative="") -> None:
-        """Text encoder, then transformer, then codec, one after another on the device, as far as clips are missing.
-
-        guidance: a teacher's scale; negative: the text of its null prompt.
-        """
+    def make(self, source: Source, steps: list[int], device: torch.device, batch: int = 1) -> None:
+        """Text encoder, then transformer, then codec, one after another on the device, as far as clips are missing."""
         clips, base = [(count, number) for count in steps for number in range(self.count)], source.config.base
         if not all(self._sampled(*clip) for clip in clips):
-            tokenizer, text_encoder = load_parts(base, "tokenizer", "text_encoder", dtype=dtype)
-            texts = [*self.prompts, negative]
-            embedded = encode_prompts(tokenizer, text_encoder.to(device), texts, self.settings["clip"]["length"])
-            del tokenizer, text_encoder  # UMT5 is larger than the 1.3B model
+            texts, dtype = [*self.prompts, self.settings["negative"]], DTYPES[self.settings["precision"]]
+            embedded = embed(base, texts, self.settings["clip"]["length"], dtype, device)
             source.network.to(device)
-            self._sample(source, embedded, shape, steps, batch, guidance)
+            self._sample(source, embedded, steps, batch)
         source.network = None
         gc.collect()
         if not all(self.finished(*clip) for clip in clips):
             (vae,) = load_parts(base, "vae")
             self._decode(vae.to(device), steps, batch)
 
-    def _sample(self, source, embedded, shape, steps, batch, guidance):
+    def _sample(self, source, embedded, steps, batch):
         """Sample the clips that are missing. embedded (P + 1, L, D): of the prompts and the null prompt."""
         missing = {count: [n for n in range(self.count) if not self._sampled(count, n)] for count in steps}
-        pieces = _mine([(count, n[k : k + batch]) for count, n in missing.items() for k in range(0, len(n), batch)])
+        pieces = [(count, n[k : k + batch]) for count, n in missing.items() for k in range(0, len(n), batch)]
+        pieces = pieces[PartialState().process_index :: PartialState().num_processes]
         device, network = embedded.device, EvaluationCounter(source.network)
+        shape, guidance = source.shape(self.settings["clip"]), self.settings["guidance"]
         u = guided_network(network, source.config, embedded[-1:], guidance) if guidance != 1 else network
         total = sum(count * len(numbers) for count, numbers in pieces)
         with tqdm(total=total, unit="step", desc=f"sampling {self.folder.name}", disable=None) as bar:
@@ -142,7 +138,8 @@ class Samples:
     def _decode(self, vae, steps, batch):
         """Decode, write and measure the clips that are not finished."""
         missing = [(count, n) for count in steps for n in range(self.count) if not self.finished(count, n)]
-        pieces = _mine([missing[k : k + batch] for k in range(0, len(missing), batch)])
+        pieces = [missing[k : k + batch] for k in range(0, len(missing), batch)]
+        pieces = pieces[PartialState().process_index :: PartialState().num_processes]
         with tqdm(total=sum(map(len, pieces)), unit="clip", desc=f"decoding {self.folder.name}", disable=None) as bar:
             for piece in pieces:
                 latents = torch.stack([self._read(self.latents(*place)) for place in piece])
@@ -213,12 +210,6 @@ def source_fingerprint(name: str) -> str:
     files = sorted(path for kind in ("safetensors", "json", "yaml") for path in Path(name).rglob(f"*.{kind}"))
     stats = [(str(path.relative_to(name)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
-
-
-def _mine(items):
-    """The share of this process."""
-    state = PartialState()
-    return items[state.process_index :: state.num_processes]
 
 
 def _now(device):

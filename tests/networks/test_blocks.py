@@ -12,11 +12,9 @@ from minianyflow.networks.patches import use_per_frame_modulation
 from minianyflow.planner.forward_cost import ShapeNetworks
 from minianyflow.planner.gpu_check import TINY, Request, settings
 from minianyflow.wan import run as runs
-from minianyflow.wan.config import load_config
 from minianyflow.wan.stages import STAGES, draws
 from minianyflow.wan.trainer import train_run
 from tests.networks.inputs import SHAPE, Watch, adapted, distance, network, output_and_gradient
-from tests.refused import refused
 
 
 @pytest.mark.slow
@@ -32,13 +30,7 @@ def test_attention_that_is_kept_is_not_computed_again(architecture):
         attended.append(watch.attended)
     layers = SHAPE["num_layers"]
     assert attended == [2 * layers, 4 * layers, 3 * layers]  # of the text, a few tokens, it is computed again
-    for each in found[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(each, found[0], strict=True))
-
-
-def test_keeping_attention_needs_checkpointing():
-    with refused("keep_attention=True, checkpointing=False"):
-        load_config(["bidirectional", "forward"], ["keep_attention=true", "checkpointing=false"])
+    assert all(torch.equal(part, first) for other in found[1:] for part, first in zip(other, found[0], strict=True))
 
 
 # ---- compiled
@@ -54,15 +46,13 @@ def untyped():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize(
-    ("architecture", "keep"), [("bidirectional", True), pytest.param("causal", False, marks=pytest.mark.long)]
-)
-def test_compiled_blocks_are_the_same_under_every_role(architecture, keep):
+@pytest.mark.parametrize("architecture", ["bidirectional", pytest.param("causal", marks=pytest.mark.long)])
+def test_compiled_blocks_are_the_same_under_every_role(architecture):
     """Traced by dynamo and autograd; the kernels that a GPU gets are not made here."""
     torch.compiler.reset()
     counters.clear()
     transformer = use_per_frame_modulation(adapted(architecture))
-    checkpoint_blocks(transformer, keep)
+    checkpoint_blocks(transformer, keep_attention=architecture == "bidirectional")
     compile_blocks(transformer, backend="aot_eager")
     for role in ("student", "fake", "student"):
         ours, theirs = (output_and_gradient(network(u, role)) for u in (transformer, adapted(architecture)))

@@ -6,20 +6,14 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from minianyflow.flow_map import pick_rows, velocity
-from minianyflow.networks.causal import (
-    CausalNetwork,
-    causal_backward_simulation,
-    causal_from,
-    causal_rollout,
-    tiny_causal,
-)
+from minianyflow.flow_map import pick_rows
+from minianyflow.networks import causal
+from minianyflow.networks.causal import CausalNetwork, causal_from, causal_rollout, tiny_causal
 from minianyflow.networks.causal_attention import attend, causal_mask, chunk_partition
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
-from minianyflow.objectives import FlowMapLoss
-from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation_times, draw_on_policy
-from minianyflow.times import draw_pairs, generator, time_grid
+from minianyflow.on_policy import backward_simulation_times
+from minianyflow.times import time_grid
 from tests.networks.inputs import PROMPT, R, T, clip, close, draw
 from tests.refused import refused
 
@@ -46,9 +40,8 @@ def bump(x, chunk, partition):
 @pytest.mark.parametrize(("clean", "mode"), [(False, "train"), (True, "train"), (False, "cache")])
 def test_the_mask_is_stocks_rule_at_the_true_length(partition, clean, mode):
     transformer = tiny_causal()
-    stock = transformer.build_attention_mask(
-        chunk_partition=list(partition), height=8, width=8, has_clean_context=clean, mode=mode
-    )
+    options = {"height": 8, "width": 8, "has_clean_context": clean, "mode": mode}
+    stock = transformer.build_attention_mask(chunk_partition=list(partition), **options)
     ours = causal_mask(partition, 16, 4, 2, clean, mode)
     every = torch.arange(len(ours))
     assert torch.equal(ours, stock.mask_mod(0, 0, every[:, None], every).broadcast_to(ours.shape))
@@ -69,11 +62,15 @@ def test_flex_attention_takes_the_true_length_too():
 
 
 def test_one_chunk_is_the_bidirectional_model():
-    plain = tiny_transformer(3)
-    u, v = CausalNetwork(causal_from(plain), first=5), WanNetwork(plain)
+    plain, z, rows = tiny_transformer(3), clip(5), torch.zeros(2)
+    transformer = causal_from(plain)
+    chunks, whole = CausalNetwork(transformer), CausalNetwork(transformer, first=5)
     with torch.no_grad():
-        assert close(u(clip(5), T, R, PROMPT), v(clip(5), T, R, PROMPT))
-        assert close(u(clip(5), T, R, PROMPT, cache=()), v(clip(5), T, R, PROMPT))
+        expected = WanNetwork(plain)(z, T, R, PROMPT)
+        assert close(whole(z, T, R, PROMPT), expected)
+        assert close(whole(z, T, R, PROMPT, cache=()), expected)
+        assert torch.equal(chunks(z, T, R, PROMPT, single_chunk=rows), whole(z, T, R, PROMPT))
+        assert not close(chunks(z[:, 1:], T, R, PROMPT, past=z[:, :1]), expected[:, 1:], 1e-3)
 
 
 def test_weights_are_copied_and_coarse_patches_start_as_stocks():
@@ -93,17 +90,10 @@ def test_weights_are_copied_and_coarse_patches_start_as_stocks():
 def test_all_chunks_at_once_equal_stock(past, frames, forced):
     stock, u = tiny_causal(), CausalNetwork(tiny_causal())
     z, clean, old = clip(frames), clip(frames, seed=1) if forced else None, clip(past, seed=2)
-    zeros = torch.zeros(2, past)
-    theirs = stock(
-        torch.cat([old, z], 1),
-        torch.cat([zeros, per_frame(T, frames)], 1),
-        torch.cat([zeros, per_frame(R, frames)], 1),
-        PROMPT,
-        list(chunk_partition(past + frames)),
-        clean_hidden_states=clean,
-        clean_timestep=torch.zeros(2, frames) if forced else None,
-        return_dict=False,
-    )[0]
+    options = {"clean_hidden_states": clean, "clean_timestep": torch.zeros(2, frames) if forced else None}
+    parts = (old, z), *((torch.zeros(2, past), per_frame(times, frames)) for times in (T, R))
+    states = [torch.cat(pair, 1) for pair in parts]
+    theirs = stock(*states, PROMPT, list(chunk_partition(past + frames)), **options, return_dict=False)[0]
     assert close(u(z, T, R, PROMPT, clean=clean, past=old), theirs)
     times = (each[:, None].expand(-1, frames) for each in (T, R))
     assert close(u(z, *times, PROMPT, clean=clean, past=old), theirs)  # a time for every frame
@@ -148,9 +138,8 @@ def test_memory_and_reading_equal_stock(seen, size):
 @torch.no_grad()
 def test_a_cache_changes_nothing(frames, steps):
     u = CausalNetwork(tiny_causal())
-    with_cache, without = (
-        causal_rollout(u, clip(frames), time_grid(steps), PROMPT, cached=cached) for cached in (True, False)
-    )
+    rollouts = (causal_rollout(u, clip(frames), time_grid(steps), PROMPT, cached=cached) for cached in (True, False))
+    with_cache, without = rollouts
     assert with_cache.shape == (steps + 1, 2, frames, 4, 4, 4)
     assert torch.equal(with_cache[0], clip(frames))
     assert close(with_cache, without)
@@ -284,11 +273,9 @@ def test_what_is_remembered_of_a_chunk_does_not_depend_on_later_ones():
 def test_reading_leaves_the_cache_alone_and_rows_can_be_picked():
     u, z = CausalNetwork(tiny_causal()), clip(2)
     cache = u(clip(3, seed=1), None, None, PROMPT, fill_cache=True)
-    before = [[each.clone() for each in layer] for layer in cache]
+    before = [part.clone() for layer in cache for part in layer]
     out = u(z, T, R, PROMPT, cache=cache)
-    assert all(
-        torch.equal(a, b) for mine, old in zip(cache, before, strict=True) for a, b in zip(mine, old, strict=True)
-    )
+    assert all(map(torch.equal, (part for layer in cache for part in layer), before))
     rows = torch.tensor([1])
     assert close(u(z[rows], T[rows], R[rows], **pick_rows({"prompt": PROMPT, "cache": cache}, rows)), out[rows])
 
@@ -311,41 +298,13 @@ def test_a_prefix_comes_out_untouched_and_is_seen(cached):
 def test_backward_simulation_runs_chunk_by_chunk_three_jumps_each():
     """Rows leave out their zero-length jumps, cache and all, and come out as if alone."""
     u, z = EvaluationCounter(CausalNetwork(tiny_causal())), clip(5)
-    lengths, step, simulate = torch.tensor([8, 2]), torch.tensor([3, 0]), causal_backward_simulation()
+    lengths, step, simulate = torch.tensor([8, 2]), torch.tensor([3, 0]), causal.causal_backward_simulation()
     both = simulate(u, z, lengths, step, 5.0, prompt=PROMPT)
     assert u.rows == 3 * (3 + 2) + 2 * 2  # three chunks of jumps, and two contexts remembered for two rows
     for row in (0, 1):
         one = slice(row, row + 1)
         times = backward_simulation_times(lengths[one], step[one], 5.0)[:, 0]
         assert close(both[:, one], causal_rollout(u, z[one], times, PROMPT[one]))
-
-
-@pytest.mark.slow
-def test_on_policy_training_takes_it():
-    """A causal student, its scores bidirectional over the whole clip: each learns, neither trains the other."""
-    student, source = CausalNetwork(tiny_causal(num_layers=2)), generator(0)
-    real, fake = (CausalNetwork(causal_from(tiny_transformer(seed, num_layers=2)), first=5) for seed in (1, 2))
-    batch = draw_on_policy((5, 4, 4, 4), 2, source, shift=5.0) | {"condition": {"prompt": PROMPT}}
-    simulate = causal_backward_simulation(context_gradient=True)
-    loss = OnPolicyLoss(lambda z, t, **c: velocity(real, z, t, **c), fake, None, shift=5.0, simulate=simulate)
-    loss(student, batch)[0].mean().backward()
-    assert all(weight.grad is not None for weight in student.parameters())
-    assert all(weight.grad is None for weight in fake.parameters())
-    student.zero_grad()
-    FakeScoreLoss(student, 5.0, simulate)(fake, batch)[0].mean().backward()
-    assert all(weight.grad is None for weight in student.parameters())
-    assert float(fake.transformer.proj_out.weight.grad.abs().sum()) > 0
-
-
-@pytest.mark.slow
-def test_teacher_forcing_trains_with_every_objective():
-    student, x = CausalNetwork(tiny_causal(num_layers=2)), clip(5).repeat(4, 1, 1, 1, 1)
-    condition = {"prompt": PROMPT.repeat(4, 1, 1), "clean": x[:, 1:], "past": x[:, :1]}
-    batch = {"x": x[:, 1:], "eps": draw(8, 4, 4, 4, 4, seed=1), "condition": condition, **draw_pairs(8, generator(0))}
-    losses, raw = FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5})(student, batch)
-    losses.mean().backward()
-    assert set(raw) == {"tangent", "eulerian", "semigroup"}
-    assert all(weight.grad is not None for weight in student.parameters())
 
 
 def test_partitions():
@@ -379,6 +338,8 @@ LINES = {
     "fewer than the clip": lambda u: causal_rollout(u, clip(5), time_grid(1), PROMPT, prefix=clip(5)),
     "expected the clip's shape": lambda u: causal_rollout(u, clip(5), time_grid(1), PROMPT, prefix=clip(1, 8)),
     "4 frames do not make": lambda u: causal_rollout(u, clip(4), time_grid(1), PROMPT),
+    "got clean or past, single_chunk": lambda u: u(clip(3), T, R, PROMPT, clean=clip(3), single_chunk=torch.zeros(2)),
+    "6 frames do not make chunks of 1, 2": lambda u: u(clip(6), T, R, PROMPT),
 }
 
 
@@ -394,14 +355,3 @@ def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():
     u, z, times = CausalNetwork(tiny_causal(), 1, 3, ragged=True), clip(6), time_grid(2)
     cached, plain = (causal_rollout(u, z, times, PROMPT, 1, 3, cached=how, ragged=True)[-1] for how in (True, False))
     assert close(cached, plain)
-    with refused("6 frames do not make chunks of 1, 3"):
-        CausalNetwork(tiny_causal(), 1, 3)(z, T, R, PROMPT)
-
-
-def test_a_whole_clip_is_one_chunk_as_in_the_bidirectional_model():
-    transformer, z = tiny_causal(), clip(3)
-    whole = CausalNetwork(transformer)(z, T, R, PROMPT, single_chunk=torch.zeros(2))
-    assert torch.equal(whole, CausalNetwork(transformer, first=3)(z, T, R, PROMPT))
-    assert not close(whole, CausalNetwork(transformer)(z, T, R, PROMPT), 1e-3)
-    with refused("got clean or past, single_chunk"):
-        CausalNetwork(transformer)(z, T, R, PROMPT, clean=z, single_chunk=torch.zeros(2))

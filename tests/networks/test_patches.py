@@ -11,12 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from minianyflow.networks.causal import causal_rollout
 from minianyflow.networks.lora_roles import Adapter
-from minianyflow.networks.patches import (
-    InputDtypeLinear,
-    active_adapter,
-    set_active_adapter,
-    use_per_frame_modulation,
-)
+from minianyflow.networks.patches import InputDtypeLinear, active_adapter, set_active_adapter, use_per_frame_modulation
 from minianyflow.objectives import eulerian_target
 from tests.networks.inputs import R, T, Watch, adapted, distance, draw, network, output_and_gradient
 

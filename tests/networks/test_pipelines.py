@@ -23,7 +23,7 @@ from minianyflow.times import time_grid
 from tests.networks.inputs import clip
 from tests.refused import refused
 
-PROMPTS = ["one ball", "two balls"]
+Z, PROMPTS = clip(5), ["one ball", "two balls"]
 CLIP = {"height": 16, "width": 16, "num_frames": 17, "max_sequence_length": PROMPT_LENGTH}
 MADE = {"command": "make weights", "seeds": [7]}
 
@@ -69,11 +69,6 @@ def causal_folder(causal, parts, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def z():
-    return clip(5)
-
-
 def stock(kind, folder):
     """As anybody loads it, without a line of ours."""
     return quiet(kind.from_pretrained(folder))
@@ -85,10 +80,8 @@ def quiet(pipeline):
 
 
 def sample(pipeline, z, steps, output_type="latent", **options):
-    options = CLIP | options
-    out = pipeline(
-        PROMPTS, latents=z.transpose(1, 2), num_inference_steps=steps, output_type=output_type, **options
-    ).frames
+    options = CLIP | {"num_inference_steps": steps, "output_type": output_type} | options
+    out = pipeline(PROMPTS, latents=z.transpose(1, 2), **options).frames
     return out.transpose(1, 2) if output_type == "latent" else out
 
 
@@ -97,28 +90,28 @@ def distance(one, other):
     return float((one - other).abs().max())
 
 
-def test_stock_diffusers_samples_what_our_sampler_does(folder, network, parts, z, tmp_path):
+def test_stock_diffusers_samples_what_our_sampler_does(folder, network, parts, tmp_path):
     """Along even steps, and along a grid shifted towards noise."""
     save_pipeline(tmp_path / "shifted", network, *parts, shift=5)
     pipelines, prompt = [stock(AnyFlowPipeline, each) for each in (folder, tmp_path / "shifted")], parts[1](PROMPTS)
     for steps in (1, 3, 8):
-        ends = [sample_flow_map(network, z, time_grid(steps, shift), prompt=prompt)[-1] for shift in (1, 5)]
+        ends = [sample_flow_map(network, Z, time_grid(steps, shift), prompt=prompt)[-1] for shift in (1, 5)]
         for pipeline, expected in zip(pipelines, ends, strict=True):
-            assert distance(sample(pipeline, z, steps), expected) < 1e-5
+            assert distance(sample(pipeline, Z, steps), expected) < 1e-5
         assert steps == 1 or distance(*ends) > 1e-3
         assert distance(ends[0][:1], ends[0][1:]) > 0.1
 
 
-def test_frames_are_what_the_codec_decodes(folder, network, parts, z):
+def test_frames_are_what_the_codec_decodes(folder, network, parts):
     codec, text = parts
     pipeline = stock(AnyFlowPipeline, folder)
-    expected = codec.decode(sample_flow_map(network, z, time_grid(3), prompt=text(PROMPTS))[-1])  # (B, T, H, W)
-    colour = torch.as_tensor(sample(pipeline, z, 3, "np"))  # (B, T, H, W, 3)
+    expected = codec.decode(sample_flow_map(network, Z, time_grid(3), prompt=text(PROMPTS))[-1])  # (B, T, H, W)
+    colour = torch.as_tensor(sample(pipeline, Z, 3, "np"))  # (B, T, H, W, 3)
     assert colour.shape == (2, 17, 16, 16, 3)
     inside = ((colour > 0) & (colour < 1)).all(-1)  # a clipped channel no longer counts in the mean
     assert float(inside.float().mean()) > 0.9
     assert distance(colour.mean(-1)[inside], expected[inside]) < 1e-4
-    clips = sample(pipeline, z, 3, "pil")
+    clips = sample(pipeline, Z, 3, "pil")
     assert [len(clip) for clip in clips] == [17, 17]
     assert isinstance(clips[0][0], Image.Image)
     assert clips[0][0].size == (16, 16)
@@ -127,43 +120,42 @@ def test_frames_are_what_the_codec_decodes(folder, network, parts, z):
 def test_prompts_are_embedded_as_ours(folder, parts):
     prompts = [*PROMPTS, "", "three moving left"]
     with torch.no_grad():
-        theirs = stock(AnyFlowPipeline, folder).encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=PROMPT_LENGTH
-        )[0]
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": PROMPT_LENGTH}
+        theirs = stock(AnyFlowPipeline, folder).encode_prompt(prompts, **options)[0]
     assert distance(theirs, parts[1](prompts)) < 1e-6
 
 
 @pytest.mark.slow
-def test_the_causal_pipeline_is_our_rollout(causal_folder, causal, parts, z):
+def test_the_causal_pipeline_is_our_rollout(causal_folder, causal, parts):
     """With our attention; untouched, with diffusers' padding; from an image on; for clips longer than trained on."""
     padded = CausalNetwork(copy.deepcopy(causal.transformer), timesteps=TINY_TIMESTEPS, padded=True)
     prompt, untouched, ours = parts[1](PROMPTS), stock(AnyFlowFARPipeline, causal_folder), load_pipeline(causal_folder)
     for steps in (1, 3):
-        ends = [causal_rollout(each, z, time_grid(steps, 5), prompt)[-1] for each in (padded, causal)]
+        ends = [causal_rollout(each, Z, time_grid(steps, 5), prompt)[-1] for each in (padded, causal)]
         for pipeline, expected in zip((untouched, quiet(ours)), ends, strict=True):
-            assert distance(sample(pipeline, z, steps), expected) < 1e-5
+            assert distance(sample(pipeline, Z, steps), expected) < 1e-5
         assert distance(*ends) > 1e-3  # the padding is seen
-    prefix = z[:, :1].flip(0)
-    expected = causal_rollout(causal, z, time_grid(3, 5), prompt, prefix=prefix)[-1]
-    continued = sample(ours, z, 3, video_latents=prefix)
+    prefix = Z[:, :1].flip(0)
+    expected = causal_rollout(causal, Z, time_grid(3, 5), prompt, prefix=prefix)[-1]
+    continued = sample(ours, Z, 3, video_latents=prefix)
     assert distance(continued, expected) < 1e-5
     assert torch.equal(continued[:, :1], prefix)
-    z = clip(9, seed=1)
-    longer = {"num_frames": 33, "chunk_partition": [1, 2, 2, 2, 2]}
-    assert distance(sample(ours, z, 2, **longer), causal_rollout(causal, z, time_grid(2, 5), prompt)[-1]) < 1e-5
+    longer, options = clip(9, seed=1), {"num_frames": 33, "chunk_partition": [1, 2, 2, 2, 2]}
+    expected = causal_rollout(causal, longer, time_grid(2, 5), prompt)[-1]
+    assert distance(sample(ours, longer, 2, **options), expected) < 1e-5
     kinds = [{type(block.attn1.processor) for block in each.transformer.blocks} for each in (untouched, ours)]
     assert kinds == [{AnyFlowCausalAttnProcessor}, {CausalAttention}]  # the files know nothing of ours
     assert not [file for file in causal_folder.rglob("*.json") if "minianyflow" in file.read_text()]
 
 
-def test_the_networks_own_chunks_are_saved(parts, z, tmp_path):
+def test_the_networks_own_chunks_are_saved(parts, tmp_path):
     network = trained(CausalNetwork(tiny_causal(), first=2, rest=3))
     save_pipeline(tmp_path / "chunks", network, *parts)
     assert tuple(network.transformer.config.chunk_partition) == (1, 2, 2)  # left as it was
     pipeline = quiet(load_pipeline(tmp_path / "chunks"))
     assert tuple(pipeline.transformer.config.chunk_partition) == (2, 3)
-    expected = causal_rollout(network, z, time_grid(2), parts[1](PROMPTS), first=2, rest=3)[-1]
-    assert distance(sample(pipeline, z, 2), expected) < 1e-5
+    expected = causal_rollout(network, Z, time_grid(2), parts[1](PROMPTS), first=2, rest=3)[-1]
+    assert distance(sample(pipeline, Z, 2), expected) < 1e-5
 
 
 def python_in(folder):
@@ -201,7 +193,7 @@ def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minianyflow.networks.pipelines._readme", full)  # the last thing written
+    monkeypatch.setattr("minianyflow.networks.pipelines.write_readme", full)  # the last thing written
     with refused(r"cannot write .*new \(No space left on device\)"):
         save_pipeline(target, network, *parts)
     assert list(tmp_path.iterdir()) == []
@@ -231,32 +223,29 @@ def test_parts_that_do_not_fit_are_one_line(network, parts, tmp_path):
     other = WanNetwork(tiny_transformer(text_dim=32))
     with refused("for 32 wide prompt embeddings; expected 16"):
         save_pipeline(tmp_path / "a", other, codec, text)
+    with refused(r"time counted to 2\.5; expected a whole number"):  # by a scheduler
+        save_pipeline(tmp_path / "a", WanNetwork(tiny_transformer(), timesteps=2.5), codec, text)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_that_are_no_pipeline_are_one_line(folder, tmp_path):
-    with refused("no model_index.json in .*; expected a folder that save_pipeline wrote"):
+    with refused("does not load .*; expected a folder that save_pipeline wrote"):
         load_pipeline(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
-    weights = broken / "transformer/diffusion_pytorch_model.safetensors"
+    index, weights = broken / "model_index.json", broken / "transformer/diffusion_pytorch_model.safetensors"
+    index.write_text(index.read_text().replace("AnyFlowPipeline", "WanPipeline"))
+    with refused("broken holds a WanPipeline; expected an AnyFlowPipeline or an AnyFlowFARPipeline"):
+        load_pipeline(broken)
     weights.write_bytes(weights.read_bytes()[:1000])
-    with refused("broken does not load .*; save it again"):
-        load_pipeline(broken)
-    weights.unlink()
-    with refused("broken does not load .*; save it again"):
-        load_pipeline(broken)
-    (broken / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    with refused("broken holds a WanPipeline; expected AnyFlowPipeline or AnyFlowFARPipeline"):
-        load_pipeline(broken)
-    (broken / "model_index.json").write_text("{")
     with refused("broken does not load"):
         load_pipeline(broken)
-
-
-def test_time_that_a_scheduler_cannot_count_is_refused(parts, tmp_path):
-    with refused(r"time counted to 2\.5; expected a whole number"):
-        save_pipeline(tmp_path / "odd", WanNetwork(tiny_transformer(), timesteps=2.5), *parts)
+    weights.unlink()
+    with refused("broken does not load"):
+        load_pipeline(broken)
+    index.write_text("{")
+    with refused("broken does not load"):
+        load_pipeline(broken)
 
 
 def test_chunks_that_five_frames_do_not_make_are_saved_for_the_next_longer_clip(parts, tmp_path):

@@ -17,20 +17,9 @@ from minianyflow.flow_map import velocity
 from minianyflow.networks import lora_roles as roles
 from minianyflow.networks.blocks import checkpoint_blocks
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, tiny_causal
-from minianyflow.networks.lora_roles import (
-    COARSE_PATCHES,
-    EMBEDDERS,
-    TARGETS,
-    RoleNetwork,
-    active_role,
-    add_role,
-    bind_role,
-    merge_role,
-    remove_role,
-    roles_of,
-    storages,
-)
+from minianyflow.networks.lora_roles import EMBEDDERS, TARGETS, RoleNetwork, active_role, add_role, merge_role, roles_of
 from minianyflow.networks.mlp import EvaluationCounter
+from minianyflow.networks.patches import set_active_adapter
 from minianyflow.networks.wan import WanNetwork, tiny_transformer
 from minianyflow.networks.weights import load_role, save_role
 from minianyflow.objectives import FlowMapLoss
@@ -42,7 +31,7 @@ from minianyflow.wan.trainer import train_run
 from tests.networks.inputs import PROMPT, R, T, clip, close
 from tests.refused import refused
 
-RANK = 3
+RANK, FAR = 3, roles.COARSE_PATCHES
 ROLES = ("student", "teacher", "fake")
 Z = clip(5, seed=98)
 
@@ -55,7 +44,7 @@ def targets_of(kind, role):
     """Of the published recipe; a score sees the clip as one chunk, without coarse patches: they would never learn."""
     if role == "teacher":
         return TARGETS
-    return TARGETS + EMBEDDERS + (COARSE_PATCHES if (kind, role) == ("causal", "student") else ())
+    return TARGETS + EMBEDDERS + (FAR if (kind, role) == ("causal", "student") else ())
 
 
 def stir(transformer, role, seed):
@@ -96,11 +85,8 @@ def separate(kind, transformer):
 def draw_batch(count=2):
     source = generator(5)
     x, eps = torch.randn(2, count, 5, 4, 4, 4, generator=source)
-    return {
-        **{"x": x, "eps": eps, "condition": {"prompt": PROMPT[:1].repeat(count, 1, 1)}},
-        **draw_pairs(count, generator(6)),
-        **draw_on_policy((5, 4, 4, 4), count, source, shift=5.0),
-    }
+    batch = {"x": x, "eps": eps, "condition": {"prompt": PROMPT[:1].repeat(count, 1, 1)}}
+    return batch | draw_pairs(count, generator(6)) | draw_on_policy((5, 4, 4, 4), count, source, shift=5.0)
 
 
 def losses_of(kind, networks):
@@ -108,10 +94,8 @@ def losses_of(kind, networks):
     simulate = backward_simulation if kind == "wan" else causal_backward_simulation(context_gradient=True)
     teacher = partial(velocity, networks["teacher"])
     forward = FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5}, teacher) if kind == "wan" else None
-    return {
-        "student": OnPolicyLoss(teacher, networks["fake"], forward, shift=5.0, simulate=simulate),
-        "fake": FakeScoreLoss(networks["student"], 5.0, simulate),
-    }
+    student = OnPolicyLoss(teacher, networks["fake"], forward, shift=5.0, simulate=simulate)
+    return {"student": student, "fake": FakeScoreLoss(networks["student"], 5.0, simulate)}
 
 
 def adapter_gradients(network, role):
@@ -168,33 +152,27 @@ def test_roles_on_one_base_equal_three_separate_copies(kind, checkpointed):
 def test_the_base_is_in_memory_once():
     transformer = base()
     weights = sum(weight.nbytes for weight in transformer.parameters())
-    alone, count = storages(transformer)
+    alone, count = roles.storages(transformer)
     assert alone == weights + 4  # and the gate of the two times
     assert count == len(list(transformer.parameters())) + 1
     transformer, networks = shared()
     average = AveragedModel(networks["student"])
     adapters = [*networks.values(), average.module]
     extra = sum(weight.nbytes for network in adapters for weight in network.parameters())
-    assert storages(*networks.values(), EvaluationCounter(average.module))[0] == alone + extra
-    assert storages(*networks.values(), average)[0] == alone + extra + average.n_averaged.nbytes
+    assert roles.storages(*networks.values(), EvaluationCounter(average.module))[0] == alone + extra
+    assert roles.storages(*networks.values(), average)[0] == alone + extra + average.n_averaged.nbytes
     copies = [copy.deepcopy(transformer) for _ in range(3)]
-    assert storages(*copies)[0] == 3 * (alone + extra)  # three bases are seen as three
+    assert roles.storages(*copies)[0] == 3 * (alone + extra)  # three bases are seen as three
 
 
 def test_a_role_has_its_own_weights_by_the_names_of_the_transformer():
     transformer, networks = shared("causal")
     names = [name for name, _ in networks["student"].named_parameters()]
-    layers = {name.rsplit(".lora_", 1)[0] for name in names}
-    assert len(names) == 2 * len(layers)
-    assert layers == {
-        "far_patch_embedding",
-        *(f"condition_embedder.{which}_embedder.linear_{n}" for which in ("time", "delta") for n in (1, 2)),
-        *(f"blocks.{n}.attn1.{each}" for n in (0, 1) for each in ("to_q", "to_k", "to_v", "to_out.0")),
-        *(f"blocks.{n}.ffn.net.{each}" for n in (0, 1) for each in ("0.proj", "2")),
-    }
-    assert {name.rsplit(".lora_", 1)[0] for name in networks["teacher"].state_dict()} == {
-        layer for layer in layers if layer.startswith("blocks")
-    }
+    blocks = {f"blocks.{n}.attn1.{part}" for n in (0, 1) for part in ("to_q", "to_k", "to_v", "to_out.0")}
+    blocks |= {f"blocks.{n}.ffn.net.{part}" for n in (0, 1) for part in ("0.proj", "2")}
+    others = {f"condition_embedder.{time}_embedder.linear_{n}" for time in ("time", "delta") for n in (1, 2)}
+    for role, layers in (("student", blocks | others | {"far_patch_embedding"}), ("teacher", blocks)):
+        assert set(networks[role].state_dict()) == {f"{key}.lora_{half}.weight" for key in layers for half in "AB"}
     assert list(networks["student"].state_dict()) == names
     learning = {id(weight) for weight in transformer.parameters() if weight.requires_grad}
     assert learning == {id(weight) for network in networks.values() for weight in network.parameters()}
@@ -209,23 +187,18 @@ def test_a_forward_runs_under_its_role_and_leaves_none():
         bare = WanNetwork(transformer)(Z, T, R, PROMPT)
         assert close(bare, plain(Z, T, R, PROMPT), 0)  # outside it is the base
         assert close(RoleNetwork(WanNetwork(transformer), None)(Z, T, R, PROMPT), bare, 0)
-        with bind_role(transformer, "fake"):
+        with roles.bind_role(transformer, "fake"):
             assert close(WanNetwork(transformer)(Z, T, R, PROMPT), out["fake"], 0)
             assert close(networks["student"](Z, T, R, PROMPT), out["student"], 0)
             assert active_role(transformer) == "fake"  # what was active before comes back
             assert close(RoleNetwork(WanNetwork(transformer), None)(Z, T, R, PROMPT), bare, 0)
             assert active_role(transformer) == "fake"
     assert active_role(transformer) is None
+    with roles.bind_role(transformer, "teacher"), refused("expected"):
+        networks["student"](Z[:, :, :3], T, R, PROMPT)
+    assert active_role(transformer) is None  # after an exception too
     states = [*out.values(), bare]
     assert all(not close(a, b, 1e-2) for i, a in enumerate(states) for b in states[:i])
-
-
-def test_an_exception_leaves_no_role_behind():
-    transformer, networks = shared()
-    for role in (None, "teacher"):
-        with bind_role(transformer, role), refused("expected"):
-            networks["student"](Z[:, :, :3], T, R, PROMPT)
-        assert active_role(transformer) is None
 
 
 def test_no_forward_and_no_new_role_flips_requires_grad():
@@ -239,7 +212,7 @@ def test_no_forward_and_no_new_role_flips_requires_grad():
         networks["teacher"](Z, T, R, PROMPT)
         AveragedModel(networks["student"]).requires_grad_(False)
         add_role(transformer, "another", RANK, targets=TARGETS)
-        remove_role(transformer, "another")
+        roles.remove_role(transformer, "another")
         assert active_role(transformer) is None
 
     expected = gradient(networks["student"])
@@ -254,7 +227,7 @@ def forced(transformer):
     """The mutation: the fake score's adapter is active, whoever asks, as peft would have it."""
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
-            layer._active_adapter, layer._disable_adapters = ["fake"], False
+            set_active_adapter(layer, ["fake"], False)
 
 
 def test_recomputation_runs_under_the_role_of_its_forward():
@@ -281,19 +254,15 @@ def test_backward_under_another_role_raises(monkeypatch):
     with pytest.raises(RuntimeError, match="role 'student' is recomputed under 'fake'"):
         gradient(networks["student"], between=broken)
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match="recomputed under 'fake'"):  # in the middle of a block
-        gradient(
-            networks["student"],
-            between=lambda: transformer.blocks[1].attn2.register_forward_pre_hook(lambda *_: forced(transformer)),
-        )
-    transformer, networks = shared()
-    checkpoint_blocks(transformer)
-    half = transformer.blocks[0].attn1.to_k
-    with pytest.raises(RuntimeError, match="layers of one block under the roles"):
-        gradient(
-            networks["student"],
-            between=lambda: half.register_forward_pre_hook(lambda layer, _: setattr(layer, "_active_adapter", ["x"])),
-        )
+    (block, text), hooks = (transformer.blocks[0], transformer.blocks[1].attn2), []
+    for part, change, message in (
+        (text, lambda *_: forced(transformer), "recomputed under 'fake'"),  # in the middle of a block
+        (block.attn1.to_k, lambda key, _: set_active_adapter(key, ["x"], False), "layers of one block under the roles"),
+    ):
+        breaking = partial(part.register_forward_pre_hook, change)
+        with pytest.raises(RuntimeError, match=message):
+            gradient(networks["student"], between=lambda breaking=breaking: hooks.append(breaking()))
+        hooks.pop().remove()
 
 
 def test_the_average_is_computed_by_hand_and_shares_the_base():
@@ -339,15 +308,6 @@ def test_a_copy_draws_no_random_numbers():
     assert not {each.data_ptr() for each in mine.values()} & {each.data_ptr() for each in its.values()}
 
 
-def test_a_new_role_is_the_base():
-    transformer = base("causal")
-    add_role(transformer, "student", RANK, targets=targets_of("causal", "student"))
-    assert active_role(transformer) is None
-    student, bare = (RoleNetwork(CausalNetwork(transformer), role) for role in ("student", None))
-    with torch.no_grad():
-        assert close(student(Z[:, :3], T, R, PROMPT), bare(Z[:, :3], T, R, PROMPT), 0)
-
-
 def test_alpha_scales_what_an_adapter_adds():
     transformer = base()
     add_role(transformer, "one", 4, alpha=4, targets=EMBEDDERS)
@@ -357,7 +317,7 @@ def test_alpha_scales_what_an_adapter_adds():
     layer, x = transformer.condition_embedder.time_embedder.linear_2, torch.randn(3, 64)
     outs = []
     for role in (None, "less", "one"):
-        with bind_role(transformer, role), torch.no_grad():
+        with roles.bind_role(transformer, role), torch.no_grad():
             outs.append(layer(x))
     assert close(outs[1] - outs[0], 0.5 * (outs[2] - outs[0]))
 
@@ -406,9 +366,7 @@ def test_moving_a_role_moves_its_adapter_alone():
     assert all(weight.requires_grad for weight in copy.deepcopy(networks["student"]).parameters())
     networks["student"].to(torch.float64)
     dtypes = {name: weight.dtype for name, weight in transformer.named_parameters()}
-    assert {name for name, dtype in dtypes.items() if dtype == torch.float64} == {
-        name for name in dtypes if ".student." in name
-    }
+    assert all((dtype == torch.float64) == (".student." in name) for name, dtype in dtypes.items())
     frozen = copy.deepcopy(networks["student"].requires_grad_(False))
     assert {(weight.dtype, weight.requires_grad) for weight in frozen.parameters()} == {(torch.float64, False)}
 
@@ -441,9 +399,7 @@ REFUSED = {
     "has alpha 3; expected 1": lambda path: load_role(path, with_role(alpha=1), "r"),
     "has targets": lambda path: load_role(path, with_role(targets=EMBEDDERS), "r"),
     "role of an AnyFlowTransformer3DModel; expected": lambda path: load_role(path, base("causal"), "r"),
-    r"\(256, 3\); expected \(128, 3\): not the weights of this Adapter": lambda path: load_role(
-        path, base(ffn_dim=128), "r"
-    ),
+    r"\(256, 3\); expected \(128, 3\): not the weights": lambda path: load_role(path, base(ffn_dim=128), "r"),
     r"has for blocks\.2\S* no weights; expected \(3, 64\)": lambda path: load_role(path, base(num_layers=3), "r"),
     r"blocks\.1\S* \(3, 64\); expected none of that name": lambda path: load_role(path, base(num_layers=1), "r"),
     "those there are: r": lambda path: load_role(path.with_name("s.safetensors"), base(), "r"),
@@ -455,13 +411,13 @@ REFUSED = {
     "without a full stop": lambda path: add_role(base(), "a.b", 2),
     "no method of torch": lambda path: add_role(base(), "half", 2),
     "of rank 0; expected at least 1": lambda path: add_role(base(), "r", 0),
-    "'far_patch_embedding' is no layer of this AnyFlow": lambda path: add_role(base(), "r", 2, targets=COARSE_PATCHES),
+    "'far_patch_embedding' is no layer of this AnyFlow": lambda path: add_role(base(), "r", 2, targets=FAR),
     "unknown role 'teacher'": lambda path: add_role(with_role(), "s", 3, start="teacher"),
     "rank 3 and alpha 3; expected 2 and 2": lambda path: add_role(with_role(), "s", 2, start="r"),
     "trains blocks": lambda path: add_role(with_role(), "s", 3, targets=EMBEDDERS, start="r"),
     "unknown role 'x'": lambda path: merge_role(with_role(), "x"),
-    "unknown role 'y'": lambda path: remove_role(with_role(), "y"),
-    "unknown role 'r'; known: ": lambda path: merged()(Z, T, R, PROMPT),
+    "unknown role 'y'": lambda path: roles.remove_role(with_role(), "y"),
+    "unknown role 'r'; known: ": lambda path: without_its_role()(Z, T, R, PROMPT),
 }
 
 
@@ -476,10 +432,9 @@ def cut(path):
     return path
 
 
-def merged():
-    transformer = with_role()
-    network = RoleNetwork(WanNetwork(transformer), "r")
-    merge_role(transformer, "r")
+def without_its_role():
+    network = RoleNetwork(WanNetwork(with_role()), "r")
+    merge_role(network.transformer, "r")
     return network
 
 
@@ -516,42 +471,23 @@ def test_a_merged_role_is_the_stock_class_with_other_weights(kind):
         assert not any(isinstance(module, LoraLayer) for module in transformer.modules())
         assert not roles_of(transformer)
         stock.load_state_dict(transformer.state_dict())
-        assert close(wrap(kind, stock, "student")(z, T, R, PROMPT, **condition), expected)
+        merged = wrap(kind, stock, "student")(z, T, R, PROMPT, **condition)
+        assert close(merged, expected)
+        add_role(transformer, "student", RANK, targets=targets_of(kind, "student"))
+        again = RoleNetwork(wrap(kind, transformer, "student"), "student")
+        assert active_role(transformer) is None
+        assert close(again(z, T, R, PROMPT, **condition), merged, 0)  # a new role is the base
     assert not close(bare, expected, 1e-2)
-    add_role(transformer, "student", RANK)  # and it can begin again
-
-
-def on_policy_roles(ema=0.9):
-    transformer, networks = shared()
-    trained = {role: Role(networks[role], lr=1e-3, warmup=0, clip=1.0, ema=ema) for role in ("student", "fake")}
-    for role, loss in losses_of("wan", networks).items():
-        trained[role].loss = loss
-    checkpoint_blocks(transformer)
-    return transformer, networks, trained
-
-
-@pytest.mark.slow
-def test_the_one_loop_trains_roles():
-    transformer, networks, trained = on_policy_roles()
-    before = {name: value.clone() for name, value in transformer.state_dict().items()}
-    history = train_run(trained, lambda step: draw_batch(), 2, accelerator=Accelerator(cpu=True), progress=False)
-    assert {"student/distribution matching", "student/tangent", "fake/loss"} <= set(history[-1])
-    moved = {name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])}
-    assert {part for name in moved for part in name.split(".") if part.split()[0] in ROLES} == {
-        *("student", "student copy 1", "fake", "fake copy 1")
-    }
-    assert not any("base_layer" in name for name in moved)
-    assert networks["teacher"].get_parameter("blocks.0.attn1.to_q.lora_A.weight").grad is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_switched_adapter_stops_the_training(checkpointed):
     """peft's own switch, between the forward and the backward: without a check, no gradient and no error."""
-    transformer, _, trained = on_policy_roles(ema=None)
-    if not checkpointed:
-        transformer.disable_gradient_checkpointing()
-    loss, steps = trained["student"].loss, []
+    transformer, networks = shared()
+    if checkpointed:
+        checkpoint_blocks(transformer)
+    loss, steps = losses_of("wan", networks)["student"], []
 
     def switching(network, batch):
         losses = loss(network, batch)
@@ -563,8 +499,8 @@ def test_a_switched_adapter_stops_the_training(checkpointed):
         steps.append(step)
         return draw_batch()
 
-    trained["student"].loss = switching
-    expected = (CheckpointError, "different number") if checkpointed else (InputError, "student' was frozen after")
-    with pytest.raises(expected[0], match=expected[1]):
-        train_run({"student": trained["student"]}, draw, 5, accelerator=Accelerator(cpu=True), progress=False)
+    student = Role(networks["student"], switching, lr=1e-3, warmup=0, clip=1.0)
+    error, words = (CheckpointError, "different number") if checkpointed else (InputError, "student' was frozen after")
+    with pytest.raises(error, match=words):
+        train_run({"student": student}, draw, 5, accelerator=Accelerator(cpu=True), progress=False)
     assert len(steps) == 2

@@ -5,15 +5,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from minianyflow.flow_map import velocity
-from minianyflow.networks.wan import (
-    PROMPT_LENGTH,
-    TINY,
-    WORDS,
-    TextEncoder,
-    WanNetwork,
-    copy_time_embedder,
-    tiny_transformer,
-)
+from minianyflow.networks import wan
+from minianyflow.networks.wan import PROMPT_LENGTH, TINY, TextEncoder, WanNetwork, tiny_transformer
 from tests.networks.inputs import R, T, clip
 from tests.refused import refused
 
@@ -26,6 +19,11 @@ def text():
 
 
 @pytest.fixture(scope="module")
+def prompt(text):
+    return text(PROMPTS)
+
+
+@pytest.fixture(scope="module")
 def network():
     return WanNetwork(tiny_transformer()).eval().requires_grad_(False)
 
@@ -33,12 +31,11 @@ def network():
 Z = clip(5)
 
 
-def test_on_the_diagonal_it_is_stock_wan(network, text):
+def test_on_the_diagonal_it_is_stock_wan(network, prompt):
     """Embedder copied, r = t: diffusers' WanTransformer3DModel with the same weights, which has no target time."""
     stock = WanTransformer3DModel(**TINY).eval()
     shared = {name: value for name, value in network.transformer.state_dict().items() if "delta_embedder" not in name}
     stock.load_state_dict(shared)  # strict: nothing else differs
-    prompt = text(PROMPTS)
     with torch.no_grad():
         expected = stock(Z.transpose(1, 2), 1000 * T, prompt, return_dict=False)[0].transpose(1, 2)
     out = velocity(network, Z, T, prompt=prompt)
@@ -47,35 +44,32 @@ def test_on_the_diagonal_it_is_stock_wan(network, text):
     assert float(out.abs().max()) > 0.1
 
 
-def test_only_the_copy_makes_it_so(network, text):
+def test_only_the_copy_makes_it_so(network, prompt):
     """A target-time embedder of its own moves the diagonal, and copying puts it back."""
     other = WanNetwork(tiny_transformer()).requires_grad_(False)
-    prompt = text(PROMPTS)
     expected = network(Z, T, T, prompt)
     assert torch.equal(other(Z, T, T, prompt), expected)  # the same seed
     for weight in other.transformer.condition_embedder.delta_embedder.parameters():
         weight.add_(0.1)
     assert float((other(Z, T, T, prompt) - expected).abs().max()) > 1e-3
-    copy_time_embedder(other.transformer)
+    wan.copy_time_embedder(other.transformer)
     assert torch.equal(other(Z, T, T, prompt), expected)
 
 
-def test_the_target_time_matters_through_its_embedder_alone(network, text):
-    prompt = text(PROMPTS)
+def test_the_target_time_matters_through_its_embedder_alone(network, prompt):
     assert float((network(Z, T, R, prompt) - network(Z, T, T, prompt)).abs().max()) > 1e-3
     deaf = WanNetwork(tiny_transformer()).requires_grad_(False)
     deaf.transformer.condition_embedder.delta_embedder.linear_1.weight.zero_()
     assert torch.equal(deaf(Z, T, R, prompt), deaf(Z, T, T, prompt))
 
 
-def test_gradient_reaches_both_embedders(text):
+def test_gradient_reaches_both_embedders(prompt):
     fresh = WanNetwork(tiny_transformer())
-    fresh(Z, T, R, text(PROMPTS)).square().mean().backward()
+    fresh(Z, T, R, prompt).square().mean().backward()
     assert all(weight.grad is not None and bool(weight.grad.any()) for weight in fresh.parameters())
 
 
-def test_a_time_for_a_sample_is_that_time_for_each_of_its_frames(network, text):
-    prompt = text(PROMPTS)
+def test_a_time_for_a_sample_is_that_time_for_each_of_its_frames(network, prompt):
     frames = (T[:, None].expand(2, 5), R[:, None].expand(2, 5))
     one = network(Z, T, R, prompt)
     assert torch.allclose(one, network(Z, *frames, prompt), atol=1e-6)
@@ -101,8 +95,8 @@ def test_text_is_padded_with_zeros_and_always_the_same(text):
         assert not bool(rows[length:].any())
     assert torch.equal(TextEncoder()(every), embeddings)
     assert torch.allclose(text(every[1:2]), embeddings[1:2], atol=1e-6)
-    words = text(list(WORDS)).flatten(1)
-    assert float((torch.cdist(words, words) + 10 * torch.eye(len(WORDS))).min()) > 0.1  # all told apart
+    words = text(wan.WORDS).flatten(1)
+    assert float((torch.cdist(words, words) + 10 * torch.eye(len(words))).min()) > 0.1  # all of them differ
 
 
 @pytest.mark.parametrize(
@@ -115,16 +109,16 @@ def test_text_is_padded_with_zeros_and_always_the_same(text):
         ((2, 5, 4, 4, 7), "latents of 4 x 7; expected a size that patches 2 x 2 divide"),
     ],
 )
-def test_latents_that_do_not_fit_are_one_line(network, text, shape, message):
+def test_latents_that_do_not_fit_are_one_line(network, prompt, shape, message):
     with refused(message):
-        network(torch.zeros(shape), T, R, text(PROMPTS))
+        network(torch.zeros(shape), T, R, prompt)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 4), (2, 5, 1)])
-def test_times_that_do_not_fit_are_one_line(network, text, shape):
+def test_times_that_do_not_fit_are_one_line(network, prompt, shape):
     for times in ((torch.zeros(shape), R), (T, torch.zeros(shape))):
         with refused(r"for latents \(2, 5, 4, 4, 4\); expected \(B,\) or \(B, F\)"):
-            network(Z, *times, text(PROMPTS))
+            network(Z, *times, prompt)
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,14 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minianyflow.networks import weights
 from minianyflow.networks.causal import CausalNetwork, tiny_causal
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
-from minianyflow.networks.weights import (
-    describe,
-    fingerprint,
-    load_codec,
-    load_into,
-    load_network,
-    read_weights,
-    save_weights,
-)
+from minianyflow.networks.weights import describe, load_codec, load_into, load_network, read_weights, save_weights
 from tests.networks.inputs import PROMPT, R, T, clip
 from tests.refused import refused
 
@@ -99,17 +91,10 @@ def test_the_provenance_says_where_it_is_from(kept):
 
 def test_integers_stay_as_they_are_and_shared_weights_are_no_obstacle(tmp_path):
     shared, path = torch.arange(6.0).half().view(2, 3), tmp_path / "mixed.safetensors"
-    state = {
-        "count": torch.tensor([70_000]),
-        "one": shared,
-        "same": shared,
-        "low": shared.to(torch.bfloat16),
-        "turned": shared.T,
-    }
-    save_weights(path, state, {"kind": "wan", "config": {}} | MADE)
+    state = {"one": shared, "same": shared, "low": shared.to(torch.bfloat16), "turned": shared.T}
+    save_weights(path, state | {"count": torch.tensor([70_000])}, {"kind": "wan", "config": {}} | MADE)
     again = read_weights(path, "wan")[0]
-    assert again["count"].dtype == torch.int64
-    assert int(again["count"]) == 70_000
+    assert (again["count"].dtype, again["count"].tolist()) == (torch.int64, [70_000])
     assert all(torch.equal(again[name], shared.float()) for name in ("one", "same", "low"))
     assert torch.equal(again["turned"], shared.T.float())
 
@@ -132,16 +117,10 @@ def test_what_is_not_whole_is_not_written(kept, monkeypatch):
     with refused("is not finite"):
         save_weights(path, {"one": torch.tensor([torch.nan])}, made)
     with refused("weights without seeds, cost; expected kind"):
-        save_weights(path, {}, without(made, "seeds", "cost"))
-    with refused("kind 'gan'; expected one of wan, causal, codec"):
-        save_weights(path, {}, made | {"kind": "gan"})
+        save_weights(path, {}, {name: value for name, value in made.items() if name not in ("seeds", "cost")})
     with refused("nothing is ever unpickled"):
         save_weights(path.with_suffix(".pt"), {}, made)
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
-
-
-def without(made, *names):
-    return {name: value for name, value in made.items() if name not in names}
 
 
 @pytest.mark.parametrize("left", [0, 5, 100, 4000, -1])
@@ -151,8 +130,6 @@ def test_a_truncated_file_says_how_many_bytes(kept, left):
     path.write_bytes(whole[:left])
     with refused(f"student.safetensors, {len(whole[:left])} bytes, is cut short"):
         load_network(path)
-    with refused("student.safetensors, .* is cut short"):
-        load_codec(path)
 
 
 def test_a_file_that_is_something_else_is_named(kept, tmp_path):
@@ -165,6 +142,9 @@ def test_a_file_that_is_something_else_is_named(kept, tmp_path):
         load_codec(path)
     with refused("kind 'wan'; expected 'codec' or 'causal'"):
         read_weights(path, "codec", "causal")
+    path.with_suffix(".json").write_text('{"command": ')
+    with refused(r"student\.json is not JSON"):
+        read_weights(path, "wan")
     path.write_bytes(b"\x40\0\0\0\0\0\0\0not json" * 100)
     with refused("1600 bytes, is cut short or no safetensors file"):
         load_network(path)
@@ -174,13 +154,6 @@ def test_a_file_that_is_something_else_is_named(kept, tmp_path):
     save_file(network.state_dict(), path, {"format": "minianyflow 2", "kind": "wan", "config": "{}"})
     with refused("has format 'minianyflow 2'; expected 'minianyflow 1'"):
         load_network(path)
-
-
-def test_a_provenance_that_is_not_json_is_named(kept):
-    _, path = kept
-    path.with_suffix(".json").write_text('{"command": ')
-    with refused(r"student\.json is not JSON"):
-        read_weights(path, "wan")
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -197,32 +170,18 @@ def test_nothing_is_unpickled(tmp_path):
 
 def test_weights_that_do_not_fit_are_named():
     state = wan().state_dict()
-    shape = r"file has for transformer\.proj_out\.weight \(16, 64\); expected \(64, 64\): not the weights"
-    with refused(shape):
-        load_into(wan(patch_size=(1, 4, 4)), without(state, *FIRST) | wide(state), "file")
-    missing = r"transformer\.blocks\.1\..* no weights; expected .* \(27 do not fit\)"
-    with refused(missing):
+    with refused(r"file has for transformer\.proj_out\.weight \(16, 64\); expected \(64, 64\): not the weights"):
+        wide = {"transformer.patch_embedding.weight": torch.zeros(64, 4, 1, 4, 4)}
+        load_into(wan(patch_size=(1, 4, 4)), state | wide, "file")
+    with refused(r"transformer\.blocks\.1\..* no weights; expected .* \(27 do not fit\)"):
         load_into(wan(num_layers=2), state, "file")
-    extra = r"for extra \(1,\); expected none of that name: .* \(1 do not fit\)"
-    with refused(extra):
+    with refused(r"for extra \(1,\); expected none of that name: .* \(1 do not fit\)"):
         load_into(wan(), state | {"extra": torch.zeros(1)}, "file")
 
 
-FIRST = ("transformer.patch_embedding.weight",)
-
-
-def wide(state):
-    return {"transformer.patch_embedding.weight": torch.zeros(64, 4, 1, 4, 4)}
-
-
-def test_only_what_can_be_rebuilt_is_described():
+def test_what_cannot_be_rebuilt_is_one_line(tmp_path):
     with refused("a Linear; expected a WanNetwork"):
         describe(torch.nn.Linear(1, 1))
-    config = json.loads(json.dumps(describe(Codec())["config"]))
-    assert AutoencoderKLWan(**config).config.z_dim == 4
-
-
-def test_a_configuration_of_another_version_is_one_line(tmp_path):
     path = tmp_path / "odd.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"format": "minianyflow 1", "kind": "wan", "config": '{"colour": 1}'})
     with refused("does not say how to build what it holds"):
@@ -234,27 +193,28 @@ def test_a_configuration_of_another_version_is_one_line(tmp_path):
 
 def test_a_fingerprint_is_of_what_a_folder_holds_and_not_of_its_place(tmp_path):
     tiny_transformer().save_pretrained(tmp_path / "a/transformer")
-    before = fingerprint(tmp_path / "a")
+    before = weights.fingerprint(tmp_path / "a")
     shutil.copytree(tmp_path / "a/transformer", tmp_path / "b")
-    assert fingerprint(tmp_path / "b") == before  # elsewhere, and a transformer's own folder
+    assert weights.fingerprint(tmp_path / "b") == before  # elsewhere, and a transformer's own folder
     (file,) = (tmp_path / "b").glob("*.safetensors")
     state = load_file(file)
     names = sorted(state)
     for part in range(2):  # the same tensors, in two files
         save_file({name: state[name] for name in names[part::2]}, tmp_path / f"b/part-{part}.safetensors")
     file.unlink()
-    assert fingerprint(tmp_path / "b") == before
-    name = max(names, key=lambda each: state[each].numel())
+    assert weights.fingerprint(tmp_path / "b") == before
+    name = max(names, key=lambda name: state[name].numel())
     for change in (state[name] + 1e-6, state[name].half(), state[name].flatten()):
         save_file({name: change}, tmp_path / "b/part-9.safetensors")  # read last
-        assert fingerprint(tmp_path / "b") != before
+        assert weights.fingerprint(tmp_path / "b") != before
     (tmp_path / "b/part-9.safetensors").unlink()
-    told = json.loads((tmp_path / "b/config.json").read_text())
-    (tmp_path / "b/config.json").write_text(json.dumps(told | {"_diffusers_version": "0", "transformers_version": "0"}))
-    assert fingerprint(tmp_path / "b") == before
-    (tmp_path / "b/config.json").write_text(json.dumps(told | {"eps": 1}))
-    assert fingerprint(tmp_path / "b") != before
-    assert fingerprint("owner/model") == "owner/model"
+    place = tmp_path / "b/config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps(config | {"_diffusers_version": "0", "transformers_version": "0"}))
+    assert weights.fingerprint(tmp_path / "b") == before
+    place.write_text(json.dumps(config | {"eps": 1}))
+    assert weights.fingerprint(tmp_path / "b") != before
+    assert weights.fingerprint("owner/model") == "owner/model"
     (tmp_path / "b/part-0.safetensors").write_bytes(b"cut")
     with refused(r"the weights in .*b cannot be read \(.*\); fetch or make them again"):
-        fingerprint(tmp_path / "b")
+        weights.fingerprint(tmp_path / "b")

@@ -90,7 +90,8 @@ def test_tiny_is_small_after_any_stage(layers):
 def test_every_option_has_words_and_a_default():
     assert [*flat(asdict(load_config()))] == [*OPTIONS]
     assert all(field.description for field in OPTIONS.values())
-    assert load_config().stage == "forward"
+    assert (load_config().stage, load_config().velocity) == ("forward", "data")
+    assert load_config(overrides=["objective=lagrangian"]).velocity == "base"
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set().union(*LAYERS.values())
 
 
@@ -120,12 +121,6 @@ def test_later_layers_win(tmp_path):
     assert load_config(["wan-14b", mine]).guidance.scale == 2.0
 
 
-def test_the_velocity_is_what_the_objective_can_use():
-    assert load_config().velocity == "data"
-    assert load_config(overrides=["velocity=base"]).velocity == "base"
-    assert load_config(overrides=["objective=lagrangian"]).velocity == "base"
-
-
 def one_line(files=(), overrides=()):
     with pytest.raises(InputError) as problem:
         load_config(files, overrides)
@@ -137,53 +132,35 @@ UNKNOWN = {
     "stepz=3": "unknown option 'stepz' in the command line; did you mean 'steps'",
     "guidance.scal=2": "unknown option 'guidance.scal'.*; did you mean 'guidance.scale'",
     "guidence.scale=2": "unknown option 'guidence' .*; did you mean 'guidance.scale'",
-    "scale=3": "unknown option 'scale'.*; did you mean 'guidance.scale'",
     "log.lr=3": "unknown option 'log.lr'.*; did you mean 'lr'",
     "xyzzy=1": "unknown option 'xyzzy'.*; known: stage, architecture, .*samples.prompts",
     "steps.x=1": "unknown option 'steps.x'",
     "guidance=3": "unknown option 'guidance' .*; did you mean 'guidance.scale' or 'guidance.published'",
     "lr": "'lr' on the command line; expected key=value",
-    "=3": "'=3' on the command line; expected key=value",
     "samples.prompts=[a, b": "cannot be read .*; quote values",
 }
 TYPES = {
     "steps=many": r"steps=many in the command line; it should be a valid integer \(optimiser steps\)",
-    "steps=3.5": "steps=3.5 .*valid integer",
-    "rank=true": "rank=True .*valid integer",
     "lr=fast": "^lr=fast .*valid number",
     "lr=": "^lr=None .*valid number",
     "lr=.inf": "^lr=inf .*finite number",
     "clip=no way": "clip=no way .*valid number .*null",
     "rebalance=perhaps": "rebalance=perhaps .*valid boolean",
-    "rebalance=1": "rebalance=1 .*valid boolean",
-    "betas=3": "betas=3 .*valid list",
+    "betas=3": "betas=3 .*valid array",
     "on_policy.rollouts=[2,x]": r"on_policy.rollouts=\[2, 'x'\] .*valid integer",
-    "base=null": "base=None .*valid string",
     "student=[a]": "student=.*valid string .*null",
     "output=${nowhere}": "does not resolve: Interpolation key 'nowhere' not found",
 }
-RANGES = {
-    **{f"{name}=0": f"{name}=0 .*greater than or equal to 1" for name in ("steps", "batch", "accumulate")},
-    **{f"checkpoints.{name}=0": f"checkpoints.{name}=0 .*or equal to 1" for name in ("every", "keep")},
-    "on_nan.skip=-1": "on_nan.skip=-1 .*or equal to 0",
-    "on_nan.above=0": "on_nan.above=0 .*greater than 0",
-    "guidance.scale=0.5": "guidance.scale=0.5 .*or equal to 1",
-    "causal.full_chunks=1": "causal.full_chunks=1 .*or equal to 2",
+RANGES = {  # one of each kind
+    "steps=0": "steps=0 .*greater than or equal to 1",
+    "checkpoints.every=0": "checkpoints.every=0 .*or equal to 1",
     "lr=0": "^lr=0 .*greater than 0",
-    "shift=-1": "shift=-1 .*greater than 0",
     "drop=1.5": "drop=1.5 .*less than or equal to 1",
-    "end=-0.1": "end=-0.1 .*or equal to 0",
-    "ema=2": "ema=2 .*or equal to 1",
     "betas=[0.9]": r"betas=\[0.9\] .*at least 2 items",
-    "betas=[0.9,1]": r"betas=\[0.9, 1\] .*less than 1",
     "samples.steps=[0]": r"samples.steps=\[0\] .*or equal to 1",
-    "on_policy.rollouts=[]": r"on_policy.rollouts=\[\] .*at least 1 item",
     "stage=techer": "unknown stage 'techer'; known: teacher, forward, on_policy; did you mean 'teacher'",
-    "objective=eulerean": "unknown objective 'eulerean'.*did you mean 'eulerian'",
     "log.tracker=wandb": "unknown log.tracker 'wandb'; known: tensorboard, none",
-    "device=gpu": "unknown device 'gpu'; known: auto, cpu, cuda",
     "velocity=teacher": "unknown velocity 'teacher'; known: data, base",
-    "resume=always": "unknown resume 'always'; known: auto, never",
 }
 
 

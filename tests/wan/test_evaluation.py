@@ -57,20 +57,20 @@ def folder(networks, tmp_path_factory):
     return folder
 
 
+def call(*arguments, steps=STEPS, videos=VIDEOS, data=("--data", "held_out")):
+    """The exit status of `evaluate`, sources first, in the folder of the exports."""
+    options = ["--prompts", "prompts.txt", *data, "--videos", videos, "--batch", 8, "--steps", *steps]
+    sources = list(takewhile(lambda argument: not str(argument).startswith("--"), arguments))
+    argv = [*sources, *options, *arguments[len(sources) :]]
+    return run(lambda: command([str(argument) for argument in argv]))
+
+
 @pytest.fixture
 def evaluate(folder, monkeypatch):
-    """`evaluate(*arguments)`: the script as from a shell in `folder`, without real videos; its exit status."""
+    """`call`, without real videos."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sampled, "write_clip", lambda path, clip: path.write_bytes(b"a video"))
     monkeypatch.setattr(evaluation, "sheet", lambda samples, steps: Image.new("L", (8, 8)))
-
-    def call(*arguments, steps=STEPS, videos=VIDEOS):
-        options = ["--prompts", "prompts.txt", "--data", "held_out", "--videos", videos, "--batch", 8]
-        options += ["--steps", *steps]
-        sources = list(takewhile(lambda each: not str(each).startswith("--"), arguments))
-        asked = [*sources, *options, *arguments[len(sources) :]]
-        return run(lambda: command([str(each) for each in asked]))
-
     return call
 
 
@@ -79,9 +79,7 @@ def made(folder):
     """Teacher and student, evaluated once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        options = ["--prompts", "prompts.txt", "--data", "held_out", "--videos", VIDEOS, "--batch", 8]
-        options += ["--steps", *reversed(STEPS), "--output", "out"]
-        assert run(lambda: command([str(each) for each in ["teacher", "eulerian", *options]])) == 0
+        assert call("teacher", "eulerian", "--output", "out", steps=reversed(STEPS)) == 0
     return folder / "out"
 
 
@@ -117,6 +115,7 @@ def test_videos_lie_as_vbench_wants_them(made):
         for steps in STEPS:
             assert {file.name for file in (made / label / f"videos/{steps}_steps").iterdir()} == NAMES
     assert json.loads((made / "prompts.json").read_text()) == {name: name[:-6] for name in NAMES}
+    assert all(min(imageio.imread(made / name).shape[:2]) > 400 for name in ("any_step.png", "sheet.png"))
     codec, number = load_codec(path_of(WEIGHTS, "codec")), 3  # the second prompt's second clip
     frames = imageio.mimread(made / "eulerian/videos/8_steps/two balls-1.mp4")
     video = torch.tensor(np.array(frames)) / 255  # (T, H, W, 3)
@@ -156,13 +155,12 @@ def test_a_teacher_may_be_guided_and_a_student_is_not(folder, networks, evaluate
 
 
 @pytest.mark.slow
-def test_wan_itself_is_followed_by_eulers_method_on_its_own_times(tiny, tmp_path, evaluate):
+def test_wan_itself_is_followed_by_eulers_method_on_its_own_times(tiny, tmp_path):
     """The velocity of the stock class, guided; from noise of our seed, on a grid of the scheduler's own shift."""
     (tmp_path / "prompts.txt").write_text("a red disc\n")
     size = ["--frames", 5, "--height", 16, "--width", 16, "--length", 8, "--batch", 2]
-    asked = [tiny, "--guidance", 4, "--negative", "ugly", *size, "--output", tmp_path / "out"]
-    options = ["--prompts", tmp_path / "prompts.txt", "--videos", 2, "--steps", 1, 3, "--device", "cpu"]
-    assert run(lambda: command([str(each) for each in [*asked, *options]])) == 0
+    options = ["--prompts", tmp_path / "prompts.txt", "--guidance", 4, "--negative", "ugly", *size, "--device", "cpu"]
+    assert call(tiny, *options, "--output", tmp_path / "out", steps=(1, 3), videos=2, data=[]) == 0
     stock = WanPipeline.from_pretrained(tiny)
     shape = (2, 16, 2, 2)
     z = torch.stack([torch.randn(shape, generator=generator(0, number)) for number in range(2)]).transpose(1, 2)
@@ -233,12 +231,6 @@ def test_two_sources_stand_in_one_table_with_their_ratio(made):
     assert block[2].split() == ["1", f"{one:.4g}", f"{other:.4g}", f"{other / one:.2f}"]
     last = text.split("distance to own sample of 8 steps")[1].split("\n\n")[0].splitlines()[-1]
     assert last.split() == ["8", "-", "-", "-"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["any_step.png", "sheet.png"])
-def test_pictures_are_written(made, name):
-    assert min(imageio.imread(made / name).shape[:2]) > 400
 
 
 def test_a_frechet_distance_of_few_large_samples_is_the_same():

@@ -140,14 +140,6 @@ def test_stock_diffusers_samples_what_our_sampler_does(runs, exported, embedded,
     assert distance(ours(runs / architecture, embedded, steps, "student-last"), expected) > 1e-3
 
 
-def test_merged_is_what_the_role_is(runs, embedded):
-    for architecture in ARCHITECTURES:
-        config, _ = read_run(runs / architecture)
-        student = RunNetworks(config, 5).trained("student", str(runs / architecture))
-        role = sample(config, student, noise(), embedded, 2)
-        assert distance(ours(runs / architecture, embedded, 2), role) < 1e-5
-
-
 def test_the_last_weights_can_be_exported(runs, embedded, tmp_path):
     out = tmp_path / "last"
     assert run_main(export, [str(runs / "bidirectional"), str(out), "--role", "student-last"]) == 0
