@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
         (["demo", "--seeds", "1,1"], "different"),
         (["demo", "--workers", "0"], "at least 1"),
         (["demo", "--steps", "many"], "--help"),
-        (["video", "--nfe", "1,four"], "step counts '1,four'"),
+        (["video", "--nfe", "1,four"], "argument --nfe: '1,four'"),
         (["video", "--nfe", "0,1"], "expected 1 or more"),
         (["video", "--nfe", "32,64"], "causal take those"),
         (["dmeo"], "did you mean 'demo'"),
@@ -59,14 +59,14 @@ def test_scripts_parse_and_call(script):
         assert len(text.splitlines()) < 10
 
 
-def test_video_takes_every_step_count_of_its_report_unless_told(monkeypatch):
+def test_video_takes_all_step_counts_of_its_report_by_default(monkeypatch):
     from minianyflow.video import report as video_report
 
-    asked = []
-    monkeypatch.setattr(video_report, "run", lambda *given: asked.append(given[3]))
+    counts = []
+    monkeypatch.setattr(video_report, "run", lambda *arguments: counts.append(arguments[3]))
     monkeypatch.setattr(video_report, "table", lambda report: "")
     assert main(["video"]) == main(["video", "--nfe", "1,4"]) == 0
-    assert asked == [video_report.NFE, (1, 4)]
+    assert counts == [video_report.NFE, (1, 4)]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(capsys, tmp_path):

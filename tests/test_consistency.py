@@ -7,7 +7,6 @@ from minianyflow.consistency import ConsistencyLoss, consistency_target, continu
 from minianyflow.interpolant import interpolate
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import eulerian_target
-from tests.refused import refused
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
@@ -30,15 +29,6 @@ def test_the_exact_map_is_its_own_target():
     assert gaps[2] / gaps[3] == pytest.approx(8, rel=0.4)
     target = continuous_target(GAUSSIAN.average_velocity, Z, T, GAUSSIAN.velocity(Z, T), derivative="jvp")
     assert float((target - exact).abs().max()) < 1e-9
-
-
-def test_the_last_cell_needs_no_network():
-    def u(z, t, r):
-        raise AssertionError("asked for a row whose target is known")
-
-    t = torch.full((4,), 1 / 64, dtype=torch.float64)
-    target = consistency_target(u, Z[:4], t, 0 * t, GAUSSIAN.velocity)
-    assert torch.allclose(target, GAUSSIAN.velocity(Z[:4], t))
 
 
 def test_continuous_tangent_is_normalised_and_warmed_up():
@@ -94,16 +84,3 @@ def test_gradient_reaches_the_student_alone(form):
     assert raw["consistency"] > 0
     assert all(weight.grad.abs().sum() > 0 for weight in student.parameters())
     assert all(weight.grad is None for weight in average.parameters())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({}, "average="),
-        ({"form": "discreet"}, "did you mean 'discrete'"),
-        ({"average": MLP(), "grid": 0}, "grid >= 1"),
-    ],
-)
-def test_bad_input_is_one_clear_line(arguments, words):
-    with refused(words):
-        ConsistencyLoss(lambda z, t: z, **arguments)

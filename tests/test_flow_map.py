@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from minianyflow.flow_map import displace, end_point, jump, rollout, velocity
+from minianyflow.flow_map import end_point, jump, rollout, velocity
 from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate, score_from_velocity
 from minianyflow.measures import path_error, sobol_noise
 from minianyflow.objectives import eulerian_target, lagrangian_target, semigroup_target
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
 from minianyflow.samplers import sample_consistency_deterministic as sample_deterministic
 from minianyflow.times import generator, time_grid, time_shift
-from tests.refused import refused
-from toy_data import plane
 from toy_data.gaussians import Gaussian
 
 
@@ -22,12 +20,20 @@ def largest(a, b):
     return float((a - b).abs().max())
 
 
+def states(mixture, count=64):
+    """z_t with times t > s > r, all float64, times apart by .02 or more."""
+    t, s, r = (torch.rand(3, count, dtype=torch.float64) * 0.9).sort(0, descending=True).values
+    t, r = t + 0.08, (r - 0.02).clamp(min=0)
+    x = mixture.sample(count)
+    return interpolate(x, torch.randn_like(x), t), t, s + 0.02, r
+
+
 def noise_and_end(mixture, count):
     z = sobol_noise(count, (2,)).double()
     return z, mixture.flow(z, torch.ones(count), torch.zeros(count))
 
 
-def test_each_target_of_the_exact_map_is_the_exact_map(spiral, states):
+def test_each_target_of_the_exact_map_is_the_exact_map(spiral):
     """Smaller deltas magnify the solver's error, larger ones truncate: 1e-4 reads 3e-7 at most, and 1.6e-6."""
     z, t, s, r = states(spiral, 16)
     u, v = partial(spiral.average_velocity, tolerance=1e-13), spiral.velocity(z, t)
@@ -37,7 +43,7 @@ def test_each_target_of_the_exact_map_is_the_exact_map(spiral, states):
     assert largest(semigroup_target(u, z, t, r, s), exact) < 1e-7
 
 
-def test_tangent_and_score(spiral, states):
+def test_tangent_and_score(spiral):
     z, t, _, _ = states(spiral)
     assert torch.allclose(score_from_velocity(spiral.velocity(z, t), z, t), spiral.score(z, t), rtol=1e-6)
     assert torch.equal(velocity(spiral.average_velocity, z, t), spiral.velocity(z, t))
@@ -71,6 +77,9 @@ def test_any_solver_of_torchdiffeq(spiral):
 
 def test_the_exact_map_is_any_step(spiral):
     z, exact = noise_and_end(spiral, 32)
+    ones = torch.ones(32).double()
+    assert largest(jump(spiral.average_velocity, z, ones, 0 * ones), exact) < 1e-5
+    assert largest(end_point(spiral.average_velocity, z, ones), exact) < 1e-5
     for steps in (1, 4):
         trajectory = sample_flow_map(spiral.average_velocity, z, time_grid(steps).double())
         assert trajectory.shape == (steps + 1, 32, 2)
@@ -98,41 +107,6 @@ def test_exact_consistency_sampling_keeps_the_law_and_the_deterministic_one_does
     assert abs(float(off.std()) - 0.5) > 0.03 or steps == 1
 
 
-BATCH, ONES, HALF = torch.randn(4, 2), torch.ones(4), torch.full((4,), 0.5)
-
-
-def still(z, t, r):
-    return 0 * z
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: time_grid(0), "at least 1"),
-        (lambda: time_grid(2.5), "whole number"),
-        (lambda: time_shift(ONES, 0.0), "not positive"),
-        (lambda: rollout(still, BATCH, torch.tensor([0.0, 1.0])), "must fall"),
-        (lambda: rollout(still, BATCH, torch.tensor([1.5, 0.0])), "must fall"),
-        (lambda: rollout(still, BATCH, torch.tensor([1.0])), r"steps \+ 1"),
-        (lambda: rollout(still, BATCH, [1.0, 0.0]), "expected a tensor"),
-        (lambda: sample_consistency(still, BATCH, torch.ones(3, 4)), r"steps \+ 1"),
-        (lambda: sample_ode(lambda z, t: z, BATCH, torch.tensor([1.0, 1.0, 0.0])), "two equal times"),
-        (lambda: jump(still, BATCH, HALF, ONES), "r > t"),
-        (lambda: jump(still, BATCH, 2 * ONES, HALF), r"\[0, 1\]"),
-        (lambda: jump(still, BATCH, ONES, HALF * float("nan")), r"\[0, 1\]"),
-        (lambda: jump(still, BATCH, 1.0, 0.0), "expected tensors"),
-        (lambda: jump(still, BATCH, ONES, HALF[:2]), "same shape"),
-        (lambda: jump(still, BATCH, ONES[:2], HALF[:2]), "do not fit"),
-        (lambda: jump(lambda z, t, r: z[:, :1], BATCH, ONES, HALF), "average velocity has shape"),
-        (lambda: interpolate(BATCH, BATCH[:1], HALF), "the noise has shape"),
-        (lambda: plane.ring8().flow(BATCH * float("nan"), ONES, 0 * ONES), "NaN"),
-    ],
-)
-def test_bad_input_is_one_clear_line(make, words):
-    with refused(words):
-        make()
-
-
 def test_rollout_takes_a_grid_a_sample_and_leaves_out_rests():
     rows = []
 
@@ -146,13 +120,6 @@ def test_rollout_takes_a_grid_a_sample_and_leaves_out_rests():
     assert rows == [1, 2]  # a jump of length zero costs nothing
     assert torch.equal(trajectory[-1][2], z[2])
     assert torch.equal(trajectory[-1][0], rollout(u, z[:1], times[:, 0])[-1][0])
-
-
-def test_jump_and_end_point_are_the_flow(spiral, states):
-    z, t, _, r = states(spiral, 8)
-    u = partial(spiral.average_velocity, tolerance=1e-7)
-    assert largest(jump(u, z, t, r), spiral.flow(z, t, r, tolerance=1e-7)) < 1e-9
-    assert largest(end_point(u, z, t), spiral.flow(z, t, 0 * t, tolerance=1e-7)) < 1e-9
 
 
 @pytest.mark.slow  # imports diffusers
@@ -174,4 +141,3 @@ def test_diffusers_scheduler_takes_the_same_steps(spiral, steps, shift):
 
 def test_time_shift_keeps_the_ends():
     assert time_shift(torch.tensor([0.0, 0.5, 1.0]), 5.0).tolist() == pytest.approx([0, 5 / 6, 1])
-    assert displace(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.zeros(1)).tolist() == [[0, 0]]

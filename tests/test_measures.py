@@ -8,7 +8,6 @@ import torch
 from minianyflow.measures import directions, off_share, path_error, sliced_w2, sobol_noise
 from minianyflow.samplers import sample_euler
 from minianyflow.times import generator, time_grid
-from tests.refused import refused
 from toy_data import plane
 from toy_data.circle import CircleProcess
 
@@ -62,17 +61,3 @@ def test_off_share():
     exact = clips.sample_stratified(4000, generator(1))  # 16 frames: 32 dimensions
     assert off_share(exact, clips) < 2e-3
     assert off_share(1.3 * exact, clips) > 0.3  # all, in 32 dimensions
-
-
-@pytest.mark.parametrize(
-    ("measure", "a", "words"),
-    [
-        (sliced_w2, torch.zeros(4, 2), r"expected \(K n, D\)"),
-        (sliced_w2, torch.zeros(3, 3), "3 and 2 numbers"),
-        (path_error, torch.zeros(4, 2), "expected the same shape"),
-        (sliced_w2, torch.full((3, 2), float("nan")), "NaN"),
-    ],
-)
-def test_bad_input_is_one_clear_line(measure, a, words):
-    with refused(words):
-        measure(a, torch.zeros(3, 2))

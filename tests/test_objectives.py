@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import interpolate
@@ -15,11 +16,9 @@ from minianyflow.objectives import (
     eulerian_target,
     lagrangian_target,
     rebalanced,
-    semigroup_target,
 )
 from minianyflow.samplers import sample_flow_map
 from minianyflow.times import draw_pairs, generator, time_grid
-from tests.refused import refused
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
@@ -61,14 +60,6 @@ def test_one_sided_differences_stay_inside_the_triangle(t, r):
         assert float((target(u, z, t, r, where, delta=1e-6) - exact).abs().max()) < 1e-5
 
 
-def test_semigroup_cut_at_an_end_is_the_jump_itself():
-    u = MLP()
-    z, t, r = torch.randn(6, 2), torch.full((6,), 0.8), torch.full((6,), 0.3)
-    with torch.no_grad():
-        for s in (t, r):
-            assert torch.allclose(semigroup_target(u, z, t, r, s), u(z, t, r), atol=1e-6)
-
-
 def gradients(losses, u):
     found = torch.autograd.grad(losses.mean(), list(u.parameters()), retain_graph=True)
     return torch.cat([gradient.flatten() for gradient in found])
@@ -77,7 +68,7 @@ def gradients(losses, u):
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_gradient_through_a_target_and_one_to_every_weight(name):
     """The gradient is that of plain regression on the target of a copy."""
-    u, copy, teacher = MLP(), MLP(), torch.nn.Linear(2, 2)  # a teacher with weights of its own
+    u, copy, teacher = MLP(), MLP(), nn.Linear(2, 2)  # a teacher with weights of its own
     batch, loss = batch_of(32), FlowMapLoss({name: 1.0}, lambda z, t: teacher(z) * t[:, None])
     loss(u, batch)[0].mean().backward()
     assert all(bool(weight.grad.abs().sum() > 0) for weight in u.parameters())
@@ -154,9 +145,8 @@ def test_any_kind_of_row_may_be_absent(pairs, rebalance):
         loss, raw = FlowMapLoss(ALL, GAUSSIAN.velocity, rebalance=rebalance, adaptive=0.5)(u, batch_of(count, **pairs))
         loss.mean().backward()
         assert loss.shape == (count,)
-        assert all(
-            bool(value.isfinite().all()) for value in (*raw.values(), *(weight.grad for weight in u.parameters()))
-        )
+        assert all(map(torch.isfinite, raw.values()))
+        assert bool(nn.utils.get_total_norm([weight.grad for weight in u.parameters()]).isfinite())
 
 
 @pytest.mark.parametrize("name", FLOW_MAPS)
@@ -208,7 +198,7 @@ def test_a_state_has_any_shape(shape):
     assert torch.allclose(*ends, atol=1e-6)
 
 
-def test_guidance_replaces_what_it_names_and_needs_dropped_rows():
+def test_guidance_replaces_what_it_names():
     guidance = Guidance(2.0, {"label": torch.zeros(1, dtype=torch.long)}, published=False)
 
     def u(z, t, r, label, shift):
@@ -217,8 +207,6 @@ def test_guidance_replaces_what_it_names_and_needs_dropped_rows():
     condition = {"label": torch.ones(8, dtype=torch.long), "shift": torch.arange(8.0)}
     batch = batch_of(8, diagonal=1.0, end=0.0) | {"condition": condition}
     loss = FlowMapLoss({}, lambda z, t, label, shift: 0 * z, guidance)
-    with refused("dropped"):
-        loss(u, batch)
     target, _ = loss._target("tangent", u, batch | {"dropped": torch.arange(8) >= 6}, torch.arange(8), batch["x"])
     assert torch.allclose(target[:6, 0], -condition["shift"][:6])  # v + (g - 1) (v - u_null), with v = 0 and label 0
     assert not target[6:].any()
@@ -244,25 +232,3 @@ def test_weights_are_their_formulas():
     assert float(weight(grid).mean()) == pytest.approx(1, abs=1e-5)
     t = torch.tensor([0.0, 0.5, 1.0])
     assert torch.allclose(weight(t) / weight(t)[1], t * (1 - t).sqrt() / (0.5 * 0.5**0.5))
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: FlowMapLoss({"eulerain": 1.0}), "did you mean 'eulerian'"),
-        (lambda: FlowMapLoss({"eulerian": -1.0}), "not negative"),
-        (lambda: FlowMapLoss({"semigroup": 1.0}, guidance=Guidance(2.0, {}, published=True)), "Eulerian target alone"),
-        (lambda: FlowMapLoss({"lagrangian": 1.0}), "a teacher's"),
-        (lambda: Guidance(0.5, {}), "at least 1"),
-        (lambda: FlowMapLoss({}, GAUSSIAN.velocity)(MLP(), batch_of(8)), "no objective for them"),
-        (lambda: draw_pairs(8, diagonal=0.8, end=0.5), "at most 1"),
-        (lambda: eulerian_target(MLP(), ZERO, torch.ones(4), torch.zeros(4), ZERO, "backward"), "jvp"),
-        (lambda: FlowMapLoss({"eulerian": 1.0})(MLP(), batch_of(8) | {"r": torch.ones(8)}), "r > t"),
-        (lambda: FlowMapLoss({"eulerian": 1.0})(MLP(), batch_of(8) | {"t": torch.ones(8) * 2}), r"\[0, 1\]"),
-        (lambda: FlowMapLoss({"eulerian": 1.0}, lambda z, t: z[:1])(MLP(), batch_of(8)), "the velocity has shape"),
-        (lambda: FlowMapLoss({})(lambda z, t, r: z[:, :1], batch_of(8, diagonal=1.0, end=0.0)), "output"),
-    ],
-)
-def test_bad_input_is_one_clear_line(make, words):
-    with refused(words):
-        make()

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 from minianyflow.support.cli import Parser
 
 KINDS, STAGES = ("bidirectional", "causal"), ("teacher", "forward", "on_policy")
-SETUP = {"gpu": "--gpu {}", "gpus": "--gpus {}", "sharded": "--sharded"}  # options of plan, not of the configuration
+FLAGS = {"gpu": "--gpu {}", "gpus": "--gpus {}", "sharded": "--sharded"}  # what plan takes beside a configuration
 
 
 def plan(argv: list[str]) -> int:
@@ -40,7 +41,8 @@ def plan(argv: list[str]) -> int:
     share, price = arguments.share, arguments.price
     report.check_share(share, price)
     if arguments.table:
-        rows = {name: report.as_row(published_plan(name)) for name in tqdm(report.PUBLISHED, unit="plan")}
+        plans = {name: published_plan(name) for name in tqdm(report.PUBLISHED, unit="plan")}
+        rows = {name: asdict(row) | {"gpu": row.gpu.name} for name, row in plans.items()}
         lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]  # of plans.json
         bill = report.bill_table(rows, report.PRICE if price is None else price, share)
         print("{\n" + ",\n".join(lines) + "\n}" if arguments.json else f"{report.stage_table(rows, share)}\n\n{bill}")
@@ -50,19 +52,10 @@ def plan(argv: list[str]) -> int:
     config, gpu = load_config(files, [*pairs, *arguments.overrides]), (arguments.gpu, arguments.memory, arguments.rate)
     planned = plan_run(config, gpu=find_gpu(*gpu), gpus=arguments.gpus, sharded=arguments.sharded)
     if arguments.json:
-        print(json.dumps(report.as_json(planned, share, price, _as_arguments), indent=1))
+        print(json.dumps(report.as_json(planned, share, price, FLAGS), indent=1))
     else:
-        print(report.describe(planned, share, price, _as_arguments))
+        print(report.describe(planned, share, price, FLAGS))
     return 0
-
-
-def _as_arguments(changes):
-    """Options as this command takes them."""
-    from minianyflow.planner.report import as_options
-
-    flags = [flag.format(changes[name]) for name, flag in SETUP.items() if changes.get(name)]
-    rest = as_options({name: value for name, value in changes.items() if name not in SETUP or value is None})
-    return " ".join([*flags, *([rest] if rest else [])])
 
 
 def gpu_check(argv: list[str]) -> int:
@@ -85,18 +78,13 @@ def gpu_check(argv: list[str]) -> int:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tiny alone (default: cuda)")
     add("--profile", action="store_true", help="profile one more step: the longest operations per case")
     add("--json", action="store_true", help="print the report as JSON in place of the table")
-    add("--set", nargs="+", default=[], metavar="key=value", help="options of the configuration")
-    arguments = parser.parse_args(argv)
+    add("--set", dest="options", nargs="+", default=[], metavar="key=value", help="options of the configuration")
+    options = vars(parser.parse_args(argv))
     from minianyflow.planner.gpu_check import Request, check, markdown
 
-    names = ("sizes", "architectures", "stages", "steps", "batch", "device", "profile")
-    clip = {name: getattr(arguments, name) for name in ("frames", "height", "width")}
-    request = Request(
-        **{name: getattr(arguments, name) for name in names},
-        clip={name: value for name, value in clip.items() if value is not None},
-        options=arguments.set,
-    )
-    report = check(request, arguments.output, lambda line: print(line, file=sys.stderr, flush=True))
-    print(json.dumps(report, indent=1) if arguments.json else f"\n{markdown(report)}")
-    print(f"written: {arguments.output}/gpu_check.md, gpu_check.json", file=sys.stderr)
+    clip = {name: value for name in ("frames", "height", "width") if (value := options.pop(name)) is not None}
+    output, as_json = options.pop("output"), options.pop("json")
+    report = check(Request(clip=clip, **options), output, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(report, indent=1) if as_json else f"\n{markdown(report)}")
+    print(f"written: {output}/gpu_check.md, gpu_check.json", file=sys.stderr)
     return 0

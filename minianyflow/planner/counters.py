@@ -5,8 +5,8 @@ checkpointed backward recomputes. Bytes are counted by hand: torch's MemTracker 
 modules, while a plan needs the peaks of a forward and of its backward, without the gradients of weights.
 """
 
-import contextlib
 import weakref
+from unittest.mock import patch
 
 import torch
 from torch.nn import functional
@@ -56,9 +56,8 @@ class LiveBytes(TorchDispatchMode):
         self.recomputed += flop * torch.is_grad_enabled()
 
 
-@contextlib.contextmanager
 def fused_attention(counter: LiveBytes, pairs: int | None = None):
-    """Inside, scaled_dot_product_attention has the cost of a fused kernel, on tensors without numbers.
+    """Inside this context, scaled_dot_product_attention has the cost of a fused kernel, on tensors without numbers.
 
     A fused kernel saves queries, keys, values, output and one number per query. pairs: number of (query, key) pairs
     that an attention mask keeps, if there is one; only these are computed.
@@ -71,11 +70,7 @@ def fused_attention(counter: LiveBytes, pairs: int | None = None):
         return _FusedAttention.apply(query, key, value, counter, flop, masked, torch.is_grad_enabled())
 
     # replaced by name: torch switches its own modes off in a backward, where checkpointing recomputes attention
-    stock, functional.scaled_dot_product_attention = functional.scaled_dot_product_attention, attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = stock
+    return patch.object(functional, "scaled_dot_product_attention", attention)
 
 
 class _FusedAttention(torch.autograd.Function):

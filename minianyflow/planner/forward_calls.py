@@ -57,13 +57,13 @@ class RecordingNetwork(nn.Module):
 
     def forward(self, z, t, r, prompt, clean=None, past=None, cache=None, single_chunk=None, fill_cache=False):
         """A tensor of the shape of z, with gradient where the network's has one; or a stand-in for a cache."""
-        kind, context, which = "one_chunk" if self.one_chunk or single_chunk is not None else "plain", 0, None
+        kind, context, which = "fill_cache" if fill_cache else "plain", 0, None
         if clean is not None:
             kind, context = "teacher_forced", 0 if past is None else past.shape[1]
         elif cache is not None:
             kind, context = "read_cache", cache[0][0].shape[3] if cache else 0
-        elif fill_cache:
-            kind = "fill_cache"
+        elif not fill_cache and (self.one_chunk or single_chunk is not None):
+            kind = "one_chunk"
         out = torch.zeros(len(z), 1, 1, z.shape[1], 1) + self.weight if fill_cache else z + self.weight
         if fill_cache or cache:
             self.caches.append(out if fill_cache else cache[0][0])  # held, so that no other cache gets its id

@@ -118,7 +118,8 @@ class ForwardCosts:
     def __init__(self, config: Config, shape: dict, clip: tuple, prompt: tuple):
         self.config, self.shape, self.clip, self.prompt = config, shape, clip, prompt
         self.layers, self._measured, self._caches = shape["num_layers"], {}, {}
-        self.networks = [self.build(layers) for layers in ((2, 3) if self.layers > 2 else (self.layers,))]
+        self.few, self.more = min(2, self.layers), min(3, self.layers)  # numbers of blocks that are measured
+        self.networks = {layers: self.build(layers) for layers in {self.few, self.more}}
 
     def build(self, layers: int) -> dict:
         """The networks with so many blocks, {role: network}; gradients of their weights are dropped at once."""
@@ -128,54 +129,44 @@ class ForwardCosts:
             roles["fake"] = networks.trained("fake").network
         roles["teacher"] = networks.teacher(whole=self.config.stage == "on_policy").network
         for network in roles.values():
-            for weight in network.parameters():
-                if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(_drop_gradient)
+            for weight in _trained(network):
+                weight.register_post_accumulate_grad_hook(_drop_gradient)
         return roles
 
     def weights(self) -> dict[str, tuple[float, float]]:
         """Bytes of weights, of gradients and of RoPE tables by role: in all, and of one block."""
-        fewer, *more = [self._weights(networks) for networks in self.networks]
-        if not more:
-            return {name: (size, size / self.layers) for name, size in fewer.items()}
-        block = {name: more[0][name] - size for name, size in fewer.items()}
-        return {name: (size + (self.layers - 2) * block[name], block[name]) for name, size in fewer.items()}
+        few, more = (self._weights(self.networks[layers]) for layers in (self.few, self.more))
+        block = {name: more[name] - size for name, size in few.items()}
+        further = self.layers - self.few
+        return {n: (size + further * block[n], block[n] or size / self.layers) for n, size in few.items()}
 
     def _weights(self, networks):
         config, size = self.config, {role: _nbytes(network.parameters()) for role, network in networks.items()}
+        gradients = {f"{role} gradients": _nbytes(_trained(network)) for role, network in networks.items()}
         transformers = [network.transformer for network in networks.values()]
+        frozen = config.stage == "on_policy" or config.velocity == "base"  # or full weights have no teacher
+        if config.trained == "lora" or not frozen:
+            transformers = transformers[:1]  # with adapters, all roles share it
         if config.trained == "lora":
-            transformers = transformers[:1]  # the roles are adapters on it
             size["base"] = _nbytes(transformers[0].parameters()) - sum(size.values())
         else:
-            frozen = config.stage == "on_policy" or config.velocity == "base"  # or there is no teacher
-            transformers = transformers if frozen else transformers[:1]
             size |= {"base": frozen * size["teacher"], "teacher": 0}
-        for role in networks:
-            size[f"{role} gradients"] = _nbytes(w for w in networks[role].parameters() if w.requires_grad)
-        return size | {"tables": _nbytes(rope_table(transformer) for transformer in transformers)}
+        return size | gradients | {"tables": _nbytes(map(rope_table, transformers))}
 
     def __call__(self, call: ForwardCall) -> Cost:
         """The cost of all rows of a call. What does not grow with the rows, like RoPE tables, counts once."""
-        one_row = self._of_one_row(call.per_row)
+        few, more = (self._measure(layers, call.per_row) for layers in (self.few, self.more))
+        one_row = few + (more + few * -1) * (self.layers - self.few)
+        one_row = replace(one_row, transient=more.transient, returning=more.returning)  # of one block at a time
         if call.rows == 1:
             return one_row
-        one, two = (self._measure(0, replace(call.per_row, rows=rows)) for rows in (1, 2))
-        fixed = one * 2 + two * -1
-        return one_row * call.rows + fixed * (1 - call.rows)
+        two = self._measure(self.few, replace(call.per_row, rows=2))
+        return one_row * call.rows + (few * 2 + two * -1) * (1 - call.rows)
 
-    def _of_one_row(self, call):
-        fewer, *more = [self._measure(index, call) for index in range(len(self.networks))]
-        if not more:
-            return fewer
-        cost = fewer + (more[0] + fewer * -1) * (self.layers - 2)
-        return replace(cost, transient=more[0].transient, returning=more[0].returning)  # of one block at a time
-
-    def _measure(self, index, call):
-        """The cost for the networks with 2 blocks (index 0) or 3 (index 1)."""
-        if (index, call) not in self._measured:
-            self._measured[index, call] = self.measure(self.networks[index][call.role], call)
-        return self._measured[index, call]
+    def _measure(self, layers, call):
+        if (layers, call) not in self._measured:
+            self._measured[layers, call] = self.measure(self.networks[layers][call.role], call)
+        return self._measured[layers, call]
 
     def measure(self, network, call: ForwardCall) -> Cost:
         """The cost of a call of a network on the meta device."""
@@ -194,8 +185,8 @@ class ForwardCosts:
             key = (network, call.context, call.rows)
             if key not in self._caches:
                 with torch.no_grad():
-                    cache = network(context, None, None, prompt, fill_cache=True) if call.context else ()
-                self._caches[key] = cache
+                    filled = network(context, None, None, prompt, fill_cache=True) if call.context else ()
+                self._caches[key] = filled
             condition = {"cache": self._caches[key]}
         elif call.kind == "one_chunk" and self.config.architecture == "causal":
             condition = {"single_chunk": torch.empty_like(t)}
@@ -214,17 +205,22 @@ def _nbytes(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def _trained(network):
+    return [weight for weight in network.parameters() if weight.requires_grad]
+
+
 def _drop_gradient(weight):
     weight.grad = None
 
 
-_COSTS, _DECISIVE = {}, ("stage", "architecture", "trained", "checkpointing", "keep_attention", "precision", "rank")
+_COSTS = {}
+_DECISIVE = ("stage", "architecture", "trained", "checkpointing", "keep_attention", "precision", "rank", "teacher")
+_DECISIVE += ("velocity", "causal", "on_policy")
 
 
 def forward_costs(config: Config, shape: dict, clip: tuple, prompt: tuple) -> ForwardCosts:
     """The ForwardCosts of a configuration, shared by all configurations with the same costs."""
-    names = (*_DECISIVE, "teacher", "velocity", "causal", "on_policy")
-    key = repr([*(getattr(config, name) for name in names), shape, clip, prompt])
+    key = repr([*(getattr(config, name) for name in _DECISIVE), shape, clip, prompt])
     if key not in _COSTS:
         _COSTS[key] = ForwardCosts(config, shape, clip, prompt)
     return _COSTS[key]

@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import product
 from math import inf
@@ -28,9 +28,10 @@ from minianyflow.planner.plan import plan_run
 from minianyflow.planner.report import KINDS
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
+from minianyflow.support.reports import markdown_table, mean
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import write_latents
-from minianyflow.wan.data.options import WAN_CLIP
+from minianyflow.wan.data.options import WAN_CLIP, Options
 from minianyflow.wan.folders import TINY_LENGTH, TINY_TEXT, TINY_TRANSFORMER
 from minianyflow.wan.run import guard, prepare
 from minianyflow.wan.shapes import SHAPES, SHARED, build_transformer, latent_shape
@@ -43,9 +44,9 @@ SIZES = {  # name, the smallest first: (shape, clip, overlays before and after a
     "1.3b": (SHAPES["1.3b"], WAN_CLIP, ["wan-1.3b"], []),
     "14b": (SHAPES["14b"], WAN_CLIP, ["wan-14b"], []),
 }
-ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 REPORT = "gpu_check.json"
 OWN = ("architecture", "stage", "steps", "batch", "accumulate", "base", "data", "runs", "output", "device")
+PARTS = ("base", "roles", "optimiser", "peak")
 WARM_UP = 1  # number of steps that are not timed: allocations, choice of kernels, compilation
 TIMING = 0.5  # seconds for which an operation is repeated to time it
 
@@ -63,7 +64,7 @@ class Request:
     stages: Sequence[str] = tuple(STAGES)
     steps: int = 3
     batch: int = 2
-    clip: dict | None = None
+    clip: dict = field(default_factory=dict)
     device: str = "cuda"
     options: Sequence[str] = ()
     profile: bool = False
@@ -71,9 +72,7 @@ class Request:
     def __post_init__(self):
         if min(self.steps, self.batch) < 1:
             raise InputError(f"{self.steps} steps of {self.batch} clips; expected at least one of each")
-        for name, value in (self.clip or {}).items():
-            if value < 1 or (value % 4 != 1 if name == "frames" else value % 16):
-                raise InputError(f"{name} {value}; expected {'4 n + 1 frames' if name == 'frames' else '16 n pixels'}")
+        Options(**self.clip)  # raises for what Wan cannot take
         for name in [option.split("=")[0] for option in self.options]:
             if name in OWN:
                 raise InputError(f"{name} among other options; the check sets it itself: leave it out")
@@ -94,36 +93,15 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
         raise InputError(f"{output} holds a report, which may have cost hours; name another folder, or remove it")
     with staging_folder(output):  # or an unwritable folder would be found after the first case
         pass
-    report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": "CPU", "memory_gb": None}
-    if device.type == "cuda":
-        report["device"] = torch.cuda.get_device_name(device)  # never the name of the host
-        report["memory_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
-    report |= {"torch": torch.__version__, "cuda": torch.version.cuda, "matrix": matrix_rate(device)}
-    report |= {"steps": request.steps, "batch": request.batch, "options": list(request.options)}
-    report |= {"attention": {}, "cases": []}
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": gpu.name if gpu else "CPU"}
+    report |= {"memory_gb": gpu.total_memory / 1e9 if gpu else None, "torch": torch.__version__}
+    report |= {"cuda": torch.version.cuda, "matrix": matrix_rate(device), "steps": request.steps}
+    report |= {"batch": request.batch, "options": list(request.options), "attention": {}, "cases": []}
     for case in product(sorted(request.sizes, key=list(SIZES).index), request.architectures, request.stages):
-        size, name = case[0], " ".join(case)
         with tempfile.TemporaryDirectory() as folder:
-            config, clip = settings(request, case, folder)
-            plan = plan_run(config, clip, steps=range(WARM_UP, WARM_UP + request.steps), advise=False)
-            planned = {"peak": plan.peak, "memory": dict(plan.memory), "flop": plan.flop}
-            entry, reason = {"case": name, "clip": clip, "plan": planned}, too_large(plan.peak, device)
-            report["cases"].append(entry)
-            if not reason:
-                tell(f"{name}: planned peak {plan.peak / 1e9:.1f} GB, {plan.flop / 1e12:.4g} TFLOP per step")
-                if size not in report["attention"]:
-                    report["attention"][size] = attention_rates(SIZES[size][0], clip, device)
-                try:
-                    entry |= measure(request, case, config, output)
-                    seconds = sum(entry["seconds"]) / len(entry["seconds"])
-                    rate = plan.flop / seconds / 1e12
-                    entry |= {"seconds_a_step": seconds, "tflops": rate, "share": rate / report["matrix"]["tflops"]}
-                except torch.OutOfMemoryError:
-                    reason = "out of memory, although the plan fits"
-            if reason:
-                entry["left_out"] = reason
-                tell(f"{name}: {reason}")
-        if device.type == "cuda":
+            report["cases"].append(_check_case(request, case, folder, output, report, tell))
+        if gpu:
             gc.collect()
             torch.cuda.empty_cache()
         with staging_folder(output) as folder:
@@ -132,6 +110,27 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
     if all("left_out" in entry for entry in report["cases"]):
         raise InputError(f"nothing could be measured: {report['cases'][0]['case']}: {report['cases'][0]['left_out']}")
     return report
+
+
+def _check_case(request, case, folder, output, report, tell):
+    """The entry of a case in the report, with `left_out` if it does not fit."""
+    (size, *_), device, name = case, torch.device(request.device), " ".join(case)
+    config, clip = settings(request, case, folder)
+    plan = plan_run(config, clip, steps=range(WARM_UP, WARM_UP + request.steps), advise=False)
+    entry = {"case": name, "clip": clip, "plan": {"peak": plan.peak, "memory": plan.memory, "flop": plan.flop}}
+    reason = too_large(plan.peak, device)
+    if not reason:
+        tell(f"{name}: planned peak {plan.peak / 1e9:.1f} GB, {plan.flop / 1e12:.4g} TFLOP per step")
+        if size not in report["attention"]:
+            report["attention"][size] = attention_rates(SIZES[size][0], clip, device)
+        try:
+            entry |= measure(request, case, config, output)
+            rate = plan.flop / entry["seconds_a_step"] / 1e12
+            return entry | {"tflops": rate, "share": rate / report["matrix"]["tflops"]}
+        except torch.OutOfMemoryError:
+            reason = "out of memory, although the plan fits"
+    tell(f"{name}: {reason}")
+    return entry | {"left_out": reason}
 
 
 def too_large(peak: float, device: torch.device) -> str | None:
@@ -145,15 +144,14 @@ def settings(request: Request, case: tuple[str, str, str], folder: str | Path) -
     """The configuration of a case and its clip. Its random latents, and the base it plans for, are put in `folder`."""
     size, architecture, stage = case
     shape, clip, before, after = SIZES[size]
-    clip = clip | (request.clip or {})
-    latents, length = latent_shape(clip["frames"], clip["height"], clip["width"]), clip["length"]
-    build_transformer(shape, architecture).save_config(Path(folder) / "base" / "transformer")
-    prompts = torch.randn(request.batch + 1, length, shape["text_dim"])
-    rows = torch.randn(request.batch, *latents)
-    write_latents(Path(folder) / "data", rows, prompts[:-1], prompts[-1:], ["noise"] * request.batch)
-    options = {"base": f"{folder}/base", "data": f"{folder}/data", "runs": folder, "output": f"{folder}/run"}
+    clip, folder, batch = clip | request.clip, Path(folder), request.batch
+    build_transformer(shape, architecture).save_config(folder / "base" / "transformer")
+    prompts = torch.randn(batch + 1, clip["length"], shape["text_dim"])
+    rows = torch.randn(batch, *latent_shape(clip["frames"], clip["height"], clip["width"]))
+    write_latents(folder / "data", rows, prompts[:-1], prompts[-1:], ["noise"] * batch)
+    options = {"base": folder / "base", "data": folder / "data", "runs": folder, "output": folder / "run"}
     options |= {"steps": WARM_UP + request.steps + request.profile, "device": request.device}
-    options |= {"batch": request.batch, "accumulate": request.batch, "warmup": 0, "ema_after": 0}
+    options |= {"batch": batch, "accumulate": batch, "warmup": 0, "ema_after": 0}
     options |= {"samples.every": 0, "log.tracker": "none"}
     pairs = [f"{name}={value}" for name, value in options.items()]
     config = load_config([*before, architecture, stage, *after], [*pairs, *request.options])
@@ -213,46 +211,37 @@ def measure(request: Request, case: tuple[str, str, str], config: Config, output
         table = profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)
         (output / f"profile-{'-'.join(case)}.txt").write_text(table + "\n")
     rows = {name: {"forwards": count, "with_grad": grad} for name, (count, grad) in networks.counts().items()}
-    memory["peak"] = max(peaks)
-    return {"memory": memory, "first_step": seconds[0], "seconds": seconds[WARM_UP : last + 1], "rows": rows}
+    timed, memory["peak"] = seconds[WARM_UP : last + 1], max(peaks)
+    return {"memory": memory, "first_step": seconds[0], "seconds": timed, "seconds_a_step": mean(timed), "rows": rows}
 
 
-def matrix_rate(device: torch.device, size: int | None = None) -> dict:
+def matrix_rate(device: torch.device) -> dict:
     """TFLOP/s of a bfloat16 product of matrices of 8192^2 (512^2 on a CPU): the median of many."""
-    size = size or (8192 if device.type == "cuda" else 512)
+    size = 8192 if device.type == "cuda" else 512
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     return {"size": size, "tflops": 2 * size**3 / _seconds(lambda: a @ b) / 1e12}
 
 
 def attention_rates(shape: dict, clip: dict, device: torch.device) -> dict[str, float | None]:
-    """TFLOP/s of fused attention over all tokens of a clip, forward and backward, by each kernel of torch.
-
-    Attention is most of the 1.3B model's work: no step is faster than its attention. None: the kernel does not run.
-    """
+    """TFLOP/s of attention over all tokens of a clip, forward and backward, by fused kernel; None: it does not run."""
     frames, _, height, width = latent_shape(clip["frames"], clip["height"], clip["width"])
-    heads, size = shape["num_attention_heads"], shape["attention_head_dim"]
-    tokens = frames * (height // 2) * (width // 2)
-    options = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
-    query, key, value, out = (torch.randn(1, heads, tokens, size, **options) for _ in range(4))
+    heads, size, tokens = shape["num_attention_heads"], shape["attention_head_dim"], frames * height * width // 4
+    query, key, value, out = torch.randn(4, 1, heads, tokens, size, device=device, dtype=torch.bfloat16)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     flop, rates = 14 * heads * tokens**2 * size, {}  # two products forward, five backward
 
     def attend():
-        torch.autograd.grad(functional.scaled_dot_product_attention(query, key, value), (query, key, value), out)
+        torch.autograd.grad(functional.scaled_dot_product_attention(*inputs), inputs, out)
 
-    for name, backend in ATTENTION.items():
-        if name == "math" and device.type == "cuda":
-            continue  # it would hold (tokens, tokens)
-        try:
-            with sdpa_kernel(backend):
-                rates[name] = flop / _seconds(attend) / 1e12
-        except RuntimeError:
-            rates[name] = None
+    for name, kernel in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        rates[name] = None
+        with contextlib.suppress(RuntimeError), sdpa_kernel(kernel):
+            rates[name] = flop / _seconds(attend) / 1e12
     return rates
 
 
 def _seconds(action):
-    """The median of repeated calls, after one that warms up; torch's timer waits for the device."""
-    action()
+    """The median of repeated calls, by torch's timer, which warms up and waits for the device."""
     return Timer("action()", globals={"action": action}).blocked_autorange(min_run_time=TIMING).median
 
 
@@ -264,29 +253,26 @@ def markdown(report: dict) -> str:
     memory = "" if report["memory_gb"] is None else f", {report['memory_gb']:.1f} GB"
     matrix, batch, steps = report["matrix"], report["batch"], report["steps"]
     options = f"; {' '.join(report['options'])}" if report["options"] else ""
-    lines = [
+    parts = [
         f"## {report['device']}{memory}, {report['date']}",
-        "",
         f"torch {report['torch']}, CUDA {report['cuda'] or 'none'}. Matrices of {matrix['size']}^2 in bfloat16: "
         f"{matrix['tflops']:.4g} TFLOP/s (median). Random weights; the mean of {steps} step{'s' * (steps > 1)} of "
         f"{batch} clip{'s, one after another' * (batch > 1)}{options}.",
-        "",
     ]
     for size, rates in report["attention"].items():
-        words = ", ".join(f"{name} {'does not run' if r is None else f'{r:.4g}'}" for name, r in rates.items())
-        lines += [f"Attention of {size}, forward and backward, TFLOP/s: {words}.", ""]
-    titles = ["case", "clip", "s per step", "model TFLOP/s", "share", "base", "roles", "optimiser", "peak", "plan"]
-    lines += [f"| {' | '.join([*titles, 'off by'])} |", "|" + "---|" * (len(titles) + 1)]
-    lines += [f"| {' | '.join(_row(entry))} |" for entry in report["cases"]]
-    lines += ["", "Memory in GB. Share: of the matrices' rate, counting model FLOP as the plan does, no recomputation."]
-    return "\n".join(lines) + "\n"
+        words = ", ".join(f"{name} {f'{rate:.4g}' if rate else 'does not run'}" for name, rate in rates.items())
+        parts.append(f"Attention of {size}, forward and backward, TFLOP/s: {words}.")
+    titles = ["case", "clip", "s per step", "model TFLOP/s", "share", *PARTS, "plan", "off by"]
+    parts.append(markdown_table(titles, [_row(**entry) for entry in report["cases"]]))
+    parts.append("Memory in GB. Share: of the matrices' rate, counting model FLOP as the plan does, no recomputation.")
+    return "\n\n".join(parts) + "\n"
 
 
-def _row(entry):
-    clip, planned = entry["clip"], entry["plan"]["peak"]
-    row, plan = [entry["case"], f"{clip['frames']} x {clip['height']} x {clip['width']}"], f"{planned / 1e9:.4g}"
-    if "left_out" in entry:
-        return [*row, *[""] * 7, plan, entry["left_out"]]
-    parts = [f"{entry['memory'][name] / 1e9:.4g}" for name in ("base", "roles", "optimiser", "peak")]
-    row += [f"{entry['seconds_a_step']:.4g}", f"{entry['tflops']:.4g}", f"{entry['share']:.1%}", *parts]
-    return [*row, plan, f"{planned / entry['memory']['peak'] - 1:+.1%}"]
+def _row(case, clip, plan, left_out=None, memory=None, seconds_a_step=0, tflops=0, share=0, **_):
+    measured, end = [""] * (3 + len(PARTS)), left_out
+    if not left_out:
+        measured = [f"{seconds_a_step:.4g}", f"{tflops:.4g}", f"{share:.1%}"]
+        measured += [f"{memory[part] / 1e9:.4g}" for part in PARTS]
+        end = f"{plan['peak'] / memory['peak'] - 1:+.1%}"
+    size = f"{clip['frames']} x {clip['height']} x {clip['width']}"
+    return [case, size, *measured, f"{plan['peak'] / 1e9:.4g}", end]

@@ -50,19 +50,18 @@ def plan_run(
     check_split(config.batch, gpus, config.accumulate)
     if sharded and gpus == 1:
         raise InputError("weights sharded over 1 GPU; expected several GPUs, or weights that are not sharded")
-    gpu, sizes = find_gpu(gpu) if isinstance(gpu, str) else gpu, (shape, clip_shape, (length, shape["text_dim"]))
-    exact, steps = steps is not None, list(range(STEPS) if steps is None else steps)
-    plan = _plan(config, sizes, gpu, gpus, sharded, steps, exact)
-    return replace(plan, changes=advice(plan, config, sizes, steps)) if advise and not plan.fits else plan
+    setup = (find_gpu(gpu) if isinstance(gpu, str) else gpu, gpus, sharded)
+    sizes, numbers = (shape, clip_shape, (length, shape["text_dim"])), list(range(STEPS) if steps is None else steps)
+    plan = _plan(config, sizes, setup, numbers, exact=steps is not None)
+    return replace(plan, changes=advice(plan, config, sizes, numbers)) if advise and not plan.fits else plan
 
 
 def check_split(batch: int, gpus: int, accumulate: int) -> None:
     """Raise InputError if a batch does not divide into `accumulate` equal micro-batches per GPU; names what does."""
     if gpus < 1 or batch % gpus:
-        divisors = [number for number in range(1, batch + 1) if batch % number == 0]
-        near = sorted(sorted(divisors, key=lambda number: abs(number - gpus))[:2])
-        names = " or ".join(map(str, near))
-        raise InputError(f"batch={batch} on {gpus} GPUs; expected equal parts: {names} GPUs, or another batch")
+        divisors = sorted((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - gpus))
+        near = " or ".join(map(str, sorted(divisors[:2])))
+        raise InputError(f"batch={batch} on {gpus} GPUs; expected equal parts: {near} GPUs, or another batch")
     if (most := batch // gpus) % accumulate:
         raise InputError(
             f"batch={batch} on {gpus} GPUs with accumulate={accumulate}; expected micro-batches of equal size: "
@@ -106,10 +105,13 @@ def published_plan(name: str) -> Plan:
     return plan_run(config, WAN_CLIP, gpus=gpus, sharded=sharded, advise=False)
 
 
-def _plan(config, sizes, gpu, gpus, sharded, steps, exact=False, rank=None):
-    """A Plan without advice. sizes: as forward_costs. rank: that activations are counted with, if not config's."""
+def _plan(config, sizes, setup, steps, exact=False, rank=None):
+    """A Plan without advice. sizes: as forward_costs. setup: (GPU, number of GPUs, sharded). exact: as forward_calls.
+
+    rank: that activations are counted with, if not the configuration's.
+    """
+    (_, clip, (tokens, numbers)), (_, gpus, sharded) = sizes, setup
     costs = forward_costs(replace(config, rank=rank or config.rank), *sizes)
-    _, clip, (tokens, numbers) = sizes
     micro_batches, beside = forward_calls(config, clip, tokens * numbers, steps, gpus, exact)
     different = dict.fromkeys(call.per_row for part in micro_batches for call in part.calls)
     for call in tqdm(different, desc="counting", unit="forward", delay=2, leave=False, disable=None):
@@ -134,10 +136,8 @@ def _plan(config, sizes, gpu, gpus, sharded, steps, exact=False, rank=None):
     count, model = len(steps), sum(processes.values())
     samples, slowest = count * config.batch, sum(max(processes[step, p] for p in range(gpus)) for step in steps)
     return Plan(
-        run={name: getattr(config, name) for name in ("architecture", "stage", "base", "steps", "batch")},
-        gpu=gpu,
-        gpus=gpus,
-        sharded=sharded,
+        {name: getattr(config, name) for name in ("architecture", "stage", "base", "steps", "batch")},
+        *setup,
         memory=memory,
         flop=model / count / gpus,
         flop_with_recompute=(model + recomputed) / count / gpus,
@@ -190,8 +190,7 @@ def passing_bytes(config: Config, costs: ForwardCosts, part: MicroBatch, gradien
         cost, used = costs(call), {}
         if call.cache is not None:
             frames = call.frames if call.kind == "fill_cache" else call.context
-            filled = costs(ForwardCall("student", call.rows, False, False, "fill_cache", frames)).cache
-            used = {call.cache: filled} if filled else {}
+            used = {call.cache: costs(ForwardCall("student", call.rows, False, False, "fill_cache", frames)).cache}
         yield moment(saved, caches | used, cost.transient + call.grad * cost.saved, earlier)
         if call.grad:
             saved = [*saved, cost.saved]
@@ -217,8 +216,8 @@ def advice(plan: Plan, config: Config, sizes: tuple, steps: list[int]) -> list[t
     def fits(changes):
         options = {name: value for name, value in changes.items() if hasattr(config, name)}
         changed = replace(config, **options, alpha=changes.get("rank", config.alpha))
-        setup = changes.get("gpus", plan.gpus), changes.get("sharded", plan.sharded)
-        other = _plan(changed, sizes, plan.gpu, *setup, steps, rank=config.rank)
+        setup = plan.gpu, changes.get("gpus", plan.gpus), changes.get("sharded", plan.sharded)
+        other = _plan(changed, sizes, setup, steps, rank=config.rank)
         tried.append((changes, other.peak))
         return other.fits
 
@@ -243,12 +242,12 @@ def _changes(config, gpus, sharded):
     changes = {}
     for name, value in (("checkpointing", True), ("keep_attention", False)):
         if getattr(config, name) != value:
-            changes = changes | {name: value}
-            yield changes
-    checkpointed = changes
+            changes |= {name: value}
+            yield dict(changes)
+    checkpointed = dict(changes)
     if config.accumulate < config.batch // gpus:
-        changes = changes | {"accumulate": config.batch // gpus}
-        yield changes
+        changes |= {"accumulate": config.batch // gpus}
+        yield dict(changes)
     if gpus > 1 and not sharded:
         changes = {"sharded": True} | changes
         yield changes

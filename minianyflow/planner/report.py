@@ -3,13 +3,13 @@
 Nothing heavy is imported here: plan.py makes plans.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import inf
 
 from minianyflow.planner.gpus import GPUS, Gpu
 from minianyflow.support.errors import InputError
+from minianyflow.support.reports import markdown_table
 
 SPARE = 0.05  # share of a GPU's memory for what is not counted: CUDA's own, workspaces, fragments
 PRICE = 3.0  # per GPU-hour: an example for the docs, nobody's offer
@@ -66,9 +66,9 @@ class Plan:
         """Hours for all steps."""
         return self.seconds(share) * self.run["steps"] / 3600
 
-    def money(self, price: float, share: float = 0.5) -> float:
-        """For all GPUs, at `price` per GPU-hour."""
-        return price * self.gpus * self.hours(share)
+    def gpu_hours(self, share: float = 0.5) -> float:
+        """Hours for all steps, summed over the GPUs."""
+        return self.gpus * self.hours(share)
 
 
 def check_share(share: float, price: float | None = None) -> None:
@@ -79,67 +79,56 @@ def check_share(share: float, price: float | None = None) -> None:
         raise InputError(f"a price of {price} per GPU-hour; expected a number of at least 0")
 
 
-def as_options(changes: dict) -> str:
-    """Options as "name=value ..."."""
+def as_options(changes: dict, flags: dict) -> str:
+    """Options as "name=value ..."; those in `flags` as "flag"."""
     if changes.get("gpu", "") is None:
         return LARGEST
-    return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
+    words = {name: flags.get(name, f"{name}={{}}").format(str(value).lower()) for name, value in changes.items()}
+    return " ".join(words.values())
 
 
-def describe(plan: Plan, share: float = 0.5, price: float | None = None, word: Callable = as_options) -> str:
-    """The plan as lines of text. word(changes): the text of a set of options."""
-    run, gpu = plan.run, plan.gpu
+def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: dict | None = None) -> str:
+    """The plan as lines of text. flags: how a command takes options that the configuration has not."""
+    run, gpu, in_all = plan.run, plan.gpu, "in all"
     how = "" if plan.gpus == 1 else " with FSDP2" if plan.sharded else " with DDP"
     lines = [
         f"{run['architecture']} {run['stage']}, {run['base']}, on {plan.gpus} x {gpu.name}{how}; planned, not measured",
-        "",
-        "memory of one GPU, GB, at the peak",
+        "\nmemory of one GPU, GB, at the peak",
         *(f"  {name:42}{size / 1e9:9.2f}" for name, size in plan.memory.items() if size),
-        f"  {'in all':42}{plan.peak / 1e9:9.2f}   of {gpu.memory / 1e9:g}: {'fits' if plan.fits else 'does not fit'}"
+        f"  {in_all:42}{plan.peak / 1e9:9.2f}   of {gpu.memory / 1e9:g}: {'fits' if plan.fits else 'does not fit'}"
         f" ({SPARE:.0%} are left for what is not counted)",
     ]
-    if plan.changes:
-        lines.append("  what to change; each line is complete:")
+    lines += ["  what to change; each line is complete:"] if plan.changes else []
     for changes, peak in plan.changes:
         enough = changes.get("gpu") or peak <= (1 - SPARE) * gpu.memory
-        lines.append(f"    {word(changes)}: {peak / 1e9:.1f} GB{'' if enough else ', not enough'}")
+        lines.append(f"    {as_options(changes, flags or {})}: {peak / 1e9:.1f} GB{'' if enough else ', not enough'}")
+    lines.append("  not loaded in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in OUTSIDE.items()))
+    lines.append("\nnetwork evaluations per sample (forwards, backwards), TFLOP of one GPU per step")
+    for role, (forwards, backwards) in plan.evaluations.items():
+        lines.append(f"  {role:10}{forwards:8.2f}{backwards:8.2f}{plan.roles[role] / 1e12:12.1f}")
     lines += [
-        "  not loaded in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in OUTSIDE.items()),
-        "",
-        "network evaluations per sample (forwards, backwards), TFLOP of one GPU per step",
-        *(
-            f"  {role:10}{forwards:8.2f}{backwards:8.2f}{plan.roles[role] / 1e12:12.1f}"
-            for role, (forwards, backwards) in plan.evaluations.items()
-        ),
-        f"  {'in all':26}{plan.flop / 1e12:12.1f}   with recomputation by checkpointing "
+        f"  {in_all:26}{plan.flop / 1e12:12.1f}   with recomputation by checkpointing "
         f"{plan.flop_with_recompute / 1e12:.1f}",
-        "",
-        f"{plan.seconds(share):.1f} seconds per step at {share:.0%} of {gpu.rate / 1e12:g} TFLOP/s, "
-        f"{run['steps']} steps: {plan.hours(share):.1f} hours, {plan.gpus * plan.hours(share):.1f} GPU-hours",
+        f"\n{plan.seconds(share):.1f} seconds per step at {share:.0%} of {gpu.rate / 1e12:g} TFLOP/s, "
+        f"{run['steps']} steps: {plan.hours(share):.1f} hours, {plan.gpu_hours(share):.1f} GPU-hours",
     ]
-    if price is not None:
-        lines.append(f"money: {plan.money(price, share):,.0f}, at {price:g} per GPU-hour")
+    lines += [] if price is None else [f"money: {price * plan.gpu_hours(share):,.0f}, at {price:g} per GPU-hour"]
     return "\n".join(lines)
 
 
-def as_json(plan: Plan, share: float = 0.5, price: float | None = None, word: Callable = as_options) -> dict:
-    """The plan as a dict of plain values: bytes, FLOP, hours."""
+def as_json(plan: Plan, share: float = 0.5, price: float | None = None, flags: dict | None = None) -> dict:
+    """The plan as a dict of plain values: bytes, FLOP, hours. flags: as in describe."""
     report = {name: plan.run[name] for name in ("stage", "architecture", "base")}
     report |= {"gpu": plan.gpu.name, "gpus": plan.gpus, "sharded": plan.sharded}
     report |= {"memory": plan.memory, "peak": plan.peak, "room": plan.gpu.memory, "fits": plan.fits}
-    report |= {"change": {word(changes): peak for changes, peak in plan.changes}, "outside_training": OUTSIDE}
-    report |= {"flop": plan.flop, "flop_with_recompute": plan.flop_with_recompute, "flop_by_role": plan.roles}
-    report |= {"evaluations_a_sample": plan.evaluations, "share": share, "seconds_a_step": plan.seconds(share)}
-    report |= {"hours": plan.hours(share), "gpu_hours": plan.gpus * plan.hours(share)}
-    return report | ({"money": plan.money(price, share)} if price is not None else {})
+    report |= {"change": {as_options(changes, flags or {}): peak for changes, peak in plan.changes}}
+    report |= {"outside_training": OUTSIDE, "flop": plan.flop, "flop_with_recompute": plan.flop_with_recompute}
+    report |= {"flop_by_role": plan.roles, "evaluations_a_sample": plan.evaluations, "share": share}
+    report |= {"seconds_a_step": plan.seconds(share), "hours": plan.hours(share), "gpu_hours": plan.gpu_hours(share)}
+    return report | ({} if price is None else {"money": price * plan.gpu_hours(share)})
 
 
 # The tables of docs/plan.md
-
-
-def as_row(plan: Plan) -> dict:
-    """The plan as a row of plans.json."""
-    return asdict(plan) | {"gpu": plan.gpu.name}
 
 
 def from_row(row: dict) -> Plan:
@@ -151,13 +140,13 @@ def stage_table(plans: dict[str, dict], share: float = 0.5) -> str:
     """One row per size, architecture and stage on one GPU: GPU-hours on every GPU of the table where it fits."""
     rows = []
     for name, row in plans.items():
-        plan, (stage, _) = from_row(row), name.split(", ")
+        plan, run = from_row(row), row["run"]
         if plan.gpus == 1:
             on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
             hours = [f"{other.hours(share):,.0f}" if other.fits else "-" for other in on]
-            work = [f"{plan.run['steps']} x {plan.run['batch']}", f"{plan.flop / 1e15:,.1f}", f"{plan.peak / 1e9:.0f}"]
-            rows.append([stage, *work, *hours])
-    return _table(["run", "steps x batch", "PFLOP per step", "GB", *GPUS], rows)
+            work = [f"{run['steps']} x {run['batch']}", f"{plan.flop / 1e15:,.1f}", f"{plan.peak / 1e9:.0f}"]
+            rows.append([name.split(", ")[0], *work, *hours])
+    return markdown_table(["run", "steps x batch", "PFLOP per step", "GB", *GPUS], rows)
 
 
 def bill_table(plans: dict[str, dict], price: float = PRICE, share: float = 0.5) -> str:
@@ -170,13 +159,8 @@ def bill_table(plans: dict[str, dict], price: float = PRICE, share: float = 0.5)
             if fits := all(plan.fits for plan in model):
                 break
         hours, peak = sum(plan.hours(share) for plan in model), max(plan.peak for plan in model)
-        bill = [f"{model[0].gpus * hours:,.0f}", f"{hours / 24:.1f}", f"{price * model[0].gpus * hours:,.0f}"]
-        bill = bill if fits else ["does not fit", "-", "-"]
-        rows.append([f"{size} {kind}", setup, f"{peak / 1e9:.0f}", *bill])
+        gpu_hours = model[0].gpus * hours
+        bill = [f"{gpu_hours:,.0f}", f"{hours / 24:.1f}", f"{price * gpu_hours:,.0f}"]
+        rows.append([f"{size} {kind}", setup, f"{peak / 1e9:.0f}", *(bill if fits else ["does not fit", "-", "-"])])
     titles = ["whole model", "on", "the largest stage, GB", "GPU-hours", "days", f"at {price:g} per GPU-hour"]
-    return _table(titles, rows)
-
-
-def _table(titles, rows):
-    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
+    return markdown_table(titles, rows)

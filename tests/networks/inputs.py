@@ -80,6 +80,6 @@ class Watch(TorchDispatchMode):
         out = operation(*arguments, **(options or {}))
         self.attended += "attention" in str(operation) and "backward" not in str(operation)
         if not operation.is_view:
-            every = out if isinstance(out, tuple | list) else [out]
-            self.written += sum(each.nbytes for each in every if isinstance(each, torch.Tensor))
+            tensors = out if isinstance(out, tuple | list) else [out]
+            self.written += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
         return out

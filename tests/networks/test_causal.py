@@ -18,6 +18,17 @@ from tests.networks.inputs import PROMPT, R, T, clip, close, draw
 from tests.refused import refused
 
 
+@pytest.fixture(scope="module")
+def stock():
+    """A transformer with diffusers' attention."""
+    return tiny_causal()
+
+
+@pytest.fixture(scope="module")
+def u():
+    return CausalNetwork(tiny_causal())
+
+
 def per_frame(times, frames):
     return 1000 * times[:, None].expand(-1, frames)
 
@@ -38,15 +49,14 @@ def bump(x, chunk, partition):
 
 @pytest.mark.parametrize("partition", [(5,), (1, 2), (1, 2, 2), (1, 2, 2, 2, 2), (1, 3, 3, 2)])
 @pytest.mark.parametrize(("clean", "mode"), [(False, "train"), (True, "train"), (False, "cache")])
-def test_the_mask_is_stocks_rule_at_the_true_length(partition, clean, mode):
-    transformer = tiny_causal()
+def test_the_mask_is_stocks_rule_at_the_true_length(stock, partition, clean, mode):
     options = {"height": 8, "width": 8, "has_clean_context": clean, "mode": mode}
-    stock = transformer.build_attention_mask(chunk_partition=list(partition), **options)
+    theirs = stock.build_attention_mask(chunk_partition=list(partition), **options)
     ours = causal_mask(partition, 16, 4, 2, clean, mode)
-    every = torch.arange(len(ours))
-    assert torch.equal(ours, stock.mask_mod(0, 0, every[:, None], every).broadcast_to(ours.shape))
-    padding = torch.arange(len(ours), stock.shape[-1])
-    assert not stock.mask_mod(0, 0, every[:, None], padding).any()  # and no token of ours is missing
+    tokens = torch.arange(len(ours))
+    assert torch.equal(ours, theirs.mask_mod(0, 0, tokens[:, None], tokens).broadcast_to(ours.shape))
+    padding = torch.arange(len(ours), theirs.shape[-1])
+    assert not theirs.mask_mod(0, 0, tokens[:, None], padding).any()  # and no token of ours is missing
     assert causal_mask(partition, 16, 4, 2, clean, mode) is ours  # built once
 
 
@@ -87,15 +97,14 @@ def test_weights_are_copied_and_coarse_patches_start_as_stocks():
 @pytest.mark.parametrize(("past", "frames"), [(0, 3), (1, 4), (5, 4)])
 @pytest.mark.parametrize("forced", [False, True])
 @torch.no_grad()
-def test_all_chunks_at_once_equal_stock(past, frames, forced):
-    stock, u = tiny_causal(), CausalNetwork(tiny_causal())
+def test_all_chunks_at_once_equal_stock(stock, u, past, frames, forced):
     z, clean, old = clip(frames), clip(frames, seed=1) if forced else None, clip(past, seed=2)
     options = {"clean_hidden_states": clean, "clean_timestep": torch.zeros(2, frames) if forced else None}
     parts = (old, z), *((torch.zeros(2, past), per_frame(times, frames)) for times in (T, R))
     states = [torch.cat(pair, 1) for pair in parts]
     theirs = stock(*states, PROMPT, list(chunk_partition(past + frames)), **options, return_dict=False)[0]
     assert close(u(z, T, R, PROMPT, clean=clean, past=old), theirs)
-    times = (each[:, None].expand(-1, frames) for each in (T, R))
+    times = (time[:, None].expand(-1, frames) for time in (T, R))
     assert close(u(z, *times, PROMPT, clean=clean, past=old), theirs)  # a time for every frame
 
 
@@ -119,25 +128,24 @@ def stock_read(stock, context, z, partition):
     [(0, 4), (7, 4), pytest.param(3, 4, marks=pytest.mark.slow), pytest.param(5, 16, marks=pytest.mark.slow)],
 )
 @torch.no_grad()
-def test_memory_and_reading_equal_stock(seen, size):
+def test_memory_and_reading_equal_stock(stock, u, seen, size):
     """Padded always; plain where stock has nothing to pad, since 2 frames of 16 x 16 are 128 queries."""
     context, z = clip(seen, size), clip(2 if seen else 1, size, seed=1)
     partition = chunk_partition(seen + z.shape[1])
-    theirs, out = stock_read(tiny_causal(), context, z, partition)
-    plain, padded = CausalNetwork(tiny_causal()), CausalNetwork(tiny_causal(), padded=True)
-    cache = plain(context, None, None, PROMPT, fill_cache=True) if seen else ()
+    theirs, out = stock_read(stock, context, z, partition)
+    padded = CausalNetwork(tiny_causal(), padded=True)
+    cache = u(context, None, None, PROMPT, fill_cache=True) if seen else ()
     for ours, layer in zip(cache, theirs, strict=bool(seen)):
         for mine, name in zip(ours, ("compressed_cache", "full_cache"), strict=True):
             assert close(mine, layer[name][:, :, :, : mine.shape[3]].transpose(0, 1))
             assert not layer[name][:, :, :, mine.shape[3] :].any()
     assert close(padded(z, T, R, PROMPT, cache=cache), out)
-    assert close(plain(z, T, R, PROMPT, cache=cache), out) == (size == 16)
+    assert close(u(z, T, R, PROMPT, cache=cache), out) == (size == 16)
 
 
 @pytest.mark.parametrize(("frames", "steps"), [(5, 3), (9, 1)])
 @torch.no_grad()
-def test_a_cache_changes_nothing(frames, steps):
-    u = CausalNetwork(tiny_causal())
+def test_a_cache_changes_nothing(u, frames, steps):
     rollouts = (causal_rollout(u, clip(frames), time_grid(steps), PROMPT, cached=cached) for cached in (True, False))
     with_cache, without = rollouts
     assert with_cache.shape == (steps + 1, 2, frames, 4, 4, 4)
@@ -146,9 +154,9 @@ def test_a_cache_changes_nothing(frames, steps):
 
 
 @torch.no_grad()
-def test_teacher_forcing_sees_what_the_cache_holds():
+def test_teacher_forcing_sees_what_the_cache_holds(u):
     """The last chunk of the clean path is the chunk that a cache of the same clean frames is read for."""
-    u, x, z = CausalNetwork(tiny_causal()), clip(9), clip(4, seed=1)
+    x, z = clip(9), clip(4, seed=1)
     forced = u(z, T, R, PROMPT, clean=x[:, 5:], past=x[:, :5])
     cache = u(x[:, :7], None, None, PROMPT, fill_cache=True)
     assert close(forced[:, 2:], u(z[:, 2:], T, R, PROMPT, cache=cache))
@@ -237,7 +245,7 @@ def test_no_chunk_sees_a_later_one():
     u, chunks = CausalNetwork(tiny_causal(full_chunk_limit=3)), (1, 2, 2)
     z, x, older = clip(5), clip(5, seed=1), clip(3, seed=2)
     for chunk in range(3):
-        from_here = [each for each in range(3) if each >= chunk]
+        from_here = [later for later in range(3) if later >= chunk]
 
         def moved(z_now, chunk=chunk, **condition):
             before, after = ({name: pair[side] for name, pair in condition.items()} for side in (0, 1))
@@ -252,17 +260,17 @@ def test_no_chunk_sees_a_later_one():
     # with a past, z are the three chunks of two frames after it
     z, x, chunks = clip(6), clip(6, seed=1), (2, 2, 2)
     for chunk in range(3):
-        forced = [u(z, T, R, PROMPT, clean=each, past=older) for each in (x, bump(x, chunk, chunks))]
+        forced = [u(z, T, R, PROMPT, clean=known, past=older) for known in (x, bump(x, chunk, chunks))]
         assert chunks_that_moved(*forced, chunks) == list(range(chunk + 1, 3))
-    forced = [u(z, T, R, PROMPT, clean=x, past=each) for each in (older, bump(older, 1, (1, 2)))]
+    forced = [u(z, T, R, PROMPT, clean=x, past=old) for old in (older, bump(older, 1, (1, 2)))]
     assert chunks_that_moved(*forced, chunks) == [0, 1, 2]
 
 
 @torch.no_grad()
 def test_what_is_remembered_of_a_chunk_does_not_depend_on_later_ones():
     u, x = CausalNetwork(tiny_causal(full_chunk_limit=3)), clip(7)
-    before, after = (u(each, None, None, PROMPT, fill_cache=True) for each in (x, bump(x, 3, (1, 2, 2, 2))))
-    assert [tuple(each.shape[3] for each in layer) for layer in before] == [(3 * 1, 4 * 4)] * TINY["num_layers"]
+    before, after = (u(frames, None, None, PROMPT, fill_cache=True) for frames in (x, bump(x, 3, (1, 2, 2, 2))))
+    assert [tuple(part.shape[3] for part in layer) for layer in before] == [(3 * 1, 4 * 4)] * TINY["num_layers"]
     for mine, theirs in zip(before, after, strict=True):
         assert torch.equal(mine[0], theirs[0])
         assert close(mine[1][..., :8, :], theirs[1][..., :8, :], 1e-6)
@@ -270,8 +278,8 @@ def test_what_is_remembered_of_a_chunk_does_not_depend_on_later_ones():
 
 
 @torch.no_grad()
-def test_reading_leaves_the_cache_alone_and_rows_can_be_picked():
-    u, z = CausalNetwork(tiny_causal()), clip(2)
+def test_reading_leaves_the_cache_alone_and_rows_can_be_picked(u):
+    z = clip(2)
     cache = u(clip(3, seed=1), None, None, PROMPT, fill_cache=True)
     before = [part.clone() for layer in cache for part in layer]
     out = u(z, T, R, PROMPT, cache=cache)
@@ -282,8 +290,8 @@ def test_reading_leaves_the_cache_alone_and_rows_can_be_picked():
 
 @pytest.mark.parametrize("cached", [True, False])
 @torch.no_grad()
-def test_a_prefix_comes_out_untouched_and_is_seen(cached):
-    u, z, times = CausalNetwork(tiny_causal()), clip(7), time_grid(2)
+def test_a_prefix_comes_out_untouched_and_is_seen(u, cached):
+    z, times = clip(7), time_grid(2)
     whole = causal_rollout(u, z, times, PROMPT, cached=cached)
     for frames in (1, 5):
         prefix = whole[-1][:, :frames]
@@ -295,9 +303,9 @@ def test_a_prefix_comes_out_untouched_and_is_seen(cached):
 
 
 @torch.no_grad()
-def test_backward_simulation_runs_chunk_by_chunk_three_jumps_each():
+def test_backward_simulation_runs_chunk_by_chunk_three_jumps_each(u):
     """Rows leave out their zero-length jumps, cache and all, and come out as if alone."""
-    u, z = EvaluationCounter(CausalNetwork(tiny_causal())), clip(5)
+    u, z = EvaluationCounter(u), clip(5)
     lengths, step, simulate = torch.tensor([8, 2]), torch.tensor([3, 0]), causal.causal_backward_simulation()
     both = simulate(u, z, lengths, step, 5.0, prompt=PROMPT)
     assert u.rows == 3 * (3 + 2) + 2 * 2  # three chunks of jumps, and two contexts remembered for two rows
@@ -344,9 +352,9 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_bad_input_is_one_clear_line(line):
+def test_bad_input_is_one_clear_line(u, line):
     with refused(line), torch.no_grad():
-        LINES[line](CausalNetwork(tiny_causal()))
+        LINES[line](u)
 
 
 def test_a_ragged_clip_ends_with_a_shorter_chunk_cached_or_not():

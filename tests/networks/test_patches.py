@@ -71,7 +71,9 @@ def test_times_of_each_frame_and_rollouts_through_the_cache_are_those_of_stock()
         (lambda u: u(Z, t, 0.5 * t, prompt=PROMPT), "bidirectional"),
         (lambda u: causal_rollout(u, Z, times, PROMPT, 1, 2), "causal"),
     ):
-        ours, theirs = (run(network(each)) for each in (use_per_frame_modulation(adapted(kind)), adapted(kind)))
+        ours, theirs = (
+            run(network(transformer)) for transformer in (use_per_frame_modulation(adapted(kind)), adapted(kind))
+        )
         assert distance([ours], [theirs]) < 1e-5
 
 

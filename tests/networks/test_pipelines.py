@@ -93,7 +93,7 @@ def distance(one, other):
 def test_stock_diffusers_samples_what_our_sampler_does(folder, network, parts, tmp_path):
     """Along even steps, and along a grid shifted towards noise."""
     save_pipeline(tmp_path / "shifted", network, *parts, shift=5)
-    pipelines, prompt = [stock(AnyFlowPipeline, each) for each in (folder, tmp_path / "shifted")], parts[1](PROMPTS)
+    pipelines, prompt = [stock(AnyFlowPipeline, path) for path in (folder, tmp_path / "shifted")], parts[1](PROMPTS)
     for steps in (1, 3, 8):
         ends = [sample_flow_map(network, Z, time_grid(steps, shift), prompt=prompt)[-1] for shift in (1, 5)]
         for pipeline, expected in zip(pipelines, ends, strict=True):
@@ -131,7 +131,7 @@ def test_the_causal_pipeline_is_our_rollout(causal_folder, causal, parts):
     padded = CausalNetwork(copy.deepcopy(causal.transformer), timesteps=TINY_TIMESTEPS, padded=True)
     prompt, untouched, ours = parts[1](PROMPTS), stock(AnyFlowFARPipeline, causal_folder), load_pipeline(causal_folder)
     for steps in (1, 3):
-        ends = [causal_rollout(each, Z, time_grid(steps, 5), prompt)[-1] for each in (padded, causal)]
+        ends = [causal_rollout(chunks, Z, time_grid(steps, 5), prompt)[-1] for chunks in (padded, causal)]
         for pipeline, expected in zip((untouched, quiet(ours)), ends, strict=True):
             assert distance(sample(pipeline, Z, steps), expected) < 1e-5
         assert distance(*ends) > 1e-3  # the padding is seen
@@ -143,7 +143,7 @@ def test_the_causal_pipeline_is_our_rollout(causal_folder, causal, parts):
     longer, options = clip(9, seed=1), {"num_frames": 33, "chunk_partition": [1, 2, 2, 2, 2]}
     expected = causal_rollout(causal, longer, time_grid(2, 5), prompt)[-1]
     assert distance(sample(ours, longer, 2, **options), expected) < 1e-5
-    kinds = [{type(block.attn1.processor) for block in each.transformer.blocks} for each in (untouched, ours)]
+    kinds = [{type(block.attn1.processor) for block in pipeline.transformer.blocks} for pipeline in (untouched, ours)]
     assert kinds == [{AnyFlowCausalAttnProcessor}, {CausalAttention}]  # the files know nothing of ours
     assert not [file for file in causal_folder.rglob("*.json") if "minianyflow" in file.read_text()]
 
@@ -156,6 +156,9 @@ def test_the_networks_own_chunks_are_saved(parts, tmp_path):
     assert tuple(pipeline.transformer.config.chunk_partition) == (2, 3)
     expected = causal_rollout(network, Z, time_grid(2), parts[1](PROMPTS), first=2, rest=3)[-1]
     assert distance(sample(pipeline, Z, 2), expected) < 1e-5
+    # chunks that five frames do not make: those of the next longer clip
+    save_pipeline(tmp_path / "pairs", trained(CausalNetwork(tiny_causal(), first=2, rest=2)), *parts)
+    assert json.loads((tmp_path / "pairs/transformer/config.json").read_text())["chunk_partition"] == [2, 2, 2]
 
 
 def python_in(folder):
@@ -200,7 +203,7 @@ def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     monkeypatch.undo()
     target.mkdir()
     save_pipeline(target, network, *parts)  # an empty folder is welcome
-    assert [each.name for each in tmp_path.iterdir()] == ["new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
     assert len({file.stat().st_mode for file in target.rglob("*") if file.is_file()}) == 1  # others may read all of it
     before = sorted(target.rglob("*"))
     with refused("new exists and is not an empty folder; expected a new one"):
@@ -246,9 +249,3 @@ def test_folders_that_are_no_pipeline_are_one_line(folder, tmp_path):
     index.write_text("{")
     with refused("broken does not load"):
         load_pipeline(broken)
-
-
-def test_chunks_that_five_frames_do_not_make_are_saved_for_the_next_longer_clip(parts, tmp_path):
-    save_pipeline(tmp_path / "pairs", trained(CausalNetwork(tiny_causal(), first=2, rest=2)), *parts)
-    config = json.loads((tmp_path / "pairs/transformer/config.json").read_text())
-    assert config["chunk_partition"] == [2, 2, 2]

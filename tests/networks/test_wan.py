@@ -86,15 +86,15 @@ def test_rows_do_not_see_each_other_and_prompts_matter(network, text):
 
 
 def test_text_is_padded_with_zeros_and_always_the_same(text):
-    every = [*PROMPTS, "", "three moving left"]
-    embeddings = text(every)
+    prompts = [*PROMPTS, "", "three moving left"]
+    embeddings = text(prompts)
     assert embeddings.shape == (4, PROMPT_LENGTH, TINY["text_dim"])
-    for prompt, rows in zip(every, embeddings, strict=True):
+    for prompt, rows in zip(prompts, embeddings, strict=True):
         length = len(prompt.split()) + 1  # the end token
         assert bool((rows[:length].norm(dim=1) > 0.1).all())
         assert not bool(rows[length:].any())
-    assert torch.equal(TextEncoder()(every), embeddings)
-    assert torch.allclose(text(every[1:2]), embeddings[1:2], atol=1e-6)
+    assert torch.equal(TextEncoder()(prompts), embeddings)
+    assert torch.allclose(text(prompts[1:2]), embeddings[1:2], atol=1e-6)
     words = text(wan.WORDS).flatten(1)
     assert float((torch.cdist(words, words) + 10 * torch.eye(len(words))).min()) > 0.1  # all of them differ
 
