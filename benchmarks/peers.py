@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--target", nargs="+", default=["spiral"], metavar="NAME", help="spiral, ring8, checkerboard (default: spiral)")
     add("--seconds", type=float, default=150.0, help="CPU seconds of training per method (default: 150)")
     add("--width", type=int, default=128, help="of every network (default: 128)")
-    add("--seeds", default="0,1,2", help="trained together, as one network (default: 0,1,2)")
+    add("--seeds", default="0,1,2", type=cli.whole_numbers, help="trained together, as one network (default: 0,1,2)")
     names = "flow_matching, torchcfm, 'torchcfm, OT' (default: all; nothing after --peers: ours alone)"
     add("--peers", nargs="*", default=list(PEERS), metavar="PEER", help=names)
     add("--output", default="outputs/compare", help="folder (default: outputs/compare)")
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     options = (arguments.seconds, tuple(arguments.peers), arguments.output, arguments.workers, arguments.quiet)
     budget = replace(BUDGET, width=arguments.width)
-    report = run(tuple(arguments.target), cli.whole_numbers(arguments.seeds), *options, budget)
+    report = run(tuple(arguments.target), arguments.seeds, *options, budget)
     for name, target in report["targets"].items():
         print(f"\n{name}\n\n{table(target)}\n\n{ratio_table(target)}")
     print(f"\nwritten: {arguments.output}/peers.json, {arguments.output}/peers.png")

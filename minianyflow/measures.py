@@ -15,8 +15,6 @@ from minianyflow.mixtures import GaussianMixture
 from minianyflow.notation import Samples
 from minianyflow.support.errors import InputError
 
-ENOUGH = 2048  # samples below which a Frechet distance says little
-
 
 def sobol_noise(count: int, shape: Sequence[int], seed: int = 0) -> Samples:
     """Standard normal noise (count, *shape) that fills space evenly: the normal quantiles of scrambled Sobol points."""
@@ -58,7 +56,7 @@ def path_error(end: Samples, exact_end: Samples) -> float:
     return float((end - exact_end).norm(dim=1).mean())
 
 
-def frechet_distance(a: Tensor, b: Tensor, least: int = ENOUGH) -> float:
+def frechet_distance(a: Tensor, b: Tensor, least: int = 2048) -> float:
     """Frechet distance of the Gaussians fitted to samples a, b (n, *shape), n at least `least`; in squared data units.
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, equation 6).

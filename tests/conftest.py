@@ -19,7 +19,6 @@ ROOT = [f"minianyflow.{module.name}" for module in pkgutil.iter_modules(minianyf
 CHECKED = [*ROOT, "minianyflow.networks"]
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")  # int is a float
 
-from minianyflow.times import generator  # noqa: E402
 from toy_data import plane  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
@@ -52,18 +51,3 @@ def tiny_demo(tmp_path_factory):
         )
         assert commands.demo(arguments) == 0
     return folder, printed.getvalue()
-
-
-@pytest.fixture
-def states():
-    """`states(mixture, n, seed)`: z_t of that mixture with times t > s > r, all float64, times apart by .02 or more."""
-
-    def draw(mixture, count=64, seed=0):
-        source = generator(seed)
-        t, s, r = (torch.rand(3, count, generator=source, dtype=torch.float64) * 0.9).sort(0, descending=True).values
-        t, r = t + 0.08, (r - 0.02).clamp(min=0)
-        x = mixture.sample(count, source)
-        eps = torch.randn(x.shape, generator=source, dtype=x.dtype)
-        return (1 - t)[:, None] * x + t[:, None] * eps, t, s + 0.02, r
-
-    return draw

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
         (["demo", "--seeds", "1,1"], "different"),
         (["demo", "--workers", "0"], "at least 1"),
         (["demo", "--steps", "many"], "--help"),
-        (["video", "--nfe", "1,four"], "step counts '1,four'"),
+        (["video", "--nfe", "1,four"], "argument --nfe: '1,four'"),
         (["video", "--nfe", "0,1"], "expected 1 or more"),
         (["video", "--nfe", "32,64"], "causal take those"),
         (["dmeo"], "did you mean 'demo'"),

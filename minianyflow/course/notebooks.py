@@ -33,14 +33,13 @@ def start(name: str, minutes: float, needs: str = "nothing but the library") -> 
     print(f"about {minutes:g} minute{'s' if minutes > 1 else ''} on two cores, top to bottom; needs {needs}")
 
 
-def claim(what: str, figures, at_most: float | None = None, at_least: float | None = None) -> None:
+def claim(what: str, figures, at_most: float = math.inf, at_least: float = -math.inf) -> None:
     """Print figures, one or one per seed, beside their bound; AssertionError unless every one holds."""
     values = np.asarray([float(value) for value in np.ravel(figures)] or [math.nan])
-    low, high = (-math.inf if at_least is None else at_least), (math.inf if at_most is None else at_most)
-    holds = bool((np.isfinite(values) & (values >= low) & (values <= high)).all())
+    holds = bool((np.isfinite(values) & (values >= at_least) & (values <= at_most)).all())
     seeds = f" ({values.min():.3g} to {values.max():.3g}, {len(values)} runs)" if len(values) > 1 else ""
-    bounds = [f"{word} {bound:.4g}" for word, bound in (("at least", low), ("at most", high)) if math.isfinite(bound)]
-    bound = " and ".join(bounds) or "no bound stated"
+    bounds = ("at least", at_least), ("at most", at_most)
+    bound = " and ".join(f"{word} {number:.4g}" for word, number in bounds if math.isfinite(number))
     line = f"{'holds' if holds else 'FAILS'}  {what}: {values.mean():.3g}{seeds}, {bound}"
     print(line)
     if not holds:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from minianyflow.live.player import STATIC
 from minianyflow.live.scenes import SCENES, open_scene
 from minianyflow.support import install
-from minianyflow.support.errors import InputError, choose
+from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
 
 READY = '.lm-player[data-ready="1"]'  # the first picture is drawn
@@ -35,8 +35,6 @@ def page_text(page: dict, payload: bytes) -> str:
 def write_pages(output="outputs/live", names: Sequence[str] | None = None, quiet: bool = False) -> list[Path]:
     """Write NAME.html for those scenes (default: all), all files or none; returns the paths."""
     names = list(names or SCENES)
-    for name in names:
-        choose("scene", name, SCENES)
     with staging_folder(output) as folder:
         for name in tqdm(names, unit="page", disable=quiet or None):
             (folder / f"{name}.html").write_text(page_text(*open_scene(name).offline_page()), encoding="utf-8")

@@ -5,7 +5,7 @@ import textwrap
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from minianyflow.live.player import unpack
 
@@ -58,8 +58,7 @@ def _canvas():
 
 def _pale(colour, share):
     """A colour mixed with white."""
-    parts = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
-    return tuple(round(255 - share * (255 - part)) for part in parts)
+    return tuple(round(255 - share * (255 - part)) for part in ImageColor.getrgb(colour))
 
 
 def _dots(pen, points, radius, colour):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from minianyflow.support.cli import experiment_parser, whole_numbers
+from minianyflow.support.cli import experiment_parser
 
 
 def demo(argv: list[str]) -> int:
@@ -34,11 +34,10 @@ def ablate(argv: list[str]) -> int:
 
 def exposure(argv: list[str]) -> int:
     """Exposure bias on the circle process, where it is exact, six minutes; writes exposure.json and exposure.png."""
-    parser = experiment_parser(exposure, "outputs/exposure", seeds="0,1,2")
-    options = vars(parser.parse_args(argv))
+    options = vars(experiment_parser(exposure, "outputs/exposure", seeds="0,1,2").parse_args(argv))
     from minianyflow.plane.exposure import run
 
-    run(**options | {"seeds": whole_numbers(options["seeds"])})
+    run(**options)
     print(f"\nwritten: {options['output']}/exposure.json, {options['output']}/exposure.png")
     return 0
 
@@ -51,5 +50,4 @@ def _race_options(command, argv, output):
     options = vars(parser.parse_args(argv))
     from minianyflow.plane.race import BUDGET
 
-    budget = replace(BUDGET, steps=options.pop("steps"))
-    return options | {"seeds": whole_numbers(options["seeds"]), "budget": budget}
+    return options | {"budget": replace(BUDGET, steps=options.pop("steps"))}

@@ -20,7 +20,7 @@ def experiment_parser(command, output, seeds=None):
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = Parser(f"minianyflow {command.__name__}", description=command.__doc__, formatter_class=defaults)
     if seeds:
-        parser.add_argument("--seeds", default=seeds, help="trained together, as one network")
+        parser.add_argument("--seeds", default=seeds, type=whole_numbers, help="trained together, as one network")
     parser.add_argument("--output", default=output, help="folder for what is written")
     parser.add_argument("--workers", default=2, type=int, help="processes; each takes one core")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -45,9 +45,9 @@ def run(command):
         return 130
 
 
-def whole_numbers(text, what="seeds"):
-    """'0,1,2' to (0, 1, 2)."""
+def whole_numbers(text):
+    """'0,1,2' to (0, 1, 2), as the type of an argument."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"{what} {text!r}; expected whole numbers with commas between, like 0,1,2") from None
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers with commas between, like 0,1,2") from None

@@ -18,12 +18,12 @@ def video(argv: list[str]) -> int:
     """Measure the trained video students at 1 to 128 steps, about 40 minutes; writes any_step.json and pictures."""
     parser = experiment_parser(video, "outputs/video")
     parser.add_argument("--weights", default=None, help="folder of the trained networks (None: toy_data/video)")
-    parser.add_argument("--nfe", default="1,2,4,8,16,32,64,128", help="step counts; fewer take less time")
+    parser.add_argument("--nfe", default="1,2,4,8,16,32,64,128", type=whole_numbers, help="step counts; fewer: faster")
     arguments = parser.parse_args(argv)
-    nfes = whole_numbers(arguments.nfe, "step counts")
     from minianyflow.video.report import WEIGHTS, run, table
 
-    report = run(arguments.weights or WEIGHTS, arguments.output, None, nfes, arguments.workers, arguments.quiet)
+    folder = arguments.weights or WEIGHTS
+    report = run(folder, arguments.output, None, arguments.nfe, arguments.workers, arguments.quiet)
     print(f"\n{table(report)}\n")
     print(f"written to {arguments.output}: any_step.json, any_step.png, from_ideal.png, contact_sheet.png")
     return 0

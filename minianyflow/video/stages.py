@@ -167,12 +167,6 @@ def build_consistency(stage: Stage, seed: int, earlier: Earlier) -> Built:
     return {"student": student}, earlier.draw(stage, seed, **FLOW_MATCHING)
 
 
-def build_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
-    """Backward simulation and distribution matching, with the parent's forward loss beside it."""
-    student = earlier.network(stage.parent, seed)
-    return _on_policy(stage, seed, earlier, student, earlier.forward(STAGES[stage.parent]), stage.options)
-
-
 def build_causal(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """Teacher forcing: flow matching on data for the causal teacher, the forward stage with its velocity for others."""
     if stage.kind == "causal_teacher":
@@ -184,17 +178,16 @@ def build_causal(stage: Stage, seed: int, earlier: Earlier) -> Built:
     return {"student": student}, lambda step: cycle_context_lengths(whole(step), step, network)
 
 
-def build_causal_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
-    """On-policy training chunk by chunk from its own context; scores see the whole clip; teacher forcing beside it."""
-    student = earlier.causal(stage.parent, seed)
-    forward = TeacherForced(earlier.forward(STAGES[stage.parent], "causal_teacher"))
-    options = dict(stage.options)
-    simulate = causal_backward_simulation(options.pop("context_gradient", False), student.first, student.rest)
-    cut = partial(cycle_context_lengths, network=student)
-    return _on_policy(stage, seed, earlier, student, forward, options, cut, simulate=simulate)
-
-
-def _on_policy(stage, seed, earlier, network, forward, options, cut=lambda batch, step: batch, **simulation):
+def build_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
+    """Distribution matching of whole clips, from a causal student chunk by chunk; beside it the parent's loss."""
+    parent, options, simulation = STAGES[stage.parent], dict(stage.options), {}
+    causal = stage.kind == "causal_on_policy"
+    if causal:
+        network, forward = earlier.causal(stage.parent, seed), TeacherForced(earlier.forward(parent, "causal_teacher"))
+        gradient = options.pop("context_gradient", False)
+        simulation["simulate"] = causal_backward_simulation(gradient, network.first, network.rest)
+    else:
+        network, forward = earlier.network(stage.parent, seed), earlier.forward(parent)
     student = _role(network, stage, None, betas=(0.0, 0.999))
     fake = _role(earlier.network("teacher"), stage, None, lr=FAKE_RATE * stage.lr, betas=(0.0, 0.999))
     real = earlier.velocity("teacher", stage.guidance)
@@ -203,7 +196,8 @@ def _on_policy(stage, seed, earlier, network, forward, options, cut=lambda batch
     whole, shape = earlier.draw(stage, seed), earlier.latents.shape[1:]
 
     def draw(step):
-        return cut(whole(step), step) | draw_on_policy(shape, stage.rows, generator(seed, 4, step))
+        batch = cycle_context_lengths(whole(step), step, network) if causal else whole(step)
+        return batch | draw_on_policy(shape, stage.rows, generator(seed, 4, step))
 
     return {"student": student, "fake": fake}, draw
 
@@ -219,7 +213,7 @@ BUILDERS = {
     "on_policy": build_on_policy,
     "causal_teacher": build_causal,
     "causal": build_causal,
-    "causal_on_policy": build_causal_on_policy,
+    "causal_on_policy": build_on_policy,
 }
 
 

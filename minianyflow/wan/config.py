@@ -262,11 +262,10 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
 
 def _check_order(files):
     """Overlays stand in the order of LAYERS: one named too early would silently be undone."""
-    layers = [(name, layer) for layer, names in LAYERS.items() for name in names]
-    place = {name: (list(LAYERS).index(layer), f"{layer} {name!r}") for name, layer in layers}
-    for (one, first), (other, second) in pairwise(place[file] for file in files if file in place):
-        if one >= other:
-            raise InputError(f"{first} before {second}; expected one of each at most, in the order {', '.join(LAYERS)}")
+    place = {name: number for number, names in enumerate(LAYERS.values()) for name in names}
+    for one, other in pairwise(file for file in files if file in place):
+        if place[one] >= place[other]:
+            raise InputError(f"{one} before {other}; expected one of each at most, in the order {', '.join(LAYERS)}")
 
 
 def _read(name):

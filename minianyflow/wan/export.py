@@ -133,15 +133,15 @@ def notes(config: Config) -> str:
     """The licence, in one line, and how a teacher is sampled."""
     apache = " (Apache 2.0)" if config.base.startswith("Wan-AI/") else ""
     licence = f"The weights stand under the licence of {config.base}{apache}."
-    if any(name.startswith("nvidia/") for name in [config.base, *_origins(config)]):
+    if any(name.startswith("nvidia/") for name in _origins(config)):
         licence = "The released AnyFlow weights that it stands on carry a non-commercial licence, which holds here too."
     return f"{TEACHER}\n\n{licence}" if config.stage == "teacher" else licence
 
 
 def _origins(config):
-    """All that a run started from, as far as its folders are there."""
+    """All that a run started from, its base included, as far as its folders are there."""
+    yield config.base
     for name in filter(None, (config.student, config.teacher)):
         yield name
         if (Path(name) / "config.yaml").is_file():
-            before, _ = read_run(name)
-            yield from (before.base, *_origins(before))
+            yield from _origins(read_run(name)[0])

@@ -232,8 +232,8 @@ def decode_latents(vae: nn.Module, latents: Tensor, batch: int = 1) -> Tensor:
 
 def _scale(vae):
     """Mean and spread of raw latents, (1, C, 1, 1, 1) each."""
-    pair = (vae.config.latents_mean, vae.config.latents_std)
-    return [torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1) for values in pair]
+    pair = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
+    return pair.view(2, 1, -1, 1, 1, 1)
 
 
 # A tiny Wan, of random weights

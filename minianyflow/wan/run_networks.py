@@ -51,8 +51,9 @@ class RunNetworks:
             torch.manual_seed(config.seed)
             if start:
                 load_role(weights_in(start), self.base, "start", from_bidirectional=whole)
-            options = {"rank": config.rank, "alpha": config.alpha, "targets": self._targets()}
-            add_role(self.base, role, **options, start="start" if start else None)
+            targets = TARGETS + (() if config.stage == "teacher" else EMBEDDERS)
+            targets += COARSE_PATCHES if config.architecture == "causal" else ()
+            add_role(self.base, role, config.rank, config.alpha, targets, "start" if start else None)
             if start:
                 remove_role(self.base, "start")
             network = RoleNetwork(self._wrap(self.base, whole), role)
@@ -87,10 +88,6 @@ class RunNetworks:
 
     def _wrap(self, transformer, whole):
         return network_of(transformer, self.config, self.frames if whole else None)
-
-    def _targets(self):
-        embedders = () if self.config.stage == "teacher" else EMBEDDERS
-        return TARGETS + embedders + (COARSE_PATCHES if self.config.architecture == "causal" else ())
 
     def _counted(self, role, network):
         self.counters.setdefault(role, []).append(EvaluationCounter(network))

@@ -233,9 +233,9 @@ def test_overlays_that_do_not_exist_or_come_too_early():
     assert "did you mean 'causal'" in said
     assert "no file mine.yaml; expected one, or one of bidirectional, causal" in one_line(["mine.yaml"])
     expected = "one of each at most, in the order model, architecture"
-    assert f"stage 'on_policy' before model 'wan-14b'; expected {expected}" in one_line(["on_policy", "wan-14b"])
-    assert "architecture 'causal' before architecture 'bidirectional'" in one_line(["causal", "bidirectional"])
-    assert "size 'tiny' before stage 'forward'" in one_line(["tiny", "forward"])
+    assert f"on_policy before wan-14b; expected {expected}" in one_line(["on_policy", "wan-14b"])
+    assert "causal before bidirectional" in one_line(["causal", "bidirectional"])
+    assert "tiny before forward" in one_line(["tiny", "forward"])
 
 
 def test_a_missing_gpu_is_one_line(monkeypatch):
