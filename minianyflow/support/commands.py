@@ -46,7 +46,8 @@ SLOWEST_FIRST = ("notebooks", "tests/wan", "tests/live", "tests")  # a file is o
 
 def _pytest(*arguments, python=sys.executable):
     _needs_checkout("test")
-    return subprocess.call([python, "-m", "pytest", "--numprocesses=2", "--dist=loadfile", *arguments], cwd=ROOT)
+    workers = ("--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder")
+    return subprocess.call([python, "-m", "pytest", *workers, *arguments], cwd=ROOT)
 
 
 def _install_browser():

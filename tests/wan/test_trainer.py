@@ -16,7 +16,7 @@ from accelerate.tracking import GeneralTracker
 from minianyflow.batch import batches
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
-from minianyflow.training import Role
+from minianyflow.training import Role, train
 from minianyflow.wan.guard import Guard, end_trackers, log_figures, start_trackers
 from minianyflow.wan.trainer import train_run
 from tests.refused import refused
@@ -41,6 +41,24 @@ def run(role, draw, steps=12, **options):
 
 def same(a, b, tolerance=0.0):
     return all(torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("loop", [train, train_run])
+def test_a_step_draws_one_batch_for_all_roles(loop):
+    steps, seen, draw = [], {"student": [], "fake": []}, batches(RING.sample, 8)
+
+    def recorded(name):
+        def loss(network, batch):
+            seen[name].append(batch["x"])
+            return network(batch["x"], batch["t"], batch["r"]).square().mean(1), {}
+
+        return loss
+
+    roles = {name: Role(MLP(seeds=(seed,)), recorded(name)) for seed, name in enumerate(seen)}
+    loop(roles, lambda step: steps.append(step) or draw(step), 3, 2, progress=False)
+    assert steps == [0, 1, 2]
+    for rows in seen.values():  # two micro-batches per step: the batch of the step, whole and once
+        assert torch.equal(torch.cat(rows), torch.cat([draw(step)["x"] for step in range(3)]))
 
 
 @pytest.mark.slow
