@@ -49,9 +49,10 @@ def test_the_discrete_loss_is_what_it_says(solver):
     """Every option by hand: the grid, the averaged student, the teacher's step, the weight, the adaptive weight."""
     student, average = MLP(shape=(1,)).double(), MLP(shape=(1,), seeds=(1,)).double()
     batch = double_batch()
+    batch["t"][0] = 0  # belongs to the first step of the grid
     loss = ConsistencyLoss(GAUSSIAN.velocity, average, grid=8, solver=solver, weight=torch.sqrt, adaptive=0.5)
     losses, raw = loss(student, batch)
-    upper = torch.ceil(8 * batch["t"]) / 8
+    upper = torch.ceil(8 * batch["t"].clamp(min=0.01)) / 8
     lower = upper - 1 / 8
     z = interpolate(batch["x"], batch["eps"], upper)
     v = GAUSSIAN.velocity(z, upper)

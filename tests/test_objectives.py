@@ -119,6 +119,13 @@ def test_a_batch_of_one_has_every_kind_in_its_share():
     assert float((r == 0).float().mean()) == pytest.approx(0.25, abs=0.05)
 
 
+def test_numbers_that_round_up_to_one_leave_no_row_without_objective(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 1 - 2**-24))  # the largest it draws
+    pairs = draw_pairs(3, diagonal=0, end=0)
+    assert float(pairs["objective_draw"].max()) < 1
+    assert len(FlowMapLoss({"eulerian": 1.0}).kinds(pairs | {"r": pairs["t"] / 2})["eulerian"]) == 3
+
+
 def test_long_keys_do_not_collide():
     keys = [(seed, step) for seed in (0, 1 << 32) for step in range(50)]
     assert len({float(torch.rand(1, generator=generator(*key))) for key in keys}) == 100

@@ -240,6 +240,22 @@ def test_gradient_reaches_earlier_chunks_only_if_asked(cached, context_gradient)
     assert (u.transformer.far_patch_embedding.weight.grad is not None) == (context_gradient or not cached)
 
 
+def test_a_rollout_without_gradient_keeps_no_graph_of_its_context(u):
+    """As the fake score's loss runs the student."""
+    parts = []
+
+    def watched(*arguments, **condition):
+        out = u(*arguments, **condition)
+        if condition.get("fill_cache"):
+            parts.extend(part for layer in out for part in layer)
+        return out
+
+    with torch.no_grad():
+        causal_rollout(watched, clip(3), time_grid(1), PROMPT, context_gradient=True)
+    assert len(parts) == 2 * len(u.transformer.blocks)
+    assert not any(part.requires_grad for part in parts)
+
+
 @torch.no_grad()
 def test_no_chunk_sees_a_later_one():
     u, chunks = CausalNetwork(tiny_causal(full_chunk_limit=3)), (1, 2, 2)

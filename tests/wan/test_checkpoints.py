@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, complete, and what is refused. Several processes and kills: test_processes.py."""
 
 import json
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -252,18 +253,21 @@ def test_a_disk_that_is_too_small_is_said_at_the_start(tmp_path, monkeypatch, fo
         run(tmp_path / folder, keep=2)
 
 
-def test_weights_that_are_not_finite_displace_no_checkpoint(tmp_path):
-    """One step may spoil them although its loss and gradient were finite."""
-    trained, draws, guard = roles(), batches(RING.sample, 8), Guard()
+@pytest.mark.parametrize("spoilt", ["weight", "state of the loss"])
+def test_what_is_not_finite_displaces_no_checkpoint(tmp_path, spoilt):
+    """One step may spoil it although its loss and gradient were finite."""
+    trained, guard, steps = roles(), Guard(), count()
+    role = trained["student"]
 
-    def spoil(step):
-        if step == 3:
-            next(trained["student"].network.parameters()).data[0] = torch.nan
-        return draws(step)
+    def spoil(*_):
+        if next(steps) == 3:
+            tensor = next(role.network.parameters()) if spoilt == "weight" else role.loss.diagonal_loss
+            tensor.data.fill_(torch.nan)
+        return False
 
-    guard.is_bad = lambda *_: False
+    guard.is_bad = spoil
     with refused(r"weights are not finite after 4 steps; not saved.* \(000002\): lower lr"):
-        run(tmp_path, keep=1, trained=trained, draw=spoil, guard=guard)
+        run(tmp_path, keep=1, trained=trained, guard=guard)
     (newest,) = Checkpoints(tmp_path).folders()
     check(newest)
 
