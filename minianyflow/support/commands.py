@@ -17,7 +17,7 @@ def setup(argv):
 
 
 def test(argv):
-    """Run every test but the long ones, browser and notebooks included, in two processes: a quarter of an hour."""
+    """Run every test but the long ones, browser and notebooks included, in two processes: eight minutes on two cores."""
     Parser("minianyflow test", description=test.__doc__).parse_args(argv)
     _install_browser()
     return _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
@@ -32,7 +32,7 @@ def test_all(argv):
 
 
 def check(argv):
-    """The quick loop, a minute: lint, the floors of the house, tables in the docs, then the fast tests."""
+    """The quick loop, under a minute: lint, the floors of the house, tables in the docs, then the fast tests."""
     Parser("minianyflow check", description=check.__doc__).parse_args(argv)
     _needs_checkout("check")
     steps = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["minianyflow", "docs", "--check"])
