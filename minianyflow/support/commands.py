@@ -17,7 +17,7 @@ def setup(argv):
 
 
 def test(argv):
-    """Run every test but the long ones, browser and notebooks included, in two processes: eight minutes on two cores."""
+    """Run every test but the long ones, browser and notebooks too, in two processes: eight minutes on two cores."""
     Parser("minianyflow test", description=test.__doc__).parse_args(argv)
     _install_browser()
     return _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
