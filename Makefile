@@ -34,13 +34,13 @@ bench-live: setup  ## how quickly the scenes answer, in a headless browser
 docs: setup   ## write the tables of README.md and docs/ anew from the committed results
 	@$(RUN) docs
 
-test: setup   ## every test but the long ones, browser and notebooks included: a quarter of an hour on two cores
+test: setup   ## every test but the long ones, browser and notebooks included: eight minutes on two cores
 	@$(RUN) test
 
 test-all: setup  ## every test, then the fast ones with the lowest versions of all packages: two hours
 	@$(RUN) test-all
 
-check: setup  ## lint, the floors of the house, docs, the fast tests: a minute
+check: setup  ## lint, the floors of the house, docs, the fast tests: under a minute
 	@$(RUN) check
 
 setup:        ## .venv with the pinned packages; done once

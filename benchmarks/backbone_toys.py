@@ -22,7 +22,7 @@ from toy_data.plane import spiral
 
 POINTS = 1024
 STEPS = {"teacher": 400, "flow map": 500}
-TINY_TIMESTEPS = 5.0  # as in wan.py: docs/video.md says why tiny ones count slowly
+TINY_TIMESTEPS = 5.0  # as in networks/wan.py: docs/video.md says why tiny ones count slowly
 
 
 def spread_spiral(*shape):

@@ -66,5 +66,5 @@ def rollout(u: Network, z: State, times: Grid, **condition: Condition) -> Trajec
 
 
 def pick_rows(condition: dict[str, Condition], rows: Rows) -> dict[str, Condition]:
-    """The condition of some rows of a batch."""
+    """Some rows of a condition, or of a whole batch."""
     return tree_map(lambda value: value[rows], condition)

@@ -109,7 +109,8 @@ class FlowMapLoss:
 
     shares: the share of rows r < t per objective, e.g. {"eulerian": 0.5, "semigroup": 0.5}; {} is for r = t alone.
     velocity: that of a teacher or of exact truth; None takes the data velocity eps - x. weight: the weight of a row,
-    a function of its t. adaptive: see `adaptive_weight`. rebalance: see `rebalanced`.
+    a function of its t. adaptive: see `adaptive_weight`. rebalance: see `rebalanced`. derivative, delta: see
+    `eulerian_target`.
     Raises InputError for shares, guidance and velocity that do not go together.
     """
 

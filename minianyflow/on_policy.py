@@ -95,7 +95,7 @@ def distribution_matching_loss(x: State, real: Velocity, fake: Velocity, t: Time
 
 @dataclass
 class OnPolicyLoss(InnerState):
-    """The student's loss: distribution matching on simulated rollouts, plus the forward loss, for many steps.
+    """The student's loss: distribution matching on its rollouts, plus the forward loss, which keeps many steps good.
 
     real: the teacher's velocity. fake: the fake score, a network u(z, t, r). forward: the forward stage's loss.
     simulate: makes the samples, with the signature of `backward_simulation`.
@@ -134,7 +134,7 @@ class FakeScoreLoss:
     simulate: Callable[..., Trajectory] = backward_simulation
 
     def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
-        """Losses (B,), and their mean, the error of rows r = t."""
+        """Losses (B,), and their mean, by the name "tangent": all rows have r = t."""
         condition = batch.get("condition", {})
         with torch.no_grad():
             x = self.simulate(self.student, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)

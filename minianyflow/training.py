@@ -25,7 +25,8 @@ from minianyflow.support.errors import InputError
 class Role:
     """network: u(z, t, r). loss: `loss(network, batch) -> losses (B,), errors by name`; may be set later.
 
-    AdamW at `lr`: linear warm-up over `warmup` steps, then a cosine to zero (or constant). clip: largest gradient norm.
+    AdamW at `lr`, times a linear warm-up over `warmup` steps, times a cosine that falls to zero over the whole run if
+    `cosine`. clip: largest gradient norm.
     average: the moving average of the weights with decay `ema`, from step `ema_after` on, to sample from. With
     ema=None there is none. Raises InputError for a network without weights to train.
     """
@@ -127,7 +128,7 @@ def train(
 
 
 def mean_figures(figures: Sequence[dict[str, Tensor | float]]) -> dict[str, Tensor | float]:
-    """The mean of each figure, over those of the dicts that have it."""
+    """The mean of each figure, over the dicts that have it."""
     values = defaultdict(list)
     for name, value in (pair for some in figures for pair in some.items()):
         values[name].append(value)

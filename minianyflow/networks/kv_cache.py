@@ -1,7 +1,7 @@
 """The causal cache: keys and values of a clip's clean frames, computed once and read at every step of the next chunk.
 
     cache       a tuple over layers of (compressed, full), each (B, 2, heads, tokens, D): keys, then values.
-                Keys are kept before their rotary embedding. () is the cache before the first chunk.
+                Keys have no rotary embedding yet. () is the cache before the first chunk.
 
 Nothing is written in place: filling makes new tensors, reading concatenates. So autograd and recomputation may run
 either of them again, and a rollout may keep the gradient of its context.

@@ -1,9 +1,9 @@
 """One frozen base, three roles: student, teacher and fake score as LoRA adapters on one transformer of diffusers.
 
-Three copies of Wan2.1 14B are 86 GB in bfloat16; one base and three adapters do the same, if three silent failures are
-closed. RoleNetwork binds the role to the forward itself, and a checkpointed block (blocks.py) is recomputed under the
-role of its forward. Binding never touches requires_grad: peft's own `set_adapter` does, and a backward after it leaves
-the gradient None. Outside a bound forward no adapter is active: the transformer is the base.
+Three copies of Wan2.1 14B are 86 GB in bfloat16; one base and three adapters do the same, if switching between them
+cannot fail in silence. RoleNetwork binds the role to the forward itself, and a checkpointed block (blocks.py) is
+recomputed under the role of its forward. Binding never touches requires_grad: peft's own `set_adapter` does, and a
+backward after it leaves the gradient None. Outside a bound forward no adapter is active: the transformer is the base.
 
     u = W x + (alpha / rank) B A x      W frozen, of any dtype; A (rank, in), B (out, rank) float32, B = 0 at first
 

@@ -26,7 +26,7 @@ def teacher_forcing_batch(batch: Batch, partition: tuple[int, ...], full_chunk_l
 
 
 def cycle_context_lengths(batch: Batch, step: int, network: nn.Module) -> Batch:
-    """`teacher_forcing_batch` of one chunk fewer at each step, down to those at full resolution; then all again."""
+    """`teacher_forcing_batch`, one chunk shorter at each step until all are at full resolution; then whole again."""
     partition, full = network.partition(batch["x"].shape[1]), network.transformer.config.full_chunk_limit
     spare = max(len(partition) - full, 0)
     end = len(partition) - step % (spare + 1)  # all chunks at step 0: it trains every weight
@@ -45,5 +45,5 @@ class TeacherForced(InnerState):
     forward: Loss
 
     def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
-        """The losses (B,) and raw losses of the inner loss."""
+        """The losses (B,) of the inner loss, and its errors by name."""
         return self.forward(u, batch | {"condition": batch["condition"] | batch["context"]})

@@ -48,7 +48,7 @@ def sinusoids(t: Timesteps, size: int) -> Tensor:
 
 def rotary_angles(frames: int, high: int, wide: int, head_dim: int) -> Angles:
     """The angles (N, D / 2) of 3-D rotary positions: some pairs count the frame, some the row, some the column."""
-    side = 2 * (head_dim // 6)  # numbers of a head that rows have, and columns; frames have the rest
+    side = 2 * (head_dim // 6)  # of the numbers of a head, rows get so many, columns as many, frames the rest
     count = {"f": frames, "h": high, "w": wide}
     angles = []
     for axis, size in (("f", head_dim - 2 * side), ("h", side), ("w", side)):

@@ -236,7 +236,7 @@ def run(
 
 
 def load_student(arm: str, copy: int = 0, path: str | Path = STUDENTS) -> CausalMLP:
-    """The network of an arm KEPT and one seed that `run` wrote; by default the committed one."""
+    """The network of an arm (one of KEPT) and of one seed, as `run` wrote it; by default the committed one."""
     choose("arm", arm, dict.fromkeys(KEPT))
     weights, seeds, budget = read_copy(path, copy, f"{arm}/")
     return frozen(CausalMLP(budget["width"], seeds=seeds), weights)

@@ -60,7 +60,7 @@ def find_source(name: str, dtype: torch.dtype, device: torch.device | str) -> So
         first, *others = transformer.config.chunk_partition
         config = replace(config, causal=replace(config.causal, first=first, rest=max(others, default=first)))
     network = network_of(transformer, config)
-    network.timesteps = float(scheduler.config.num_train_timesteps)  # tiny ones count to 5: wan.TINY_TIMESTEPS
+    network.timesteps = float(scheduler.config.num_train_timesteps)  # tiny ones count to 5: networks/wan.py
     return Source(network, config, clip, codec_factor(name))
 
 

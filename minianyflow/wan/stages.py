@@ -40,7 +40,7 @@ forward = teacher  # with rows r < t, and the objective of the configuration, it
 
 
 def on_policy(config: Config, networks: RunNetworks, null: dict) -> dict[str, Role]:
-    """Backward simulation, distribution matching against a fake score, and the forward loss beside."""
+    """Backward simulation, distribution matching against a fake score, and the forward loss beside it."""
     student = networks.trained("student", config.student)
     fake = networks.trained("fake", config.teacher)
     real_velocity = guided(partial(velocity, networks.teacher(whole=True)), null, config.on_policy.real_guidance)

@@ -30,15 +30,15 @@ def train_run(
     guard=None,
     own_rows=False,
 ):
-    """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/KIND": raw error}.
+    """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/NAME": error}.
 
     draw(step): the global batch; with own_rows, the rows of this process alone, as `part_of` has them.
     accumulate: number of micro-batches per process (gradient accumulation). progress: a bar, none, or a dict of tqdm's
     options. on_step(step) is called after each step. The history is gathered from all processes every `log_every`
     steps and at the end, and passed to the accelerator's trackers, if it has any.
-    checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to. With it, SIGTERM or the end of the launcher
-    ends the run after its step, saved, with `guard.Preempted`. guard: a `guard.Guard` for bad batches; None stops at
-    the first.
+    checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to. With it, after SIGTERM or the end of its
+    launcher, the run finishes its step, saves, and raises `guard.Preempted`. guard: a `guard.Guard` for bad batches;
+    None stops at the first.
     Raises InputError if a loss is not finite, a weight that should learn gets no gradient, or one is frozen.
     """
     accelerator, guard = accelerator or Accelerator(), guard or Guard()
@@ -95,8 +95,8 @@ def _reduce_once(network):
     """Make a sharded network reduce its gradients once per backward, not once per forward.
 
     Processes differ in how often they evaluate a network, by the rows they have, and would wait for each other for
-    ever. FSDP2 reduces for every forward whose inputs it finds to have a gradient, and casts inputs. So it gets them
-    inside a function, where it looks for neither.
+    ever. FSDP2 searches the inputs of a forward for tensors: it casts them, and reduces once for every forward where
+    one has a gradient. It does not look into functions, so the inputs pass it inside one.
     """
 
     def hide(_, arguments, condition):

@@ -12,7 +12,7 @@ from minianyflow.wan.config import CONFIGS, FREE, LAYERS, OPTIONS, Config, as_ya
 
 MODELS, ARCHITECTURES = LAYERS["model"], LAYERS["architecture"]
 
-# recipe.md, section 2, written out once
+# the published recipe (AnyFlow, section 4 and its code), written out once
 OF_ALL = {"shift": 5.0, "clip": 1.0, "weight_decay": 0.0, "precision": "bf16", "trained": "lora", "rank": 256}
 OF_ALL |= {"alpha": 256.0, "drop": 0.1, "accumulate": 1, "adaptive": 0.0}
 FIRST_TWO = {"lr": 5e-5, "betas": [0.9, 0.95], "warmup": 1000, "ema": 0.999, "ema_after": 1000}
