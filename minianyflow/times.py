@@ -17,14 +17,14 @@ def time_shift(s: Tensor, shift: float = 1.0) -> Tensor:
     """Move times towards the noise: s -> shift s / (1 + (shift - 1) s). AnyFlow uses 5 for Wan2.1; 1 is no shift."""
     if not shift > 0:
         raise InputError(f"time shift {shift} is not positive; use 1 for none, 5 for Wan2.1")
-    return shift * s / (1 + (shift - 1) * s)
+    return (shift * s / (1 + (shift - 1) * s)).clamp(max=1)  # a shift below 1 may round up
 
 
 def time_grid(steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> Grid:
     """The times of a sampler that takes `steps` steps: (steps + 1,), from 1 down to 0, float32."""
     if int(steps) != steps or steps < 1:
         raise InputError(f"{steps} steps; a sampler takes a whole number of steps, at least 1")
-    return time_shift(torch.linspace(1, 0, int(steps) + 1, device=device), shift).clamp(max=1)  # a shift may round up
+    return time_shift(torch.linspace(1, 0, int(steps) + 1, device=device), shift)
 
 
 def check_grid(times: Grid, columns: bool = True) -> None:
