@@ -12,6 +12,7 @@ from minianyflow.networks.patches import use_per_frame_modulation
 from minianyflow.planner.forward_cost import ShapeNetworks
 from minianyflow.planner.gpu_check import TINY, Request, settings
 from minianyflow.wan import run as runs
+from minianyflow.wan import run_networks
 from minianyflow.wan.stages import STAGES, draws
 from minianyflow.wan.trainer import train_run
 from tests.networks.inputs import SHAPE, Watch, adapted, distance, network, output_and_gradient
@@ -64,8 +65,8 @@ def test_compiled_blocks_are_the_same_under_every_role(architecture):
 @pytest.mark.long
 @pytest.mark.usefixtures("untyped")
 def test_a_compiled_on_policy_run_has_the_losses_of_one_that_is_not(tmp_path, monkeypatch):
-    """Three roles on one base, rollouts under gradient, an average: all through `training.train`."""
-    monkeypatch.setattr(runs, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    """Three roles on one base, rollouts under gradient, an average: all through `trainer.train_run`."""
+    monkeypatch.setattr(run_networks, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
     histories = []
     for compiled in ("false", "true"):
         torch.compiler.reset()
