@@ -37,7 +37,7 @@ docs: setup   ## write the tables of README.md and docs/ anew from the committed
 test: setup   ## every test but the long ones, browser and notebooks included: eight minutes on two cores
 	@$(RUN) test
 
-test-all: setup  ## every test, then the fast ones with the lowest versions of all packages: half an hour or more
+test-all: setup  ## every test, then the fast ones with the lowest versions of all: half an hour or more
 	@$(RUN) test-all
 
 check: setup  ## lint, the floors of the house, docs, the fast tests: under a minute

@@ -24,7 +24,7 @@ def test(argv):
 
 
 def test_all(argv):
-    """Run every test, the long ones too, then the fast ones with the lowest versions of all packages: half an hour or more."""
+    """Run every test, the long ones too, then the fast ones with the lowest versions of all: half an hour or more."""
     Parser("minianyflow test-all", description=test_all.__doc__).parse_args(argv)
     _install_browser()
     failed = _pytest("--nbmake", "--nbmake-timeout=900", *SLOWEST_FIRST)
