@@ -168,6 +168,7 @@ class FlowMapLoss:
     rebalance: bool = False
     step: float = 1 / 16
     through_end: bool = False
+    average: Network | None = None
     diagonal_loss: Tensor | None = field(default=None, init=False)  # of the last micro-batch with rows r = t
 
     def __post_init__(self):
@@ -195,7 +196,7 @@ class FlowMapLoss:
         out, target, scale = torch.empty_like(z), torch.empty_like(z), torch.ones_like(t)
         rest = torch.ones_like(t, dtype=torch.bool)  # rows whose output does not come with their target
         for name, rows in kinds.items():
-            target[rows], scale[rows], now = self._target(name, u, batch, rows, z[rows])
+            target[rows], scale[rows], now = self._target(name, self.average or u, batch, rows, z[rows])
             if now is not None:
                 out[rows], rest[rows] = now, False
         rest = rest.nonzero().squeeze(1)

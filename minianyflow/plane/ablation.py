@@ -1,14 +1,49 @@
 """What limits the mixed flow map on the plane, what moves it, and how the baseline was tuned: one change at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from minianyflow.batch import Batch
 from minianyflow.consistency import time_weight
 from minianyflow.plane.race import Budget, check, exact_flow, in_report, run_method
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.support.reports import rounded, write_report
+
+
+def short_first(batch: Batch, progress: float) -> Batch:
+    """A curriculum: jumps begin at a tenth of their length and are whole from half of the training on."""
+    share = min(1.0, 0.1 + 1.8 * progress)
+    return batch | {"r": batch["t"] - share * (batch["t"] - batch["r"])}
+
+
+def more_ends(batch: Batch, progress: float, start: float = 0.7, share: float = 0.75) -> Batch:
+    """From `start` of the training on, `share` of the rows 0 < r < t go to r = 0."""
+    free = (batch["r"] < batch["t"]) & (batch["split"] < share) & (progress >= start)
+    return batch | {"r": torch.where(free, 0.0, batch["r"])}
+
+
+class LearntWeights:
+    """The loss of each row over the running mean of those of like t and t - r, in 8 x 8 cells: the learnt weight of
+    EDM2 (arXiv 2312.02696, section 3.3) at its own minimum. Rows r = t are cells of their own.
+    """
+
+    def __init__(self, inner: Callable):
+        self.inner, self.means = inner, torch.ones(9 * 8)
+
+    def __call__(self, u, batch):
+        """As the loss `inner`."""
+        losses, errors = self.inner(u, batch)
+        t, length = batch["t"], batch["t"] - batch["r"]
+        cell = (8 * t).long().clamp(max=7) + 8 * torch.where(length > 0, 1 + (8 * length).long().clamp(max=7), 0)
+        count = torch.bincount(cell, minlength=72)
+        now = torch.bincount(cell, losses.detach(), minlength=72) / count.clamp(min=1)
+        self.means = torch.where(count > 0, torch.lerp(self.means, now, 0.02), self.means)
+        return losses / self.means[cell], errors
+
 
 # Factors on the budget, and settings of the loss or of the pairs drawn; all else as in the demo.
 CHANGES = {

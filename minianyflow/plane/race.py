@@ -18,6 +18,7 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
+from minianyflow.plane.costs import counted, spent, step_cost
 from minianyflow.plane.students import METHODS, Budget, load_student, sample, save_copies  # noqa: F401 (of the course)
 from minianyflow.samplers import sample_ode
 from minianyflow.support.errors import InputError, choose
@@ -34,33 +35,37 @@ POINTS = 8192  # of the measure: fewer would measure the sampling noise
 DRAWS = 4  # of fresh noise for a sampler that re-noises, pooled for a second reading: one alone reads mostly that noise
 PIECE = 1024  # points sampled together: they stay in the processor's cache; a picture shows one piece
 SHOWN = (1, 4, 16, 64)
-ADAPTIVE = {"lagrangian": 0.25}  # 0.5 for the others, who are worse with 1/4; 0 and 1 were tried for it
+SETTINGS = {  # one change at a time: docs/plane.md
+    "lagrangian": {"shares": FLOW_MAPS["lagrangian"], "adaptive": 0.25},
+    "teacher_step": {"shares": {"teacher_step": 1.0}},
+    # a row has one time; ema: the target's and of what one samples from
+    "consistency": {"grid": 16, "solver": "heun", "weight": torch.ones_like, "diagonal": 1.0, "end": 0.0, "ema": 0.5},
+}
 BUDGET = Budget()
 
 
-def make_student(method: str, dataset: str, seeds: Sequence[int], budget: Budget, **changes) -> tuple[Role, Callable]:
-    """The role of one method, and `draw(step)`, the batches that it trains on.
+def make_student(
+    method: str, dataset: str, seeds: Sequence[int], budget: Budget, **changes
+) -> tuple[Role, Callable, dict[str, EvaluationCounter]]:
+    """The role of one method, `draw(step)`, the batches that it trains on, and the counters of its evaluations.
 
-    changes: for the ablation, to the options of the loss, to the pairs of times (`diagonal`, `end`), or to `ema`.
+    changes: for the ablation, to SETTINGS, which are options of the loss and of the pairs of times drawn, and `ema`.
+    wrap(loss): a loss around it. average_teaches: targets are made by the averaged student.
     """
     mixture = plane.load(dataset)
     choose("method", method, dict.fromkeys(METHODS[1:]))
-
-    def velocity(z, t, copy=None):  # the exact teacher, the same for every copy
-        return mixture.velocity(z, t)
-
-    pairs = {"diagonal": changes.pop("diagonal", 0.5), "end": changes.pop("end", 0.25)}
-    network = EvaluationCounter(MLP(mixture.shape, budget.width, budget.depth, seeds))
-    ema = changes.pop("ema", 0.5 if method == "consistency" else 0.999)  # the target's, and of what one samples from
-    student = Role(network, lr=budget.lr, ema=ema)
-    if method == "consistency":  # one change at a time: docs/plane.md
-        options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5}
-        student.loss = ConsistencyLoss(velocity, student.average, **options | changes)
-        pairs = {"diagonal": 1.0, "end": 0.0}  # a row has one time
-    else:
-        options = {"shares": FLOW_MAPS[method], "velocity": velocity, "adaptive": ADAPTIVE.get(method, 0.5)}
-        student.loss = FlowMapLoss(**options | changes)
-    return student, batches(mixture.sample, budget.rows, seeds, **pairs)
+    velocity, teacher = counted(lambda z, t, copy=None: mixture.velocity(z, t))  # exact, the same for every copy
+    network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
+    settings = {"velocity": velocity} | SETTINGS.get(method, {"shares": FLOW_MAPS.get(method)}) | changes
+    pairs = {"diagonal": settings.pop("diagonal", 0.5), "end": settings.pop("end", 0.25)}
+    ema, wrap = settings.pop("ema", 0.999), settings.pop("wrap", None)
+    student = Role(network, lr=budget.lr, muon=budget.muon, ema=ema)
+    if method == "consistency" or settings.pop("average_teaches", False):
+        settings["average"] = student.average
+    student.loss = (ConsistencyLoss if method == "consistency" else FlowMapLoss)(**{"adaptive": 0.5} | settings)
+    student.loss = wrap(student.loss) if wrap else student.loss
+    counters = {"student": network, "average": student.average.module, "teacher": teacher}
+    return student, batches(mixture.sample, budget.rows, seeds, **pairs), counters
 
 
 def sample_all(method: str, network, dataset: str, copies: int, bar: dict) -> tuple[dict, dict, dict]:
@@ -93,14 +98,17 @@ def run_method(method, dataset, seeds, budget, changes, quiet, position=0) -> di
     """Train one method (Euler has nothing to train), sample and measure it; on one thread, in a process of its own."""
     torch.set_num_threads(1)
     bar = {"position": position, "disable": quiet or None}  # None: shown where there is a terminal
-    network, seconds, evaluations, weights = None, 0.0, 0, None
+    network, cost, weights = None, {"train_seconds": 0.0, "steps": 0, "evaluations": 0}, None
     if method != "euler":
-        student, draw = make_student(method, dataset, seeds, budget, **changes)
-        start = time.perf_counter()
-        train({"student": student}, draw, budget.steps, progress={"desc": f"training {method}", **bar})
-        seconds, network = time.perf_counter() - start, student.average.module
-        evaluations, weights = student.network.rows + network.rows, network.network.state_dict()
-    cost = {"train_seconds": round(seconds, 1), "network_evaluations": evaluations}
+        warp = changes.pop("warp", None) if (changes := dict(changes)) else None
+        student, draw, counters = make_student(method, dataset, seeds, budget, **changes)
+        steps = max(1, round(budget.evaluations * len(seeds) / step_cost({"student": student}, draw, counters)))
+        drawn = (lambda step: warp(draw(step), step / steps)) if warp else draw
+        start = time.process_time()
+        train({"student": student}, drawn, steps, progress={"desc": f"training {method}", **bar})
+        network = student.average.module
+        cost = {"train_seconds": round(time.process_time() - start, 1), "steps": steps, **spent(counters)}
+        weights = network.network.state_dict()
     sampled = sample_all(method, network, dataset, len(seeds) if network else 1, {"desc": f"sampling {method}", **bar})
     return {"sampled": sampled, "cost": cost, "weights": weights}
 
@@ -181,5 +189,5 @@ def run(
 def check(dataset: str, seeds: Sequence[int], budget: Budget) -> None:
     """Raise InputError for a dataset that there is not, and for seeds or a budget that train nothing."""
     plane.load(dataset)
-    if not seeds or len(set(seeds)) < len(seeds) or min(budget.steps, budget.rows) < 1:
+    if not seeds or len(set(seeds)) < len(seeds) or min(budget.evaluations, budget.rows) < 1:
         raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, at least one, and positive numbers")

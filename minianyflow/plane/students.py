@@ -16,16 +16,17 @@ from minianyflow.times import generator, time_grid
 from toy_data import plane
 
 STUDENTS = Path(plane.__file__).parent / "students"  # of the spiral; of another target in a folder of its name
-METHODS = ("euler", *FLOW_MAPS, "consistency")
+METHODS = ("euler", *FLOW_MAPS, "teacher_step", "consistency")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method gets: training steps, rows per batch and seed, learning rate, size of the network."""
+    """What every method gets: evaluations per seed (costs.py), rows per batch and seed, rates, size of the network."""
 
-    steps: int = 10000
+    evaluations: int = 6_000_000
     rows: int = 128
     lr: float = 1e-2
+    muon: float | None = None  # of square weights, in place of lr: `training.Role`
     width: int = 64
     depth: int = 4
 
