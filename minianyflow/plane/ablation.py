@@ -45,35 +45,46 @@ class LearntWeights:
         return losses / self.means[cell], errors
 
 
-# Factors on the budget, and settings of the loss or of the pairs drawn; all else as in the demo.
+# Factors on the budget, or None, and settings of the method (race.SETTINGS); all else as in the demo.
+AVERAGE = ({}, {"average_teaches": True})
 CHANGES = {
-    "mixed": {
+    "teacher_step": {
         "": ({}, {}),
-        "steps x 2": ({"steps": 2}, {}),
-        "steps / 2": ({"steps": 1 / 2}, {}),
-        "width x 2": ({"width": 2}, {}),
-        "width / 2": ({"width": 1 / 2}, {}),
-        "depth / 2": ({"depth": 1 / 2}, {}),
-        "lr / 3": ({"lr": 1 / 3}, {}),
+        "AdamW": ({"muon": None}, {}),
+        "Muon / 2": ({"muon": 1 / 2}, {}),
+        "Muon x 2": ({"muon": 2}, {}),
+        "256 rows": ({"rows": 2}, {}),
+        "48 rows at r = 0, 48 free": ({}, {"end": 0.375}),
+        "half the rows on r = t": ({}, {"diagonal": 0.5, "end": 0.25}),
+        "steps of 1/8": ({}, {"step": 1 / 8}),
+        "steps of 1/32": ({}, {"step": 1 / 32}),
+        "half semigroup": ({}, {"shares": {"teacher_step": 0.5, "semigroup": 0.5}}),
+        "the average jumps on": AVERAGE,
+        "short jumps first": ({}, {"warp": short_first}),
+        "r = 0 for more rows, late": ({}, {"end": 0.375, "warp": more_ends}),
+        "learnt weights": ({}, {"wrap": LearntWeights, "adaptive": 0.0}),
+        "weight 1": ({}, {"weight": torch.ones_like}),
         "squares": ({}, {"adaptive": 0.0}),
-        "1/4 on r = t": ({}, {"diagonal": 0.25, "end": 0.375}),
-        "3/4 on r = t": ({}, {"diagonal": 0.75, "end": 0.125}),
-        "none at r = 0": ({}, {"end": 0.0}),
-        "jvp": ({}, {"derivative": "jvp"}),
-        "data velocity": ({}, {"velocity": None, "adaptive": 0.0}),
+        "width x 2": ({"width": 2}, {}),
+        "evaluations x 2": ({"evaluations": 2}, {}),
+    },
+    "mixed": {"": ({}, {}), "AdamW": ({"muon": None}, {}), "the average jumps on": AVERAGE},
+    "eulerian": {"": ({}, {}), "AdamW": ({"muon": None}, {})},
+    "semigroup": {"": ({}, {}), "AdamW": ({"muon": None}, {}), "the average jumps on": AVERAGE},
+    "lagrangian": {
+        "": ({}, {}),
+        "AdamW": ({"muon": None}, {}),
+        "gradient through the end": ({}, {"through_end": True}),
+        "the same, delta .01": ({}, {"through_end": True, "delta": 0.01}),
     },
     "consistency": {
         "": ({}, {}),
-        "steps x 2": ({"steps": 2}, {}),
-        "EMA .99": ({}, {"ema": 0.99}),
-        "EMA 0": ({}, {"ema": 0.0}),
-        "8 times": ({}, {"grid": 8}),
-        "32 times": ({}, {"grid": 32}),
-        "64 times": ({}, {"grid": 64}),
-        "Euler": ({}, {"solver": "euler"}),
+        "AdamW": ({"muon": None}, {}),
+        "Muon x 2": ({"muon": 2}, {}),
+        "discrete, Heun, 16 times": ({}, DISCRETE),
+        "the same, AdamW": ({"muon": None}, DISCRETE),
+        "EMA .9": ({}, {"ema": 0.9}),
         "weight t": ({}, {"weight": time_weight}),
-        "squares": ({}, {"adaptive": 0.0}),
-        "continuous": ({"lr": 1 / 3}, {"form": "continuous", "weight": time_weight, "adaptive": 0.0}),
     },
 }
 
@@ -81,14 +92,19 @@ CHANGES = {
 def run(
     dataset: str, seeds: Sequence[int], budget: Budget, output: str | Path, workers: int = 2, quiet: bool = False
 ) -> dict:
-    """Train each method once for each of its CHANGES; writes `ablation.json`, in the form of the race's report."""
+    """Train each method once for each of its CHANGES; writes `ablation.json`, in the form of the race's report.
+
+    Re-noised samplers take one draw: read them at one step, where they draw none.
+    """
     check(dataset, seeds, budget)
     with staging_folder(output) as folder:
         jobs = {"exact": (exact_flow, (dataset,))}
         for method, changes in CHANGES.items():
             for name, (factors, options) in changes.items():
-                changed = {key: type(old := getattr(budget, key))(old * factor) for key, factor in factors.items()}
-                arguments = (method, dataset, tuple(seeds), replace(budget, **changed), options, quiet)
+                changed = {
+                    key: factor and type(old := getattr(budget, key))(old * factor) for key, factor in factors.items()
+                }
+                arguments = (method, dataset, tuple(seeds), replace(budget, **changed), options, quiet, 1)
                 jobs[f"{method}, {name}" if name else method] = (run_method, arguments)
         results = run_jobs(jobs, workers)
         ends, _ = results.pop("exact")

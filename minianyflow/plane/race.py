@@ -6,6 +6,7 @@ Every student has the same network, data, exact teacher and number of evaluation
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from minianyflow.samplers import sample_ode
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
-from minianyflow.support.reports import mean, rounded, write_report
+from minianyflow.support.reports import rounded, write_report
 from minianyflow.support.reports import text_table as table  # noqa: F401 (of the course)
 from minianyflow.times import generator, time_grid
 from minianyflow.training import Role, train
@@ -32,12 +33,12 @@ from toy_data import plane
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)
 POINTS = 8192  # of the measure: fewer would measure the sampling noise
-DRAWS = 4  # of fresh noise for a sampler that re-noises, pooled for a second reading: one alone reads mostly that noise
+DRAWS = 8  # of fresh noise for a sampler that re-noises, pooled for a second reading: one alone reads mostly that noise
 PIECE = 1024  # points sampled together: they stay in the processor's cache; a picture shows one piece
 SHOWN = (1, 4, 16, 64)
 SETTINGS = {  # one change at a time: docs/plane.md
     "lagrangian": {"shares": FLOW_MAPS["lagrangian"], "adaptive": 0.25},
-    "teacher_step": {"shares": {"teacher_step": 1.0}},
+    "teacher_step": {"shares": {"teacher_step": 1.0}, "diagonal": 0.25, "end": 0.4375},
     # a row has one time; ema: the target's and of what one samples from
     "consistency": {"grid": 16, "solver": "heun", "weight": torch.ones_like, "diagonal": 1.0, "end": 0.0, "ema": 0.5},
 }
@@ -58,7 +59,7 @@ def make_student(
     network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
     settings = {"velocity": velocity} | SETTINGS.get(method, {"shares": FLOW_MAPS.get(method)}) | changes
     pairs = {"diagonal": settings.pop("diagonal", 0.5), "end": settings.pop("end", 0.25)}
-    ema, wrap = settings.pop("ema", 0.999), settings.pop("wrap", None)
+    ema, wrap = settings.pop("ema", budget.ema), settings.pop("wrap", None)
     student = Role(network, lr=budget.lr, muon=budget.muon, ema=ema)
     if method == "consistency" or settings.pop("average_teaches", False):
         settings["average"] = student.average
@@ -68,7 +69,21 @@ def make_student(
     return student, batches(mixture.sample, budget.rows, seeds, **pairs), counters
 
 
-def sample_all(method: str, network, dataset: str, copies: int, bar: dict) -> tuple[dict, dict, dict]:
+def train_method(method, dataset, seeds, budget, progress=True, **changes) -> tuple[Role, list[dict], dict]:
+    """Train one method until its budget is spent: the role, its history, and the cost in steps and evaluations.
+
+    changes: as for `make_student`; and warp(batch, progress), of a batch, progress from 0 to 1.
+    """
+    warp = changes.pop("warp", lambda batch, progress: batch)
+    student, draw, counters = make_student(method, dataset, seeds, budget, **changes)
+    steps = max(1, round(budget.evaluations * len(seeds) / step_cost({"student": student}, draw, counters)))
+    history = train({"student": student}, lambda step: warp(draw(step), step / steps), steps, progress=progress)
+    return student, history, {"steps": steps, **spent(counters)}
+
+
+def sample_all(
+    method: str, network, dataset: str, copies: int, bar: dict, draws: int = DRAWS
+) -> tuple[dict, dict, dict]:
     """Sample at every step count, all copies from the same noises, and measure against the data.
 
     Returns {nfe: ends (copies, POINTS, D)}; {"sliced_w2": {nfe: [value per copy]}}, with "sliced_w2_pooled" for a
@@ -76,40 +91,38 @@ def sample_all(method: str, network, dataset: str, copies: int, bar: dict) -> tu
     """
     condition = {"copy": torch.arange(copies).repeat(PIECE)} if copies > 1 else {}
     reference, _ = references(dataset)
+    pieces = list(enumerate(sobol_noise(POINTS, reference.shape[1:]).split(PIECE)))
     ends, paths, renoised = {}, {}, method == "consistency"
-    distances = {name: {} for name in ("sliced_w2", "sliced_w2_pooled")[: 1 + renoised]}
+    distances = {name: {} for name in ("sliced_w2", "sliced_w2_pooled")[: 1 + (renoised and draws > 1)]}
     for nfe in tqdm(NFE, unit="sampler", **bar):
-        pieces = [
-            sample(method, network, dataset, z.repeat_interleave(copies, 0), nfe, draw * POINTS + start, **condition)
-            for draw in range(DRAWS if renoised and nfe > 1 else 1)
-            for start, z in enumerate(sobol_noise(POINTS, reference.shape[1:]).split(PIECE))
-        ]
-        last = [piece[-1] for piece in pieces]
+        last = []
+        for draw, (start, z) in product(range(draws if renoised and nfe > 1 else 1), pieces):
+            z = z.repeat_interleave(copies, 0)
+            path = sample(method, network, dataset, z, nfe, draw * POINTS + start, **condition)
+            last.append(path[-1])
+            if nfe in SHOWN and len(last) == 1:
+                paths[nfe] = path[:, ::copies].numpy()
         pooled = rearrange(last, "piece (point copy) d -> copy (piece point) d", copy=copies)
         ends[nfe] = pooled[:, :POINTS].contiguous()
         for name, samples in zip(distances, (ends[nfe], pooled), strict=False):
             distances[name][nfe] = [sliced_w2(of_copy, reference) for of_copy in samples]
-        if nfe in SHOWN:
-            paths[nfe] = pieces[0][:, ::copies].numpy()
     return ends, distances, paths
 
 
-def run_method(method, dataset, seeds, budget, changes, quiet, position=0) -> dict:
+def run_method(method, dataset, seeds, budget, changes, quiet, draws, position=0) -> dict:
     """Train one method (Euler has nothing to train), sample and measure it; on one thread, in a process of its own."""
     torch.set_num_threads(1)
     bar = {"position": position, "disable": quiet or None}  # None: shown where there is a terminal
     network, cost, weights = None, {"train_seconds": 0.0, "steps": 0, "evaluations": 0}, None
     if method != "euler":
-        warp = changes.pop("warp", None) if (changes := dict(changes)) else None
-        student, draw, counters = make_student(method, dataset, seeds, budget, **changes)
-        steps = max(1, round(budget.evaluations * len(seeds) / step_cost({"student": student}, draw, counters)))
-        drawn = (lambda step: warp(draw(step), step / steps)) if warp else draw
         start = time.process_time()
-        train({"student": student}, drawn, steps, progress={"desc": f"training {method}", **bar})
-        network = student.average.module
-        cost = {"train_seconds": round(time.process_time() - start, 1), "steps": steps, **spent(counters)}
+        student, _, cost = train_method(
+            method, dataset, seeds, budget, {"desc": f"training {method}", **bar}, **changes
+        )
+        network, cost = student.average.module, {"train_seconds": round(time.process_time() - start, 1), **cost}
         weights = network.network.state_dict()
-    sampled = sample_all(method, network, dataset, len(seeds) if network else 1, {"desc": f"sampling {method}", **bar})
+    bar |= {"desc": f"sampling {method}"}
+    sampled = sample_all(method, network, dataset, len(seeds) if network else 1, bar, draws)
     return {"sampled": sampled, "cost": cost, "weights": weights}
 
 
@@ -128,16 +141,22 @@ def references(dataset: str) -> list[Tensor]:
     return [plane.load(dataset).sample_stratified(POINTS, source) for _ in range(2)]
 
 
-def floors(dataset: str, exact_ends: Tensor) -> dict:
-    """What the measure reads without any error: data against data, a perfect re-noised sampler, the exact flow."""
-    mixture, (reference, other) = plane.load(dataset), references(dataset)
-    fresh = [mixture.sample(DRAWS * POINTS, generator(1, draw)) for draw in range(8)]
-    one, pooled = (mean(sliced_w2(sample[:n], reference) for sample in fresh) for n in (POINTS, DRAWS * POINTS))
-    return {
-        "reference_floor": {"sliced_w2": sliced_w2(reference, other)},
-        "fresh_noise": {"sliced_w2": one, "sliced_w2_pooled": pooled},
-        "exact_flow": {"sliced_w2": sliced_w2(exact_ends, reference)},
+def floors(dataset: str, position: int = 0) -> dict:
+    """What the measure reads without any error, several times each, with other noises or other samples.
+
+    The exact flow; a perfect re-noised sampler, one draw, and DRAWS of them pooled; data against data.
+    """
+    torch.set_num_threads(1)
+    mixture, (reference, _) = plane.load(dataset), references(dataset)
+    noises = [sobol_noise(POINTS, mixture.shape, seed) for seed in range(5)]
+    fresh = [mixture.sample(DRAWS * POINTS, generator(1, draw)) for draw in range(5)]
+    samples = {
+        "exact flow": [sample_ode(mixture.velocity, z, time_grid(1))[-1] for z in noises],
+        "fresh noise": [sample[:POINTS] for sample in fresh],
+        "fresh noise, pooled": fresh,
+        "data": [mixture.sample_stratified(POINTS, generator(2, draw)) for draw in range(5)],
     }
+    return {name: {"sliced_w2": [sliced_w2(one, reference) for one in many]} for name, many in samples.items()}
 
 
 def in_report(result: dict, seeds: Sequence[int], exact_ends: Tensor) -> dict:
@@ -161,8 +180,11 @@ def run(
     """The whole race: returns the report; writes any_step.json, any_step.png and METHOD.safetensors, or nothing."""
     check(dataset, seeds, budget)
     with staging_folder(output) as folder:
-        jobs = {name: (run_method, (name, dataset, tuple(seeds), budget, {}, quiet)) for name in reversed(methods)}
-        results = run_jobs(jobs | {"exact": (exact_flow, (dataset,))}, workers)  # the longest first
+        jobs = {
+            name: (run_method, (name, dataset, tuple(seeds), budget, {}, quiet, DRAWS)) for name in reversed(methods)
+        }
+        jobs |= {"exact": (exact_flow, (dataset,)), "floors": (floors, (dataset,))}
+        results = run_jobs(jobs, workers)  # the longest first
         exact_ends, exact_paths = results["exact"]
         measure = {"points": POINTS, "directions": 128, "noise": "scrambled Sobol", "reference": "stratified"}
         report = {
@@ -170,7 +192,7 @@ def run(
             "seeds": list(seeds),
             "measure": measure | {"pooled_draws": DRAWS},
             "budget": asdict(budget),
-            **floors(dataset, exact_ends),
+            "floors": results["floors"],
             "methods": {name: in_report(results[name], seeds, exact_ends) for name in methods},
         }
         report = rounded(report)

@@ -5,6 +5,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from minianyflow.support.figures import COLOURS, LABELS, MARKERS
+from minianyflow.support.reports import mean
+
+FLOORS = {"exact": "exact flow", "consistency": "fresh noise, pooled"}  # {method: its floor in a report}
 
 
 def axes_of(dimensions: int) -> dict:
@@ -45,15 +48,17 @@ def draw_paths(axes, paths, colour: str, samples=None, exact=None, limit: float 
         side.set_color("0.8")
 
 
-def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str, float] | None = None) -> None:
-    """`sliced_w2` or `path_error` against steps: mean and range over seeds; dotted: `floors` {method: value}."""
+def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str, str] | None = None) -> None:
+    """`sliced_w2` or `path_error` against steps: mean, range over seeds; dotted: `floors` {method: name}."""
     for name, method in report["methods"].items():
         values = np.array(method.get(f"{measure}_pooled", method[measure]))
         style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
         axes.plot(method["nfe"], values.mean(0), label=LABELS[name].replace("\n", " "), linewidth=1.8, **style)
         axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
     for name, floor in (floors or {}).items():
-        axes.axhline(floor, color=COLOURS[name], linestyle=":", linewidth=1.4, zorder=0)
+        readings = report["floors"][floor][measure]
+        axes.axhline(mean(readings), color=COLOURS[name], linestyle=":", linewidth=1.4, zorder=0)
+        axes.axhspan(min(readings), max(readings), color=COLOURS[name], alpha=0.08, linewidth=0, zorder=0)
     nfe = next(iter(report["methods"].values()))["nfe"]
     axes.set(xscale="log", yscale="log", xlabel="steps (network evaluations)", ylabel=ylabel)
     axes.xaxis.label.set_size(13)
@@ -85,8 +90,7 @@ def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 
     exact, (w2, path) = above.subplots(subplot_kw=room), below.subplots(2, 1)
     draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1])
     exact.set_title(f"{report['dataset']}: the exact flow, same noise\n(grey in every panel)", fontsize=15)
-    floors = {"exact": report["exact_flow"]["sliced_w2"], "consistency": report["fresh_noise"]["sliced_w2_pooled"]}
-    draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", floors)
+    draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", FLOORS)
     w2.set_title("x 1000 in the panels; dotted: its floors,\nexact flow (black) and fresh noise (orange)", fontsize=13)
     draw_curves(path, report, "path_error", "path error")
     w2.legend(fontsize=11)

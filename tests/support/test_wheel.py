@@ -49,7 +49,7 @@ def run(command, folder):
 
 @pytest.mark.long
 def test_the_race_runs_from_an_empty_folder(installed, tmp_path):
-    run([installed, "demo", "--steps", "3", "--seeds", "0", "--quiet"], tmp_path)
+    run([installed, "demo", "--evaluations", "1000", "--seeds", "0", "--quiet"], tmp_path)
     assert json.loads((tmp_path / "outputs/demo/any_step.json").read_text())["dataset"] == "spiral"
 
 
