@@ -134,7 +134,7 @@ def _start_new(transformer, new):
         dtype = transformer.patch_embedding.weight.dtype  # the class does not keep it in float32 as it does its twin
         start = {NEW_TIME + name: value.to(dtype, copy=True) for name, value in embedder.items()}
     if NEW_PATCH in new:
-        start |= coarse_patches(transformer.patch_embedding, transformer.config.compressed_patch_size)
+        start |= coarse_patches(transformer.patch_embedding, tuple(transformer.config.compressed_patch_size))
     transformer.load_state_dict(start, strict=False, assign=True)
 
 
