@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from minianyflow.batch import Batch
-from minianyflow.consistency import time_weight
 from minianyflow.plane.race import Budget, check, exact_flow, in_report, run_method
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
@@ -46,20 +45,17 @@ class LearntWeights:
 
 
 # Factors on the budget, or None, and settings of the method (race.SETTINGS); all else as in the demo.
-AVERAGE = ({}, {"average_teaches": True})
+ADAMW, AVERAGE = ({"muon": None}, {}), ({}, {"average_teaches": True})
 CHANGES = {
     "teacher_step": {
         "": ({}, {}),
-        "AdamW": ({"muon": None}, {}),
+        "AdamW": ADAMW,
         "Muon / 2": ({"muon": 1 / 2}, {}),
         "Muon x 2": ({"muon": 2}, {}),
         "256 rows": ({"rows": 2}, {}),
-        "48 rows at r = 0, 48 free": ({}, {"end": 0.375}),
         "half the rows on r = t": ({}, {"diagonal": 0.5, "end": 0.25}),
-        "steps of 1/8": ({}, {"step": 1 / 8}),
         "steps of 1/32": ({}, {"step": 1 / 32}),
         "half semigroup": ({}, {"shares": {"teacher_step": 0.5, "semigroup": 0.5}}),
-        "the average jumps on": AVERAGE,
         "short jumps first": ({}, {"warp": short_first}),
         "r = 0 for more rows, late": ({}, {"end": 0.375, "warp": more_ends}),
         "learnt weights": ({}, {"wrap": LearntWeights, "adaptive": 0.0}),
@@ -68,23 +64,17 @@ CHANGES = {
         "width x 2": ({"width": 2}, {}),
         "evaluations x 2": ({"evaluations": 2}, {}),
     },
-    "mixed": {"": ({}, {}), "AdamW": ({"muon": None}, {}), "the average jumps on": AVERAGE},
-    "eulerian": {"": ({}, {}), "AdamW": ({"muon": None}, {})},
-    "semigroup": {"": ({}, {}), "AdamW": ({"muon": None}, {}), "the average jumps on": AVERAGE},
-    "lagrangian": {
-        "": ({}, {}),
-        "AdamW": ({"muon": None}, {}),
-        "gradient through the end": ({}, {"through_end": True}),
-        "the same, delta .01": ({}, {"through_end": True, "delta": 0.01}),
-    },
+    "mixed": {"": ({}, {}), "AdamW": ADAMW, "data velocity": ({}, {"velocity": None, "adaptive": 0.0})},
+    "semigroup": {"": ({}, {}), "the average jumps": AVERAGE},
+    "lagrangian": {"": ({}, {}), "gradient through the end": ({}, {"through_end": True})},
     "consistency": {
         "": ({}, {}),
-        "AdamW": ({"muon": None}, {}),
+        "AdamW": ADAMW,
         "Muon x 2": ({"muon": 2}, {}),
-        "discrete, Heun, 16 times": ({}, DISCRETE),
-        "the same, AdamW": ({"muon": None}, DISCRETE),
+        "on a grid": ({}, {"form": "discrete"}),
+        "squares": ({}, {"adaptive": 0.0}),
         "EMA .9": ({}, {"ema": 0.9}),
-        "weight t": ({}, {"weight": time_weight}),
+        "continuous": ({}, {"form": "continuous", "adaptive": 0.0}),
     },
 }
 

@@ -1,6 +1,7 @@
 """The commands of the plane: demo (the race), ablate, exposure. Each takes argv and returns an exit status."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from minianyflow.support.cli import experiment_parser
 
@@ -11,7 +12,7 @@ def demo(argv: list[str]) -> int:
     from minianyflow.plane.race import run, table
 
     report = run(**options)
-    print(f"\n{table(report)}")
+    print(f"\n{report['dataset']}, in units {report['units']}; the truth: {report['flow']}\n\n{table(report)}")
     print(f"\n{table(report, 'path_error')}")
     print(f"\nwritten: {options['output']}/any_step.json, {options['output']}/any_step.png")
     return 0
@@ -41,10 +42,13 @@ def exposure(argv: list[str]) -> int:
 def _race_options(command, argv, output, evaluations=6_000_000):
     """The arguments of `race.run` from those of a command."""
     parser = experiment_parser(command, output, seeds="0,1,2")
-    parser.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
+    target.add_argument("--data", type=Path, metavar="FILE", help="your own: a CSV file of points, or a picture")
     spent = f"that training takes per method and seed (default: {evaluations:,})"
     parser.add_argument("--evaluations", type=int, default=evaluations, help=spent)
     options = vars(parser.parse_args(argv))
+    options["dataset"] = options.pop("data") or options["dataset"]
     from minianyflow.plane.race import BUDGET
 
     return options | {"budget": replace(BUDGET, evaluations=options.pop("evaluations"))}

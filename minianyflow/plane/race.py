@@ -20,6 +20,7 @@ from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.plane.costs import counted, spent, step_cost
+from minianyflow.plane.learnt import learn
 from minianyflow.plane.students import METHODS, Budget, load_student, sample, save_copies  # noqa: F401 (of the course)
 from minianyflow.samplers import sample_ode
 from minianyflow.support.errors import InputError, choose
@@ -30,6 +31,7 @@ from minianyflow.support.reports import text_table as table  # noqa: F401 (of th
 from minianyflow.times import generator, time_grid
 from minianyflow.training import Role, train
 from toy_data import plane
+from toy_data.own import Target
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)
 POINTS = 8192  # of the measure: fewer would measure the sampling noise
@@ -40,7 +42,8 @@ SETTINGS = {  # one change at a time: docs/plane.md
     "lagrangian": {"shares": FLOW_MAPS["lagrangian"], "adaptive": 0.25},
     "teacher_step": {"shares": {"teacher_step": 1.0}, "diagonal": 0.25, "end": 0.4375},
     # a row has one time; ema: the target's and of what one samples from
-    "consistency": {"grid": 16, "solver": "heun", "weight": torch.ones_like, "diagonal": 1.0, "end": 0.0, "ema": 0.5},
+    "consistency": {"form": "step", "grid": 16, "solver": "heun", "weight": torch.ones_like}
+    | {"diagonal": 1.0, "end": 0.0, "ema": 0.5},
 }
 BUDGET = Budget()
 
@@ -56,7 +59,7 @@ def make_student(
     mixture = plane.load(dataset)
     choose("method", method, dict.fromkeys(METHODS[1:]))
     velocity, teacher = counted(lambda z, t, copy=None: mixture.velocity(z, t))  # exact, the same for every copy
-    network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
+    network = EvaluationCounter(MLP(mixture.shape, budget.width, budget.depth, seeds))
     settings = {"velocity": velocity} | SETTINGS.get(method, {"shares": FLOW_MAPS.get(method)}) | changes
     pairs = {"diagonal": settings.pop("diagonal", 0.5), "end": settings.pop("end", 0.25)}
     ema, wrap = settings.pop("ema", budget.ema), settings.pop("wrap", None)
@@ -169,7 +172,7 @@ def in_report(result: dict, seeds: Sequence[int], exact_ends: Tensor) -> dict:
 
 
 def run(
-    dataset: str = "spiral",
+    dataset: plane.What = "spiral",
     seeds: Sequence[int] = (0, 1, 2),
     budget: Budget = BUDGET,
     output: str | Path = "outputs/demo",
@@ -178,17 +181,18 @@ def run(
     methods: Sequence[str] = METHODS,
 ) -> dict:
     """The whole race: returns the report; writes any_step.json, any_step.png and METHOD.safetensors, or nothing."""
-    check(dataset, seeds, budget)
+    target = check(dataset, seeds, budget)
     with staging_folder(output) as folder:
-        jobs = {
-            name: (run_method, (name, dataset, tuple(seeds), budget, {}, quiet, DRAWS)) for name in reversed(methods)
-        }
-        jobs |= {"exact": (exact_flow, (dataset,)), "floors": (floors, (dataset,))}
+        law = target.law
+        if target.truth == "learnt":
+            law = run_jobs({"teacher": (learn, (law, budget, quiet))})["teacher"]
+        jobs = {name: (run_method, (name, law, tuple(seeds), budget, {}, quiet, DRAWS)) for name in reversed(methods)}
+        jobs |= {"exact": (exact_flow, (law,)), "floors": (floors, (law,))}
         results = run_jobs(jobs, workers)  # the longest first
         exact_ends, exact_paths = results["exact"]
         measure = {"points": POINTS, "directions": 128, "noise": "scrambled Sobol", "reference": "stratified"}
         report = {
-            "dataset": dataset,
+            **target.in_report(),
             "seeds": list(seeds),
             "measure": measure | {"pooled_draws": DRAWS},
             "budget": asdict(budget),
@@ -204,12 +208,13 @@ def run(
         write_report(report, folder / "any_step.json")
         for name in methods:
             if weights := results[name]["weights"]:
-                save_copies(folder / f"{name}.safetensors", weights, budget, seeds, dataset=dataset)
+                save_copies(folder / f"{name}.safetensors", weights, budget, seeds, dataset=target.name)
     return report
 
 
-def check(dataset: str, seeds: Sequence[int], budget: Budget) -> None:
-    """Raise InputError for a dataset that there is not, and for seeds or a budget that train nothing."""
-    plane.load(dataset)
+def check(dataset: plane.What, seeds: Sequence[int], budget: Budget) -> Target:
+    """The target; raises InputError for a dataset that there is not, and for seeds or a budget that train nothing."""
+    target = plane.target(dataset)
     if not seeds or len(set(seeds)) < len(seeds) or min(budget.evaluations, budget.rows) < 1:
         raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, at least one, and positive numbers")
+    return target
