@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minianyflow.batch import Batch
-from minianyflow.plane.race import Budget, check, exact_flow, in_report, run_method
+from minianyflow.plane.race import SHOWN, Budget, check, exact_flow, in_report, run_method
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.support.reports import rounded, write_report
@@ -94,7 +94,7 @@ def run(
                 changed = {
                     key: factor and type(old := getattr(budget, key))(old * factor) for key, factor in factors.items()
                 }
-                arguments = (method, dataset, tuple(seeds), replace(budget, **changed), options, quiet, 1)
+                arguments = (method, dataset, tuple(seeds), replace(budget, **changed), options, quiet, SHOWN, 1)
                 jobs[f"{method}, {name}" if name else method] = (run_method, arguments)
         results = run_jobs(jobs, workers)
         ends, _ = results.pop("exact")

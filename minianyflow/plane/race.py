@@ -72,7 +72,9 @@ def make_student(
     return student, batches(mixture.sample, budget.rows, seeds, **pairs), counters
 
 
-def train_method(method, dataset, seeds, budget, progress=True, **changes) -> tuple[Role, list[dict], dict]:
+def train_method(
+    method, dataset, seeds, budget, progress=True, log_every=100, **changes
+) -> tuple[Role, list[dict], dict]:
     """Train one method until its budget is spent: the role, its history, and the cost in steps and evaluations.
 
     changes: as for `make_student`; and warp(batch, progress), of a batch, progress from 0 to 1.
@@ -80,14 +82,15 @@ def train_method(method, dataset, seeds, budget, progress=True, **changes) -> tu
     warp = changes.pop("warp", lambda batch, progress: batch)
     student, draw, counters = make_student(method, dataset, seeds, budget, **changes)
     steps = max(1, round(budget.evaluations * len(seeds) / step_cost({"student": student}, draw, counters)))
-    history = train({"student": student}, lambda step: warp(draw(step), step / steps), steps, progress=progress)
+    options = {"progress": progress, "log_every": log_every}
+    history = train({"student": student}, lambda step: warp(draw(step), step / steps), steps, **options)
     return student, history, {"steps": steps, **spent(counters)}
 
 
 def sample_all(
-    method: str, network, dataset: str, copies: int, bar: dict, draws: int = DRAWS
+    method: str, network, dataset: str, copies: int, bar: dict, counts: Sequence[int] = NFE, draws: int = DRAWS
 ) -> tuple[dict, dict, dict]:
-    """Sample at every step count, all copies from the same noises, and measure against the data.
+    """Sample at all step `counts`, all copies from the same noises, and measure against the data.
 
     Returns {nfe: ends (copies, POINTS, D)}; {"sliced_w2": {nfe: [value per copy]}}, with "sliced_w2_pooled" for a
     sampler that re-noises; and for SHOWN {nfe: paths (nfe + 1, PIECE, D) of the first copy}.
@@ -97,7 +100,7 @@ def sample_all(
     pieces = list(enumerate(sobol_noise(POINTS, reference.shape[1:]).split(PIECE)))
     ends, paths, renoised = {}, {}, method == "consistency"
     distances = {name: {} for name in ("sliced_w2", "sliced_w2_pooled")[: 1 + (renoised and draws > 1)]}
-    for nfe in tqdm(NFE, unit="sampler", **bar):
+    for nfe in tqdm(counts, unit="sampler", **bar):
         last = []
         for draw, (start, z) in product(range(draws if renoised and nfe > 1 else 1), pieces):
             z = z.repeat_interleave(copies, 0)
@@ -112,7 +115,7 @@ def sample_all(
     return ends, distances, paths
 
 
-def run_method(method, dataset, seeds, budget, changes, quiet, draws, position=0) -> dict:
+def run_method(method, dataset, seeds, budget, changes, quiet, counts, draws, position=0) -> dict:
     """Train one method (Euler has nothing to train), sample and measure it; on one thread, in a process of its own."""
     torch.set_num_threads(1)
     bar = {"position": position, "disable": quiet or None}  # None: shown where there is a terminal
@@ -125,7 +128,7 @@ def run_method(method, dataset, seeds, budget, changes, quiet, draws, position=0
         network, cost = student.average.module, {"train_seconds": round(time.process_time() - start, 1), **cost}
         weights = network.network.state_dict()
     bar |= {"desc": f"sampling {method}"}
-    sampled = sample_all(method, network, dataset, len(seeds) if network else 1, bar, draws)
+    sampled = sample_all(method, network, dataset, len(seeds) if network else 1, bar, counts, draws)
     return {"sampled": sampled, "cost": cost, "weights": weights}
 
 
@@ -165,10 +168,11 @@ def floors(dataset: str, position: int = 0) -> dict:
 def in_report(result: dict, seeds: Sequence[int], exact_ends: Tensor) -> dict:
     """One method in the JSON: per measure a list over step counts for each seed, and its cost."""
     ends, distances, _ = result["sampled"]
-    copies = [seed % len(ends[NFE[0]]) for seed in range(len(seeds))]  # Euler has one copy, the same for all seeds
-    measures = {name: [[by_nfe[nfe][copy] for nfe in NFE] for copy in copies] for name, by_nfe in distances.items()}
-    measures["path_error"] = [[path_error(ends[nfe][copy], exact_ends) for nfe in NFE] for copy in copies]
-    return {"nfe": list(NFE), **measures, **result["cost"]}
+    counts = list(ends)
+    copies = [seed % len(ends[counts[0]]) for seed in range(len(seeds))]  # Euler has one copy, the same for all seeds
+    measures = {name: [[by_nfe[nfe][copy] for nfe in counts] for copy in copies] for name, by_nfe in distances.items()}
+    measures["path_error"] = [[path_error(ends[nfe][copy], exact_ends) for nfe in counts] for copy in copies]
+    return {"nfe": counts, **measures, **result["cost"]}
 
 
 def run(
@@ -186,7 +190,9 @@ def run(
         law = target.law
         if target.truth == "learnt":
             law = run_jobs({"teacher": (learn, (law, budget, quiet))})["teacher"]
-        jobs = {name: (run_method, (name, law, tuple(seeds), budget, {}, quiet, DRAWS)) for name in reversed(methods)}
+        jobs = {
+            name: (run_method, (name, law, tuple(seeds), budget, {}, quiet, NFE, DRAWS)) for name in reversed(methods)
+        }
         jobs |= {"exact": (exact_flow, (law,)), "floors": (floors, (law,))}
         results = run_jobs(jobs, workers)  # the longest first
         exact_ends, exact_paths = results["exact"]

@@ -54,7 +54,7 @@ def test_the_race_runs_from_an_empty_folder(installed, tmp_path):
 
 
 def test_the_race_finds_its_data_and_its_students(installed, tmp_path):
-    code = "from minianyflow.plane.students import load_student; print(load_student('mixed').copies)"
+    code = "from minianyflow.plane.students import load_student; print(load_student('teacher_step').copies)"
     assert run([installed.with_name("python"), "-c", code], tmp_path).strip() == "1"
     assert "options:" in run([installed, "demo", "--help"], tmp_path)
 
