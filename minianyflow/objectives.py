@@ -146,13 +146,14 @@ class FlowMapLoss:
             raise InputError("guidance needs `dropped` in the batch, rows without condition: draw_pairs(..., drop=0.1)")
         z = interpolate(batch["x"], batch["eps"], t)
         kinds = self.kinds(batch)
-        target, scale = torch.empty_like(z), torch.ones_like(t)
+        target = torch.empty_like(z)
         for name, rows in kinds.items():
-            target[rows], scale[rows] = self._target(name, u, batch, rows, z[rows])
+            target[rows] = self._target(name, u, batch, rows, z[rows])
         out = u(z, t, r, **batch.get("condition", {}))
         check_same_shape("the network's output", out, z)
         error = (out - target).square().flatten(1).mean(1)  # (B,)
-        loss = self.weight(t) * scale * error * adaptive_weight(error, self.adaptive)
+        scale = self.guidance.scale**-2 if self.guidance and self.guidance.published else 1.0
+        loss = scale * self.weight(t) * error * adaptive_weight(error, self.adaptive)
         if self.rebalance:
             loss, self.diagonal_loss = rebalanced(loss, t == r, self.diagonal_loss)
         return loss, {name: error[rows].detach().mean() for name, rows in kinds.items()}
@@ -179,7 +180,7 @@ class FlowMapLoss:
 
     @torch.no_grad()
     def _target(self, name, network, batch, rows, z):
-        """The target of the rows of one kind, and the factor of their loss."""
+        """The target of the rows of one kind; with published guidance both sides are g times the published ones."""
         options = {"derivative": self.derivative, "delta": self.delta}
         guidance, batch = self.guidance, pick_rows(batch, rows)
         t, r, condition = batch["t"], batch["r"], batch.get("condition", {})
@@ -193,15 +194,14 @@ class FlowMapLoss:
             return v
 
         if name == "semigroup":
-            return semigroup_target(u, z, t, r, r + batch["split"] * (t - r)), 1.0
+            return semigroup_target(u, z, t, r, r + batch["split"] * (t - r))
         if name == "lagrangian":
-            return lagrangian_target(u, z, t, r, velocity, **options), 1.0
+            return lagrangian_target(u, z, t, r, velocity, **options)
         v = velocity(z, t)
         target = v if name == "tangent" else eulerian_target(u, z, t, r, v, **options)
         if guidance and guidance.published:
-            target = target + guidance.pull(network, z, t, r, v, ~batch["dropped"], condition)
-            return target, torch.where(batch["dropped"], 1.0, guidance.scale**-2).to(z)
-        return target, 1.0
+            target = target + guidance.pull(network, z, t, r, v, torch.ones_like(batch["dropped"]), condition)
+        return target
 
 
 def adaptive_weight(error: Losses, power: float, floor: float = 5e-3) -> Losses | float:

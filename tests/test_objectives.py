@@ -76,7 +76,7 @@ def test_no_gradient_through_a_target_and_one_to_every_weight(name):
     t, z = batch["t"], interpolate(batch["x"], batch["eps"], batch["t"])
     target = torch.empty_like(z)
     for kind, rows in loss.kinds(batch).items():
-        target[rows] = loss._target(kind, copy, batch, rows, z[rows])[0]
+        target[rows] = loss._target(kind, copy, batch, rows, z[rows])
     plain = (1 - t).sqrt() * (u(z, t, batch["r"]) - target.detach()).square().mean(1)
     assert torch.allclose(gradients(plain, u), gradients(loss(u, batch)[0], u), atol=1e-6)
 
@@ -214,7 +214,7 @@ def test_guidance_replaces_what_it_names():
     condition = {"label": torch.ones(8, dtype=torch.long), "shift": torch.arange(8.0)}
     batch = batch_of(8, diagonal=1.0, end=0.0) | {"condition": condition}
     loss = FlowMapLoss({}, lambda z, t, label, shift: 0 * z, guidance)
-    target, _ = loss._target("tangent", u, batch | {"dropped": torch.arange(8) >= 6}, torch.arange(8), batch["x"])
+    target = loss._target("tangent", u, batch | {"dropped": torch.arange(8) >= 6}, torch.arange(8), batch["x"])
     assert torch.allclose(target[:6, 0], -condition["shift"][:6])  # v + (g - 1) (v - u_null), with v = 0 and label 0
     assert not target[6:].any()
 
