@@ -198,7 +198,7 @@ def test_the_command_makes_the_committed_run_and_prints_its_tables(monkeypatch, 
     report, options = json.loads((ROOT / "docs/peers/peers.json").read_text()), []
     monkeypatch.setattr(peers, "run", lambda *given: options.extend(given) or report)
     assert peers.main([]) == 0
-    assert options[2] == report["budget"]["cpu_seconds"]
+    assert options[1:3] == [tuple(report["seeds"]), report["budget"]["cpu_seconds"]]
     assert options[-1].width == report["budget"]["width"]
     target = report["targets"]["spiral"]
     assert peers.ratio_table(target) in capsys.readouterr().out
