@@ -43,7 +43,7 @@ def _race_options(command, argv, output, evaluations=6_000_000):
     """The arguments of `race.run` from those of a command."""
     parser = experiment_parser(command, output, seeds="0,1,2")
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
+    target.add_argument("--dataset", default="spiral", help="spiral, ring8, checkerboard, rings, skewed_ring")
     target.add_argument("--data", type=Path, metavar="FILE", help="your own: a CSV file of points, or a picture")
     spent = f"that training takes per method and seed (default: {evaluations:,})"
     parser.add_argument("--evaluations", type=int, default=evaluations, help=spent)

@@ -78,7 +78,7 @@ def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str,
 
 def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 16, 64), lines: int = 60) -> Figure:
     """Methods as rows, steps as columns, from {method: {nfe: (nfe + 1, n, D)}}; exact flow and curves beside."""
-    figure = plt.figure(figsize=(15, 11.5), layout="constrained")
+    figure = plt.figure(figsize=(15, max(11.5, 1.95 * len(trajectories))), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.42, 1])
     limit = max(2.6, float(np.quantile(np.abs(exact_paths[-1]), 0.995)))
     room = axes_of(exact_paths.shape[-1])
