@@ -9,8 +9,7 @@ from functools import partial
 
 import torch
 
-from minianyflow.batch import part_of
-from minianyflow.flow_map import velocity
+from minianyflow.flow_map import pick_rows, velocity
 from minianyflow.guidance import Guidance, guided
 from minianyflow.networks.causal import causal_backward_simulation
 from minianyflow.networks.causal_attention import chunk_partition
@@ -121,7 +120,7 @@ def simulation(config: Config) -> Callable:
 
 
 def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
-    """`draw(step)` for `train_run`: one process's part, (index, number of parts), of the batch of that step."""
+    """`draw(step)` for `train_run`: the rows of one process, part = (index, processes), of the batch of that step."""
     pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
     rollouts = {"steps": tuple(config.on_policy.rollouts), "shift": config.shift}
     rollouts["fake_time"] = config.on_policy.score_time
@@ -132,7 +131,7 @@ def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Ca
             batch = chunk_batch(batch, config, step)
         if config.stage == "on_policy":
             rollout = draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
-            batch |= part_of(rollout, *part)
+            batch |= pick_rows(rollout, batch["place"])
         return batch
 
     return draw
