@@ -84,9 +84,8 @@ class ZeroClips:
         """The batch of `step`, as the data of a run draws it."""
         times = deal(draw_pairs(rows, generator(seed, TIMES, step), **pairs), *part)
         rows = len(times["t"])
-        dropped = times.get("dropped", torch.zeros(rows, dtype=torch.bool))
         x, eps = torch.zeros(2, rows, *self.shape)
-        prompt = dropped[:, None, None] * self.null
+        prompt = torch.zeros(rows, *self.null.shape[1:])
         return {"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": torch.arange(rows)} | times
 
 
@@ -119,7 +118,8 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
         batch = draw(step)
         if exact and config.stage == "on_policy":
             source = generator(config.seed, ROLLOUTS, step)  # it draws the noise of a real clip first
-            drawn = draw_on_policy(shape, config.batch, source, tuple(config.on_policy.rollouts))
+            policy = config.on_policy
+            drawn = draw_on_policy(shape, config.batch, source, policy.rollouts, shared=policy.shared_rollout)
             batch |= {name: drawn[name][batch["place"]] for name in ("lengths", "step")}
         dealt = [deal(batch, process, processes) for process in range(processes)]
         for name, role in roles.items():

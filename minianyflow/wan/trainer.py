@@ -43,7 +43,7 @@ def train_run(
     """
     accelerator, guard = accelerator or Accelerator(), guard or Guard()
     process = accelerator.process_index, accelerator.num_processes
-    whole = own_rows or process == (0, 1) and accumulate == 1  # rows stay as they are drawn
+    whole = own_rows or (process == (0, 1) and accumulate == 1)  # rows stay as they are drawn
     wrapped = {name: _wrap(role, accelerator) for name, role in roles.items()}
     done, history = checkpoints.restore(roles, accelerator) if checkpoints else (0, [])
     if checkpoints:
