@@ -125,14 +125,29 @@ def test_published_guidance_is_exact_on_the_diagonal_alone():
     off = error(u, GUIDED.average_velocity, label=1)
     assert on < 1e-2 < 0.25 < off
     assert error(u, published_fixed_point, label=1) < 1.5e-2  # what it learns instead is known, too
+    assert error(u, published_null, label=0) < 1.5e-2
+
+
+def mean_along(flow, inside, z, t, r):
+    """The mean over s in [0, 1] of inside(z_tau, tau, r, s) at tau = r + s (t - r), along a flow from (z, t)."""
+    s, weights = (1 + GuidedGaussian.nodes) / 2, GuidedGaussian.weights / 2
+    z, t, r = (value.reshape(-1, 1).repeat_interleave(len(s), 0) for value in (z, t, r))
+    s = s.repeat(len(z) // len(s))[:, None]
+    tau = (r + s * (t - r)).squeeze(1)
+    found = inside(flow(z, t.squeeze(1), tau), tau, r.squeeze(1), s)
+    return (found.reshape(-1, len(weights)) * weights).sum(1, keepdim=True)
+
+
+def published_null(z, t, r):
+    """What its null branch learns: u = g mean of s^(g-1) v along the unconditional flow; for g = 1 the average of v."""
+    g = SCALE
+    return mean_along(UNCONDITIONAL.flow, lambda z, t, r, s: g * s ** (g - 1) * UNCONDITIONAL.velocity(z, t), z, t, r)
 
 
 def published_fixed_point(z, t, r):
-    """(t-r) u = integral over tau in [r, t] of g v + (1-g) u_null(z_tau, tau, r), along the *unguided* flow z_tau."""
-    nodes, weights = GuidedGaussian.nodes, GuidedGaussian.weights
-    tau = r[:, None] + (t - r)[:, None] / 2 * (1 + nodes)  # (B, nodes)
-    z, t, r = (value.reshape(-1, 1).expand(-1, len(nodes)).reshape(-1) for value in (z, t, r))
-    state = CONDITIONAL.flow(z[:, None], t, tau.flatten())
-    inside = SCALE * CONDITIONAL.velocity(state, tau.flatten())
-    inside = inside + (1 - SCALE) * UNCONDITIONAL.average_velocity(state, tau.flatten(), r)
-    return (inside.reshape(tau.shape) * weights / 2).sum(1, keepdim=True)
+    """The mean of g v + (1 - g) u_null(z_tau, tau, r) along the *unguided* flow z_tau."""
+
+    def inside(z, t, r, s):
+        return SCALE * CONDITIONAL.velocity(z, t) + (1 - SCALE) * published_null(z, t, r)
+
+    return mean_along(CONDITIONAL.flow, inside, z, t, r)
