@@ -96,7 +96,7 @@ def contact_sheet(rows: dict, titles, stills: int = 5, columns: int | None = Non
                 np.pad(still, [(0, 0), (0, gap)] + [(0, 0)] * (still.ndim - 2), constant_values=1)
                 for still in video[k][shown]
             ]
-            axes.imshow(np.concatenate(strip, 1)[:, :-gap].clip(0, 1), cmap="gray", vmin=0, vmax=1)
+            axes.imshow(np.concatenate(strip, 1)[:, :-gap], cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if k % columns == 0:

@@ -36,7 +36,8 @@ def test_particles_trails_and_the_exact_flow_stand_where_they_are():
     path = np.stack([np.zeros((3, 2)), [[1.0, -1.0], [-1.0, 1.0], [0.0, 1.5]]])
     exact = np.stack([np.full((3, 2), -1.5), np.full((3, 2), -0.5)])
     panel = pack.plane("", "#0072b2", path, [1, 0], exact, [[1.5, 1.5]], limit=2.0, followed=[0], trails=2)
-    at, _ = drawn(panel, pack)
+    at, figure = drawn(panel, pack)
+    assert len(figure.axes[0].lines) == 1 + 2 + 1  # the exact flow, two trails, one bold path
     for x, y, colour in (
         (1, -1, BLACK),  # the one that is followed
         (-1, 1, BLUE),
@@ -44,7 +45,7 @@ def test_particles_trails_and_the_exact_flow_stand_where_they_are():
         (1.5, 1.5, (200, 200, 200)),
         (0.5, -0.5, BLUE),  # half way along a bold path
         (-1, -1, (165, 165, 165)),  # along the exact one
-        (0, 0.8, WHITE),  # the third particle leaves no trail
+        (0, 0.8, WHITE),
     ):
         assert near(at(x, y), colour), (x, y)
 

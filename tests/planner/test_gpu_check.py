@@ -96,6 +96,13 @@ def test_cases_through_the_command(checked, architecture, stages, profile, tmp_p
         assert "aten::" in path.read_text()
 
 
+def test_the_rate_of_a_product_counts_two_operations_per_number(monkeypatch):
+    timer = Mock()
+    timer.return_value.blocked_autorange.return_value.median = 1e-3
+    monkeypatch.setattr(gpu_check, "Timer", timer)
+    assert gpu_check.matrix_rate(CPU) == {"size": 512, "tflops": pytest.approx(2 * 512**3 / 1e9)}
+
+
 def test_a_storage_counts_once():
     with memory_reader(CPU) as read:
         a = torch.zeros(1000)
