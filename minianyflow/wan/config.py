@@ -66,6 +66,7 @@ class Causal:
     first: Count = option(1, "latent frames of the first chunk")
     rest: Count = option(3, "latent frames of other chunks; the last may be shorter: 1, 3, 3, 3, 3, 3, 3, 2 of 21")
     full_chunks: int = option(3, "number of last chunks seen in full; older ones are seen in coarse patches", ge=2)
+    coarse_patches: Literal["lora", "whole"] = option("lora", "how their embedding learns; whole: its bias, too")
     long_context: Share = option(0.5, "share of steps of full_chunks chunks or more, at random; others have so many")
     bidirectional: Share = option(0.1, "share of steps that train the clip as one chunk")
     bidirectional_adds: bool = option(False, "whether they only add its velocity, without weight, to the chunks' loss")
