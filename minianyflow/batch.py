@@ -24,6 +24,7 @@ class Batch(TypedDict, total=False):
     split: Times  # uniform: where a semigroup target cuts the jump
     objective_draw: Times  # uniform: which objective a row r < t learns from
     dropped: Mask  # rows trained without their condition
+    known: Mask  # rows that know their first frame: networks/known_frames.py
     condition: dict[str, Condition]  # the network's arguments besides z, t, r
     rollout_condition: dict[str, Condition]  # that of rollouts and scores, where it is another: on_policy.OnPolicyLoss
     context: dict[str, Tensor]  # clean earlier frames: networks/teacher_forcing.py

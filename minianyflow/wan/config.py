@@ -143,6 +143,7 @@ class Config:
     end: Share = option(0.25, "share of rows with r = 0")
     shift: float = option(5.0, "time shift s -> shift s / (1 + (shift - 1) s), for t, r and sampling", gt=0)
     drop: Share = option(0.1, "share of rows with the null prompt")
+    i2v_prob: Share = option(0.0, "share of rows that know their first latent frame and learn the rest: image to video")
     guidance: Guidance = Field(default_factory=Guidance)
     weight: Literal["none", "sqrt", "anyflow"] = option("anyflow", "of a row by its t: 1, sqrt(1 - t) or t sqrt(1 - t)")
     rebalance: bool = option(False, "scale rows r < t to the mean loss of rows r = t; not with semigroup rows")

@@ -14,6 +14,7 @@ from minianyflow.flow_map import pick_rows, velocity
 from minianyflow.guidance import Guidance, guided
 from minianyflow.networks.causal import causal_backward_simulation
 from minianyflow.networks.causal_attention import chunk_partition
+from minianyflow.networks.known_frames import know_first_frames
 from minianyflow.networks.teacher_forcing import (
     TeacherForced,
     add_whole_clips,
@@ -130,7 +131,8 @@ def simulation(config: Config) -> Callable:
 def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
     """`draw(step)` for `train_run`: the rows of one process, part = (index, processes), of the batch of that step."""
     pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
-    pairs["diagonal_time"], policy = config.diagonal_time, config.on_policy
+    pairs |= {"diagonal_time": config.diagonal_time, "known": config.i2v_prob}
+    policy = config.on_policy
     rollouts = {"steps": tuple(policy.rollouts), "shift": config.shift, "shared": policy.shared_rollout}
     rollouts["fake_time"] = policy.score_time
 
@@ -138,12 +140,11 @@ def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Ca
         batch = data.draw(step, config.batch, config.seed, part, **pairs)
         if "dropped" in batch:
             batch = drop_prompts(batch, data.null, config)
-        if config.architecture == "causal":
-            batch = chunk_batch(batch, config, step)
         if config.stage == "on_policy":
             rollout = draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
             batch |= pick_rows(rollout, batch["place"])
-        return batch
+        batch = know_first_frames(batch)
+        return chunk_batch(batch, config, step) if config.architecture == "causal" else batch
 
     return draw
 
