@@ -25,7 +25,7 @@ _NAMES = {  # by module
     "samplers": "sample_consistency sample_consistency_deterministic sample_euler sample_flow_map sample_ode",
     "mixtures": "GaussianMixture",
     "guidance": "Guidance guided",
-    "objectives": "FLOW_MAPS FlowMapLoss eulerian_target lagrangian_target semigroup_target",
+    "objectives": "FLOW_MAPS FlowMapLoss eulerian_target lagrangian_target semigroup_target teacher_step_target",
     "consistency": "ConsistencyLoss consistency_target",
     "on_policy": "FakeScoreLoss OnPolicyLoss backward_simulation backward_simulation_times distribution_matching_loss "
     "draw_on_policy draw_rollouts",

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from minianyflow.batch import Batch
-from minianyflow.flow_map import displace, rollout
 from minianyflow.interpolant import broadcast_time, interpolate
 from minianyflow.notation import Condition, Errors, Losses, Network, State, Times, Velocity, Weight
-from minianyflow.objectives import DELTA, adaptive_weight, eulerian_target
+from minianyflow.objectives import DELTA, adaptive_weight, eulerian_target, teacher_step_target
 from minianyflow.support.errors import InputError, choose
 
 
@@ -25,7 +24,6 @@ def time_weight(t: Times) -> Times:
     return t
 
 
-@torch.no_grad()
 def consistency_target(
     u_average: Network, z: State, t: Times, s: Times, velocity: Velocity, solver: str = "euler", **condition: Condition
 ) -> State:
@@ -33,12 +31,7 @@ def consistency_target(
 
     solver: "euler", or "heun", of second order.
     """
-    v = velocity(z, t, **condition)
-    if choose("solver", solver, {"euler": False, "heun": True}):
-        v = (v + velocity(displace(z, v, t, s), s, **condition)) / 2
-    times = torch.stack([s, torch.zeros_like(s)])
-    x = rollout(u_average, displace(z, v, t, s), times, **condition)[-1]  # where s = 0, without an evaluation
-    return (z - x) / broadcast_time(t, z)
+    return teacher_step_target(u_average, z, t, torch.zeros_like(t), s, velocity, solver, **condition)
 
 
 @torch.no_grad()

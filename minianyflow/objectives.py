@@ -1,14 +1,16 @@
 """Objectives of the forward stage: what the average velocity `u(z, t, r)` is regressed on.
 
-Four identities hold for a flow map Phi(z; t -> r) = z - (t - r) u(z, t, r) along dz/dt = v(z, t); each gives a target:
+Four identities hold for a flow map Phi(z; t -> r) = z - (t - r) u(z, t, r) along dz/dt = v(z, t). Each gives a target,
+the last one two:
 
     tangent      u(z, t, t) = v(z, t)                         v
     Eulerian     d/dt Phi(z_t; t -> r) = 0 along the ODE      v - (t - r) du/dt            (MeanFlow, eq. 6; AnyFlow)
     Lagrangian   d/dr Phi(z; t -> r) = v(Phi, r)              v(Phi, r) + (t - r) du/dr    (Boffi et al., prop. 2.1)
     semigroup    Phi(t -> r) = Phi(s -> r) o Phi(t -> s)      average velocity of the two jumps
+    teacher_step                                              the same, the first jump one step of a teacher (CTM)
 
 A target is always stop-gradient: these functions run without gradient. A target of a row r < t costs two evaluations
-of `u`. Letters and types: notation.py.
+of `u`, that of the teacher's step one of `u` and two of the teacher. Letters and types: notation.py.
 """
 
 from collections.abc import Mapping
@@ -19,10 +21,10 @@ import torch
 from torch import Tensor
 
 from minianyflow.batch import Batch
-from minianyflow.flow_map import displace, pick_rows
+from minianyflow.flow_map import displace, pick_rows, rollout
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times, data_velocity, interpolate
-from minianyflow.notation import Errors, Losses, Mask, Network, Rows, State, Times, Velocity, Weight
+from minianyflow.notation import Condition, Errors, Losses, Mask, Network, Rows, State, Times, Velocity, Weight
 from minianyflow.support.errors import InputError, choose
 from minianyflow.times import time_grid
 
@@ -67,6 +69,16 @@ def lagrangian_target(
 
     derivative: as for `eulerian_target`.
     """
+    return lagrangian_sides(u, z, t, r, velocity, derivative, delta)[1]
+
+
+def lagrangian_sides(
+    u: Network, z: State, t: Times, r: Times, velocity: Velocity, derivative: str = "difference", delta: float = DELTA
+) -> tuple[State, State]:
+    """u(z, t, r), and what `lagrangian_target` says of it, with gradient in all but the velocity: two evaluations.
+
+    Their difference is v(Phi, r) - d/dr Phi: the gradient goes through the derivative too (Boffi et al., LSD).
+    """
     if choose("derivative", derivative, {"difference": False, "jvp": True}):
         now, du = torch.func.jvp(lambda r: u(z, t, r), (r,), (torch.ones_like(r),))
     else:
@@ -74,7 +86,9 @@ def lagrangian_target(
         below = u(z, t, lower)
         du = (u(z, t, upper) - below) / broadcast_time(upper - lower, z)
         now = below + broadcast_time(r - lower, z) * du  # u(z, t, r) to second order, without an evaluation
-    return velocity(displace(z, now, t, r), r) + broadcast_time(t - r, z) * du
+    with torch.no_grad():
+        v = velocity(displace(z, now, t, r), r)
+    return now, v + broadcast_time(t - r, z) * du
 
 
 @torch.no_grad()
@@ -86,8 +100,37 @@ def semigroup_target(u: Network, z: State, t: Times, r: Times, s: Times) -> Stat
     return share * first + (1 - share) * second
 
 
-TARGETS = {"eulerian": eulerian_target, "lagrangian": lagrangian_target, "semigroup": semigroup_target}
-FLOW_MAPS = {name: {name: 1.0} for name in TARGETS} | {"mixed": {"eulerian": 0.5, "semigroup": 0.5}}  # shares of rows
+@torch.no_grad()
+def teacher_step_target(
+    u: Network,
+    z: State,
+    t: Times,
+    r: Times,
+    s: Times,
+    velocity: Velocity,
+    solver: str = "heun",
+    **condition: Condition,
+) -> State:
+    """The average velocity of one step of the teacher's `velocity` t -> s, then the jump s -> r, r <= s < t.
+
+    solver: "euler", or "heun", of second order, which evaluates the velocity twice. Where s = r, no evaluation of `u`.
+    This is CTM's soft consistency matching (arXiv 2310.02279); with r = 0 it is consistency distillation.
+    """
+    v = velocity(z, t, **condition)
+    if choose("solver", solver, {"euler": False, "heun": True}):
+        v = (v + velocity(displace(z, v, t, s), s, **condition)) / 2
+    end = rollout(u, displace(z, v, t, s), torch.stack([s, r]), **condition)[-1]
+    return (z - end) / broadcast_time(t - r, z)
+
+
+TARGETS = {
+    "eulerian": eulerian_target,
+    "lagrangian": lagrangian_target,
+    "semigroup": semigroup_target,
+    "teacher_step": teacher_step_target,
+}
+FLOW_MAPS = {name: {name: 1.0} for name in ("eulerian", "lagrangian", "semigroup")}  # shares of rows
+FLOW_MAPS |= {"mixed": {"eulerian": 0.5, "semigroup": 0.5}}
 
 
 class InnerState:
@@ -110,7 +153,8 @@ class FlowMapLoss:
     shares: the share of rows r < t per objective, e.g. {"eulerian": 0.5, "semigroup": 0.5}; {} is for r = t alone.
     velocity: that of a teacher or of exact truth; None takes the data velocity eps - x. weight: the weight of a row,
     a function of its t. adaptive: see `adaptive_weight`. rebalance: see `rebalanced`. derivative, delta: see
-    `eulerian_target`.
+    `eulerian_target`. step: the longest step of the teacher. through_end: Lagrangian rows take the gradient through
+    d/dr Phi too, see `lagrangian_sides`.
     Raises InputError for shares, guidance and velocity that do not go together.
     """
 
@@ -122,6 +166,8 @@ class FlowMapLoss:
     derivative: str = "difference"
     delta: float = DELTA
     rebalance: bool = False
+    step: float = 1 / 16
+    through_end: bool = False
     diagonal_loss: Tensor | None = field(default=None, init=False)  # of the last micro-batch with rows r = t
 
     def __post_init__(self):
@@ -129,8 +175,8 @@ class FlowMapLoss:
             choose("objective", name, TARGETS)
         if self.shares and not (min(self.shares.values()) >= 0 and sum(self.shares.values()) > 0):
             raise InputError(f"shares {dict(self.shares)}; expected shares that are not negative and not all zero")
-        if "lagrangian" in self.shares and self.velocity is None:
-            raise InputError("a Lagrangian target needs velocity=, a teacher's or the exact one, of all states")
+        if {"lagrangian", "teacher_step"} & set(self.shares) and self.velocity is None:
+            raise InputError("this target needs velocity=, a teacher's or the exact one, of all states")
         if self.guidance and self.guidance.published and set(self.shares) - {"eulerian"}:
             raise InputError(f"published guidance is for the Eulerian target alone; got {', '.join(self.shares)}")
 
@@ -146,11 +192,17 @@ class FlowMapLoss:
             raise InputError("guidance needs `dropped` in the batch, rows without condition: draw_pairs(..., drop=0.1)")
         z = interpolate(batch["x"], batch["eps"], t)
         kinds = self.kinds(batch)
-        target, scale = torch.empty_like(z), torch.ones_like(t)
+        out, target, scale = torch.empty_like(z), torch.empty_like(z), torch.ones_like(t)
+        rest = torch.ones_like(t, dtype=torch.bool)  # rows whose output does not come with their target
         for name, rows in kinds.items():
-            target[rows], scale[rows] = self._target(name, u, batch, rows, z[rows])
-        out = u(z, t, r, **batch.get("condition", {}))
-        check_same_shape("the network's output", out, z)
+            target[rows], scale[rows], now = self._target(name, u, batch, rows, z[rows])
+            if now is not None:
+                out[rows], rest[rows] = now, False
+        rest = rest.nonzero().squeeze(1)
+        if len(rest):
+            now = u(z[rest], t[rest], r[rest], **pick_rows(batch.get("condition", {}), rest))
+            check_same_shape("the network's output", now, z[rest])
+            out[rest] = now
         error = (out - target).square().flatten(1).mean(1)  # (B,)
         loss = self.weight(t) * scale * error * adaptive_weight(error, self.adaptive)
         if self.rebalance:
@@ -179,13 +231,13 @@ class FlowMapLoss:
 
     @torch.no_grad()
     def _target(self, name, network, batch, rows, z):
-        """The target of the rows of one kind, and the factor of their loss."""
+        """The target of the rows of one kind, the factor of their loss, and the output if it came with the target."""
         options = {"derivative": self.derivative, "delta": self.delta}
         guidance, batch = self.guidance, pick_rows(batch, rows)
         t, r, condition = batch["t"], batch["r"], batch.get("condition", {})
         u = partial(network, **condition)
 
-        def velocity(z, t):
+        def velocity(z, t, **_):
             v = self.velocity(z, t, **condition) if self.velocity else data_velocity(batch["x"], batch["eps"])
             check_same_shape("the velocity", v, z)
             if guidance and not guidance.published:
@@ -193,15 +245,20 @@ class FlowMapLoss:
             return v
 
         if name == "semigroup":
-            return semigroup_target(u, z, t, r, r + batch["split"] * (t - r)), 1.0
+            return semigroup_target(u, z, t, r, r + batch["split"] * (t - r)), 1.0, None
+        if name == "teacher_step":
+            s = torch.maximum(t - self.step, r)
+            return teacher_step_target(network, z, t, r, s, velocity, **condition), 1.0, None
         if name == "lagrangian":
-            return lagrangian_target(u, z, t, r, velocity, **options), 1.0
+            with torch.set_grad_enabled(self.through_end):
+                now, target = lagrangian_sides(u, z, t, r, velocity, **options)
+            return target, 1.0, now if self.through_end else None
         v = velocity(z, t)
         target = v if name == "tangent" else eulerian_target(u, z, t, r, v, **options)
         if guidance and guidance.published:
             target = target + guidance.pull(network, z, t, r, v, ~batch["dropped"], condition)
-            return target, torch.where(batch["dropped"], 1.0, guidance.scale**-2).to(z)
-        return target, 1.0
+            return target, torch.where(batch["dropped"], 1.0, guidance.scale**-2).to(z), None
+        return target, 1.0, None
 
 
 def adaptive_weight(error: Losses, power: float, floor: float = 5e-3) -> Losses | float:

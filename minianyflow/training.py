@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -21,12 +22,42 @@ from minianyflow.notation import Errors, Loss
 from minianyflow.support.errors import InputError
 
 
+class Muon(AdamW):
+    """AdamW, with Muon (Jordan et al. 2024) for the groups of weights that have `momentum`.
+
+    Muon steps along the gradient's Nesterov average, made orthogonal. A weight may be a stack of copies (S, n, n), each
+    made orthogonal by itself; torch.optim.Muon takes a single matrix.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> float | None:
+        """One step of all groups. Those of Muon lose their gradients, so that AdamW passes over them."""
+        for group in self.param_groups:
+            for weight in [weight for weight in group["params"] if "momentum" in group and weight.grad is not None]:
+                average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                weight.sub_(group["lr"] * orthogonal(weight.grad.lerp(average, group["momentum"])))
+                weight.grad = None
+        return super().step(closure)
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The matrices (n, n) or (S, n, n) with their singular values moved near 1 (.7 to 1.2), by Newton-Schulz steps."""
+    stack = matrix.reshape(-1, *matrix.shape[-2:])
+    stack = stack / stack.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = stack @ stack.mT
+        stack = torch.baddbmm(stack, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), stack, beta=3.4445)
+    return stack.reshape(matrix.shape)
+
+
 @dataclass
 class Role:
     """network: u(z, t, r). loss: `loss(network, batch) -> losses (B,), errors by name`; may be set later.
 
     AdamW at `lr`, times a linear warm-up over `warmup` steps, times a cosine that falls to zero over the whole run if
-    `cosine`. clip: largest gradient norm.
+    `cosine`. muon: instead, with this learning rate, same warm-up and cosine, square weights (n, n), or stacks of them
+    (S, n, n), step by `Muon`, momentum .95, without decay. clip: largest gradient norm.
     average: the moving average of the weights with decay `ema`, from step `ema_after` on, to sample from. With
     ema=None there is none. Raises InputError for a network without weights to train.
     """
@@ -34,6 +65,7 @@ class Role:
     network: nn.Module
     loss: Loss | None = None
     lr: float = 3e-3
+    muon: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup: int = 200
@@ -47,21 +79,27 @@ class Role:
         if self.ema is not None:
             rule = get_ema_multi_avg_fn(self.ema)
             self.average = AveragedModel(self.network, multi_avg_fn=rule).requires_grad_(False)
-        weights = [(name, weight) for name, weight in self.network.named_parameters() if weight.requires_grad]
-        if not weights:
+        groups = {False: [], True: []}  # whether Muon's
+        for name, weight in self.network.named_parameters():
+            square = weight.ndim in (2, 3) and weight.shape[-2] == weight.shape[-1]
+            groups[square and self.muon is not None] += [(name, weight)] * weight.requires_grad
+        if not any(groups.values()):
             raise InputError("a network none of whose weights is trained; expected a role with weights to train")
-        self.optimizer = AdamW(weights, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        adamw = {"params": groups[False]}
+        muon = {"params": groups[True], "momentum": 0.95, "rate": self.muon}
+        options = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay, "fused": True}
+        self.optimizer = Muon([group for group in (adamw, muon) if group["params"]], **options)
 
-    def schedule(self, step: int, steps: int) -> float:
-        """The learning rate at `step` of `steps`."""
-        rate = self.lr * min(1.0, (step + 1) / max(self.warmup, 1))
+    def schedule(self, step: int, steps: int, rate: float | None = None) -> float:
+        """The learning rate at `step` of `steps`; rate: the highest, by default `lr`."""
+        rate = (self.lr if rate is None else rate) * min(1.0, (step + 1) / max(self.warmup, 1))
         return rate * (0.5 * (1 + math.cos(math.pi * step / steps)) if self.cosine else 1.0)
 
     def update(self, step: int, steps: int, optimizer: object = None) -> None:
         """One optimiser step along the gradients, and one of the average. optimizer: the role's own, wrapped."""
         optimizer = optimizer or self.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = self.schedule(step, steps)
+            group["lr"] = self.schedule(step, steps, group.get("rate"))
         optimizer.step()
         optimizer.zero_grad()
         if self.average is not None and step >= self.ema_after:

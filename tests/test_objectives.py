@@ -16,6 +16,7 @@ from minianyflow.objectives import (
     eulerian_target,
     lagrangian_target,
     rebalanced,
+    teacher_step_target,
 )
 from minianyflow.samplers import sample_flow_map
 from minianyflow.times import draw_pairs, generator, time_grid
@@ -156,12 +157,60 @@ def test_any_kind_of_row_may_be_absent(pairs, rebalance):
         assert bool(nn.utils.get_total_norm([weight.grad for weight in u.parameters()]).isfinite())
 
 
-@pytest.mark.parametrize("name", FLOW_MAPS)
+@pytest.mark.parametrize("name", [*FLOW_MAPS, "teacher_step", "through_end"])
 def test_evaluations_are_counted_and_none_is_wasted(name):
-    """One with gradient per row, two without per row r < t, none more per row r = t."""
-    u = EvaluationCounter(MLP())
-    FlowMapLoss(FLOW_MAPS[name], GAUSSIAN.velocity)(u, batch_of(64))
-    assert (u.with_grad, u.rows) == (64, 64 + 2 * 32)
+    """One with gradient per row, two without per row r < t, none more per row r = t. The teacher's are counted too.
+
+    A teacher's step takes two of the teacher and, unless it ends at r, one of the student. Through the end, a
+    Lagrangian row takes two, both with gradient.
+    """
+    u, teacher, batch = (
+        EvaluationCounter(MLP()),
+        EvaluationCounter(lambda z, t, r: GAUSSIAN.velocity(z, t)),
+        batch_of(64),
+    )
+    shares = FLOW_MAPS.get(name, {"lagrangian" if name == "through_end" else name: 1.0})
+    loss = FlowMapLoss(shares, lambda z, t: teacher(z, t, t), through_end=name == "through_end")
+    loss(u, batch)
+    longer = int((batch["t"] - batch["r"] > loss.step).sum())
+    student = {"teacher_step": (64, 64 + longer), "through_end": (64 + 32, 64 + 32)}.get(name, (64, 64 + 2 * 32))
+    assert (u.with_grad, u.rows) == student
+    of_jumps = {"eulerian": 1, "lagrangian": 1, "semigroup": 0, "mixed": 0.5, "teacher_step": 2, "through_end": 1}
+    assert teacher.rows == 32 + 32 * of_jumps[name]
+
+
+def test_a_teachers_step_errs_by_its_cube_and_ends_at_r():
+    """On the exact map the target errs as the one Heun step does: third order; a longer step would pass r."""
+    z = torch.linspace(-2, 2, 60, dtype=torch.float64)[:, None]
+    t, r = torch.linspace(0.4, 1, 60, dtype=torch.float64), torch.linspace(0.3, 0, 60, dtype=torch.float64)
+    u, gaps = GAUSSIAN.average_velocity, []
+    for step in (1 / 32, 1 / 64):
+        target = teacher_step_target(u, z, t, r, t - step, GAUSSIAN.velocity)
+        gaps.append(float(((target - u(z, t, r)) * (t - r)[:, None]).abs().max()))
+    assert gaps[0] / gaps[1] == pytest.approx(8, rel=0.2)
+    assert gaps[0] < 4e-4  # 1.3e-4
+    loss = FlowMapLoss({"teacher_step": 1.0}, GAUSSIAN.velocity, step=0.5)
+    batch = {"t": t, "r": r, "x": z, "eps": z}
+    whole = loss._target("teacher_step", pytest.fail, batch, torch.arange(20), z[:20])[0]  # t - r < .5: no student
+    half = GAUSSIAN.velocity(z - (t - r)[:, None] * GAUSSIAN.velocity(z, t), r)
+    assert torch.allclose(whole, ((GAUSSIAN.velocity(z, t) + half) / 2)[:20])
+
+
+def test_through_the_end_a_lagrangian_row_is_the_residual_of_its_derivative():
+    """The error is that of the stop-gradient form; the gradient is that of |d/dr Phi - v|^2, with v fixed."""
+    u, batch = MLP().double(), batch_of(32, dtype=torch.float64)
+    batch |= {"t": 0.2 + 0.8 * batch["t"], "r": 0.1 + 0.05 * batch["r"]}
+    plain, through = (
+        FlowMapLoss({"lagrangian": 1.0}, GAUSSIAN.velocity, weight=torch.ones_like, through_end=on, derivative="jvp")
+        for on in (False, True)
+    )
+    assert torch.allclose(through(u, batch)[0], plain(u, batch)[0])
+    t, r, z = batch["t"], batch["r"], interpolate(batch["x"], batch["eps"], batch["t"])
+    end, slope = torch.func.jvp(lambda r: z - (t - r)[:, None] * u(z, t, r), (r,), (torch.ones_like(r),))
+    expected = (slope - GAUSSIAN.velocity(end, r).detach()).square().mean(1)
+    assert torch.allclose(through(u, batch)[0], expected)
+    assert torch.allclose(gradients(through(u, batch)[0], u), gradients(expected, u))
+    assert not torch.allclose(gradients(plain(u, batch)[0], u), gradients(expected, u), rtol=0.1)
 
 
 def test_data_velocity_is_the_default():
@@ -198,7 +247,7 @@ def test_a_state_has_any_shape(shape):
     u, batch = GAUSSIAN.average_velocity, batch_of(16, shape, torch.float64)
     losses, raw = FlowMapLoss(ALL, GAUSSIAN.velocity, delta=1e-4)(u, batch)
     assert losses.shape == (16,)
-    assert len(raw) == 4
+    assert len(raw) == 5
     assert max(map(float, raw.values())) < 1e-6
     ends = [sample_flow_map(u, batch["eps"], time_grid(steps).double())[-1] for steps in (1, 3)]
     assert ends[0].shape == (16, *shape)
@@ -214,7 +263,7 @@ def test_guidance_replaces_what_it_names():
     condition = {"label": torch.ones(8, dtype=torch.long), "shift": torch.arange(8.0)}
     batch = batch_of(8, diagonal=1.0, end=0.0) | {"condition": condition}
     loss = FlowMapLoss({}, lambda z, t, label, shift: 0 * z, guidance)
-    target, _ = loss._target("tangent", u, batch | {"dropped": torch.arange(8) >= 6}, torch.arange(8), batch["x"])
+    target, *_ = loss._target("tangent", u, batch | {"dropped": torch.arange(8) >= 6}, torch.arange(8), batch["x"])
     assert torch.allclose(target[:6, 0], -condition["shift"][:6])  # v + (g - 1) (v - u_null), with v = 0 and label 0
     assert not target[6:].any()
 
@@ -227,7 +276,7 @@ def test_a_condition_follows_its_row():
         return z * 0 + shift[:, None]
 
     _, raw = FlowMapLoss(ALL, u)(u, batch)
-    assert len(raw) == 4
+    assert len(raw) == 5
     assert max(map(float, raw.values())) < 1e-6
 
 

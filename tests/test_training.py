@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from minianyflow.batch import batches, part_of
 from minianyflow.consistency import ConsistencyLoss
@@ -96,6 +97,30 @@ def test_the_optimiser_stores_its_weights_by_name():
     assert group["param_names"] == [name for name, _ in network.named_parameters() if name != "bias0"]
     assert all(network.get_parameter(name) is weight for name, weight in zip(group["param_names"], group["params"]))  # noqa: B905
     assert group["fused"]
+
+
+def test_muon_is_that_of_torch_and_a_stack_is_its_copies_one_by_one(monkeypatch):
+    """torch's rounds to bfloat16: here it may not. The other weights are AdamW's."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    network, matrices = nn.ParameterDict({"stack": torch.randn(3, 8, 8), "wide": torch.randn(3, 8, 9)}), []
+    network["matrix"] = network["stack"][0].clone()
+    role = Role(network, lr=0.01, muon=0.02, warmup=0)
+    matrices = [nn.Parameter(matrix.clone()) for matrix in (*network["stack"].detach(), network["matrix"].detach())]
+    wide = nn.Parameter(network["wide"].detach().clone())
+    muon, adamw = torch.optim.Muon(matrices, weight_decay=0.0), torch.optim.AdamW([wide], weight_decay=0.0)
+    for step in range(6):
+        gradients = torch.randn(3, 8, 8)
+        network["stack"].grad, network["matrix"].grad = gradients.clone(), gradients[0].clone()
+        network["wide"].grad = torch.randn(3, 8, 9)
+        for matrix, gradient in zip(matrices, (*gradients, gradients[0]), strict=True):
+            matrix.grad = gradient.clone()
+        wide.grad = network["wide"].grad.clone()
+        for optimizer, rate in ((muon, 0.02), (adamw, 0.01)):
+            optimizer.param_groups[0]["lr"] = role.schedule(step, 10, rate)
+            optimizer.step()
+        role.update(step, 10)
+        assert same((*network["stack"], network["matrix"]), matrices, 1e-6)
+        assert same([network["wide"]], [wide], 1e-6)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

@@ -50,7 +50,7 @@ def make_student(method: str, dataset: str, seeds: Sequence[int], budget: Budget
         return mixture.velocity(z, t)
 
     pairs = {"diagonal": changes.pop("diagonal", 0.5), "end": changes.pop("end", 0.25)}
-    network = EvaluationCounter(MLP(width=budget.width, depth=budget.depth, seeds=seeds))
+    network = EvaluationCounter(MLP(mixture.shape, budget.width, budget.depth, seeds))
     ema = changes.pop("ema", 0.5 if method == "consistency" else 0.999)  # the target's, and of what one samples from
     student = Role(network, lr=budget.lr, ema=ema)
     if method == "consistency":  # one change at a time: docs/plane.md
@@ -66,8 +66,8 @@ def make_student(method: str, dataset: str, seeds: Sequence[int], budget: Budget
 def sample_all(method: str, network, dataset: str, copies: int, bar: dict) -> tuple[dict, dict, dict]:
     """Sample at every step count, all copies from the same noises, and measure against the data.
 
-    Returns {nfe: ends (copies, POINTS, 2)}; {"sliced_w2": {nfe: [value per copy]}}, with "sliced_w2_pooled" for a
-    sampler that re-noises; and for SHOWN {nfe: paths (nfe + 1, PIECE, 2) of the first copy}.
+    Returns {nfe: ends (copies, POINTS, D)}; {"sliced_w2": {nfe: [value per copy]}}, with "sliced_w2_pooled" for a
+    sampler that re-noises; and for SHOWN {nfe: paths (nfe + 1, PIECE, D) of the first copy}.
     """
     condition = {"copy": torch.arange(copies).repeat(PIECE)} if copies > 1 else {}
     reference, _ = references(dataset)
@@ -77,10 +77,10 @@ def sample_all(method: str, network, dataset: str, copies: int, bar: dict) -> tu
         pieces = [
             sample(method, network, dataset, z.repeat_interleave(copies, 0), nfe, draw * POINTS + start, **condition)
             for draw in range(DRAWS if renoised and nfe > 1 else 1)
-            for start, z in enumerate(sobol_noise(POINTS, (2,)).split(PIECE))
+            for start, z in enumerate(sobol_noise(POINTS, reference.shape[1:]).split(PIECE))
         ]
         last = [piece[-1] for piece in pieces]
-        pooled = rearrange(last, "piece (point copy) xy -> copy (piece point) xy", copy=copies)
+        pooled = rearrange(last, "piece (point copy) d -> copy (piece point) d", copy=copies)
         ends[nfe] = pooled[:, :POINTS].contiguous()
         for name, samples in zip(distances, (ends[nfe], pooled), strict=False):
             distances[name][nfe] = [sliced_w2(of_copy, reference) for of_copy in samples]
@@ -106,9 +106,10 @@ def run_method(method, dataset, seeds, budget, changes, quiet, position=0) -> di
 
 
 def exact_flow(dataset: str, position: int = 0) -> tuple[Tensor, Tensor]:
-    """Where the exact flow carries the measure's noises, (POINTS, 2), and its paths for a picture (65, PIECE, 2)."""
+    """Where the exact flow carries the measure's noises, (POINTS, D), and its paths for a picture (65, PIECE, D)."""
     torch.set_num_threads(1)
-    mixture, pieces = plane.load(dataset), sobol_noise(POINTS, (2,)).split(PIECE)
+    mixture = plane.load(dataset)
+    pieces = sobol_noise(POINTS, mixture.shape).split(PIECE)
     ends = [mixture.flow(z, torch.ones(len(z)), torch.zeros(len(z))) for z in pieces]
     return torch.cat(ends), sample_ode(mixture.velocity, pieces[0], time_grid(64)).numpy()
 

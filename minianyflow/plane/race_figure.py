@@ -7,17 +7,40 @@ from matplotlib.figure import Figure
 from minianyflow.support.figures import COLOURS, LABELS, MARKERS
 
 
+def axes_of(dimensions: int) -> dict:
+    """What `plt.subplots(subplot_kw=...)` takes to draw states of that many numbers: three are drawn in space."""
+    return {"projection": "3d"} if dimensions == 3 else {}
+
+
 def draw_paths(axes, paths, colour: str, samples=None, exact=None, limit: float = 2.6) -> None:
-    """Trajectories (steps + 1, n, 2) as lines, noise to data; `samples` (m, 2) as points, `exact` ones grey below."""
-    paths = np.asarray(paths)
+    """Trajectories (steps + 1, n, D) as lines, noise to data; `samples` (m, D) as points, `exact` ones grey below.
+
+    D = 3 needs axes in space (`axes_of`). Of more numbers the first two are drawn; one is drawn against time.
+    """
+    flat = axes.name != "3d"
+    paths, space = np.asarray(paths), "xy" if flat else "xyz"
+    shading = {} if flat else {"depthshade": False}  # one colour per method
+
+    def seen(states, time):  # (..., 2 or 3)
+        states = np.asarray(states)
+        across = limit * (1 - 2 * time)  # time, if a state is one number: noise left, data right
+        if states.shape[-1] == 1:
+            states = np.concatenate([np.broadcast_to(across, states.shape), states], -1)
+        return states[..., : len(space)]
+
     if len(paths) > 1 and paths.shape[1]:
-        length = np.linalg.norm(np.diff(paths, axis=0), axis=-1).sum(0).mean()
+        lines = seen(paths, np.linspace(1, 0, len(paths))[:, None, None])
+        length = np.linalg.norm(np.diff(lines, axis=0), axis=-1).sum(0).mean()
         alpha = 0.4 / max(1.0, 0.4 * length)  # long, tangled ones are drawn fainter
-        axes.plot(*np.moveaxis(paths, -1, 0), color=colour, alpha=alpha, linewidth=0.6, zorder=1)
+        for line in lines.swapaxes(0, 1):
+            axes.plot(*line.T, color=colour, alpha=alpha, linewidth=0.6, zorder=1)
     for points, shade, size, order in ((exact, "0.75", 4, 0), (samples, colour, 2, 2)):
         if points is not None:
-            axes.scatter(*np.asarray(points).T, s=size, color=shade, linewidths=0, zorder=order)
-    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+            axes.scatter(*seen(points, 0.0).T, s=size, color=shade, linewidths=0, zorder=order, **shading)
+    axes.set(**{f"{name}lim": (-limit, limit) for name in space}, **{f"{name}ticks": [] for name in space})
+    axes.set_aspect("equal")
+    if not flat:
+        axes.set_box_aspect((1, 1, 1), zoom=1.1)
     for side in axes.spines.values():
         side.set_color("0.8")
 
@@ -42,10 +65,11 @@ def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str,
 
 
 def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 16, 64), lines: int = 60) -> Figure:
-    """Methods as rows, steps as columns, from {method: {nfe: (nfe + 1, n, 2)}}; exact flow and curves beside."""
+    """Methods as rows, steps as columns, from {method: {nfe: (nfe + 1, n, D)}}; exact flow and curves beside."""
     figure = plt.figure(figsize=(15, 11.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.42, 1])
-    grid = left.subplots(len(trajectories), len(shown))
+    room = axes_of(exact_paths.shape[-1])
+    grid = left.subplots(len(trajectories), len(shown), subplot_kw=room)
     for row, (name, by_steps) in zip(grid, trajectories.items(), strict=True):
         for axes, steps in zip(row, shown, strict=True):
             draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1], exact_paths[-1])
@@ -53,10 +77,12 @@ def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 
             distances = np.array(method.get("sliced_w2_pooled", method["sliced_w2"]))  # (seeds, step counts)
             distance = distances[:, method["nfe"].index(steps)].mean()
             axes.annotate(f"{1000 * distance:.0f}", (0.97, 0.04), xycoords="axes fraction", ha="right", fontsize=14)
-        row[0].set_ylabel(LABELS[name], fontsize=15)
+        beside = {"xycoords": "axes fraction", "rotation": 90, "ha": "center", "va": "center"}
+        row[0].annotate(LABELS[name], (-0.14, 0.5), fontsize=15, **beside)
     for axes, steps in zip(grid[0], shown, strict=True):
         axes.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=17)
-    exact, w2, path = right.subplots(3, 1, height_ratios=[1.25, 1, 1])
+    above, below = right.subfigures(2, 1, height_ratios=[1.25, 2])
+    exact, (w2, path) = above.subplots(subplot_kw=room), below.subplots(2, 1)
     draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1])
     exact.set_title(f"{report['dataset']}: the exact flow, same noise\n(grey in every panel)", fontsize=15)
     floors = {"exact": report["exact_flow"]["sliced_w2"], "consistency": report["fresh_noise"]["sliced_w2_pooled"]}

@@ -31,7 +31,7 @@ class Budget:
 
 
 def sample(method: str, network, dataset: str, z: Tensor, nfe: int, draw: int = 0, **condition) -> Tensor:
-    """The trajectory (nfe + 1, B, 2) of one method from noise `z` (B, 2) in `nfe` evaluations."""
+    """The trajectory (nfe + 1, B, D) of one method from noise `z` (B, D) in `nfe` evaluations."""
     choose("method", method, dict.fromkeys(METHODS))
     if method == "euler":
         return sample_euler(plane.load(dataset).velocity, z, time_grid(nfe))
@@ -44,7 +44,8 @@ def load_student(method: str, copy: int = 0, folder: str | Path = STUDENTS) -> M
     """The network u(z, t, r) of one seed that a race wrote; by default of the committed spiral."""
     choose("method", method, dict.fromkeys(METHODS[1:]))
     weights, seeds, budget = read_copy(Path(folder) / f"{method}.safetensors", copy)
-    return frozen(MLP(width=budget["width"], depth=budget["depth"], seeds=seeds), weights)
+    shape = weights[f"bias{budget['depth']}"].shape[2:]  # of what it returns
+    return frozen(MLP(shape, budget["width"], budget["depth"], seeds), weights)
 
 
 def save_copies(path: Path, weights: dict[str, Tensor], budget, seeds, **metadata: str) -> None:

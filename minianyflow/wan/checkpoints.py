@@ -264,7 +264,9 @@ def _tensors(roles):
         for group in role.optimizer.param_groups:
             for key, weight in zip(group["param_names"], group["params"], strict=True):
                 state = role.optimizer.state[weight]
-                if not state:  # AdamW makes these, the same, at its first step
+                if not state and "momentum" in group:  # the optimiser makes these, the same, at its first step
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                elif not state:
                     state["step"] = torch.zeros((), device=weight.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
                 tensors |= {f"{name}/optimizer/{key}/{kind}": value for kind, value in state.items()}

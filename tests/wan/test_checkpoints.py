@@ -27,9 +27,9 @@ class Interrupt(Exception):
     pass
 
 
-def roles(width=128):
+def roles(width=128, muon=None):
     loss = FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5}, RING.velocity, rebalance=True)
-    return {"student": Role(MLP(width=width), loss, warmup=3, ema_after=2)}
+    return {"student": Role(MLP(width=width), loss, warmup=3, ema_after=2, muon=muon)}
 
 
 def noisy(seed):
@@ -82,6 +82,11 @@ def whole():
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, whole, stop):
     assert run(tmp_path, stop=stop) is None
     assert equal(run(tmp_path, seed=4 if stop > 1 else 3), whole)
+
+
+def test_a_run_by_muon_resumes_as_well(tmp_path):
+    assert run(tmp_path, stop=3, trained=roles(16, 0.02)) is None
+    assert equal(run(tmp_path, seed=4, trained=roles(16, 0.02)), run(None, trained=roles(16, 0.02)))
 
 
 def test_a_checkpoint_has_everything(tmp_path):
