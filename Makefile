@@ -4,8 +4,8 @@ RUN := .venv/bin/python -m minianyflow
 
 .PHONY: demo video weights wan-tiny faults lab live live-html bench-live docs test test-all check setup
 
-demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard)
-	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET))
+demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard, or DATA=points.csv)
+	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATA),--data $(DATA))
 
 video: setup  ## measure the committed video students at 1 to 128 steps (about 40 minutes)
 	@$(RUN) video

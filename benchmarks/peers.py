@@ -65,10 +65,10 @@ class TimedRole(Role):
         self.start = time.process_time() if self.start is None else self.start
         return time.process_time() - self.start
 
-    def schedule(self, step, steps):
+    def schedule(self, step, steps, rate=None):
         """The learning rate of this step."""
         share = min(1.0, self.elapsed() / self.seconds)
-        return super().schedule(step, steps) * 0.5 * (1 + np.cos(np.pi * share))
+        return super().schedule(step, steps, rate) * 0.5 * (1 + np.cos(np.pi * share))
 
 
 def train_for(role: TimedRole, draw: Callable, progress: dict) -> nn.Module:

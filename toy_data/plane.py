@@ -1,14 +1,18 @@
 """Targets on the plane: Gaussian mixtures, so that everything about them is exact.
 
 A new target is a function that returns a GaussianMixture, and an entry in DATASETS; `demo --dataset NAME` races it.
+One of your own needs neither: `demo --data points.csv`, or what else `target` takes, in any number of dimensions.
 """
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from minianyflow.mixtures import GaussianMixture
-from minianyflow.support.errors import choose
+from minianyflow.support.errors import InputError, choose
+from toy_data.own import PICTURES, Sampled, Target, of_function, of_picture, of_points, read_points
 
 
 def ring8():
@@ -35,6 +39,29 @@ def checkerboard():
 DATASETS = {"spiral": spiral, "ring8": ring8, "checkerboard": checkerboard}
 
 
-def load(name: str) -> GaussianMixture:
-    """The mixture of that name; InputError with the nearest names otherwise."""
-    return choose("dataset", name, DATASETS)()
+What = str | Path | Callable | GaussianMixture | Sampled  # a target, or what one is made of
+
+
+def load(what: What) -> GaussianMixture | Sampled:
+    """The law of a target: `target(what).law`; InputError with the nearest names for a name that there is not."""
+    return target(what).law
+
+
+def target(what: What) -> Target:
+    """A target by its name in DATASETS, or one of your own.
+
+    what: a name; a GaussianMixture of states (D,), best with a spread of about 1; the path of a picture, or of a CSV
+    file of points; a function sample(count, generator) that returns (count, D); or samples that `load` made of one.
+    """
+    if isinstance(what, Sampled):
+        return Target("samples", what, "learnt", "a long ODE of a learnt velocity")
+    if isinstance(what, Path) or (isinstance(what, str) and Path(what).suffix):
+        path = Path(what)
+        return of_picture(path) if path.suffix.lower() in PICTURES else of_points(read_points(path), path.name)
+    if callable(what):
+        return of_function(what, getattr(what, "__name__", "sample"))
+    mixture = what if isinstance(what, GaussianMixture) else choose("dataset", what, DATASETS)()
+    if len(mixture.shape) != 1:
+        raise InputError(f"a mixture of states {tuple(mixture.shape)}; expected states of one axis: flatten its means")
+    flow = f"the exact flow of a mixture of {len(mixture.means)} Gaussians"
+    return Target("mixture" if what is mixture else what, mixture, "exact", flow)

@@ -115,7 +115,7 @@ def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
     Raises InputError for a folder without a pipeline, with another one, or with one that diffusers cannot load.
     """
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as problem:  # diffusers and transformers raise anything for a broken folder
         why = str(problem).strip().partition("\n")[0]
         raise InputError(f"{folder} does not load ({why}); expected a folder that save_pipeline wrote") from None

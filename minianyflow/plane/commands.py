@@ -1,6 +1,7 @@
 """The commands of the plane: demo (the race), ablate, exposure. Each takes argv and returns an exit status."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from minianyflow.support.cli import experiment_parser
 
@@ -11,10 +12,11 @@ def demo(argv: list[str]) -> int:
     from minianyflow.plane.race import run, table
 
     report = run(**options)
-    print(f"\n{table(report)}")
+    print(f"\n{report['dataset']}, in units {report['units']}; the truth: {report['flow']}\n\n{table(report)}")
     fresh = report["fresh_noise"]
     floors = (report["exact_flow"]["sliced_w2"], *fresh.values(), report["reference_floor"]["sliced_w2"])
-    named = "floors: exact flow {:.1f}, fresh noise {:.1f} (pooled {:.1f}), data {:.1f}"
+    truth = report["flow"].partition(" of ")[0]
+    named = f"floors: {truth} {{:.1f}}, fresh noise {{:.1f}} (pooled {{:.1f}}), data {{:.1f}}"
     print(named.format(*(1000 * floor for floor in floors)))
     print(f"\n{table(report, 'path_error')}")
     print(f"\nwritten: {options['output']}/any_step.json, {options['output']}/any_step.png")
@@ -45,9 +47,12 @@ def exposure(argv: list[str]) -> int:
 def _race_options(command, argv, output):
     """The arguments of `race.run` from those of a command."""
     parser = experiment_parser(command, output, seeds="0,1,2")
-    parser.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--dataset", default="spiral", help="spiral, ring8 or checkerboard")
+    target.add_argument("--data", type=Path, metavar="FILE", help="your own: a CSV file of points, or a picture")
     parser.add_argument("--steps", type=int, default=10000, help="training steps of every method")
     options = vars(parser.parse_args(argv))
+    options["dataset"] = options.pop("data") or options["dataset"]
     from minianyflow.plane.race import BUDGET
 
     return options | {"budget": replace(BUDGET, steps=options.pop("steps"))}

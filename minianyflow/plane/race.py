@@ -18,6 +18,7 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
+from minianyflow.plane.learnt import learn
 from minianyflow.plane.students import METHODS, Budget, load_student, sample, save_copies  # noqa: F401 (of the course)
 from minianyflow.samplers import sample_ode
 from minianyflow.support.errors import InputError, choose
@@ -28,6 +29,7 @@ from minianyflow.support.reports import text_table as table  # noqa: F401 (of th
 from minianyflow.times import generator, time_grid
 from minianyflow.training import Role, train
 from toy_data import plane
+from toy_data.own import Target
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)
 POINTS = 8192  # of the measure: fewer would measure the sampling noise
@@ -142,7 +144,7 @@ def in_report(result: dict, seeds: Sequence[int], exact_ends: Tensor) -> dict:
 
 
 def run(
-    dataset: str = "spiral",
+    dataset: plane.What = "spiral",
     seeds: Sequence[int] = (0, 1, 2),
     budget: Budget = BUDGET,
     output: str | Path = "outputs/demo",
@@ -151,18 +153,21 @@ def run(
     methods: Sequence[str] = METHODS,
 ) -> dict:
     """The whole race: returns the report; writes any_step.json, any_step.png and METHOD.safetensors, or nothing."""
-    check(dataset, seeds, budget)
+    target = check(dataset, seeds, budget)
     with staging_folder(output) as folder:
-        jobs = {name: (run_method, (name, dataset, tuple(seeds), budget, {}, quiet)) for name in reversed(methods)}
-        results = run_jobs(jobs | {"exact": (exact_flow, (dataset,))}, workers)  # the longest first
+        law = target.law
+        if target.truth == "learnt":
+            law = run_jobs({"teacher": (learn, (law, budget, quiet))})["teacher"]
+        jobs = {name: (run_method, (name, law, tuple(seeds), budget, {}, quiet)) for name in reversed(methods)}
+        results = run_jobs(jobs | {"exact": (exact_flow, (law,))}, workers)  # the longest first
         exact_ends, exact_paths = results["exact"]
         measure = {"points": POINTS, "directions": 128, "noise": "scrambled Sobol", "reference": "stratified"}
         report = {
-            "dataset": dataset,
+            **target.in_report(),
             "seeds": list(seeds),
             "measure": measure | {"pooled_draws": DRAWS},
             "budget": asdict(budget),
-            **floors(dataset, exact_ends),
+            **floors(law, exact_ends),
             "methods": {name: in_report(results[name], seeds, exact_ends) for name in methods},
         }
         report = rounded(report)
@@ -174,12 +179,13 @@ def run(
         write_report(report, folder / "any_step.json")
         for name in methods:
             if weights := results[name]["weights"]:
-                save_copies(folder / f"{name}.safetensors", weights, budget, seeds, dataset=dataset)
+                save_copies(folder / f"{name}.safetensors", weights, budget, seeds, dataset=target.name)
     return report
 
 
-def check(dataset: str, seeds: Sequence[int], budget: Budget) -> None:
-    """Raise InputError for a dataset that there is not, and for seeds or a budget that train nothing."""
-    plane.load(dataset)
+def check(dataset: plane.What, seeds: Sequence[int], budget: Budget) -> Target:
+    """The target; raises InputError for a dataset that there is not, and for seeds or a budget that train nothing."""
+    target = plane.target(dataset)
     if not seeds or len(set(seeds)) < len(seeds) or min(budget.steps, budget.rows) < 1:
         raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, at least one, and positive numbers")
+    return target

@@ -1,5 +1,7 @@
 """What draws the race: paths, curves, the figure of the README. Fixed axes, equal aspect, one colour per method."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -45,12 +47,17 @@ def draw_paths(axes, paths, colour: str, samples=None, exact=None, limit: float 
         side.set_color("0.8")
 
 
+def label_of(name: str, report: dict) -> str:
+    """How a figure calls a method: the velocity of Euler's may be learnt."""
+    return LABELS[name].replace("exact", "learnt") if report.get("truth") == "learnt" else LABELS[name]
+
+
 def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str, float] | None = None) -> None:
     """`sliced_w2` or `path_error` against steps: mean and range over seeds; dotted: `floors` {method: value}."""
     for name, method in report["methods"].items():
         values = np.array(method.get(f"{measure}_pooled", method[measure]))
-        style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5}
-        axes.plot(method["nfe"], values.mean(0), label=LABELS[name].replace("\n", " "), linewidth=1.8, **style)
+        style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5, "linewidth": 1.8}
+        axes.plot(method["nfe"], values.mean(0), label=label_of(name, report).replace("\n", " "), **style)
         axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
     for name, floor in (floors or {}).items():
         axes.axhline(floor, color=COLOURS[name], linestyle=":", linewidth=1.4, zorder=0)
@@ -68,26 +75,29 @@ def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 
     """Methods as rows, steps as columns, from {method: {nfe: (nfe + 1, n, D)}}; exact flow and curves beside."""
     figure = plt.figure(figsize=(15, 11.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.42, 1])
+    limit = max(2.6, float(np.quantile(np.abs(exact_paths[-1]), 0.995)))
     room = axes_of(exact_paths.shape[-1])
-    grid = left.subplots(len(trajectories), len(shown), subplot_kw=room)
+    grid = left.subplots(len(trajectories), len(shown), subplot_kw=room, squeeze=False)
     for row, (name, by_steps) in zip(grid, trajectories.items(), strict=True):
         for axes, steps in zip(row, shown, strict=True):
-            draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1], exact_paths[-1])
+            draw_paths(axes, by_steps[steps][:, :lines], COLOURS[name], by_steps[steps][-1], exact_paths[-1], limit)
             method = report["methods"][name]
             distances = np.array(method.get("sliced_w2_pooled", method["sliced_w2"]))  # (seeds, step counts)
             distance = distances[:, method["nfe"].index(steps)].mean()
             axes.annotate(f"{1000 * distance:.0f}", (0.97, 0.04), xycoords="axes fraction", ha="right", fontsize=14)
         beside = {"xycoords": "axes fraction", "rotation": 90, "ha": "center", "va": "center"}
-        row[0].annotate(LABELS[name], (-0.14, 0.5), fontsize=15, **beside)
+        row[0].annotate(label_of(name, report), (-0.14, 0.5), fontsize=15, **beside)
     for axes, steps in zip(grid[0], shown, strict=True):
         axes.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=17)
     above, below = right.subfigures(2, 1, height_ratios=[1.25, 2])
     exact, (w2, path) = above.subplots(subplot_kw=room), below.subplots(2, 1)
-    draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1])
-    exact.set_title(f"{report['dataset']}: the exact flow, same noise\n(grey in every panel)", fontsize=15)
+    draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1], limit=limit)
+    title = f"{report['dataset']}: {report['flow']}, same noise (grey in every panel)"
+    exact.set_title(textwrap.fill(title, 48), fontsize=14)
     floors = {"exact": report["exact_flow"]["sliced_w2"], "consistency": report["fresh_noise"]["sliced_w2_pooled"]}
+    truth = report["flow"].partition(" of ")[0]
     draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", floors)
-    w2.set_title("x 1000 in the panels; dotted: its floors,\nexact flow (black) and fresh noise (orange)", fontsize=13)
+    w2.set_title(f"x 1000 in the panels; dotted: its floors,\n{truth} (black) and fresh noise (orange)", fontsize=13)
     draw_curves(path, report, "path_error", "path error")
     w2.legend(fontsize=11)
     return figure

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import asdict
 
 from minianyflow.support.cli import Parser
 
@@ -42,7 +41,7 @@ def plan(argv: list[str]) -> int:
     report.check_share(share, price)
     if arguments.table:
         plans = {name: published_plan(name) for name in tqdm(report.PUBLISHED, unit="plan")}
-        rows = {name: asdict(row) | {"gpu": row.gpu.name} for name, row in plans.items()}
+        rows = {name: report.as_row(plan) for name, plan in plans.items()}
         lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]  # of plans.json
         bill = report.bill_table(rows, report.PRICE if price is None else price, share)
         print("{\n" + ",\n".join(lines) + "\n}" if arguments.json else f"{report.stage_table(rows, share)}\n\n{bill}")

@@ -8,11 +8,11 @@ from dataclasses import astuple, dataclass, replace
 import torch
 
 from minianyflow.networks.causal_attention import causal_mask, chunk_partition, compressed_chunks
-from minianyflow.networks.lora_roles import TARGETS, add_role
+from minianyflow.networks.lora_roles import add_role
 from minianyflow.planner.counters import LiveBytes, fused_attention, tensors_in
 from minianyflow.planner.forward_calls import ForwardCall
 from minianyflow.wan.config import Config
-from minianyflow.wan.run_networks import RunNetworks, prepare_transformer
+from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.shapes import build_transformer
 
 
@@ -85,28 +85,16 @@ def attended_pairs(partition, full: int, coarse: int, limit: int, clean: bool = 
 class ShapeNetworks(RunNetworks):
     """The networks of a run around transformers of `shape` with random weights (build_transformer), not loaded."""
 
-    def __init__(self, config: Config, frames: int, shape: dict, device="meta", **changes):
-        self.shape, self.changes = shape, changes
+    def __init__(self, config: Config, frames: int, shape: dict, device="meta"):
+        self.shape = shape
         super().__init__(replace(config, student=None, teacher=None), frames, device)
         if self.base is not None and config.teacher:
-            with torch.device(device):
-                add_role(self.base, "teacher", rank=config.rank, alpha=config.alpha, targets=TARGETS)
+            add_role(self.base, "teacher", config.rank, config.alpha)
             self.config = replace(self.config, teacher=config.teacher)  # the adapter is there: nothing is loaded
 
-    def trained(self, role, start=None):
-        """As RunNetworks.trained, always from the base."""
-        with torch.device(self.device):  # where peft makes new weights
-            return super().trained(role)
-
-    def _load(self, source, frozen=False):
-        config, changes = self.config, dict(self.changes)
-        if config.architecture == "causal":
-            changes["full_chunk_limit"] = config.causal.full_chunks
-        half = config.precision == "bf16" and (frozen or config.trained == "lora")
-        dtype = torch.bfloat16 if half else torch.float32
-        transformer = build_transformer(self.shape, config.architecture, self.device, dtype, **changes)
-        real = transformer.device.type != "meta"  # on meta nothing runs that compilation could speed up
-        return prepare_transformer(replace(config, compiled=config.compiled and real), transformer)
+    def _transformer(self, source, dtype):
+        chunks = {"full_chunk_limit": self.config.causal.full_chunks} if self.config.architecture == "causal" else {}
+        return build_transformer(self.shape, self.config.architecture, self.device, dtype, **chunks)
 
 
 class ForwardCosts:
@@ -123,11 +111,12 @@ class ForwardCosts:
 
     def build(self, layers: int) -> dict:
         """The networks with so many blocks, {role: network}; gradients of their weights are dropped at once."""
-        networks = ShapeNetworks(self.config, self.clip[0], self.shape, num_layers=layers)
-        roles = {"student": networks.trained("student").network}
-        if self.config.stage == "on_policy":
-            roles["fake"] = networks.trained("fake").network
-        roles["teacher"] = networks.teacher(whole=self.config.stage == "on_policy").network
+        config = replace(self.config, compiled=False)  # on meta nothing runs that compilation could speed up
+        whole = config.stage == "on_policy"
+        with torch.device("meta"):  # where peft makes new weights
+            networks = ShapeNetworks(config, self.clip[0], self.shape | {"num_layers": layers})
+            roles = {role: networks.trained(role).network for role in ("student", "fake")[: 1 + whole]}
+            roles["teacher"] = networks.teacher(whole=whole).network
         for network in roles.values():
             for weight in _trained(network):
                 weight.register_post_accumulate_grad_hook(_drop_gradient)

@@ -18,8 +18,6 @@ from math import inf
 from pathlib import Path
 
 import torch
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from minianyflow.planner.counters import LiveBytes
@@ -97,7 +95,7 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
     report = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": gpu.name if gpu else "CPU"}
     report |= {"memory_gb": gpu.total_memory / 1e9 if gpu else None, "torch": torch.__version__}
     report |= {"cuda": torch.version.cuda, "matrix": matrix_rate(device), "steps": request.steps}
-    report |= {"batch": request.batch, "options": list(request.options), "attention": {}, "cases": []}
+    report |= {"batch": request.batch, "options": list(request.options), "cases": []}
     for case in product(sorted(request.sizes, key=list(SIZES).index), request.architectures, request.stages):
         with tempfile.TemporaryDirectory() as folder:
             report["cases"].append(_check_case(request, case, folder, output, report, tell))
@@ -114,15 +112,13 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
 
 def _check_case(request, case, folder, output, report, tell):
     """The entry of a case in the report, with `left_out` if it does not fit."""
-    (size, *_), device, name = case, torch.device(request.device), " ".join(case)
+    device, name = torch.device(request.device), " ".join(case)
     config, clip = settings(request, case, folder)
     plan = plan_run(config, clip, steps=range(WARM_UP, WARM_UP + request.steps), advise=False)
     entry = {"case": name, "clip": clip, "plan": {"peak": plan.peak, "memory": plan.memory, "flop": plan.flop}}
     reason = too_large(plan.peak, device)
     if not reason:
         tell(f"{name}: planned peak {plan.peak / 1e9:.1f} GB, {plan.flop / 1e12:.4g} TFLOP per step")
-        if size not in report["attention"]:
-            report["attention"][size] = attention_rates(SIZES[size][0], clip, device)
         try:
             entry |= measure(request, case, config, output)
             rate = plan.flop / entry["seconds_a_step"] / 1e12
@@ -200,7 +196,8 @@ def measure(request: Request, case: tuple[str, str, str], config: Config, output
     with memory_reader(device) as read:
         networks = ShapeNetworks(config, data.shape[0], SIZES[case[0]][0], device)
         memory["base"], _ = read()
-        roles = STAGES[config.stage](config, networks, {"prompt": data.null.to(device)})
+        with device:  # where peft makes new weights
+            roles = STAGES[config.stage](config, networks, {"prompt": data.null.to(device)})
         memory["roles"] = read()[0] - memory["base"]
         progress, start = {"desc": " ".join(case), "leave": False}, time.perf_counter()
         draw, watch = draws(config, data), guard(config, data)
@@ -216,33 +213,11 @@ def measure(request: Request, case: tuple[str, str, str], config: Config, output
 
 
 def matrix_rate(device: torch.device) -> dict:
-    """TFLOP/s of a bfloat16 product of matrices of 8192^2 (512^2 on a CPU): the median of many."""
+    """TFLOP/s of a bfloat16 product of matrices of 8192^2 (512^2 on a CPU): the median of many, by torch's timer."""
     size = 8192 if device.type == "cuda" else 512
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    return {"size": size, "tflops": 2 * size**3 / _seconds(lambda: a @ b) / 1e12}
-
-
-def attention_rates(shape: dict, clip: dict, device: torch.device) -> dict[str, float | None]:
-    """TFLOP/s of attention over all tokens of a clip, forward and backward, by fused kernel; None: it does not run."""
-    frames, _, height, width = latent_shape(clip["frames"], clip["height"], clip["width"])
-    heads, size, tokens = shape["num_attention_heads"], shape["attention_head_dim"], frames * height * width // 4
-    query, key, value, out = torch.randn(4, 1, heads, tokens, size, device=device, dtype=torch.bfloat16)
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    flop, rates = 14 * heads * tokens**2 * size, {}  # two products forward, five backward
-
-    def attend():
-        torch.autograd.grad(functional.scaled_dot_product_attention(*inputs), inputs, out)
-
-    for name, kernel in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-        rates[name] = None
-        with contextlib.suppress(RuntimeError), sdpa_kernel(kernel):
-            rates[name] = flop / _seconds(attend) / 1e12
-    return rates
-
-
-def _seconds(action):
-    """The median of repeated calls, by torch's timer, which warms up and waits for the device."""
-    return Timer("action()", globals={"action": action}).blocked_autorange(min_run_time=TIMING).median
+    seconds = Timer("a @ b", globals={"a": a, "b": b}).blocked_autorange(min_run_time=TIMING).median
+    return {"size": size, "tflops": 2 * size**3 / seconds / 1e12}
 
 
 # What is written
@@ -259,9 +234,6 @@ def markdown(report: dict) -> str:
         f"{matrix['tflops']:.4g} TFLOP/s (median). Random weights; the mean of {steps} step{'s' * (steps > 1)} of "
         f"{batch} clip{'s, one after another' * (batch > 1)}{options}.",
     ]
-    for size, rates in report["attention"].items():
-        words = ", ".join(f"{name} {f'{rate:.4g}' if rate else 'does not run'}" for name, rate in rates.items())
-        parts.append(f"Attention of {size}, forward and backward, TFLOP/s: {words}.")
     titles = ["case", "clip", "s per step", "model TFLOP/s", "share", *PARTS, "plan", "off by"]
     parts.append(markdown_table(titles, [_row(**entry) for entry in report["cases"]]))
     parts.append("Memory in GB. Share: of the matrices' rate, counting model FLOP as the plan does, no recomputation.")

@@ -5,6 +5,8 @@ from math import inf
 
 from minianyflow.support.errors import InputError, choose
 
+SPARE = 0.05  # share of a GPU's memory for what is not counted: CUDA's own, workspaces, fragments
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -14,6 +16,10 @@ class Gpu:
     memory: float
     rate: float
     source: str
+
+    def holds(self, peak: float) -> bool:
+        """Whether so many bytes fit, with SPARE left."""
+        return peak <= (1 - SPARE) * self.memory
 
 
 GPUS = {

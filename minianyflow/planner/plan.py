@@ -14,7 +14,7 @@ from tqdm import tqdm
 from minianyflow.planner.forward_calls import ForwardCall, MicroBatch, forward_calls
 from minianyflow.planner.forward_cost import ForwardCosts, forward_costs
 from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
-from minianyflow.planner.report import SETUPS, SIZES, SPARE, Plan
+from minianyflow.planner.report import SETUPS, SIZES, Plan
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import LatentSet
@@ -212,47 +212,38 @@ def advice(plan: Plan, config: Config, sizes: tuple, steps: list[int]) -> list[t
     That a lower rank makes activations smaller is not counted.
     """
     tried = []
-
-    def fits(changes):
+    for changes in _changes(config, plan):
         options = {name: value for name, value in changes.items() if hasattr(config, name)}
         changed = replace(config, **options, alpha=changes.get("rank", config.alpha))
-        setup = plan.gpu, changes.get("gpus", plan.gpus), changes.get("sharded", plan.sharded)
+        gpu = GPUS[changes["gpu"]] if "gpu" in changes else plan.gpu
+        setup = gpu, changes.get("gpus", plan.gpus), changes.get("sharded", plan.sharded)
         other = _plan(changed, sizes, setup, steps, rank=config.rank)
         tried.append((changes, other.peak))
-        return other.fits
-
-    kept = {}
-    for changes in _changes(config, plan.gpus, plan.sharded):
-        if fits(changes):
-            if list(changes)[-1] == "accumulate" and "gpus" not in changes:  # the most; perhaps fewer are enough
-                numbers = range(config.accumulate + 1, changes["accumulate"])
-                fewer = [number for number in numbers if config.batch % (number * plan.gpus) == 0]
-                any(fits(changes | {"accumulate": number}) for number in fewer)
-            return tried
-        kept = kept if {"rank", "gpus"} & changes.keys() else changes
-    fits(kept)
-    _, peak = tried.pop()
-    larger = sorted((gpu for gpu in GPUS.values() if gpu.memory > plan.gpu.memory), key=lambda gpu: gpu.memory)
-    enough = next((gpu.name for gpu in larger if peak <= (1 - SPARE) * gpu.memory), None)
-    return [*tried, ({"gpu": enough} | kept, peak)]
+        if other.fits:
+            break
+    return tried
 
 
-def _changes(config, gpus, sharded):
+def _changes(config, plan):
     """Sets of options to try, each complete: what costs no quality (checkpointing, micro-batches, FSDP2) adds up."""
     changes = {}
     for name, value in (("checkpointing", True), ("keep_attention", False)):
         if getattr(config, name) != value:
             changes |= {name: value}
-            yield dict(changes)
-    checkpointed = dict(changes)
-    if config.accumulate < config.batch // gpus:
-        changes |= {"accumulate": config.batch // gpus}
-        yield dict(changes)
-    if gpus > 1 and not sharded:
+            yield changes
+    checkpointed, most = changes, config.batch // plan.gpus
+    for number in range(config.accumulate + 1, most + 1):
+        if most % number == 0:
+            changes = checkpointed | {"accumulate": number}
+            yield changes
+    if plan.gpus > 1 and not plan.sharded:
         changes = {"sharded": True} | changes
         yield changes
     for rank in (128, 64, 32):
         if config.trained == "lora" and rank < config.rank:
             yield changes | {"rank": rank}
-    if gpus < 8 and config.batch % 8 == 0:
+    if plan.gpus < 8 and config.batch % 8 == 0:
         yield {"gpus": 8, "sharded": True} | checkpointed | {"accumulate": config.batch // 8}
+    for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory):
+        if gpu.memory > plan.gpu.memory:
+            yield {"gpu": gpu.name} | changes

@@ -3,15 +3,14 @@
 Nothing heavy is imported here: plan.py makes plans.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from math import inf
 
-from minianyflow.planner.gpus import GPUS, Gpu
+from minianyflow.planner.gpus import GPUS, SPARE, Gpu
 from minianyflow.support.errors import InputError
 from minianyflow.support.reports import markdown_table
 
-SPARE = 0.05  # share of a GPU's memory for what is not counted: CUDA's own, workspaces, fragments
 PRICE = 3.0  # per GPU-hour: an example for the docs, nobody's offer
 SIZES, KINDS = {"1.3B": "wan-1.3b", "14B": "wan-14b"}, ("bidirectional", "causal")
 SETUPS = {"1 x h200": (1, False), "8 x h200": (8, False), "8 x h200 with FSDP2": (8, True)}  # (GPUs, sharded)
@@ -19,7 +18,6 @@ PUBLISHED = [
     f"{size} {kind} {stage}, {setup}"
     for size, kind, stage, setup in product(SIZES, KINDS, ("teacher", "forward", "on_policy"), SETUPS)
 ]
-LARGEST = "the largest GPU of the table, one clip at a time"
 OUTSIDE = {  # bytes that training does not load: parameters of Wan2.1's text encoder (UMT5-XXL) and VAE
     "text encoder, bfloat16": 2 * 5_680_910_336,
     "VAE, float32": 4 * 126_892_531,
@@ -56,7 +54,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak fits this GPU, with SPARE left."""
-        return self.peak <= (1 - SPARE) * self.gpu.memory
+        return self.gpu.holds(self.peak)
 
     def seconds(self, share: float = 0.5) -> float:
         """Seconds per step if model FLOP reach `share` of the GPU's rate."""
@@ -81,8 +79,6 @@ def check_share(share: float, price: float | None = None) -> None:
 
 def as_options(changes: dict, flags: dict) -> str:
     """Options as "name=value ..."; those in `flags` as "flag"."""
-    if changes.get("gpu", "") is None:
-        return LARGEST
     words = {name: flags.get(name, f"{name}={{}}").format(str(value).lower()) for name, value in changes.items()}
     return " ".join(words.values())
 
@@ -100,7 +96,7 @@ def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: 
     ]
     lines += ["  what to change; each line is complete:"] if plan.changes else []
     for changes, peak in plan.changes:
-        enough = changes.get("gpu") or peak <= (1 - SPARE) * gpu.memory
+        enough = GPUS.get(changes.get("gpu"), gpu).holds(peak)
         lines.append(f"    {as_options(changes, flags or {})}: {peak / 1e9:.1f} GB{'' if enough else ', not enough'}")
     lines.append("  not loaded in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in OUTSIDE.items()))
     lines.append("\nnetwork evaluations per sample (forwards, backwards), TFLOP of one GPU per step")
@@ -116,15 +112,17 @@ def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: 
     return "\n".join(lines)
 
 
+def as_row(plan: Plan) -> dict:
+    """The plan as plain values, a row of plans.json."""
+    return asdict(plan) | {"gpu": plan.gpu.name}
+
+
 def as_json(plan: Plan, share: float = 0.5, price: float | None = None, flags: dict | None = None) -> dict:
-    """The plan as a dict of plain values: bytes, FLOP, hours. flags: as in describe."""
-    report = {name: plan.run[name] for name in ("stage", "architecture", "base")}
-    report |= {"gpu": plan.gpu.name, "gpus": plan.gpus, "sharded": plan.sharded}
-    report |= {"memory": plan.memory, "peak": plan.peak, "room": plan.gpu.memory, "fits": plan.fits}
-    report |= {"change": {as_options(changes, flags or {}): peak for changes, peak in plan.changes}}
-    report |= {"outside_training": OUTSIDE, "flop": plan.flop, "flop_with_recompute": plan.flop_with_recompute}
-    report |= {"flop_by_role": plan.roles, "evaluations_a_sample": plan.evaluations, "share": share}
-    report |= {"seconds_a_step": plan.seconds(share), "hours": plan.hours(share), "gpu_hours": plan.gpu_hours(share)}
+    """A row of plans.json with what follows from it: bytes, FLOP, hours. flags: as in describe."""
+    report = as_row(plan) | {"changes": {as_options(changes, flags or {}): peak for changes, peak in plan.changes}}
+    report |= {"peak": plan.peak, "room": plan.gpu.memory, "fits": plan.fits, "outside_training": OUTSIDE}
+    report |= {"share": share, "seconds_a_step": plan.seconds(share), "hours": plan.hours(share)}
+    report |= {"gpu_hours": plan.gpu_hours(share)}
     return report | ({} if price is None else {"money": price * plan.gpu_hours(share)})
 
 

@@ -1,7 +1,8 @@
 """Wan2.1 in the folder layout of diffusers, from a folder or the hub; and a tiny one of the same layout, for tests.
 
 Wan and released AnyFlow weights load into the two-time classes. Weights that Wan does not have, the embedder of the
-target time and a causal model's coarse patches, start as copies, so that at r = t nothing changes. Shapes:
+target time and a causal model's coarse patches, start as copies, so that at r = t nothing changes. Weights are read
+from safetensors alone: nothing is unpickled. Shapes:
     video      (B, T, 3, H, W) in [0, 1], T = 4 n + 1 frames
     latents    (B, F, C, H / 8, W / 8), F = n + 1, normalised by mean and spread from the codec's configuration
 """
@@ -10,7 +11,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import diffusers
@@ -31,13 +32,20 @@ from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderMo
 
 from minianyflow.networks.causal import coarse_patches
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import new_folder
+from minianyflow.support.files import new_folder, read_json
 from minianyflow.times import generator
 from minianyflow.wan.data.latents import write_latents
 
 LENGTH = 512  # tokens of a prompt, in Wan's pipelines and its training
 CLASSES = {"bidirectional": AnyFlowTransformer3DModel, "causal": AnyFlowFARTransformer3DModel}
 SOURCES = {"WanTransformer3DModel": "Wan"} | {kind.__name__: name for name, kind in CLASSES.items()}
+PIPELINES = {"WanPipeline": "Wan", "AnyFlowPipeline": "bidirectional", "AnyFlowFARPipeline": "causal"}
+RENAMED = {  # names that AnyFlow's first releases have in their metadata; the weights are those of diffusers' classes
+    "WanAnyFlowPipeline": "AnyFlowPipeline",
+    "FARWanAnyFlowPipeline": "AnyFlowFARPipeline",
+    "FlowMapDiscreteScheduler": "FlowMapEulerDiscreteScheduler",
+}
+RENAMED_TRANSFORMER = "FAR_Wan_Transformer3DModel"  # of either architecture
 NEW_TIME, NEW_PATCH = "condition_embedder.delta_embedder.", "far_patch_embedding."
 PARTS = {
     "tokenizer": AutoTokenizer,
@@ -63,19 +71,23 @@ def load_transformer(
     source: a pipeline folder, a transformer's own or a name on the hub, of Wan2.1 text to video or AnyFlow. dtype: of
     the weights; those that the class keeps in float32 stay so, and the target time's embedder with its twin.
     full_chunk_limit, partition: of a causal one; None takes the source's, or what AnyFlow published.
-    Raises InputError for another architecture (Wan and bidirectional weights may become causal, nothing else changes)
-    and for weights that lack or add more than a new embedder and coarse patches.
+    Raises InputError for another architecture (Wan and bidirectional weights may become causal, nothing else changes),
+    for weights that lack or add more than a new embedder and coarse patches, and for files that contradict each other.
     """
     kind, place = choose("architecture", architecture, CLASSES), _place(source, "transformer")
     config = load(source, "transformer", lambda: kind.load_config(**place))
-    name = config.get("_class_name")
+    name = class_name(config)
     if name not in SOURCES:
         raise InputError(f"{source} holds a {name}; expected one of {', '.join(SOURCES)}")
     if config.get("image_dim"):
         raise InputError(f"{source} takes an image beside the text; expected a text-to-video model")
     source_kind = SOURCES[name]
+    _check_neighbours(Path(source), config)
     if source_kind == "causal" != architecture:
         raise InputError(f"{source} is causal; expected Wan or a bidirectional one: set architecture=causal")
+    if architecture == "causal":  # older configurations have none
+        default = inspect.signature(kind.__init__).parameters["chunk_partition"].default
+        partition = partition or config.get("chunk_partition") or default
     chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": partition} if architecture == "causal" else {}
     options = {name: value for name, value in chunks.items() if value is not None} | {"torch_dtype": dtype, **place}
     new = (NEW_TIME,) * (source_kind == "Wan") + (NEW_PATCH,) * (architecture == "causal" != source_kind)
@@ -87,6 +99,32 @@ def load_transformer(
     return transformer.to(device) if device else transformer
 
 
+def class_name(config: Mapping) -> str | None:
+    """The class that a configuration of diffusers names, an older name of AnyFlow's as that of today."""
+    name = config.get("_class_name")
+    if name == RENAMED_TRANSFORMER:
+        causal = config.get("init_far_model") or config.get("chunk_partition")
+        return CLASSES["causal" if causal else "bidirectional"].__name__
+    return RENAMED.get(name, name)
+
+
+def _check_neighbours(folder, config):
+    """Raise InputError, which names both files, if a file beside a transformer contradicts its configuration."""
+    files = [folder / name for name in ("model_index.json", "vae/config.json", "text_encoder/config.json")]
+    index, vae, text = (read_json(file, "fetch or make it again") if file.is_file() else {} for file in files)
+    own = class_name(config)
+    of_index = class_name(config | {"_class_name": (index.get("transformer") or [None, config["_class_name"]])[1]})
+    for file, found, key, mine, fits in (
+        (files[0], index, "_class_name", "_class_name", PIPELINES.get(class_name(index)) in (None, SOURCES[own])),
+        (files[0], index, "transformer", "_class_name", of_index == own),
+        (files[1], vae, "z_dim", "in_channels", vae.get("z_dim") in (None, config.get("in_channels"))),
+        (files[2], text, "d_model", "text_dim", text.get("d_model") in (None, config.get("text_dim"))),
+    ):
+        if not fits:
+            said = f"{file} has {key} {found[key]}, {folder}/transformer/config.json {mine} {config.get(mine)}"
+            raise InputError(f"{said}; expected parts of one pipeline: fetch or make it again")
+
+
 @torch.no_grad()
 def _start_new(transformer, new):
     """Give weights that a source does not have their start; they hold no numbers until then."""
@@ -96,7 +134,7 @@ def _start_new(transformer, new):
         dtype = transformer.patch_embedding.weight.dtype  # the class does not keep it in float32 as it does its twin
         start = {NEW_TIME + name: value.to(dtype, copy=True) for name, value in embedder.items()}
     if NEW_PATCH in new:
-        start |= coarse_patches(transformer.patch_embedding, transformer.config.compressed_patch_size)
+        start |= coarse_patches(transformer.patch_embedding, tuple(transformer.config.compressed_patch_size))
     transformer.load_state_dict(start, strict=False, assign=True)
 
 
@@ -111,10 +149,10 @@ def load_parts(source: str | Path, *names: str, dtype: torch.dtype | None = None
 def _load_part(source, name, dtype):
     kind, place = choose("part", name, PARTS), _place(source, name, bare=False)
     if name == "scheduler":
-        class_name = load(source, name, lambda: kind.load_config(**place)).get("_class_name")
-        kind = getattr(diffusers, str(class_name), None)
+        found = class_name(load(source, name, lambda: kind.load_config(**place)))
+        kind = getattr(diffusers, str(found), None)
         if kind is None:
-            raise InputError(f"the scheduler in {source} is a {class_name}, which diffusers does not have")
+            raise InputError(f"the scheduler in {source} is a {found}, which diffusers does not have")
     if name in ("tokenizer", "scheduler"):
         return load(source, name, lambda: kind.from_pretrained(**place))
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
@@ -129,7 +167,11 @@ def codec_factor(source: str | Path) -> int:
 
 def _load_whole(source, name, kind, options, class_name, new=()):
     """A module from its weights. Raises InputError if they lack or add any, but for names that start with `new`."""
-    module, info = load(source, name, lambda: kind.from_pretrained(**options, output_loading_info=True))
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    module, info = load(source, name, lambda: kind.from_pretrained(**options))
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        shapes = f"{key} {tuple(found)}, but {tuple(expected)} by its config.json"
+        raise InputError(f"the weights of the {name} in {source} have {shapes}; fetch or make both again")
     lacking = [name for name in info["missing_keys"] if not name.startswith(tuple(new))]
     for verb, names in (("lack", lacking), ("add", info["unexpected_keys"])):
         if names:
@@ -144,9 +186,9 @@ def _place(source, name, bare=True):
     if not is_folder(source):
         return {"pretrained_model_name_or_path": str(source), "subfolder": name}
     if (folder / name).is_dir():
-        return {"pretrained_model_name_or_path": str(folder), "subfolder": name}
+        return {"pretrained_model_name_or_path": str(folder / name)}
     if bare and (folder / "config.json").is_file():
-        return {"pretrained_model_name_or_path": str(folder), "subfolder": None}
+        return {"pretrained_model_name_or_path": str(folder)}
     folders = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folders"
     raise InputError(f"no {name} in {source}; expected a pipeline folder, which has it beside others; found {folders}")
 

@@ -75,8 +75,10 @@ class RunNetworks:
     def _load(self, source, frozen=False):
         config = self.config
         half = config.precision == "bf16" and (frozen or config.trained == "lora")
-        transformer = transformer_of(config, source, torch.bfloat16 if half else torch.float32, self.device)
-        return prepare_transformer(config, transformer)
+        return prepare_transformer(config, self._transformer(source, torch.bfloat16 if half else torch.float32))
+
+    def _transformer(self, source, dtype):
+        return transformer_of(self.config, source, dtype, self.device)
 
     def _compresses(self):
         """Whether a causal student learns from old chunks: clips that long, and a loss whose gradient gets there."""

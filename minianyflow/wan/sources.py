@@ -13,15 +13,10 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.files import read_json
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.options import WAN_CLIP
-from minianyflow.wan.folders import codec_factor, is_folder, load, load_parts, load_transformer
+from minianyflow.wan.folders import PIPELINES, class_name, codec_factor, is_folder, load, load_parts, load_transformer
 from minianyflow.wan.run import load_run, read_run
 from minianyflow.wan.run_networks import network_of
 
-KINDS = {  # pipelines of diffusers, as architecture and stage; Wan2.1 itself is a teacher
-    "AnyFlowPipeline": ("bidirectional", "forward"),
-    "AnyFlowFARPipeline": ("causal", "forward"),
-    "WanPipeline": ("bidirectional", "teacher"),
-}
 EXPECTED = "the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
 
 
@@ -74,10 +69,10 @@ def identify(name: str) -> tuple[Config, dict[str, int]]:
     if local and not index.is_file():
         raise InputError(f"neither run.json nor model_index.json in {folder}; expected {EXPECTED}")
     index = load(name, "pipeline", lambda: DiffusionPipeline.load_config(name))
-    kind, more = index.get("_class_name"), (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps")
-    if kind not in KINDS or more:
+    kind, more = class_name(index), (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps")
+    if kind not in PIPELINES or more:
         raise InputError(f"{name} holds a {kind}{' of Wan2.2' if more else ''}; expected {EXPECTED}")
-    architecture, stage = KINDS[kind]
+    architecture, stage = ("bidirectional", "teacher") if PIPELINES[kind] == "Wan" else (PIPELINES[kind], "forward")
     exported = read_json(beside, "export the run again") if beside.is_file() else {}
     config = replace(load_config([architecture]), base=name, stage=exported.get("stage", stage))
     return config, WAN_CLIP | exported.get("clip", {})

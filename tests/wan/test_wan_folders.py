@@ -27,6 +27,7 @@ from minianyflow.wan.folders import (
     make_tiny_wan,
     moving_shapes,
 )
+from minianyflow.wan.sources import find_source
 from tests.refused import refused
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -201,6 +202,131 @@ def test_saved_with_two_times_it_is_loaded_with_both(tiny, architecture, tmp_pat
             load_transformer(tmp_path, "bidirectional")
 
 
+def as_first_released(folder, pipeline):
+    """A folder with the names and options that AnyFlow's first releases have in their metadata."""
+    index = folder / "model_index.json"
+    entries = {"transformer": ["far", "FAR_Wan_Transformer3DModel"], "scheduler": ["far", "FlowMapDiscreteScheduler"]}
+    change_config(index, _class_name=pipeline, **entries)
+    scheduler = {"_class_name": "FlowMapDiscreteScheduler", "shift": 5.0, "num_train_timesteps": 1000}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler | {"weight_type": "gaussian"}))
+    causal = pipeline == "FARWanAnyFlowPipeline"
+    options = {} if causal else {"chunk_partition": None, "full_chunk_limit": 3, "compressed_patch_size": [1, 4, 4]}
+    options |= {"init_far_model": causal, "init_flowmap_model": True, "qk_norm": "rms_norm_across_heads"}
+    change_config(folder / "transformer/config.json", _class_name="FAR_Wan_Transformer3DModel", **options)
+
+
+@pytest.fixture
+def released(copied):
+    """{architecture: a whole pipeline folder of that kind, named as AnyFlow's first releases}."""
+    folders = {}
+    names = {"bidirectional": "WanAnyFlowPipeline", "causal": "FARWanAnyFlowPipeline"}
+    for architecture, pipeline in names.items():
+        folder = folders[architecture] = shutil.copytree(copied, copied.parent / architecture)
+        transformer = load_transformer(copied, architecture, full_chunk_limit=2, partition=(1, 2, 2))
+        with torch.no_grad():
+            for name, weight in transformer.named_parameters():
+                if "delta_embedder" in name or "far_patch" in name:
+                    weight += 0.5
+        shutil.rmtree(folder / "transformer")
+        transformer.save_pretrained(folder / "transformer")
+        as_first_released(folder, pipeline)
+    return folders
+
+
+@pytest.mark.slow
+def test_weights_under_their_first_names_are_loaded_wherever_a_folder_is_named(released):
+    for architecture, folder in released.items():
+        transformer, state = load_transformer(folder, architecture), load_file(folder / WEIGHTS)
+        assert transformer.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in transformer.state_dict().items())
+        source = find_source(str(folder), torch.float32, "cpu")  # for sample and evaluate
+        assert (source.config.architecture, source.config.stage, source.config.shift) == (architecture, "forward", 5.0)
+        assert all(torch.equal(value, state[name]) for name, value in source.network.transformer.state_dict().items())
+        assert (source.config.causal.first, source.config.causal.rest) == (
+            (1, 2) if architecture == "causal" else (1, 3)
+        )
+        transformer.save_pretrained(folder / "again")
+        assert json.loads((folder / "again/config.json").read_text())["_class_name"] == type(transformer).__name__
+    causal = load_transformer(released["bidirectional"], "causal")  # as the base of a causal run
+    assert sum(causal.config.chunk_partition) == 21
+    with refused("causal is causal; expected Wan or a bidirectional one"):
+        load_transformer(released["causal"], "bidirectional")
+
+
+@pytest.mark.slow
+def test_files_that_contradict_each_other_are_one_line_that_names_both(released, tiny):
+    own = "/transformer/config.json"
+    for architecture, path, changes, words in (
+        (
+            "causal",
+            "model_index.json",
+            {"_class_name": "WanAnyFlowPipeline"},
+            f"model_index.json has _class_name WanAny.*{own} _class_name FAR_Wan",
+        ),
+        ("causal", "model_index.json", {"_class_name": "AnyFlowPipeline"}, f"has _class_name AnyFlowPipeline.*{own}"),
+        (
+            "bidirectional",
+            "model_index.json",
+            {"transformer": ["diffusers", "WanTransformer3DModel"]},
+            f"has transformer .*Wan.*{own}",
+        ),
+        ("causal", "transformer/config.json", {"in_channels": 8}, f"vae/config.json has z_dim 16.*{own} in_channels 8"),
+        (
+            "causal",
+            "transformer/config.json",
+            {"text_dim": 8},
+            f"text_encoder/config.json has d_model 32.*{own} text_dim 8",
+        ),
+        (
+            "causal",
+            "transformer/config.json",
+            {"ffn_dim": 64},
+            r"weights of the transformer in .* have .*128.*, but .*64.* by its config.json",
+        ),
+        (
+            "causal",
+            "transformer/config.json",
+            {"_class_name": "FAR_Transformer"},
+            "causal holds a FAR_Transformer; expected one of Wan",
+        ),
+        (
+            "causal",
+            "model_index.json",
+            {"_class_name": "FARPipeline"},
+            "causal holds a FARPipeline; expected the folder of a run",
+        ),
+    ):
+        file = released[architecture] / path
+        before = file.read_text()
+        change_config(file, **changes)
+        with refused(words):
+            find_source(str(released[architecture]), torch.float32, "cpu")
+        file.write_text(before)
+    for missing, words in (
+        (WEIGHTS, "no file named .*safetensors found in directory .*causal/transformer"),
+        ("transformer/config.json", "no file named config.json.*causal/transformer"),
+    ):
+        (released["causal"] / missing).unlink()
+        with refused(words):
+            load_transformer(released["causal"], "causal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_nothing_is_unpickled(copied, part):
+    class Trap:
+        def __reduce__(self):
+            return (exec, (f"open({str(copied / 'sprung')!r}, 'w')",))
+
+    (weights,) = (copied / part).glob("*.safetensors")
+    weights.unlink()
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save({"x": Trap()}, copied / part / name)
+    with refused(f"the {part} of .* does not load .*no file named .*safetensors"):
+        load_transformer(copied, "causal") if part == "transformer" else load_parts(copied, part)
+    assert not (copied / "sprung").exists()
+
+
 def without(name):
     return lambda state: {key: value for key, value in state.items() if name not in key}
 
@@ -213,7 +339,10 @@ def test_broken_weights_are_one_line(copied, architecture):
     for change, message in (
         (without("blocks.1.attn1.to_q.weight"), rf"lack blocks\.1\.attn1\.to_q\.weight \(1 in all\){expected}"),
         (lambda state: state | {"blocks.7.attn1.to_q.weight": torch.zeros(3)}, r"add blocks\.7\.attn1\.to_q\.weight"),
-        (lambda state: state | {"proj_out.bias": torch.zeros(7)}, r"does not load \(.*proj_out.*\); fetch or make it"),
+        (
+            lambda state: state | {"proj_out.bias": torch.zeros(7)},
+            r"have proj_out\.bias \(7,\), but \(64,\) by its config",
+        ),
         (None, "the transformer of .* does not load .*; fetch or make it again"),
     ):
         path.write_bytes(whole if change else whole[:-100])
