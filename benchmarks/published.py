@@ -45,13 +45,18 @@ from minianyflow.times import draw_pairs, generator, time_grid
 from minianyflow.training import Role, train
 from minianyflow.video import report as video
 from minianyflow.video import stages
+from minianyflow.wan import stages as wan_stages
+from minianyflow.wan.config import load_config
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.folders import make_tiny_wan
+from minianyflow.wan.run_networks import RunNetworks
 from toy_data import plane
 
 SEEDS = (0, 1, 2)
 SCALE = 3.0  # of guidance on the plane
 PLANE_NFE, VIDEO_NFE, TEACHER_NFE = (1, 4, 16, 64), (1, 4, 8), (8, 32, 128)
 PLANE_STEPS, POLICY_STEPS = 5000, 500
-VIDEO_ROWS, CLIPS = 64, 1024
+VIDEO_ROWS, WARMUP, CLIPS = 64, 10, 512
 SPIRAL = plane.load("spiral")
 ARMS = [GaussianMixture(arm, 0.05) for arm in SPIRAL.means.split(50)]  # of the spiral, each the law of one label
 
@@ -182,7 +187,7 @@ def video_flow_map(earlier, seed, diagonal_time="uniform", lr=3e-3, muon=None):
     """The Eulerian stage, from the guided velocity of the teacher."""
     settings = stage("flow_map", "teacher", options=stages.EULERIAN)
     network, loss = EvaluationCounter(earlier.network("teacher")), earlier.forward(settings)
-    role = Role(network, loss, lr=lr, muon=muon, warmup=50, ema=0.99, clip=1.0)
+    role = Role(network, loss, lr=lr, muon=muon, ema=None, clip=1.0)
     return {"student": role}, earlier.draw(settings, seed, diagonal_time=diagonal_time)
 
 
@@ -233,7 +238,7 @@ def video_causal(earlier, seed, adds):
     settings = stage("causal", "causal_teacher")
     network, loss = earlier.causal("causal_teacher"), FlowMapLoss(FLOW_MAPS["mixed"], weight=anyflow_weight())
     forced = TeacherForced(loss, FlowMapLoss({}, weight=torch.ones_like))
-    role = Role(EvaluationCounter(network), forced, warmup=50, ema=0.99, clip=1.0)
+    role = Role(EvaluationCounter(network), forced, ema=None, clip=1.0)
     drawn, law = earlier.draw(settings, seed), {"diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal"}
 
     def draw(step):
@@ -269,25 +274,25 @@ RATES = {"AdamW 0.006": partial(video_flow_map, lr=6e-3)}
 RATES |= {f"Muon {rate:g}": partial(video_flow_map, muon=rate) for rate in (0.01, 0.02, 0.04)}
 VIDEO = {  # {what is trained: (steps, step counts, sampler, {arm: build})}
     "flow map": (
-        150,
+        80,
         VIDEO_NFE,
         "flow_map",
         {"ours": video_flow_map, "t the larger of two": partial(video_flow_map, diagonal_time="larger"), **RATES},
     ),
     "guided flow map": (
-        100,
+        80,
         VIDEO_NFE,
         "flow_map",
         {"ours": partial(video_guidance, published=False), "published form": partial(video_guidance, published=True)},
     ),
     "teacher": (
-        200,
+        150,
         TEACHER_NFE[:2],
         "euler",
         {"ours": partial(video_teacher, **WEIGHTED), "logit-normal t, no weight": partial(video_teacher, **UNWEIGHTED)},
     ),
     "on-policy": (
-        30,
+        25,
         VIDEO_NFE,
         "flow_map",
         {
@@ -297,7 +302,7 @@ VIDEO = {  # {what is trained: (steps, step counts, sampler, {arm: build})}
         },
     ),
     "causal": (
-        50,
+        40,
         (1, 4),
         "causal",
         {"ours": partial(video_causal, adds=False), "whole clips added": partial(video_causal, adds=True)},
@@ -305,12 +310,17 @@ VIDEO = {  # {what is trained: (steps, step counts, sampler, {arm: build})}
 }
 
 
+WAN_STEPS, WAN_KINDS = 100, ("tangent", "semigroup")
+WAN = {f"AdamW {lr:g}": {"lr": lr} for lr in (1e-3, 3e-3, 1e-2)}  # {arm: options of the role}
+WAN |= {f"Muon {rate:g}": {"muon": rate} for rate in (0.01, 0.02, 0.04)}
+
+
 def on_plane_alone(trained: str, arm: str, position: int = 0) -> dict:
     """One arm of the plane, its copies the seeds."""
     torch.set_num_threads(1)
     began = time.process_time()
     nfe, figures, count = PLANE[trained][arm]()
-    return {"nfe": nfe, "figures": figures, "evaluations": count, "seconds": time.process_time() - began}
+    return {"at": nfe, "figures": figures, "evaluations": count, "seconds": time.process_time() - began}
 
 
 def on_video(trained: str, arm: str, seed: int, folder: Path, reference: Tensor, position: int = 0) -> dict:
@@ -319,14 +329,35 @@ def on_video(trained: str, arm: str, seed: int, folder: Path, reference: Tensor,
     steps, nfes, how, arms = VIDEO[trained]
     earlier, began = stages.Earlier(folder), time.process_time()
     roles, draw = arms[arm](earlier, seed)
+    for role in roles.values():
+        role.warmup = WARMUP
     train(roles, draw, steps, progress=False)
     seconds = time.process_time() - began
-    network = next(iter(roles.values())).average.module.network
-    counters = [each for role in roles.values() for each in (role.network, role.average.module)] + earlier.teachers
+    network = next(iter(roles.values())).network.network  # the rate has fallen to zero
+    counters = [*(role.network for role in roles.values()), *earlier.teachers]
     count = sum(counter.rows for counter in counters)
     z, (prompt, _) = sobol_noise(CLIPS, earlier.latents.shape[1:]), video.prompts_for(CLIPS)
     figures = [[sliced_w2(video.sample(how, network, z, prompt, nfe), reference) for nfe in nfes]]
-    return {"nfe": nfes, "figures": figures, "evaluations": count, "seconds": seconds}
+    return {"at": nfes, "figures": figures, "evaluations": count, "seconds": seconds}
+
+
+def on_wan(arm: str, seed: int, folder: Path, position: int = 0) -> dict:
+    """The forward stage of tiny Wan, all weights: errors of the velocity and of the flow map on fresh noise."""
+    torch.set_num_threads(1)
+    places = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents"]
+    options = [*places, "trained=full", "batch=16", f"steps={WAN_STEPS}", f"seed={seed}"]
+    config = load_config(["bidirectional", "forward", "tiny"], options)
+    data = LatentSet(config.data)
+    networks = RunNetworks(config, data.shape[0])
+    (role,) = wan_stages.forward(config, networks, {"prompt": data.null}).values()
+    role = Role(role.network, role.loss, **wan_stages.optimiser(config) | WAN[arm])
+    draw, began = wan_stages.draws(config, data), time.process_time()
+    train({"student": role}, draw, WAN_STEPS, progress=False)
+    seconds, count = time.process_time() - began, role.network.rows
+    with torch.no_grad():
+        errors = [role.loss(role.network, draw(step))[1] for step in range(WAN_STEPS, WAN_STEPS + 16)]
+    figures = [[float(mean(error[kind] for error in errors)) for kind in WAN_KINDS]]
+    return {"at": WAN_KINDS, "figures": figures, "evaluations": count, "seconds": seconds}
 
 
 def run(toys: list[str], only: list[str], output: str | Path, workers: int = 2) -> dict:
@@ -345,6 +376,11 @@ def run(toys: list[str], only: list[str], output: str | Path, workers: int = 2) 
         reference = video.held_out(load_codec(stages.path_of(folder, "codec")), count=CLIPS)[0][0]
         each = [(name, arm, seed) for name, (*_, arms) in VIDEO.items() for arm in arms for seed in SEEDS]
         jobs |= {("video", *job): (on_video, (*job, folder, reference)) for job in each}
+    if "wan" in toys:
+        folder = output / "tiny"
+        if not folder.exists():
+            make_tiny_wan(folder / "wan")
+        jobs |= {("wan", "forward stage", arm, seed): (on_wan, (arm, seed, folder)) for arm in WAN for seed in SEEDS}
     jobs = {key: job for key, job in jobs.items() if not only or key[1] in only}
     path = output / "choices.json"
     report = json.loads(path.read_text()) if only and path.exists() else {}
@@ -365,8 +401,8 @@ def table(report: dict) -> str:
     for toy, groups in report.items():
         for name, arms in groups.items():
             for arm, entry in arms.items():
-                by_nfe = zip(entry["nfe"], zip(*entry["figures"], strict=True), strict=True)
-                cells = [f"{nfe}: {1000 * mean(v):.1f} ({1000 * (max(v) - min(v)):.1f})" for nfe, v in by_nfe]
+                by = zip(entry["at"], zip(*entry["figures"], strict=True), strict=True)
+                cells = [f"{at}: {1000 * mean(v):.1f} ({1000 * (max(v) - min(v)):.1f})" for at, v in by]
                 rows.append([f"{toy}, {name}", arm, ", ".join(cells), f"{entry['evaluations'] / 1e3:.0f} k"])
     return markdown_table(["trained", "arm", "steps: error x 1000, mean (range)", "evaluations"], rows)
 
@@ -374,7 +410,7 @@ def table(report: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Train, measure and print the table; returns the exit status."""
     parser = cli.Parser("python -m benchmarks.published", description=__doc__)
-    parser.add_argument("--toys", nargs="+", default=["plane", "video"], metavar="TOY", help="(default: both)")
+    parser.add_argument("--toys", nargs="+", default=["plane", "video", "wan"], metavar="TOY", help="(default: both)")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="what is trained (default: everything)")
     parser.add_argument("--output", default="outputs/published", help="folder (default: outputs/published)")
     parser.add_argument("--workers", type=int, default=2, help="processes; each takes one core (default: 2)")
