@@ -24,7 +24,9 @@ class Batch(TypedDict, total=False):
     objective_draw: Times  # uniform: which objective a row r < t learns from
     dropped: Mask  # rows trained without their condition
     condition: dict[str, Condition]  # the network's arguments besides z, t, r
+    rollout_condition: dict[str, Condition]  # that of rollouts and scores, where it is another: on_policy.OnPolicyLoss
     context: dict[str, Tensor]  # clean earlier frames: networks/teacher_forcing.py
+    whole: dict[str, Tensor]  # x, eps, t and r of whole clips, for a loss that is added: networks/teacher_forcing.py
     frame: Counts  # the frame that learns: plane/circle_student.py
     noise: State  # where a rollout starts: on_policy.draw_on_policy
     lengths: Counts  # number of steps N of the simulated rollout

@@ -3,7 +3,8 @@
 The guided velocity is v_null + g (v - v_null), with v_null = u(z, t, t | null), the unconditional velocity.
 Exact (MeanFlow, eq. 13): this velocity is the target and the tangent; the student learns the map of the guided ODE.
 Published (AnyFlow's code): (u - (1 - g) u_null(z, t, r)) / g is regressed on v - (t - r) / g du/dt along the unguided
-velocity. The two agree where r = t and nowhere else: the fixed point is not a flow map (tests/test_minimisers.py).
+velocity, in every row, those with the null condition too. The two agree where r = t and nowhere else: the fixed
+point is not a flow map, with the condition or without (tests/test_minimisers.py).
 """
 
 from collections.abc import Mapping

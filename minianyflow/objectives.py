@@ -192,10 +192,10 @@ class FlowMapLoss:
             raise InputError("guidance needs `dropped` in the batch, rows without condition: draw_pairs(..., drop=0.1)")
         z = interpolate(batch["x"], batch["eps"], t)
         kinds = self.kinds(batch)
-        out, target, scale = torch.empty_like(z), torch.empty_like(z), torch.ones_like(t)
+        out, target = torch.empty_like(z), torch.empty_like(z)
         rest = torch.ones_like(t, dtype=torch.bool)  # rows whose output does not come with their target
         for name, rows in kinds.items():
-            target[rows], scale[rows], now = self._target(name, u, batch, rows, z[rows])
+            target[rows], now = self._target(name, u, batch, rows, z[rows])
             if now is not None:
                 out[rows], rest[rows] = now, False
         rest = rest.nonzero().squeeze(1)
@@ -204,7 +204,8 @@ class FlowMapLoss:
             check_same_shape("the network's output", now, z[rest])
             out[rest] = now
         error = (out - target).square().flatten(1).mean(1)  # (B,)
-        loss = self.weight(t) * scale * error * adaptive_weight(error, self.adaptive)
+        scale = self.guidance.scale**-2 if self.guidance and self.guidance.published else 1.0
+        loss = scale * self.weight(t) * error * adaptive_weight(error, self.adaptive)
         if self.rebalance:
             loss, self.diagonal_loss = rebalanced(loss, t == r, self.diagonal_loss)
         return loss, {name: error[rows].detach().mean() for name, rows in kinds.items()}
@@ -231,7 +232,10 @@ class FlowMapLoss:
 
     @torch.no_grad()
     def _target(self, name, network, batch, rows, z):
-        """The target of the rows of one kind, the factor of their loss, and the output if it came with the target."""
+        """The target of the rows of one kind, and the output if it came with the target.
+
+        With published guidance output and target are g times what is published.
+        """
         options = {"derivative": self.derivative, "delta": self.delta}
         guidance, batch = self.guidance, pick_rows(batch, rows)
         t, r, condition = batch["t"], batch["r"], batch.get("condition", {})
@@ -245,20 +249,19 @@ class FlowMapLoss:
             return v
 
         if name == "semigroup":
-            return semigroup_target(u, z, t, r, r + batch["split"] * (t - r)), 1.0, None
+            return semigroup_target(u, z, t, r, r + batch["split"] * (t - r)), None
         if name == "teacher_step":
             s = torch.maximum(t - self.step, r)
-            return teacher_step_target(network, z, t, r, s, velocity, **condition), 1.0, None
+            return teacher_step_target(network, z, t, r, s, velocity, **condition), None
         if name == "lagrangian":
             with torch.set_grad_enabled(self.through_end):
                 now, target = lagrangian_sides(u, z, t, r, velocity, **options)
-            return target, 1.0, now if self.through_end else None
+            return target, now if self.through_end else None
         v = velocity(z, t)
         target = v if name == "tangent" else eulerian_target(u, z, t, r, v, **options)
         if guidance and guidance.published:
-            target = target + guidance.pull(network, z, t, r, v, ~batch["dropped"], condition)
-            return target, torch.where(batch["dropped"], 1.0, guidance.scale**-2).to(z), None
-        return target, 1.0, None
+            target = target + guidance.pull(network, z, t, r, v, torch.ones_like(batch["dropped"]), condition)
+        return target, None
 
 
 def adaptive_weight(error: Losses, power: float, floor: float = 5e-3) -> Losses | float:

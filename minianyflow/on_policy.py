@@ -25,13 +25,17 @@ STEPS = (2, 4, 8, 16, 50)  # the lengths of the rollouts that AnyFlow simulates
 
 
 def draw_rollouts(
-    count: int, generator: torch.Generator | None = None, steps: Sequence[int] = STEPS
+    count: int, generator: torch.Generator | None = None, steps: Sequence[int] = STEPS, shared: bool = False
 ) -> tuple[Counts, Counts]:
-    """For each of `count` samples a rollout length N out of `steps` and a step g in 0..N-1."""
+    """For each of `count` samples a rollout length N out of `steps` and a step g in 0..N-1.
+
+    shared: one pair for all samples, as AnyFlow has it.
+    """
     if min(steps) < 1:
         raise InputError(f"rollouts of {steps} steps; expected at least one step")
     lengths = torch.tensor(steps)[torch.randint(len(steps), (count,), generator=generator)]
-    return lengths, (torch.rand(count, generator=generator) * lengths).long()
+    step = (torch.rand(count, generator=generator) * lengths).long()
+    return (lengths[:1].repeat(count), step[:1].repeat(count)) if shared else (lengths, step)
 
 
 def draw_on_policy(
@@ -41,15 +45,17 @@ def draw_on_policy(
     steps: Sequence[int] = STEPS,
     shift: float = 1.0,
     fake_time: str = "uniform",
+    shared: bool = False,
 ) -> dict[str, Tensor]:
     """The random numbers of on-policy training, for `count` samples of `shape`, besides those of the forward loss.
 
     Returns a dict: `noise`, `score_eps` (count, *shape), `lengths`, `step`, `score_t` (count,), uniform and shifted.
     With fake_time="logit_normal" also `fake_t` (count,), the shifted times at which AnyFlow's fake score learns.
+    shared: see `draw_rollouts`.
     """
     uniform = choose("fake_time", fake_time, {"uniform": True, "logit_normal": False})
     noise, score_eps = torch.randn(2, count, *shape, generator=generator)
-    lengths, step = draw_rollouts(count, generator, steps)
+    lengths, step = draw_rollouts(count, generator, steps, shared)
     score_t = time_shift(torch.rand(count, generator=generator), shift)
     drawn = {"noise": noise, "score_eps": score_eps, "lengths": lengths, "step": step, "score_t": score_t}
     normal = torch.randn(count, generator=generator)
@@ -93,13 +99,19 @@ def distribution_matching_loss(x: State, real: Velocity, fake: Velocity, t: Time
     return (x - target).square().flatten(1).mean(1)
 
 
+def rollout_condition(batch: Batch) -> dict[str, Condition]:
+    """The condition of the rollouts and scores of a batch."""
+    return batch.get("rollout_condition", batch.get("condition", {}))
+
+
 @dataclass
 class OnPolicyLoss(InnerState):
     """The student's loss: distribution matching on its rollouts, plus the forward loss, which keeps many steps good.
 
     real: the teacher's velocity. fake: the fake score, a network u(z, t, r). forward: the forward stage's loss.
     simulate: makes the samples, with the signature of `backward_simulation`.
-    The batch has the tensors of `forward` and those of `draw_on_policy`.
+    The batch has the tensors of `forward` and those of `draw_on_policy`. The rollouts and scores have its
+    `rollout_condition`, if there is one, in place of `condition`: AnyFlow drops prompts for the forward loss alone.
     """
 
     real: Velocity
@@ -111,7 +123,7 @@ class OnPolicyLoss(InnerState):
 
     def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
         """Losses (B,), and the errors without weights by name: "distribution matching" and the kinds of `forward`."""
-        condition = batch.get("condition", {})
+        condition = rollout_condition(batch)
         x = self.simulate(u, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)[-1]
         real, fake = partial(self.real, **condition), partial(velocity, self.fake, **condition)
         loss = distribution_matching_loss(x, real, fake, batch["score_t"], batch["score_eps"])
@@ -135,7 +147,7 @@ class FakeScoreLoss:
 
     def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
         """Losses (B,), and their mean, by the name "tangent": all rows have r = t."""
-        condition = batch.get("condition", {})
+        condition = rollout_condition(batch)
         with torch.no_grad():
             x = self.simulate(self.student, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)
         t = batch.get("fake_t", batch["score_t"])

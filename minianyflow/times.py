@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minianyflow.notation import Grid, Times
-from minianyflow.support.errors import InputError
+from minianyflow.support.errors import InputError, choose
 
 
 def time_shift(s: Tensor, shift: float = 1.0) -> Tensor:
@@ -56,6 +56,13 @@ def stratified_uniform(count: int, generator: torch.Generator | None = None) -> 
     return ((torch.randperm(count, generator=generator) + jitter) / count).clamp(max=1 - 2**-24)
 
 
+DIAGONAL_TIMES = {  # laws of t on the diagonal, before the shift, from two uniforms
+    "uniform": lambda first, second: first,
+    "larger": torch.maximum,  # AnyFlow's flow maps: r is set to t after both were drawn
+    "logit_normal": lambda first, second: torch.special.ndtri(first).sigmoid(),  # AnyFlow's teacher and fake score
+}
+
+
 def draw_pairs(
     count: int,
     generator: torch.Generator | None = None,
@@ -63,12 +70,13 @@ def draw_pairs(
     end: float = 0.25,
     shift: float = 1.0,
     drop: float = 0.0,
+    diagonal_time: str = "uniform",
 ) -> dict[str, Tensor]:
     """Pairs of times for `count` samples, and the random numbers that objectives use.
 
-    Returns a dict of (count,) tensors, float32:
+    diagonal_time: a law in DIAGONAL_TIMES. Returns a dict of (count,) tensors, float32:
         t, r            the larger and the smaller of two uniforms, shifted; r = 0 for a share `end` of the rows, and
-                        r = t, one uniform, for a share `diagonal`
+                        r = t, of the law `diagonal_time`, shifted, for a share `diagonal`
         split           uniform: where a semigroup target cuts the jump
         objective_draw  uniform, stratified inside each of the three kinds: which objective a row r < t learns from
         dropped         bool, if `drop` > 0: which rows are trained without their condition; AnyFlow drops a tenth
@@ -76,13 +84,15 @@ def draw_pairs(
     if min(diagonal, end) < 0 or diagonal + end > 1:
         raise InputError(f"shares diagonal={diagonal}, end={end}; expected shares >= 0 that add up to at most 1")
     place = stratified_uniform(count, generator)
-    first, second = time_shift(torch.rand(2, count, generator=generator), shift)
+    uniforms = torch.rand(2, count, generator=generator)
+    smaller, larger = time_shift(uniforms.sort(0).values, shift)
+    on_diagonal = time_shift(choose("diagonal_time", diagonal_time, DIAGONAL_TIMES)(*uniforms), shift)
     edges = torch.tensor([0.0, diagonal, diagonal + end, 1.0])
     kind = torch.bucketize(place, edges[1:3], right=True)  # 0: diagonal, 1: end, 2: free
     objective_draw = (place - edges[kind]) / (edges[kind + 1] - edges[kind])
     pairs = {
-        "t": torch.where(kind == 0, first, torch.maximum(first, second)),
-        "r": torch.where(kind == 0, first, torch.where(kind == 1, 0.0, torch.minimum(first, second))),
+        "t": torch.where(kind == 0, on_diagonal, larger),
+        "r": torch.where(kind == 0, on_diagonal, torch.where(kind == 1, 0.0, smaller)),
         "split": torch.rand(count, generator=generator),
         "objective_draw": objective_draw,
     }

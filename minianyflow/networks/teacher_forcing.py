@@ -7,10 +7,10 @@ is trained, a clip is cut off after a number of chunks that changes from step to
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minianyflow.batch import Batch
-from minianyflow.notation import Loss, Losses, Network
+from minianyflow.notation import Errors, Loss, Losses, Network, Times
 from minianyflow.objectives import InnerState
 
 
@@ -38,12 +38,27 @@ def single_chunk_batch(batch: Batch) -> Batch:
     return batch | {"context": {"single_chunk": torch.zeros(len(batch["x"]))}}
 
 
+def add_whole_clips(batch: Batch, clips: Batch, t: Times) -> Batch:
+    """A batch for `TeacherForced` that also trains `clips`, whole, at r = t, with their own noise."""
+    return batch | {"whole": {"x": clips["x"], "eps": clips["eps"], "t": t, "r": t}}
+
+
 @dataclass
 class TeacherForced(InnerState):
-    """A loss that gives its network clean earlier chunks: the batch's `context` joins the condition."""
+    """A loss that gives its network clean earlier chunks: the batch's `context` joins the condition.
+
+    whole: the loss that a batch from `add_whole_clips` adds, of each clip as one chunk. AnyFlow adds that of the
+    velocity (r = t), without weights, in a tenth of the steps.
+    """
 
     forward: Loss
+    whole: Loss | None = None
 
-    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
-        """The losses (B,) of the inner loss, and its errors by name."""
-        return self.forward(u, batch | {"condition": batch["condition"] | batch["context"]})
+    def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
+        """The losses (B,) of the inner loss, and its errors by name; and of whole clips, by the name "whole clip"."""
+        loss, errors = self.forward(u, batch | {"condition": batch["condition"] | batch["context"]})
+        if "whole" not in batch:
+            return loss, errors
+        clips = single_chunk_batch(batch | batch["whole"])
+        added, error = self.whole(u, clips | {"condition": clips["condition"] | clips["context"]})
+        return loss + added, errors | {"whole clip": error["tangent"]}

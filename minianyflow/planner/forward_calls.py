@@ -82,9 +82,8 @@ class ZeroClips:
     def draw(self, step, rows, seed=0, part=(0, 1), **pairs):
         """The batch of `step`, as the data of a run draws it."""
         times = draw_pairs(rows, generator(seed, TIMES, step), **pairs)
-        dropped = times.get("dropped", torch.zeros(rows, dtype=torch.bool))
         x, eps = torch.zeros(2, rows, *self.shape)
-        prompt = dropped[:, None, None] * self.null
+        prompt = torch.zeros(rows, *self.null.shape[1:])
         return part_of({"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": torch.arange(rows)} | times, *part)
 
 

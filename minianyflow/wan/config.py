@@ -66,8 +66,9 @@ class Causal:
     first: Count = option(1, "latent frames of the first chunk")
     rest: Count = option(3, "latent frames of other chunks; the last may be shorter: 1, 3, 3, 3, 3, 3, 3, 2 of 21")
     full_chunks: int = option(3, "number of last chunks seen in full; older ones are seen in coarse patches", ge=2)
-    long_context: Share = option(0.5, "share of batches with compressed chunks before those that are trained")
+    long_context: Share = option(0.5, "share of steps of full_chunks chunks or more, at random; others have so many")
     bidirectional: Share = option(0.1, "share of steps that train the clip as one chunk")
+    bidirectional_adds: bool = option(False, "whether they only add its velocity, without weight, to the chunks' loss")
 
 
 @typed
@@ -75,8 +76,11 @@ class OnPolicy:
     """What stage=on_policy adds: backward simulation and distribution matching."""
 
     rollouts: list[Count] = option([2, 4, 8, 16, 50], "step counts of the simulated rollouts", min_length=1)
+    shared_rollout: bool = option(False, "whether all rows of a step simulate one step of one rollout")
+    null_prompts: Literal["everywhere", "forward"] = option("everywhere", "what sees them; forward: its loss alone")
     real_guidance: float = option(4.0, "guidance scale of the teacher: null + scale (text - null)", ge=1)
     fake_lr: float = option("${lr}", "learning rate of the fake score", gt=0)
+    fake_embedders: bool = option(True, "whether adapters of the fake score are on the embedders of time, too")
     forward_weight: float = option(1.0, "weight of the forward loss; without it the many-step end is lost", ge=0)
     context_gradient: bool = option(False, "causal: whether gradient passes through earlier chunks")
     score_time: Literal["uniform", "logit_normal"] = option("uniform", "times of the fake score, before the shift")
@@ -134,11 +138,12 @@ class Config:
     velocity: Literal["data", "base"] | None = option(None, "data: eps - x; base: the teacher's; null: by objective")
     delta: float = option(5e-3, "half the width of the finite difference in time", gt=0)
     diagonal: Share = option(0.5, "share of rows with r = t")
+    diagonal_time: Literal["uniform", "larger", "logit_normal"] = option("uniform", "their t; larger: of two uniforms")
     end: Share = option(0.25, "share of rows with r = 0")
     shift: float = option(5.0, "time shift s -> shift s / (1 + (shift - 1) s), for t, r and sampling", gt=0)
     drop: Share = option(0.1, "share of rows with the null prompt")
     guidance: Guidance = Field(default_factory=Guidance)
-    weight: Literal["sqrt", "anyflow"] = option("anyflow", "weight of a row by its t: t sqrt(1 - t), or sqrt(1 - t)")
+    weight: Literal["none", "sqrt", "anyflow"] = option("anyflow", "of a row by its t: 1, sqrt(1 - t) or t sqrt(1 - t)")
     rebalance: bool = option(False, "scale rows r < t to the mean loss of rows r = t; not with semigroup rows")
     adaptive: float = option(0.0, "power of the adaptive weight; 0: none", ge=0)
 

@@ -51,7 +51,8 @@ class RunNetworks:
             torch.manual_seed(config.seed)
             if start:
                 load_role(weights_in(start), self.base, "start", from_bidirectional=whole)
-            targets = TARGETS + (() if config.stage == "teacher" else EMBEDDERS)
+            embedders = config.stage != "teacher" and (role != "fake" or config.on_policy.fake_embedders)
+            targets = TARGETS + (EMBEDDERS if embedders else ())
             targets += COARSE_PATCHES if config.architecture == "causal" else ()
             add_role(self.base, role, config.rank, config.alpha, targets, "start" if start else None)
             if start:

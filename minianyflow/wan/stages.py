@@ -5,6 +5,7 @@ course; only the networks are larger. `distil` trains the stage that a configura
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,10 +15,15 @@ from minianyflow.flow_map import velocity
 from minianyflow.guidance import Guidance, guided
 from minianyflow.networks.causal import causal_backward_simulation
 from minianyflow.networks.causal_attention import chunk_partition
-from minianyflow.networks.teacher_forcing import TeacherForced, single_chunk_batch, teacher_forcing_batch
+from minianyflow.networks.teacher_forcing import (
+    TeacherForced,
+    add_whole_clips,
+    single_chunk_batch,
+    teacher_forcing_batch,
+)
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight, sqrt_weight
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
-from minianyflow.times import generator
+from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
 from minianyflow.wan.data.latents import LatentSet
@@ -27,7 +33,7 @@ from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.sampler import sample_while_training
 from minianyflow.wan.trainer import train_run
 
-ROLLOUTS, CONTEXT = 3, 4  # keys (seed, key, step) of random numbers, beside those of the data
+ROLLOUTS, CONTEXT, WHOLE = 3, 4, 5  # keys (seed, key, step) of random numbers, beside those of the data
 
 
 def teacher(config: Config, networks: RunNetworks, null: dict) -> dict[str, Role]:
@@ -104,12 +110,14 @@ def forward_loss(config: Config, networks: RunNetworks, null: dict) -> Callable:
         {} if teaching else FLOW_MAPS[config.objective],
         velocity=partial(velocity, networks.teacher()) if config.velocity == "base" and not teaching else None,
         guidance=Guidance(scale, null, config.guidance.published) if scale > 1 else None,
-        weight={"sqrt": sqrt_weight, "anyflow": anyflow_weight(config.shift)}[config.weight],
+        weight={"none": torch.ones_like, "sqrt": sqrt_weight, "anyflow": anyflow_weight(config.shift)}[config.weight],
         adaptive=config.adaptive,
         delta=config.delta,
         rebalance=config.rebalance,
     )
-    return TeacherForced(loss) if config.architecture == "causal" else loss
+    if config.architecture == "bidirectional":
+        return loss
+    return TeacherForced(loss, replace(loss, shares={}, weight=torch.ones_like, adaptive=0.0, rebalance=False))
 
 
 def simulation(config: Config) -> Callable:
@@ -123,13 +131,16 @@ def simulation(config: Config) -> Callable:
 def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
     """`draw(step)` for `train_run`: one process's part, (index, number of parts), of the batch of that step."""
     pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
-    rollouts = {"steps": tuple(config.on_policy.rollouts), "shift": config.shift}
-    rollouts["fake_time"] = config.on_policy.score_time
+    pairs["diagonal_time"], policy = config.diagonal_time, config.on_policy
+    rollouts = {"steps": tuple(policy.rollouts), "shift": config.shift, "shared": policy.shared_rollout}
+    rollouts["fake_time"] = policy.score_time
 
     def draw(step):
         batch = data.draw(step, config.batch, config.seed, part, **pairs)
+        if "dropped" in batch:
+            batch = drop_prompts(batch, data.null, config)
         if config.architecture == "causal":
-            batch = chunk_batch(batch, config, step)
+            batch = chunk_batch(batch, config, step, part)
         if config.stage == "on_policy":
             rollout = draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
             batch |= part_of(rollout, *part)
@@ -138,15 +149,28 @@ def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Ca
     return draw
 
 
-def chunk_batch(batch: dict, config: Config, step: int) -> dict:
+def drop_prompts(batch: dict, null: torch.Tensor, config: Config) -> dict:
+    """The batch with the null prompt in the rows that drop theirs."""
+    prompt = batch["condition"]["prompt"]
+    kept = {"condition": {"prompt": torch.where(batch["dropped"][:, None, None], null, prompt)}}
+    if config.stage == "on_policy" and config.on_policy.null_prompts == "forward":
+        kept["rollout_condition"] = batch["condition"]
+    return batch | kept
+
+
+def chunk_batch(batch: dict, config: Config, step: int, part: tuple[int, int] = (0, 1)) -> dict:
     """The batch as a causal student trains on it: a long context, a short one, or the clip as one chunk."""
     whole, long, where = torch.rand(3, generator=generator(config.seed, CONTEXT, step)).tolist()
-    partition = chunk_partition(batch["x"].shape[1], config.causal.first, config.causal.rest, ragged=True)
-    if step and whole < config.causal.bidirectional:
+    chunks, whole = config.causal, step and whole < config.causal.bidirectional
+    if whole and not chunks.bidirectional_adds:
         return single_chunk_batch(batch)
-    full = config.causal.full_chunks
-    if step and long >= config.causal.long_context:
-        partition = partition[:full]
-    elif step:  # step 0 has the longest context: it trains every weight
-        partition = partition[: full + 1 + int(where * (len(partition) - full))]
-    return teacher_forcing_batch(batch, partition, full)
+    partition = chunk_partition(batch["x"].shape[1], chunks.first, chunks.rest, ragged=True)
+    if step:  # step 0 has the longest context: it trains every weight
+        more = int(where * (len(partition) - chunks.full_chunks + 1)) if long < chunks.long_context else 0
+        partition = partition[: chunks.full_chunks + more]
+    cut = teacher_forcing_batch(batch, partition, chunks.full_chunks)
+    if not whole:
+        return cut
+    law = {"diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal"}
+    times = draw_pairs(config.batch, generator(config.seed, WHOLE, step), shift=config.shift, **law)
+    return add_whole_clips(cut, batch, part_of(times, *part)["t"])

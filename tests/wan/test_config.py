@@ -16,16 +16,20 @@ MODELS, ARCHITECTURES = LAYERS["model"], LAYERS["architecture"]
 OF_ALL = {"shift": 5.0, "clip": 1.0, "weight_decay": 0.0, "precision": "bf16", "trained": "lora", "rank": 256}
 OF_ALL |= {"alpha": 256.0, "drop": 0.1, "accumulate": 1, "adaptive": 0.0}
 FIRST_TWO = {"lr": 5e-5, "betas": [0.9, 0.95], "warmup": 1000, "ema": 0.999, "ema_after": 1000}
-FLOW_MAP = {"objective": "eulerian", "velocity": "data", "delta": 5e-3, "diagonal": 0.5}
+FLOW_MAP = {"objective": "eulerian", "velocity": "data", "delta": 5e-3, "diagonal": 0.5, "diagonal_time": "larger"}
 FLOW_MAP |= {"end": 0.25, "guidance": {"scale": 3.0, "published": True}, "weight": "anyflow", "rebalance": True}
 LAST = {"lr": 2e-6, "betas": [0.0, 0.999], "warmup": 0, "ema": 0.99, "ema_after": 200, "steps": 1200}
-SIMULATED = {"rollouts": [2, 4, 8, 16, 50], "real_guidance": 4.0, "fake_lr": 2e-6}
+SIMULATED = {"rollouts": [2, 4, 8, 16, 50], "real_guidance": 4.0, "fake_lr": 2e-6, "fake_embedders": False}
+SIMULATED |= {"shared_rollout": True, "null_prompts": "forward"}
 SIMULATED |= {"forward_weight": 1.0, "context_gradient": False, "score_time": "logit_normal"}
-CHUNKS = {"first": 1, "rest": 3, "full_chunks": 3, "long_context": 0.5, "bidirectional": 0.1}
+CHUNKS = {"first": 1, "rest": 3, "full_chunks": 3, "long_context": 0.5}
+SHARES = {"teacher": 0.1, "forward-published": 0.1, "on_policy-published": 0.0}  # of steps with the whole clip
 SIZES = {"wan-1.3b": {"steps": 6000, "batch": 32}, "wan-14b": {"steps": 4000, "batch": 16}}
 BASES = {"wan-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
+TEACHER = {"stage": "teacher", "diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal", "weight": "none"}
+TEACHER |= {"guidance": {"scale": 1.0}}
 PUBLISHED = {
-    "teacher": FIRST_TWO | {"stage": "teacher", "diagonal": 1.0, "end": 0.0, "guidance": {"scale": 1.0}},
+    "teacher": FIRST_TWO | TEACHER,
     "forward-published": FIRST_TWO | FLOW_MAP | {"stage": "forward"},
     "on_policy-published": FLOW_MAP | {"stage": "on_policy", "on_policy": SIMULATED},
 }
@@ -46,7 +50,7 @@ def test_three_overlays_are_the_published_recipe(model, architecture, stage):
     if stage == "on_policy-published":
         expected |= LAST
     if architecture == "causal":
-        expected |= {"causal": CHUNKS}
+        expected |= {"causal": CHUNKS | {"bidirectional": SHARES[stage]}}
     agrees(asdict(load_config([model, architecture, stage])), expected)
 
 
@@ -57,9 +61,12 @@ def test_ours_is_the_published_one_but_for_what_is_said():
         one, other = (flat(asdict(load_config(["wan-1.3b", "causal", name]))) for name in (ours, published))
         return {name: one[name] for name in one if one[name] != other[name] and name not in ("output", "student")}
 
-    ours = {"objective": "mixed", "guidance.published": False, "rebalance": False}
+    ours = {"objective": "mixed", "guidance.published": False, "rebalance": False, "diagonal_time": "uniform"}
+    ours["causal.bidirectional_adds"] = False
     assert differ("forward", "forward-published") == ours
-    assert differ("on_policy", "on_policy-published") == ours | {"on_policy.score_time": "uniform"}
+    policy = {"score_time": "uniform", "shared_rollout": False, "null_prompts": "everywhere", "fake_embedders": True}
+    policy = {f"on_policy.{name}": value for name, value in policy.items()}
+    assert differ("on_policy", "on_policy-published") == ours | policy | {"causal.bidirectional": 0.1}
 
 
 def flat(given, prefix=""):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minianyflow.wan.config import load_config
 from minianyflow.wan.data import latents as module
 from minianyflow.wan.data.latents import LatentSet, clip_name, verify, write_latents
+from minianyflow.wan.stages import drop_prompts
 from tests.refused import refused
 
 ROWS, SHAPE = 11, (2, 3, 4, 4)
@@ -92,12 +94,12 @@ def test_noise_times_and_order_use_random_numbers_of_their_own(folder, monkeypat
     assert len(set(keys)) == len(keys) == 2 + 16 + 4  # two epochs begun, sixteen samples, four steps
 
 
-def test_dropped_rows_get_the_null_prompt(folder):
+def test_dropped_rows_get_the_null_prompt_and_others_keep_theirs(folder):
     data = LatentSet(folder)
     batch = data.draw(0, ROWS, **PAIRS)
     dropped = batch["dropped"]
     assert 0 < int(dropped.sum()) < ROWS
-    prompt = batch["condition"]["prompt"]
+    prompt = drop_prompts(batch, data.null, load_config())["condition"]["prompt"]
     assert torch.equal(prompt[dropped], data.null.expand(int(dropped.sum()), -1, -1))
     assert torch.equal(prompt[~dropped], marked()[1][rows_of(batch)][~dropped])
     assert "dropped" not in data.draw(0, ROWS)

@@ -117,8 +117,8 @@ class LatentSet:
 
         Samples are numbered through the whole run: the batch has the `rows` samples from step * rows on. Every row of
         the set comes once per epoch, in another order per epoch, whatever the size of a batch. The noise of a sample
-        depends on its number, the times depend on the step. `pairs` are arguments of `times.draw_pairs`; rows that
-        drop their prompt get the null prompt. `row` (B,) has the rows of the set.
+        depends on its number, the times depend on the step. `pairs` are arguments of `times.draw_pairs`; a row
+        that is to be trained without its prompt still has it. `row` (B,) has the rows of the set.
         part: (index, parts), one of so many equal parts of the batch; only its rows are read.
         """
         index, parts = part
@@ -132,8 +132,6 @@ class LatentSet:
         eps = torch.stack([torch.randn(self.shape, generator=generator(seed, NOISE, number)) for number in numbers])
         times = draw_pairs(rows, generator(seed, TIMES, step), **pairs)
         times = {name: value[own] for name, value in times.items()}
-        if "dropped" in times:
-            prompt = torch.where(times["dropped"][:, None, None], self.null, prompt)
         return {"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": row} | times
 
 
