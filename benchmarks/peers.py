@@ -2,11 +2,12 @@
 
 All have the same network, optimiser, data and CPU seconds, and are measured on the same noise at equal evaluations.
 The peers learn a velocity from data by their own losses, and are sampled by Euler and midpoint: flow_matching by its
-ODESolver, torchcfm by torchdiffeq. Ours are mixed flow maps that differ in the velocity that they learn from: the exact
-one; the data's, which is all that the peers have; or one that was learned from the data in the first half of the time.
+ODESolver, torchcfm by torchdiffeq. Ours are flow maps that differ in the velocity that they learn from: the exact one;
+or, from data alone as the peers: eps - x as it is or averaged over a larger batch, or a velocity learnt first, with or
+without pairs by optimal transport.
 
 `python -m benchmarks.peers` needs the extra `peers`: pip install 'minianyflow[peers]'. It takes about
-(seconds + 30) x 6 / workers seconds per target: nine minutes by default. The defaults are those of docs/peers.md.
+(seconds + 40) x 8 / workers seconds per target: 13 minutes by default. The defaults are those of docs/peers.md.
 """
 
 import importlib.util
@@ -15,11 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 from einops import rearrange
+from scipy.optimize import linear_sum_assignment
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from torchdiffeq import odeint
 from tqdm import tqdm
 
@@ -33,7 +37,7 @@ from minianyflow.support import cli
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
-from minianyflow.times import time_grid
+from minianyflow.times import generator, time_grid
 from minianyflow.training import Role, train
 from toy_data import plane
 
@@ -44,7 +48,10 @@ PEERS = {  # {peer: the packages it needs}
     "torchcfm": ("torchcfm",),
     "torchcfm, OT": ("torchcfm", "ot"),
 }
-OURS = ("exact velocity", "data velocity", "learnt velocity")
+OURS = ("exact velocity", "data velocity", "averaged velocity", "learnt velocity", "OT velocity")
+LEARNT = {"learnt velocity": 0.5, "OT velocity": 0.8}  # the share of the seconds in which a teacher learns it
+JUMPS = {"diagonal": 0.25, "end": 0.375}  # the shares of the rows where a map learns by steps of its teacher
+POOL = 2048  # points of data that an averaged velocity is the mean over
 STEPS = 10**9  # never reached: the clock ends a training
 
 
@@ -175,20 +182,72 @@ def train_peer(peer, dataset, seeds, budget, seconds, progress) -> list[TimedRol
     return [role]
 
 
-def train_ours(velocity, dataset, seeds, budget, seconds, progress) -> list[TimedRole]:
-    """The trained roles of a mixed flow map: first its teacher, if it learns one, last the map."""
-    mixture, mixed = plane.load(dataset), FLOW_MAPS["mixed"]
-    if choose("velocity", velocity, dict.fromkeys(OURS, velocity)) == "data velocity":
-        roles = [make_role(seeds, budget, seconds, FlowMapLoss(mixed))]
-    elif velocity == "exact velocity":
-        loss = FlowMapLoss(mixed, lambda z, t, copy=None: mixture.velocity(z, t), adaptive=0.5)
-        roles = [make_role(seeds, budget, seconds, loss)]
+def paired(draw: Callable, copies: int, times: int = 1) -> Callable:
+    """`draw` with the noise of each copy's rows paired with its data by optimal transport, each pair `times` times."""
+
+    @lru_cache(maxsize=1)
+    def pairs(step):
+        batch = draw(step)
+        eps = torch.empty_like(batch["eps"])
+        for copy in range(copies):
+            rows = slice(copy, None, copies)
+            cost = torch.cdist(batch["x"][rows], batch["eps"][rows]).square()
+            eps[rows] = batch["eps"][rows][torch.from_numpy(linear_sum_assignment(cost)[1])]
+        return {"x": batch["x"], "eps": eps}
+
+    return lambda step: draw(step) | pairs(step - step % times)
+
+
+class AveragedVelocity:
+    """E[eps - x | z_t = z] over a pool of data, the rows of the batch among it: less noise than one row's eps - x.
+
+    This is the target of the Stable Target Field (Xu et al. 2023). A softmax weights the points, as in attention.
+    """
+
+    def __init__(self, draw: Callable, sample: Callable, seeds, points: int = POOL):
+        self.batch, self.sample, self.seeds, self.points = draw, sample, seeds, points
+
+    def draw(self, step: int) -> dict:
+        """The batch of a step; its pool, (copies, points, 2), is that of the velocities until the next."""
+        batch = self.batch(step)
+        own = rearrange(batch["x"], "(row copy) xy -> copy row xy", copy=len(self.seeds))
+        others = [self.sample(self.points - own.shape[1], generator(seed, step, 1)) for seed in self.seeds]
+        self.pool = torch.cat([own, torch.stack(others)], 1)
+        return batch
+
+    def __call__(self, z, t, copy=None):
+        """z (B, 2), the copies in turn; t (B,), below .005 as if it were .005, where logits would lose their digits."""
+        t = t.clamp(min=5e-3)[:, None]
+        keys = torch.cat([self.pool, self.pool.square().sum(2, keepdim=True)], 2)[:, None]
+        parts = torch.cat([(1 - t) * z, -((1 - t) ** 2) / 2], 1) / t**2  # times keys: log N(z; (1-t) x, t^2) + const
+        queries = rearrange(parts, "(row copy) xyw -> copy 1 row xyw", copy=len(self.seeds))
+        mean = scaled_dot_product_attention(queries, keys, keys, scale=1.0)  # E[x | z], and a third column, unused
+        return (z - rearrange(mean, "copy 1 row xyw -> (row copy) xyw")[:, :2]) / t
+
+
+def train_ours(name, dataset, seeds, budget, seconds, progress) -> list[TimedRole]:
+    """The trained roles of a flow map: first its teacher, if it learns one, last the map."""
+    choose("velocity", name, dict.fromkeys(OURS))
+    mixture, roles, learned, share = plane.load(dataset), [], None, LEARNT.get(name, 0.0)
+    rows = mixture.sample, budget.rows, seeds
+    draw = batches(*rows, **JUMPS)
+    if name == "data velocity":  # too noisy for a teacher's steps
+        draw, loss = batches(*rows), FlowMapLoss(FLOW_MAPS["mixed"])
     else:
-        teacher = make_role(seeds, budget, seconds / 2, FlowMapLoss({}, weight=torch.ones_like))
-        learned = train_for(teacher, batches(mixture.sample, budget.rows, seeds, diagonal=1.0, end=0.0), progress)
-        loss = FlowMapLoss(mixed, lambda z, t, **condition: learned(z, t, t, **condition), adaptive=0.5)
-        roles = [teacher, make_role(seeds, budget, seconds / 2, loss, learned)]
-    train_for(roles[-1], batches(mixture.sample, budget.rows, seeds), progress)
+        if name == "exact velocity":
+            velocity = lambda z, t, copy=None: mixture.velocity(z, t)  # noqa: E731
+        elif name == "averaged velocity":
+            velocity = AveragedVelocity(draw, mixture.sample, seeds)
+            draw = velocity.draw
+        else:
+            pair = paired if name == "OT velocity" else lambda draw, *_: draw
+            roles = [make_role(seeds, budget, share * seconds, FlowMapLoss({}, weight=torch.ones_like))]
+            learned = train_for(roles[0], pair(batches(*rows, diagonal=1.0, end=0.0), len(seeds)), progress)
+            velocity = lambda z, t, **condition: learned(z, t, t, **condition)  # noqa: E731
+            draw = pair(draw, len(seeds), 16)
+        loss = FlowMapLoss({"teacher_step": 1.0}, velocity, adaptive=0.5)
+    roles.append(make_role(seeds, budget, (1 - share) * seconds, loss, learned))
+    train_for(roles[-1], draw, progress)
     return roles
 
 
@@ -320,9 +379,9 @@ def table(target: dict) -> str:
 
 def ratio_table(target: dict, nfe: int = 4) -> str:
     """How many times closer each of ours is than each peer at `nfe` evaluations, as Markdown."""
-    by_ours = {ours: ratios(target, ours, nfe) for ours in OURS}
-    rows = [[peer, *(by_ours[ours][peer] for ours in OURS)] for peer in by_ours[OURS[0]]]
-    return markdown(f"times closer at {nfe} evaluations than", OURS, rows)
+    by_ours = {ours: ratios(target, ours, nfe) for ours in OURS if f"flow map, {ours}" in target["methods"]}
+    rows = [[peer, *(of_peers[peer] for of_peers in by_ours.values())] for peer in by_ours[OURS[0]]]
+    return markdown(f"times closer at {nfe} evaluations than", by_ours, rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -332,7 +391,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--target", nargs="+", default=["spiral"], metavar="NAME", help="spiral, ring8, checkerboard (default: spiral)")
     add("--seconds", type=float, default=150.0, help="CPU seconds of training per method (default: 150)")
     add("--width", type=int, default=128, help="of every network (default: 128)")
-    add("--seeds", default="0,1,2", type=cli.whole_numbers, help="trained together, as one network (default: 0,1,2)")
+    add(
+        "--seeds",
+        default="100,101,102,103,104",
+        type=cli.whole_numbers,
+        help="trained as one network (default: 100 to 104)",
+    )
     names = "flow_matching, torchcfm, 'torchcfm, OT' (default: all; nothing after --peers: ours alone)"
     add("--peers", nargs="*", default=list(PEERS), metavar="PEER", help=names)
     add("--output", default="outputs/compare", help="folder (default: outputs/compare)")

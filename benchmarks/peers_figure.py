@@ -10,7 +10,10 @@ PEERS = {  # colour, marker, width: the first two learn the same by much the sam
     "torchcfm": ("#D55E00", "v", 2),
     "torchcfm, OT": ("#E69F00", "^", 2.4),
 }
-DASHES = {"exact velocity": "-", "learnt velocity": "--", "data velocity": ":", "euler": "-", "midpoint": "--"}
+DASHES = {
+    **{"exact velocity": "-", "averaged velocity": "-.", "learnt velocity": "--", "data velocity": ":"},
+    **{"OT velocity": (0, (5, 1, 1, 1, 1, 1)), "euler": "-", "midpoint": "--"},
+}
 
 
 def peers_figure(report):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+from itertools import permutations
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from benchmarks import peers
 from benchmarks.peers import PEERS, Forwards, measure, solver_of, train_for, velocity_loss, velocity_sampler
 from minianyflow.batch import batches
+from minianyflow.interpolant import interpolate
+from minianyflow.mixtures import GaussianMixture
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.plane.race import Budget
@@ -89,6 +92,33 @@ def test_each_copy_is_paired_by_itself():
     assert [len(x) for x in seen] == [4, 4]
 
 
+def test_pairs_are_optimal_within_a_copy_and_come_back_with_other_times():
+    draw = batches(plane.ring8().sample, 4, (0, 1))
+    pairs = [peers.paired(draw, 2, times=2)(step) for step in range(3)]
+    for step, batch in enumerate(pairs):
+        before = draw(step - step % 2)
+        assert torch.equal(batch["x"], before["x"])
+        assert torch.equal(batch["t"], draw(step)["t"])
+        for copy in (0, 1):
+            x, eps, paired = (given[copy::2] for given in (before["x"], before["eps"], batch["eps"]))
+            costs = [(x - eps[list(order)]).square().sum() for order in permutations(range(4))]
+            assert (x - paired).square().sum() == pytest.approx(float(min(costs)), rel=1e-5)
+            assert torch.equal(paired.sort(0).values, eps.sort(0).values)
+
+
+def test_an_averaged_velocity_is_that_of_a_mixture_of_its_pool():
+    """A pool of points is a mixture without width: each copy's own, the rows of the batch among them."""
+    sample, rows = plane.spiral().sample, 8
+    averaged = peers.AveragedVelocity(batches(sample, rows, (0, 1)), sample, (0, 1), points=64)
+    batch = averaged.draw(0)
+    z, t = interpolate(batch["x"], batch["eps"], batch["t"]), batch["t"]
+    v = averaged(z, t)
+    for copy, pool in enumerate(averaged.pool):
+        assert torch.equal(pool[:rows], batch["x"][copy::2])
+        exact = GaussianMixture(pool.double(), 1e-6).velocity(z[copy::2].double(), t[copy::2].double())
+        assert torch.allclose(v[copy::2].double(), exact, atol=1e-3)
+
+
 def test_the_clock_ends_a_training_and_brings_the_rate_down_to_zero():
     role = peers.make_role((0,), SMALL, 0.4, velocity_loss(straight, 1))
     before = time.process_time()
@@ -118,7 +148,7 @@ def test_a_comparison_is_written_whole(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "peers.json").read_text()) == report
     assert (tmp_path / "peers.png").stat().st_size > 1000
     methods = report["targets"]["ring8"]["methods"]
-    assert len(methods) == 3 + 2 * len(INSTALLED)
+    assert len(methods) == len(peers.OURS) + 2 * len(INSTALLED)
     for label, method in methods.items():
         assert method["nfe"] == ([4] if label.endswith("midpoint") else [1, 4])
         assert len(method["sliced_w2"]) == 2
@@ -168,7 +198,7 @@ def test_the_command_makes_the_committed_run_and_prints_its_tables(monkeypatch, 
     report, options = json.loads((ROOT / "docs/peers/peers.json").read_text()), []
     monkeypatch.setattr(peers, "run", lambda *given: options.extend(given) or report)
     assert peers.main([]) == 0
-    assert options[2] == report["budget"]["cpu_seconds"]
+    assert options[1:3] == [tuple(report["seeds"]), report["budget"]["cpu_seconds"]]
     assert options[-1].width == report["budget"]["width"]
     target = report["targets"]["spiral"]
     assert peers.ratio_table(target) in capsys.readouterr().out
