@@ -1,10 +1,11 @@
 """AnyFlow's choices against ours, one at a time: on the plane (the spiral) and on small video.
 
-Both arms of a pair have the same networks, data, noise and optimiser, and as many evaluations. Three seeds: on the
-plane three copies trained as one network, on video three trainings from the committed networks of toy_data/video.
+Both arms of a pair have the same networks, data, noise, optimiser and number of steps. Three seeds: on the plane three
+copies trained as one network, on video three trainings from the committed networks of toy_data/video. Beside them
+Muon against AdamW, on small video and on tiny Wan.
 
-`python -m benchmarks.published` takes about 35 minutes of one core, `--only NAME ...` less; it writes choices.json,
-from which docs/wan.md has its table. Muon against AdamW on small video is here, too.
+`python -m benchmarks.published` takes about 25 CPU minutes, `--only NAME ...` less; it writes choices.json, of which
+docs/wan/choices.json is a copy.
 """
 
 import json
@@ -34,7 +35,7 @@ from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import load_codec
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
-from minianyflow.plane.race import BUDGET, POINTS, references
+from minianyflow.plane.race import POINTS, references
 from minianyflow.plane.students import STUDENTS, read_copy
 from minianyflow.samplers import sample_euler, sample_flow_map, sample_ode
 from minianyflow.support import cli
@@ -53,12 +54,12 @@ from minianyflow.wan.run_networks import RunNetworks
 from toy_data import plane
 
 SEEDS = (0, 1, 2)
-SCALE = 3.0  # of guidance on the plane
+SCALE, RATE = 3.0, 1e-2  # of guidance, of learning, on the plane
 PLANE_NFE, VIDEO_NFE, TEACHER_NFE = (1, 4, 16, 64), (1, 4, 8), (8, 32, 128)
 PLANE_STEPS, POLICY_STEPS = 5000, 500
 VIDEO_ROWS, WARMUP, CLIPS = 64, 10, 512
 SPIRAL = plane.load("spiral")
-ARMS = [GaussianMixture(arm, 0.05) for arm in SPIRAL.means.split(50)]  # of the spiral, each the law of one label
+HALVES = [GaussianMixture(half, 0.05) for half in SPIRAL.means.split(50)]  # of the spiral, each the law of one label
 
 
 # The plane: an arm returns the measures of three copies, [[value per step count] per seed]
@@ -86,7 +87,7 @@ def exact_velocity(z, t, copy=None):
 
 def trained(network: nn.Module, loss: Callable, draw: Callable, steps: int = PLANE_STEPS) -> tuple[nn.Module, int]:
     """The average of the network, and the evaluations that its training took."""
-    role = Role(EvaluationCounter(network), loss, lr=BUDGET.lr)
+    role = Role(EvaluationCounter(network), loss, lr=RATE)
     train({"student": role}, draw, steps, progress=False)
     return role.average.module, role.network.rows + role.average.module.rows
 
@@ -111,7 +112,7 @@ def copies(network: nn.Module, nfe: int, euler: bool = False, **condition: Tenso
 
 
 class Labelled(nn.Module):
-    """u(z, t, r, label, copy): the label, 1 or -1 for an arm of the spiral, 0 for both, is the MLP's third number."""
+    """u(z, t, r, label, copy): the label, 1 or -1 for a half of the spiral, 0 for all of it, is the MLP's third number."""
 
     def __init__(self):
         super().__init__()
@@ -123,8 +124,8 @@ class Labelled(nn.Module):
 
 
 def labelled_velocity(z, t, label, copy=None):
-    """The exact velocity of the arm that `label` names, of the whole spiral for 0."""
-    both = [SPIRAL.velocity(z, t), *(arm.velocity(z, t) for arm in ARMS)]
+    """The exact velocity of the half that `label` names, of the whole spiral for 0."""
+    both = [SPIRAL.velocity(z, t), *(half.velocity(z, t) for half in HALVES)]
     return torch.stack(both)[torch.where(label == 0, 0, torch.where(label > 0, 1, 2)), torch.arange(len(z))]
 
 
@@ -134,7 +135,7 @@ def guidance(published: bool) -> tuple:
 
     def draw(step):
         batch = drawn(step)
-        near = [torch.cdist(batch["x"], arm.means).min(1).values for arm in ARMS]
+        near = [torch.cdist(batch["x"], half.means).min(1).values for half in HALVES]
         label = torch.where(batch["dropped"], 0.0, (near[0] < near[1]) * 2.0 - 1)
         return batch | {"condition": batch["condition"] | {"label": label}}
 
@@ -396,15 +397,42 @@ def run(toys: list[str], only: list[str], output: str | Path, workers: int = 2) 
 
 
 def table(report: dict) -> str:
-    """Both toys as Markdown: a row an arm; mean over seeds (range), times 1000."""
+    """The choices as Markdown: a row each, beside ours; mean over seeds (range), times 1000."""
     rows = []
     for toy, groups in report.items():
         for name, arms in groups.items():
-            for arm, entry in arms.items():
-                by = zip(entry["at"], zip(*entry["figures"], strict=True), strict=True)
-                cells = [f"{at}: {1000 * mean(v):.1f} ({1000 * (max(v) - min(v)):.1f})" for at, v in by]
-                rows.append([f"{toy}, {name}", arm, ", ".join(cells), f"{entry['evaluations'] / 1e3:.0f} k"])
-    return markdown_table(["trained", "arm", "steps: error x 1000, mean (range)", "evaluations"], rows)
+            for arm in [arm for arm in arms if "ours" in arms and arm not in ("ours", *RATES)]:
+                both = [f"{arms[each]['evaluations'] / 1000:.0f} k" for each in ("ours", arm)]
+                rows.append(
+                    [f"{toy}, {name}: {arm}", _line(arms["ours"]["at"]), *map(_cell, (arms["ours"], arms[arm]))]
+                )
+                rows[-1].append(" / ".join(both) if both[0] != both[1] else both[0])
+    header = ["published choice", "steps", "ours", "published", "evaluations"]
+    return markdown_table(header, rows)
+
+
+def rates_table(report: dict) -> str:
+    """The optimisers as Markdown: errors and CPU seconds of all seeds."""
+    groups = {
+        "video": report.get("video", {}).get("flow map", {}),
+        "wan": report.get("wan", {}).get("forward stage", {}),
+    }
+    rows = [
+        [toy, arm, _line(entry["at"]), _cell(entry), f"{entry['seconds']:.0f}"]
+        for toy, arms in groups.items()
+        for arm, entry in arms.items()
+        if arm in ("ours", *RATES, *WAN)
+    ]
+    return markdown_table(["toy", "optimiser", "steps, or error of", "x 1000, mean (range)", "CPU seconds"], rows)
+
+
+def _line(values):
+    return " / ".join(map(str, values))
+
+
+def _cell(entry):
+    by_step = zip(*entry["figures"], strict=True)
+    return _line(f"{1000 * mean(seeds):.1f} ({1000 * (max(seeds) - min(seeds)):.1f})" for seeds in by_step)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -415,7 +443,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", default="outputs/published", help="folder (default: outputs/published)")
     parser.add_argument("--workers", type=int, default=2, help="processes; each takes one core (default: 2)")
     arguments = parser.parse_args(argv)
-    print(table(run(arguments.toys, arguments.only, arguments.output, arguments.workers)))
+    report = run(arguments.toys, arguments.only, arguments.output, arguments.workers)
+    print(f"{table(report)}\n\n{rates_table(report)}")
     return 0
 
 
