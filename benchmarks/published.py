@@ -112,7 +112,7 @@ def copies(network: nn.Module, nfe: int, euler: bool = False, **condition: Tenso
 
 
 class Labelled(nn.Module):
-    """u(z, t, r, label, copy): the label, 1 or -1 for a half of the spiral, 0 for all of it, is the MLP's third number."""
+    """u(z, t, r, label, copy): the label, 1 or -1 for half of the spiral, 0 for all, is the MLP's third number."""
 
     def __init__(self):
         super().__init__()
