@@ -12,7 +12,7 @@ PEERS = {  # colour, marker, width: the first two learn the same by much the sam
 }
 DASHES = {
     **{"exact velocity": "-", "averaged velocity": "-.", "learnt velocity": "--", "data velocity": ":"},
-    **{"OT velocity": (0, (5, 1, 1, 1, 1, 1)), "euler": "-", "midpoint": "--"},
+    **{"OT velocity": (0, (1, 1)), "euler": "-", "midpoint": "--"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The batch of a training step, which depends on the step alone, and its parts."""
+"""The batch of a training step, which depends on the step alone, and its parts: a process each, and micro-batches."""
 
 from collections.abc import Callable, Sequence
 from typing import TypedDict
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from minianyflow.flow_map import pick_rows
 from minianyflow.interpolant import check_finite
 from minianyflow.notation import Condition, Counts, Mask, State, Times
 from minianyflow.support.errors import InputError
@@ -23,6 +24,7 @@ class Batch(TypedDict, total=False):
     split: Times  # uniform: where a semigroup target cuts the jump
     objective_draw: Times  # uniform: which objective a row r < t learns from
     dropped: Mask  # rows trained without their condition
+    known: Mask  # rows that know their first frame: networks/known_frames.py
     condition: dict[str, Condition]  # the network's arguments besides z, t, r
     rollout_condition: dict[str, Condition]  # that of rollouts and scores, where it is another: on_policy.OnPolicyLoss
     context: dict[str, Tensor]  # clean earlier frames: networks/teacher_forcing.py
@@ -35,6 +37,8 @@ class Batch(TypedDict, total=False):
     score_eps: State  # the noise of distribution matching
     fake_t: Times  # the times at which the fake score learns
     row: Counts  # row numbers in the data set
+    place: Counts  # where a row was before rows were dealt out: deal
+    part: Counts  # the number of the micro-batch in its step: part_of
 
 
 def batches(
@@ -60,13 +64,33 @@ def batches(
     return draw
 
 
+def deal(batch: Batch, index: int = 0, processes: int = 1) -> Batch:
+    """The rows of process `index`: those of the batch by kind, r = t first, then by objective, dealt out like cards.
+
+    So every process gets the same mix, and no row r < t is in an earlier micro-batch (`part_of`) than a row r = t,
+    whichever processes have them: `objectives.rebalanced` needs that. Raises InputError for unequal parts.
+    """
+    size = _rows(batch)
+    if size % processes or not 0 <= index < processes:
+        expected = "equal parts (processes x accumulation), counted from 0"
+        raise InputError(f"part {index} of {processes} of a batch of {size} rows; expected {expected}")
+    kind = place = torch.arange(size)
+    if "objective_draw" in batch:
+        kind = torch.where(batch["t"] == batch["r"], -1.0, batch["objective_draw"]).cpu()
+    return pick_rows({"place": place} | batch, kind.argsort(stable=True)[index::processes])
+
+
 def part_of(batch: Batch, index: int, parts: int, device: torch.device | str | None = None) -> Batch:
-    """Rows [index B / parts, (index + 1) B / parts) of all tensors of a batch, conditions included.
+    """Micro-batch `index`: rows [index B / parts, (index + 1) B / parts) of all tensors of a batch.
 
     Raises InputError if B is not a multiple of `parts`.
     """
-    size = len(next(iter(batch.values())))
+    size = _rows(batch)
     if size % parts:
         raise InputError(f"a batch of {size} rows does not divide into {parts} equal parts (processes x accumulation)")
     rows = slice(index * size // parts, (index + 1) * size // parts)
-    return tree_map(lambda value: value[rows].to(device), batch)
+    return tree_map(lambda value: value[rows].to(device), batch | {"part": torch.full((size,), index)})
+
+
+def _rows(batch):
+    return len(next(iter(batch.values())))

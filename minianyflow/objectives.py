@@ -142,7 +142,7 @@ class InnerState:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state from `state_dict`."""
-        if state:
+        if hasattr(self.forward, "load_state_dict"):
             self.forward.load_state_dict(state)
 
 
@@ -169,7 +169,7 @@ class FlowMapLoss:
     step: float = 1 / 16
     through_end: bool = False
     average: Network | None = None
-    diagonal_loss: Tensor | None = field(default=None, init=False)  # of the last micro-batch with rows r = t
+    totals: Tensor | None = field(default=None, init=False)  # of `rebalanced`, up to this micro-batch
 
     def __post_init__(self):
         for name in self.shares:
@@ -210,16 +210,17 @@ class FlowMapLoss:
         scale = self.guidance.scale**-2 if self.guidance and self.guidance.published else 1.0
         loss = scale * self.weight(t) * error * adaptive_weight(error, self.adaptive)
         if self.rebalance:
-            loss, self.diagonal_loss = rebalanced(loss, t == r, self.diagonal_loss)
+            goes_on = "part" in batch and bool(batch["part"][0])
+            loss, self.totals = rebalanced(loss, t == r, self.totals, goes_on)
         return loss, {name: error[rows].detach().mean() for name, rows in kinds.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The mean loss of the last rows r = t, for rebalancing."""
-        return {} if self.diagonal_loss is None else {"diagonal_loss": self.diagonal_loss}
+        return {} if self.totals is None else {"totals": self.totals}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state from `state_dict`."""
-        self.diagonal_loss = state.get("diagonal_loss")
+        self.totals = state.get("totals")
 
     def kinds(self, batch: Batch) -> dict[str, Rows]:
         """The indices of the rows of each kind in the batch: {"tangent": ..., name: ...}."""
@@ -276,18 +277,25 @@ def adaptive_weight(error: Losses, power: float, floor: float = 5e-3) -> Losses 
     return (error.detach() + floor) ** -power if power else 1.0
 
 
-def rebalanced(loss: Losses, diagonal: Mask, before: Tensor | None = None) -> tuple[Losses, Tensor | None]:
-    """AnyFlow's rebalancing: the loss of each row r < t is scaled to the mean loss of the rows r = t.
+def rebalanced(
+    loss: Losses, diagonal: Mask, before: Tensor | None = None, goes_on: bool = False
+) -> tuple[Losses, Tensor]:
+    """AnyFlow's rebalancing: the loss of each row r < t is scaled to the mean loss of the rows r = t of the whole step.
 
-    diagonal: the rows r = t. Their mean is taken over all processes, per micro-batch. A micro-batch without such rows
-    takes the mean `before`; without `before`, its losses stay as they are.
-    Rebalancing cancels the time weight of the rows r < t, and the scaled loss no longer shows the error of the flow
-    map: log the error without weights. Returns the losses and the mean.
+    diagonal: the rows r = t. Returns the losses and what is known of the step up to here, over all processes: the sum
+    of the losses of rows r = t, their number, that of the other rows. before: what the last call returned; goes_on:
+    this micro-batch is of the same step. A step without rows r = t takes the mean `before`, or leaves losses as they
+    are. Rebalancing cancels the time weight of the rows r < t, and the scaled loss no longer shows the error of the
+    flow map: log the error without weights.
+    Raises InputError if a row r = t comes after others were scaled.
     """
-    total = torch.stack([loss[diagonal].sum(), diagonal.sum()]).detach()
+    known = torch.stack([loss[diagonal].sum(), diagonal.sum(), (~diagonal).sum()]).detach()
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    mean = total[0] / total[1] if total[1] else before
-    if mean is None:
-        return loss, None
-    return torch.where(diagonal, loss, loss * mean / loss.detach().clamp(min=1e-12)), mean
+        torch.distributed.all_reduce(known)
+    if goes_on and known[1] and before[2]:
+        raise InputError("rows r = t after rows r < t of the same step; expected them first, as batch.deal has them")
+    if before is not None and (goes_on or not known[1]):
+        known = known + before
+    if not known[1]:
+        return loss, known
+    return torch.where(diagonal, loss, loss * (known[0] / known[1]) / loss.detach().clamp(min=1e-12)), known

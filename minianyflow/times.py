@@ -71,6 +71,7 @@ def draw_pairs(
     shift: float = 1.0,
     drop: float = 0.0,
     diagonal_time: str = "uniform",
+    known: float = 0.0,
 ) -> dict[str, Tensor]:
     """Pairs of times for `count` samples, and the random numbers that objectives use.
 
@@ -80,6 +81,7 @@ def draw_pairs(
         split           uniform: where a semigroup target cuts the jump
         objective_draw  uniform, stratified inside each of the three kinds: which objective a row r < t learns from
         dropped         bool, if `drop` > 0: which rows are trained without their condition; AnyFlow drops a tenth
+        known           bool, if `known` > 0: which rows know their first frame (networks/known_frames.py)
     """
     if min(diagonal, end) < 0 or diagonal + end > 1:
         raise InputError(f"shares diagonal={diagonal}, end={end}; expected shares >= 0 that add up to at most 1")
@@ -96,4 +98,5 @@ def draw_pairs(
         "split": torch.rand(count, generator=generator),
         "objective_draw": objective_draw,
     }
-    return pairs | {"dropped": torch.rand(count, generator=generator) < drop} if drop else pairs
+    shares = {"dropped": drop, "known": known}
+    return pairs | {name: torch.rand(count, generator=generator) < share for name, share in shares.items() if share}

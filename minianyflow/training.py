@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from minianyflow.batch import Batch, part_of
+from minianyflow.batch import Batch, deal, part_of
 from minianyflow.notation import Errors, Loss
 from minianyflow.support.errors import InputError
 
@@ -109,7 +109,7 @@ class Role:
 def accumulate_gradient(
     role: Role, batch: Batch, parts: int = 1, network: nn.Module | None = None, no_sync: Callable = nullcontext
 ) -> tuple[list[Tensor], Errors]:
-    """Add up the gradient of the mean loss over the batch, in `parts` micro-batches.
+    """Add up the gradient of the mean loss over the batch, in `parts` micro-batches, its rows as `deal` has them.
 
     network: the role's own, or its wrapper for several processes; no_sync: the context of all parts but the last.
     Returns the losses, a (B,) per part, and the means of the errors by name, with that of the losses as "loss".
@@ -150,6 +150,7 @@ def train(
     bar |= progress if isinstance(progress, dict) else {"disable": not progress}
     for step in tqdm(range(steps), **bar):
         batch, figures = draw(step), {"step": step}
+        batch = deal(batch) if accumulate > 1 else batch
         for name, role in roles.items():
             _, errors = accumulate_gradient(role, batch, accumulate)
             check_gradients(name, role, first=step == 0)

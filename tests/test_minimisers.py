@@ -128,6 +128,19 @@ def test_published_guidance_is_exact_on_the_diagonal_alone():
     assert error(u, published_null, label=0) < 1.5e-2
 
 
+def test_the_published_null_branch_satisfies_its_equation_and_the_flow_map_does_not():
+    """u_null = v - (t - r) / g du_null/dt along the unconditional flow: both sides divided by g, as in other rows."""
+    t, r = torch.rand(2, 400, generator=generator(9), dtype=torch.float64).sort(0, descending=True).values
+    z = torch.linspace(-2, 2, 400, dtype=torch.float64)[:, None]
+    v, one = UNCONDITIONAL.velocity(z, t), torch.ones_like(t)
+
+    def residual(u):
+        now, du = torch.func.jvp(lambda z, t: u(z, t, r), (z, t), (v, one))
+        return float((now - v + (t - r)[:, None] / SCALE * du).square().mean().sqrt())
+
+    assert residual(published_null) < 1e-10 < 0.1 < residual(UNCONDITIONAL.average_velocity)
+
+
 def mean_along(flow, inside, z, t, r):
     """The mean over s in [0, 1] of inside(z_tau, tau, r, s) at tau = r + s (t - r), along a flow from (z, t)."""
     s, weights = (1 + GuidedGaussian.nodes) / 2, GuidedGaussian.weights / 2

@@ -20,6 +20,7 @@ from minianyflow.objectives import (
 )
 from minianyflow.samplers import sample_flow_map
 from minianyflow.times import draw_pairs, generator, time_grid
+from tests.refused import refused
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
@@ -221,12 +222,15 @@ def test_data_velocity_is_the_default():
 
 def test_rebalancing_levels_the_rows_and_leaves_the_errors():
     loss = torch.tensor([1.0, 3.0, 10.0, 0.1])
-    level, mean = rebalanced(loss, torch.tensor([True, True, False, False]))
+    level, known = rebalanced(loss, torch.tensor([True, True, False, False]))
     assert level.tolist() == pytest.approx([1, 3, 2, 2])
-    assert mean == 2
+    assert known.tolist() == [4, 2, 2]
     none = torch.zeros(4, dtype=torch.bool)
     assert torch.equal(rebalanced(loss, none)[0], loss)
-    assert torch.allclose(rebalanced(loss, none, mean)[0], mean.expand(4))  # a micro-batch without rows r = t
+    for goes_on in (False, True):  # without rows r = t, the mean of the step before, or of this one so far
+        assert rebalanced(loss, none, known, goes_on)[0].tolist() == pytest.approx([2, 2, 2, 2])
+    with refused("rows r = t after rows r < t of the same step"):
+        rebalanced(loss, ~none, known, goes_on=True)
     batch, u = batch_of(32), MLP()
     plain, even = (FlowMapLoss({"eulerian": 1.0}, rebalance=on)(u, batch)[1] for on in (False, True))
     assert plain == even

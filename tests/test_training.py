@@ -1,11 +1,15 @@
 """The small loop and the MLP: repeatable, copies independent, micro-batches equal the batch, failures named."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from minianyflow.batch import batches, part_of
+from minianyflow.batch import batches, deal, part_of
 from minianyflow.consistency import ConsistencyLoss
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
@@ -76,6 +80,41 @@ def test_micro_batches_make_up_the_batch():
         accumulate_gradient(role, draw(0), parts)
     assert same(*([weight.grad for weight in role.network.parameters()] for role in roles), 1e-4)
     assert same(run(student(), draw)[1], run(student(), draw, accumulate=4)[1], 1e-4)
+
+
+def together(work, processes):
+    """What work(process) returns in as many threads, whose all_reduce adds up."""
+    meet, given = threading.Barrier(processes, timeout=60), {}
+
+    def all_reduce(tensor):
+        given[threading.get_ident()] = tensor.clone()
+        meet.wait()
+        tensor.copy_(sum(given.values()))
+        meet.wait()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(processes) as pool:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "all_reduce", all_reduce)
+        return [*pool.map(work, range(processes))]
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(1, 24), (1, 3), (2, 4), (4, 1), (8, 3)])
+def test_processes_and_micro_batches_make_up_the_gradient_of_the_step_rebalanced(processes, parts):
+    """Half of the rows r = t, then none, then so many that they end inside of a micro-batch."""
+    steps = [batches(RING.sample, 24, diagonal=share, end=0.25)(step) for step, share in enumerate((0.5, 0.0, 0.45))]
+    steps = [tree_map(lambda value: value.double() if value.is_floating_point() else value, step) for step in steps]
+    assert [int((step["t"] == step["r"]).sum()) for step in steps] == [12, 0, 11]
+
+    def gradients(process, processes=processes, parts=parts):
+        role = Role(MLP().double(), FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5}, rebalance=True))
+        for step in steps:
+            accumulate_gradient(role, deal(step, process, processes), parts)
+            yield torch.cat([weight.grad.flatten() for weight in role.network.parameters()])
+            role.network.zero_grad()
+
+    whole = torch.stack([*gradients(0, 1, 1)])
+    mean = torch.stack(together(lambda process: torch.stack([*gradients(process)]), processes)).mean(0)
+    assert float(((mean - whole).norm(dim=1) / whole.norm(dim=1)).max()) < 1e-6
 
 
 def test_the_average_is_the_moving_average_and_may_be_left_out():
@@ -152,13 +191,13 @@ def test_training_learns():
 @pytest.mark.parametrize("wrap", [False, True])
 def test_a_loss_saves_and_restores_its_state(wrap):
     flow_map, consistency = FlowMapLoss({}, rebalance=True), ConsistencyLoss(velocity, form="continuous")
-    for inner, name, value in ((flow_map, "diagonal_loss", torch.tensor(0.5)), (consistency, "calls", 7)):
+    for inner, name, value in ((flow_map, "totals", torch.ones(3)), (consistency, "calls", 7)):
         loss = OnPolicyLoss(velocity, MLP(), inner) if wrap else inner
         setattr(inner, name, value)
         state = loss.state_dict()
         setattr(inner, name, None)
         loss.load_state_dict(state)
-        assert getattr(inner, name) == value
+        assert getattr(inner, name) is value
 
 
 def test_a_weight_without_gradient_is_an_error():

@@ -42,7 +42,10 @@ TABLES = {  # {page: {name: arguments of `table`}}
         "exposure": (_TABLES + "exposure_table", "video/exposure.json"),
         "padding": (_TABLES + "video_padding", _VIDEO),
     },
-    "docs/wan.md": {"evaluations": ("minianyflow.wan.tables:evaluations_per_sample",)},
+    "docs/wan.md": {
+        "evaluations": ("minianyflow.wan.tables:evaluations_per_sample",),
+        "choices": ("benchmarks.published:table", "wan/choices.json"),
+    },
     "docs/evaluation.md": {"evaluation": ("minianyflow.wan.tables:evaluation",)},
     "docs/plan.md": {
         "bill": ("minianyflow.planner.report:bill_table", "plan/plans.json"),

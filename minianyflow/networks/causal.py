@@ -2,6 +2,7 @@
 
 causal_attention.py says which chunk sees which, kv_cache.py what is kept of earlier chunks. Shapes beside wan.py's:
     clean, past, context, prefix    (B, frames, C, H, W), clean frames: t = 0
+    known                           (B, frames) of z, or of the clip that is rolled out: see known_frames.py
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.nn import functional
 from minianyflow.flow_map import rollout
 from minianyflow.interpolant import check_same_shape
 from minianyflow.networks.causal_attention import CausalAttention, causal_mask, chunk_partition, compressed_chunks
+from minianyflow.networks.known_frames import Known, keep_known, known_times
 from minianyflow.networks.kv_cache import Cache, cached_frames, read_cache, write_cache
 from minianyflow.networks.video import TIMESTEPS, Latents, Partition, Prompt, VideoTimes, to_timesteps
 from minianyflow.networks.wan import TINY, check_latents, copy_time_embedder, to_compute_dtype
@@ -74,6 +76,7 @@ class CausalNetwork(nn.Module):
         context: Past | None = None,
         cache: Cache | None = None,
         single_chunk: Rows | None = None,
+        known: Known | None = None,
         fill_cache: bool = False,
     ) -> Latents | Cache:
         """The average velocity of z; with `fill_cache` the cache of clean frames z, whatever t and r.
@@ -92,7 +95,7 @@ class CausalNetwork(nn.Module):
             partition = self.partition(z.shape[1])
             self._compressed_frames(partition, z, "cache")
             return write_cache(self.transformer, z, prompt, partition, self._mask(partition, z, False, "cache"))
-        t, r = (to_timesteps(time, z, self.timesteps) for time in (t, r))
+        t, r = known_times(known, *(to_timesteps(time, z, self.timesteps) for time in (t, r)))
         if cache is not None:
             before = cached_frames(cache, len(self.transformer.blocks), len(z), self._tokens(z))
             u = read_cache(self.transformer, z, t, r, prompt, self._next_chunk(before, z)[0], cache)
@@ -101,7 +104,7 @@ class CausalNetwork(nn.Module):
         else:
             partition = (z.shape[1],) if single_chunk is not None else None
             u = self._all_chunks(z, t, r, prompt, clean, z[:, :0] if past is None else past, partition)
-        return u.to(dtype)
+        return keep_known(known, u.to(dtype))
 
     def _all_chunks(self, z, t, r, prompt, clean, past, partition=None):
         partition = partition or self.partition(past.shape[1] + z.shape[1])
@@ -167,6 +170,7 @@ def causal_rollout(
     context_gradient: bool = False,
     cached: bool = True,
     ragged: bool = False,
+    known: Known | None = None,
 ) -> Trajectory:
     """Chunk by chunk, each a rollout along `times` given the clean ends of the chunks before; clips of any length.
 
@@ -188,6 +192,7 @@ def causal_rollout(
         start = context.shape[1]
         context = context if context_gradient else context.detach()
         condition = {"context": context} if not cached else {"cache": ()}
+        condition |= {} if known is None else {"known": known[:, start : start + size]}
         if cached and start:
             with torch.set_grad_enabled(context_gradient and torch.is_grad_enabled()):
                 condition["cache"] = u(context, None, None, prompt=prompt, fill_cache=True)
@@ -201,9 +206,10 @@ def causal_backward_simulation(
 ) -> Callable:
     """`backward_simulation` chunk by chunk, for OnPolicyLoss and FakeScoreLoss: at most three jumps per chunk."""
 
-    def simulate(u, z, lengths, step, shift=1.0, *, prompt):
+    def simulate(u, z, lengths, step, shift=1.0, **condition):
         times = backward_simulation_times(lengths, step, shift)
-        return causal_rollout(u, z, times, prompt, first, rest, context_gradient=context_gradient, ragged=ragged)
+        chunks = {"first": first, "rest": rest, "ragged": ragged, "context_gradient": context_gradient}
+        return causal_rollout(u, z, times, **chunks, **condition)
 
     return simulate
 

@@ -7,8 +7,8 @@ backward after it leaves the gradient None. Outside a bound forward no adapter i
 
     u = W x + (alpha / rank) B A x      W frozen, of any dtype; A (rank, in), B (out, rank) float32, B = 0 at first
 
-(LoRA, arXiv 2106.09685.) Adapters keep their weights in float32 and compute in the dtype of their input, except those
-of the times' embedders.
+(LoRA, arXiv 2106.09685.) A role may also train a layer whole: then it has its own copy of it. Adapters keep their
+weights in float32 and compute in the dtype of their input, except those of the times' embedders.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from minianyflow.networks.patches import active_adapter, compute_in_input_dtype, set_active_adapter
+from minianyflow.networks.patches import RoleLayer, active_adapter, compute_in_input_dtype, set_active_adapter
 from minianyflow.support.errors import InputError, choose
 
 # Whole names of layers, as regular expressions; add up those that a stage trains.
 TARGETS = (r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)", r"blocks\.\d+\.ffn\.net\.(0\.proj|2)")
 EMBEDDERS = (r"condition_embedder\.(time|delta)_embedder\.linear_[12]",)  # from the forward stage on
-COARSE_PATCHES = ("far_patch_embedding",)  # causal: its input has 256 numbers in Wan, so rank 256 is full rank
+COARSE_PATCHES = ("far_patch_embedding",)  # causal; AnyFlow trains it whole: 256 numbers in, so rank 256 saves nothing
 
 
 def add_role(
@@ -39,24 +39,29 @@ def add_role(
     alpha: float | None = None,
     targets: Sequence[str] = TARGETS,
     start: str | None = None,
+    whole: Sequence[str] = (),
 ) -> None:
     """Put an adapter called `name` on a transformer: trainable, in float32; all of the base is frozen.
 
     alpha: of LoRA, `rank` if None. targets: regular expressions of whole names of layers. start: the name of a role of
-    the same rank and alpha; layers that it has start as copies of its layers, all others without effect.
+    the same rank and alpha; layers that it has start as copies of its layers, all others without effect. whole: names
+    of 3-D convolutions with bias that the role trains whole.
     Raises InputError for a name that is taken, targets that name no layer, or a start that does not fit.
     """
     alpha, pattern = rank if alpha is None else alpha, "|".join(targets)
-    _check_new(transformer, name, rank, targets)
-    origin = {} if start is None else _start_weights(transformer, start, rank, alpha, pattern)
+    _check_new(transformer, name, rank, (*targets, *whole))
+    origin = {} if start is None else _start_weights(transformer, start, rank, alpha, pattern, whole)
     if not roles_of(transformer):
         transformer.requires_grad_(False)
     with _keep_requires_grad(transformer), torch.random.fork_rng(devices=[], enabled=start is not None):
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern), name)
+        options = {"target_modules": pattern, "modules_to_save": list(whole) or None}
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, **options), name)
     weights = Adapter(transformer, name).float().requires_grad_(True)
-    for key, layer in _layers_of(transformer, name).items():
-        # the embedders of times stay in float32; peft has no such switch for a convolution, as that of coarse patches
-        if isinstance(layer.lora_A[name], nn.Linear) and not key.startswith("condition_embedder."):
+    for key, layer in _role_layers(transformer).items():
+        # the embedders of times stay in float32; peft has no such switch for the adapter of a convolution
+        own = _modules_of(layer, name)
+        convolution = isinstance(own.get(".lora_A"), nn.Conv3d)
+        if own and not convolution and not key.startswith("condition_embedder."):
             compute_in_input_dtype(layer, name)
     weights.load_state_dict(origin, strict=False)
 
@@ -66,6 +71,10 @@ def remove_role(transformer: nn.Module, name: str) -> None:
     choose("role", name, roles_of(transformer))
     with _keep_requires_grad(transformer):
         transformer.delete_adapters(name)
+        for key, layer in _whole_layers(transformer).items():
+            layer.delete_adapter(name, None)
+            if not layer.modules_to_save:
+                transformer.set_submodule(key, layer.original_module)
 
 
 def roles_of(transformer: nn.Module) -> dict[str, LoraConfig]:
@@ -76,7 +85,8 @@ def roles_of(transformer: nn.Module) -> dict[str, LoraConfig]:
 def role_options(transformer: nn.Module, role: str) -> dict:
     """The options of `add_role` that made a role: rank, alpha and targets."""
     config = roles_of(transformer)[role]
-    return {"rank": config.r, "alpha": config.lora_alpha, "targets": [config.target_modules]}
+    options = {"rank": config.r, "alpha": config.lora_alpha, "targets": [config.target_modules]}
+    return options | {"whole": sorted(config.modules_to_save or [])}
 
 
 class Adapter(nn.Module):
@@ -84,12 +94,13 @@ class Adapter(nn.Module):
 
     def __init__(self, transformer: nn.Module, role: str | None):
         super().__init__()
-        for name, layer in _layers_of(transformer, role).items():
-            for half in ("lora_A", "lora_B"):
+        for name, layer in _role_layers(transformer).items():
+            for half, module in _modules_of(layer, role).items():
+                *path, last = f"{name}{half}".split(".")
                 parent = self
-                for part in name.split("."):
+                for part in path:
                     parent = parent._modules.setdefault(part, nn.Module())
-                parent.add_module(half, getattr(layer, half)[role])
+                parent.add_module(last, module)
 
 
 class RoleNetwork(Adapter):
@@ -134,7 +145,7 @@ class RoleNetwork(Adapter):
 @contextlib.contextmanager
 def bind_role(module: nn.Module, role: str | None) -> Iterator[None]:
     """Inside, exactly the adapter `role` is active in all of `module`, or none for None; then what was before."""
-    before = [(layer, active_adapter(layer)) for layer in _lora_layers(module).values()]
+    before = [(layer, active_adapter(layer)) for layer in _role_layers(module).values()]
     try:
         _activate(module, role)
         yield
@@ -145,7 +156,7 @@ def bind_role(module: nn.Module, role: str | None) -> Iterator[None]:
 
 def active_role(module: nn.Module) -> str | None:
     """The role that `module` would run under now, None for the base. Raises RuntimeError if its layers disagree."""
-    layers = _lora_layers(module).values()
+    layers = _role_layers(module).values()
     active = {() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers}
     if len(active) > 1 or len(max(active, default=())) > 1:
         raise RuntimeError(f"layers of one block under the roles {sorted(active)}; expected one for all of them")
@@ -159,9 +170,15 @@ def merge_role(transformer: nn.Module, role: str) -> None:
     The sum is rounded to the base's dtype. RoleNetworks of this transformer are void afterwards.
     """
     choose("role", role, roles_of(transformer))
-    for layer in _layers_of(transformer, role).values():
-        layer.get_base_layer().weight += layer.get_delta_weight(role)
+    whole = _whole_layers(transformer)
+    for layer in _role_layers(transformer).values():
+        if layer in whole.values() and _modules_of(layer, role):
+            layer.original_module.load_state_dict(layer.modules_to_save[role].state_dict())
+        elif _modules_of(layer, role):
+            layer.get_base_layer().weight += layer.get_delta_weight(role)
     transformer.unload_lora()
+    for key, layer in whole.items():
+        transformer.set_submodule(key, layer.original_module)
 
 
 def storages(*modules: nn.Module) -> tuple[int, int]:
@@ -176,17 +193,24 @@ def storages(*modules: nn.Module) -> tuple[int, int]:
     return sum(storage.nbytes() for storage in found.values()), len(found)
 
 
-def _lora_layers(module):
-    """The LoRA layers of a module, {name: layer}."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+def _role_layers(module):
+    """The layers of a module that roles change, {name: layer}."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, RoleLayer)}
 
 
-def _layers_of(transformer, role):
-    return {name: layer for name, layer in _lora_layers(transformer).items() if role in layer.lora_A}
+def _whole_layers(module):
+    return {name: layer for name, layer in _role_layers(module).items() if isinstance(layer, ModulesToSaveWrapper)}
+
+
+def _modules_of(layer, role):
+    """What a role has in a layer, {suffix of the name: module}: the halves of an adapter, a copy, or nothing."""
+    if isinstance(layer, ModulesToSaveWrapper):
+        return {"": layer.modules_to_save[role]} if role in layer.modules_to_save else {}
+    return {f".{half}": getattr(layer, half)[role] for half in ("lora_A", "lora_B") if role in getattr(layer, half)}
 
 
 def _activate(module, role):
-    for layer in _lora_layers(module).values():
+    for layer in _role_layers(module).values():
         set_active_adapter(layer, [] if role is None else [role], role is None)
 
 
@@ -219,14 +243,16 @@ def _check_new(transformer, name, rank, targets):
             raise InputError(f"target {target!r} is no {layer}; expected names as in TARGETS")
 
 
-def _start_weights(transformer, start, rank, alpha, pattern):
+def _start_weights(transformer, start, rank, alpha, pattern, whole):
     """The weights of the role that another starts from."""
     choose("role", start, roles_of(transformer))
     options, weights = role_options(transformer, start), Adapter(transformer, start).state_dict()
     if (options["rank"], options["alpha"]) != (rank, alpha):
         has = f"rank {options['rank']} and alpha {options['alpha']}"
         raise InputError(f"role {start!r} has {has}; expected {rank} and {alpha}, as the role that starts from it")
-    lost = [name for name in weights if not re.fullmatch(pattern, name.rsplit(".lora_", 1)[0])]
+    adapters, copies = ({n for n in weights if (".lora_" in n) == adapted} for adapted in (True, False))
+    lost = [name for name in adapters if not re.fullmatch(pattern, name.rsplit(".lora_", 1)[0])]
+    lost += [name for name in copies if name.rpartition(".")[0] not in whole]
     if lost:
-        raise InputError(f"role {start!r} trains {lost[0]}; expected targets that cover the role it starts from")
+        raise InputError(f"role {start!r} trains {min(lost)}; expected targets that cover the role it starts from")
     return weights

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,12 +16,15 @@ from minianyflow.networks.causal_attention import CausalAttention
 # ---- peft: which adapter is active
 
 
-def active_adapter(layer: LoraLayer) -> tuple[list[str] | str, bool]:
-    """The adapters that a LoRA layer adds to its base layer, and whether all are disabled."""
+RoleLayer = LoraLayer | ModulesToSaveWrapper  # adds to a layer of the base, or takes its place
+
+
+def active_adapter(layer: RoleLayer) -> tuple[list[str] | str, bool]:
+    """The adapters that a layer adds to its base layer, and whether all are disabled."""
     return layer._active_adapter, layer._disable_adapters
 
 
-def set_active_adapter(layer: LoraLayer, adapters: list[str] | str, disabled: bool) -> None:
+def set_active_adapter(layer: RoleLayer, adapters: list[str] | str, disabled: bool) -> None:
     """Reason: peft's set_adapter and enable_adapters flip requires_grad; a backward after them loses gradients."""
     layer._active_adapter, layer._disable_adapters = adapters, disabled
 
@@ -36,8 +40,22 @@ class InputDtypeLinear(nn.Linear):
         return functional.linear(x, self.weight.to(x.dtype))
 
 
-def compute_in_input_dtype(layer: LoraLayer, role: str) -> None:
-    """Reason: peft copies the input of every layer to float32, the dtype of the adapter's weights."""
+class InputDtypeConv3d(nn.Conv3d):
+    """A convolution that computes in the dtype of its input; its weights keep their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.Conv3d."""
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def compute_in_input_dtype(layer: RoleLayer, role: str) -> None:
+    """Reason: peft copies the input of every layer to float32, the dtype of the adapter's weights.
+
+    Of a layer that is trained whole it does not, and the layer fails.
+    """
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer.modules_to_save[role].__class__ = InputDtypeConv3d
+        return
     layer.cast_input_dtype_enabled = False
     for half in (layer.lora_A, layer.lora_B):
         linear = InputDtypeLinear(half[role].in_features, half[role].out_features, bias=False, device="meta")

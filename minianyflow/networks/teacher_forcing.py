@@ -22,6 +22,8 @@ def teacher_forcing_batch(batch: Batch, partition: tuple[int, ...], full_chunk_l
     old, end = sum(partition[:-full_chunk_limit]), sum(partition)
     clean, past = batch["x"][:, old:end], batch["x"][:, :old]
     context = {"clean": clean} | ({"past": past} if old else {})
+    if "known" in batch.get("condition", {}):
+        context["known"] = batch["condition"]["known"][:, old:end]
     return batch | {"x": clean, "eps": batch["eps"][:, old:end], "context": context}
 
 

@@ -5,6 +5,7 @@ Shapes:
     z, u    (B, F, C, H, W)     latents, frames first as in diffusers' AnyFlow
     t, r    (B,) or (B, F)      one time per sample, or one per frame, in [0, 1]
     prompt  (B, L, D)           embeddings of the text's L tokens; rows of padding are zero
+    known   (B, F)              which frames are known: see known_frames.py
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from minianyflow.networks.known_frames import Known, keep_known, known_times
 from minianyflow.networks.video import TIMESTEPS, Latents, Prompt, VideoTimes, to_timesteps
 from minianyflow.support.errors import InputError
 
@@ -37,15 +39,15 @@ class WanNetwork(nn.Module):
         super().__init__()
         self.transformer, self.timesteps = transformer, timesteps
 
-    def forward(self, z: Latents, t: VideoTimes, r: VideoTimes, prompt: Prompt) -> Latents:
+    def forward(self, z: Latents, t: VideoTimes, r: VideoTimes, prompt: Prompt, known: Known | None = None) -> Latents:
         """The average velocity of z from t down to r.
 
         Raises InputError for latents with other channels than the transformer's, or that patches do not divide.
         """
         check_latents(z, self.transformer.config)
-        t, r = (to_timesteps(time, z, self.timesteps) for time in (t, r))
+        t, r = known_times(known, *(to_timesteps(time, z, self.timesteps) for time in (t, r)))
         states, prompt = to_compute_dtype(self.transformer, z, prompt)
-        return self.transformer(states, t, r, prompt, return_dict=False)[0].to(z.dtype)
+        return keep_known(known, self.transformer(states, t, r, prompt, return_dict=False)[0].to(z.dtype))
 
 
 class Autocast(nn.Module):

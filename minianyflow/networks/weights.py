@@ -133,6 +133,7 @@ def load_role(path: str | Path, transformer: nn.Module, role: str, from_bidirect
     targets; a transformer without the adapter is then left without it.
     """
     state, config, _ = read_weights(path, "role")
+    config = {"whole": []} | config  # a file of before there were such layers
     kind, added = config.pop("transformer"), role not in roles_of(transformer)
     if kind != type(transformer).__name__ and not (from_bidirectional and kind == AnyFlowTransformer3DModel.__name__):
         raise InputError(f"{path} is a role of an {kind}; expected one of an {type(transformer).__name__}")

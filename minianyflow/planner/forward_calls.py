@@ -6,12 +6,13 @@ A recording network computes nothing. It records the rows of each call, whether 
 import contextlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import product
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from minianyflow.batch import part_of
+from minianyflow.batch import deal, part_of
 from minianyflow.on_policy import draw_on_policy
 from minianyflow.planner.counters import LiveBytes, tensors_in
 from minianyflow.times import draw_pairs, generator
@@ -81,10 +82,11 @@ class ZeroClips:
 
     def draw(self, step, rows, seed=0, part=(0, 1), **pairs):
         """The batch of `step`, as the data of a run draws it."""
-        times = draw_pairs(rows, generator(seed, TIMES, step), **pairs)
+        times = deal(draw_pairs(rows, generator(seed, TIMES, step), **pairs), *part)
+        rows = len(times["t"])
         x, eps = torch.zeros(2, rows, *self.shape)
         prompt = torch.zeros(rows, *self.null.shape[1:])
-        return part_of({"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": torch.arange(rows)} | times, *part)
+        return {"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": torch.arange(rows)} | times
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,14 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
         batch = draw(step)
         if exact and config.stage == "on_policy":
             source = generator(config.seed, ROLLOUTS, step)  # it draws the noise of a real clip first
-            drawn = draw_on_policy(shape, config.batch, source, tuple(config.on_policy.rollouts))
-            batch |= {name: drawn[name] for name in ("lengths", "step")}
+            policy = config.on_policy
+            drawn = draw_on_policy(shape, config.batch, source, policy.rollouts, shared=policy.shared_rollout)
+            batch |= {name: drawn[name][batch["place"]] for name in ("lengths", "step")}
+        dealt = [deal(batch, process, processes) for process in range(processes)]
         for name, role in roles.items():
-            for index in range(processes * config.accumulate):
+            for process, index in product(range(processes), range(config.accumulate)):
                 calls.clear()
-                part = part_of(batch, index, processes * config.accumulate)
+                part = part_of(dealt[process], index, config.accumulate)
                 inputs = tensors_in(part)
                 live = LiveBytes([*inputs, data.null, *role.network.parameters()])
                 with contextlib.nullcontext() if number else live:  # it is slow, and all steps are alike
@@ -129,5 +133,5 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
                 before_backward = live.now + sum(tensor.nbytes for tensor in inputs)
                 losses.mean().backward()
                 beside[name] = max(beside[name], scale * before_backward)
-                micro_batches.append(MicroBatch(step, index // config.accumulate, name, tuple(calls)))
+                micro_batches.append(MicroBatch(step, process, name, tuple(calls)))
     return micro_batches, beside

@@ -1,13 +1,14 @@
-"""One colour, one marker and one name per method throughout the course; any-step curves; small PNG files."""
+"""One colour, one marker and one name per method throughout the course; any-step curves, contact sheets, small PNGs."""
 
 import io
+import textwrap
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from minianyflow.support.errors import choose
+from minianyflow.support.errors import InputError, choose
 
 # Okabe and Ito's palette: distinct with any colour vision.
 COLOURS = {
@@ -61,6 +62,53 @@ def save_figure(figure, path: str | Path, dpi: int = 110, colours: int = 64) -> 
 
     plt.close(figure)
     return path
+
+
+def checked_video(label: str, video, clips: int = 1):
+    """The video (n, T, H, W) or (n, T, H, W, 3) as an array. Raises InputError unless it holds so many clips."""
+    video = np.asarray(video)
+    if video.ndim not in (4, 5) or len(video) < clips:
+        expected = f"(n, T, H, W) or (n, T, H, W, 3) with n at least {clips}"
+        raise InputError(f"video {label!r} of shape {video.shape}; expected {expected}: decode latents, or show fewer")
+    return video
+
+
+def contact_sheet(rows: dict, titles, stills: int = 5, columns: int | None = None, inches: float = 0.95):
+    """A Figure of stills: a row per video of {label: (n, T, H, W) or (n, T, H, W, 3)}, values in [0, 1].
+
+    Block k shows clip k of every row below title k, `stills` evenly in time, both ends among them; `columns` blocks
+    stand side by side (None: all). inches: the longer side of a still.
+    """
+    from matplotlib.figure import Figure
+
+    rows = {label: checked_video(label, video, len(titles)) for label, video in rows.items()}
+    (frames, height, width), columns = next(iter(rows.values())).shape[1:4], columns or len(titles)
+    shown = np.unique(np.linspace(0, frames - 1, stills).round().astype(int))
+    lines, gap, scale = -(-len(titles) // columns), max(1, width // 16), inches / max(height, width)
+    block = len(shown) * (width + gap) * scale, len(rows) * (height + gap) * scale  # inches
+    titles = [textwrap.fill(title, max(20, int(7 * block[0]))) for title in titles]
+    head = 0.3 * (1 + max(title.count("\n") for title in titles))
+    figure = Figure((columns * block[0] + 1.9, lines * (head + block[1] + 0.5)), layout="constrained")
+    grid = figure.subplots(lines * len(rows), columns, squeeze=False)
+    for k, title in enumerate(titles):
+        column = grid[k // columns * len(rows) :][: len(rows), k % columns]
+        column[0].set_title(title, fontsize=16, parse_math=False)
+        for axes, (label, video) in zip(column, rows.items(), strict=True):
+            strip = [
+                np.pad(still, [(0, 0), (0, gap)] + [(0, 0)] * (still.ndim - 2), constant_values=1)
+                for still in video[k][shown]
+            ]
+            axes.imshow(np.concatenate(strip, 1)[:, :-gap], cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if k % columns == 0:
+                axes.set_ylabel(label, fontsize=15, rotation=0, ha="right", va="center", labelpad=8, parse_math=False)
+        axes.set_xticks([n * (width + gap) + (width - 1) / 2 for n in range(len(shown))], shown, fontsize=13)
+        axes.tick_params(length=0)
+        axes.set_xlabel("frame", fontsize=13)
+    for axes in grid[-len(rows) :, (len(titles) - 1) % columns + 1 :].flat:
+        axes.axis("off")
+    return figure
 
 
 def draw_any_step(axes, report: dict, measure: str, ylabel: str | None = None) -> None:

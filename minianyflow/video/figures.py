@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from minianyflow.networks.codec import Codec
 from minianyflow.support.errors import InputError
-from minianyflow.support.figures import draw_any_step, save_figure
+from minianyflow.support.figures import checked_video, contact_sheet, draw_any_step, save_figure
 from minianyflow.times import generator
 from toy_data import blobs
 
@@ -32,31 +32,7 @@ def save_figures(report: dict, ends: dict, clips: Sequence[int], codec: Codec, f
         for nfe in counts:
             if nfe in ends.get(name, {}):
                 rows[f"{label}, {nfe}"] = codec.decode(ends[name][nfe][clips])
-    save_figure(contact_sheet(rows), folder / "contact_sheet.png")
-
-
-def contact_sheet(rows: dict, frames: Sequence[int] = (0, 4, 8, 12, 16), titles=blobs.PROMPTS) -> Figure:
-    """Stills: a row per video of {label: (n, T, H, W)}, a block of `frames` per title; block k shows clip k."""
-    rows = {label: _checked(label, video, len(titles), max(frames) + 1) for label, video in rows.items()}
-    width = next(iter(rows.values())).shape[3]
-    gap, inch = max(1, width // 16), 0.95  # pixels between stills; size of a still
-    size = (len(titles) * len(frames) * inch + 1.9, len(rows) * inch * 1.06 + 0.8)
-    figure, grid = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False, layout="constrained")
-    for axes_row, (label, video) in zip(grid, rows.items(), strict=True):
-        for axes, clip in zip(axes_row, video, strict=False):
-            stills = np.pad(clip[list(frames)], ((0, 0), (0, 0), (0, gap)), constant_values=1)
-            strip = rearrange(stills, "frame height width -> height (frame width)")[:, :-gap]
-            axes.imshow(strip, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-        axes_row[0].set_ylabel(label, fontsize=15, rotation=0, ha="right", va="center", labelpad=8)
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=16)
-    for axes in grid[-1]:
-        axes.set_xticks([k * (width + gap) + (width - 1) / 2 for k in range(len(frames))], frames, fontsize=13)
-        axes.tick_params(length=0)
-        axes.set_xlabel("frame", fontsize=13)
-    return figure
+    save_figure(contact_sheet(rows, blobs.PROMPTS), folder / "contact_sheet.png")
 
 
 def player(video, titles=None, columns=8, scale=6, fps=8):
@@ -72,7 +48,7 @@ def player(video, titles=None, columns=8, scale=6, fps=8):
 def animated_png(video, titles: Sequence[str] | None = None, columns=8, scale=6, fps=8) -> bytes:
     """The bytes of `player`. A bar below shows the time; the last frame lasts half a second longer."""
     rows = video if isinstance(video, dict) else {"": video}
-    rows = {label: _checked(label, clips)[:columns] for label, clips in rows.items()}
+    rows = {label: checked_video(label, clips)[:columns] for label, clips in rows.items()}
     shapes = {clips.shape for clips in rows.values()}
     if len(shapes) != 1 or scale < 1 or fps <= 0:
         raise InputError(f"videos {shapes}, scale {scale}, fps {fps}; expected one shape for all rows, scale 1 or more")
@@ -121,14 +97,3 @@ def any_step_curves(report: dict, measure: str, ylabel: str | None = None) -> Fi
     draw_any_step(axes, report, measure, ylabel)
     axes.legend(fontsize=12, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
-
-
-def _checked(label, video, clips=1, frames=1):
-    """The video as an array, if it holds so many clips and frames."""
-    video = np.asarray(video)
-    if video.ndim != 4 or video.shape[0] < clips or video.shape[1] < frames:
-        raise InputError(
-            f"video {label!r} of shape {video.shape}; expected (n, T, H, W) with n at least {clips}, "
-            f"T at least {frames}: decode latents, or show less of it"
-        )
-    return video

@@ -24,6 +24,7 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
 from minianyflow.guidance import guided
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_from
+from minianyflow.networks.known_frames import know_first_frames
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
 from minianyflow.networks.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
@@ -110,13 +111,17 @@ class Earlier:
         self.prompts = TextEncoder()(["", *blobs.PROMPTS])  # (3, L, D); number 0 is the null prompt
 
     def batch(self, rows: int, source: torch.Generator, drop: float = 0.0, **pairs):
-        """x, eps (rows, 5, 4, 4, 4), pairs of times, and prompts, with probability `drop` the null prompt."""
+        """x, eps (rows, 5, 4, 4, 4), pairs of times, and prompts, with probability `drop` the null prompt.
+
+        pairs: of `draw_pairs`; with `known`, that share of rows knows its first frame.
+        """
         index = torch.randint(len(self.latents), (rows,), generator=source)
         dropped = torch.rand(rows, generator=source) < drop
         prompt = self.prompts[torch.where(dropped, 0, self.balls[index])]
         x = self.latents[index]
         eps = torch.randn(x.shape, generator=source)
-        return {"x": x, "eps": eps, "condition": {"prompt": prompt}} | draw_pairs(rows, source, **pairs)
+        batch = {"x": x, "eps": eps, "condition": {"prompt": prompt}, "dropped": dropped}
+        return know_first_frames(batch | draw_pairs(rows, source, **pairs))
 
     def draw(self, stage: Stage, seed: int, **options) -> Callable[[int], dict]:
         """draw(step): the batches of a stage, the same for all its roles. options: of `batch`."""

@@ -107,7 +107,7 @@ def evaluate(
     with staging_folder(output) as folder:
         write_report(report, folder / "any_step.json")
         save_figure(curves(report), folder / "any_step.png")
-        sheet(samples, steps).save(folder / "sheet.png")
+        sheet(samples, steps).savefig(folder / "sheet.png")
         titles = json.dumps(next(iter(samples.values())).titles(), indent=1, ensure_ascii=False)
         (folder / "prompts.json").write_text(titles + "\n", encoding="utf-8")
     return report
@@ -212,7 +212,7 @@ def sheet(samples: dict[str, Samples], steps: list[int]):
         for label, source in samples.items():
             videos = [read_video(source.video(count, number), *size) for number in range(len(prompts))]
             rows[f"{label}\n{step_label(count)}"] = torch.cat(videos)
-    return clip_sheet(rows, prompts, group=len(samples))
+    return clip_sheet(rows, prompts)
 
 
 def table(report: dict) -> str:

@@ -75,6 +75,8 @@ def export_lora(run: str | Path, output: str | Path, role: str = "student") -> N
     config, report = read_run(run)
     if config.trained != "lora":
         raise InputError(f"{run} trained all weights, and has no adapter; export a whole pipeline instead")
+    if config.architecture == "causal" and config.causal.coarse_patches == "whole":
+        raise InputError(f"{run} trained a layer whole, which no LoRA file holds; export a whole pipeline instead")
     pipeline = PIPELINES[config.architecture]
     transformer = transformer_of(config, config.base)
     load_role(weights_in(run, role), transformer, role)

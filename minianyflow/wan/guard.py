@@ -50,9 +50,10 @@ class Guard:
         """Write the bad rows of all processes down, and skip the batch or raise InputError. batch: of this process."""
         losses = gather_object(torch.cat(losses).tolist())
         rows = gather_object(batch["row"].tolist()) if "row" in batch else []
+        places = gather_object(batch["place"].tolist()) if "place" in batch else range(len(losses))
         bad = [index for index, loss in enumerate(losses) if not (math.isfinite(loss) and loss <= self.above)]
         bad = bad or list(range(len(losses)))  # the gradient is not finite: any row may be the cause
-        entry = {"step": step, "role": role, "numbers": [step * len(losses) + index for index in bad]}
+        entry = {"step": step, "role": role, "numbers": [step * len(losses) + places[index] for index in bad]}
         if rows:
             entry["rows"] = [rows[index] for index in bad]
             entry |= {"files": self.files(entry["rows"])} if self.files else {}

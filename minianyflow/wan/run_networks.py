@@ -53,8 +53,10 @@ class RunNetworks:
                 load_role(weights_in(start), self.base, "start", from_bidirectional=whole)
             embedders = config.stage != "teacher" and (role != "fake" or config.on_policy.fake_embedders)
             targets = TARGETS + (EMBEDDERS if embedders else ())
-            targets += COARSE_PATCHES if config.architecture == "causal" else ()
-            add_role(self.base, role, config.rank, config.alpha, targets, "start" if start else None)
+            coarse = COARSE_PATCHES if config.architecture == "causal" else ()
+            whole = coarse if config.causal.coarse_patches == "whole" else ()
+            targets += () if whole else coarse
+            add_role(self.base, role, config.rank, config.alpha, targets, "start" if start else None, whole)
             if start:
                 remove_role(self.base, "start")
             network = RoleNetwork(self._wrap(self.base, whole), role)

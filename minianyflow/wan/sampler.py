@@ -40,20 +40,10 @@ def sample(
         return causal_rollout(u, noise, times, prompt, *chunks, prefix, ragged=True)[-1]
     if prefix is None:
         return sample_flow_map(u, noise, times, prompt=prompt)[-1]
-    latents = sample_flow_map(_with_prefix(u, prefix), noise, times, prompt=prompt)[-1]
-    return torch.cat([prefix, latents[:, prefix.shape[1] :]], 1)
-
-
-def _with_prefix(u, prefix):
-    """`u` with the first frames replaced by clean ones at time 0; r is the step's, as in diffusers."""
     frames = prefix.shape[1]
-
-    def with_prefix(z, t, r, **condition):
-        t, r = (time[:, None].repeat(1, z.shape[1]) for time in (t, r))
-        t[:, :frames] = 0
-        return u(torch.cat([prefix, z[:, frames:]], 1), t, r, **condition)
-
-    return with_prefix
+    known = torch.arange(noise.shape[1], device=noise.device).expand(noise.shape[:2]) < frames
+    start = torch.cat([prefix, noise[:, frames:]], 1)
+    return sample_flow_map(u, start, times, prompt=prompt, known=known)[-1]
 
 
 def guided_network(u: Callable, config: Config, null: Tensor, scale: float) -> Callable:

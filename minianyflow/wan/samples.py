@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -77,9 +77,11 @@ class Samples:
         """Number of first clips that are compared: their latents stay on disk."""
         return min(self.count, max(2, MOST // torch.Size(shape).numel()))
 
-    def finished(self, steps: int, number: int) -> bool:
+    def finished(self, steps: int, number: int, compared: int) -> bool:
         """Whether a clip is sampled, decoded and measured."""
-        return self.latents(steps, number).with_suffix(".json").exists() and self.video(steps, number).exists()
+        latents = self.latents(steps, number)
+        files = [latents.with_suffix(".json"), self.video(steps, number), *[latents] * (number < compared)]
+        return all(file.exists() for file in files)
 
     def read(self, steps: int, count: int) -> torch.Tensor:
         """Latents (count, F, C, h, w), float32, of the first clips."""
@@ -97,66 +99,41 @@ class Samples:
         return {f"vbench_{name}": float(score) for name, (score, *_) in results}
 
     def make(self, source: Source, steps: list[int], device: torch.device, batch: int = 1) -> None:
-        """Text encoder, then transformer, then codec, one after another on the device, as far as clips are missing."""
-        clips, base = [(count, number) for count in steps for number in range(self.count)], source.config.base
-        if not all(self._sampled(*clip) for clip in clips):
-            texts, dtype = [*self.prompts, self.settings["negative"]], DTYPES[self.settings["precision"]]
-            embedded = embed(base, texts, self.settings["clip"]["length"], dtype, device)
-            source.network.to(device)
-            self._sample(source, embedded, steps, batch)
+        """Sample, decode and measure the clips that are missing."""
+        compared, count = self.compared(source.shape(self.settings["clip"])), range(self.count)
+        missing = {n: [number for number in count if not self.finished(n, number, compared)] for n in steps}
+        pieces = [(n, numbers[k : k + batch]) for n, numbers in missing.items() for k in range(0, len(numbers), batch)]
+        if pieces := pieces[PartialState().process_index :: PartialState().num_processes]:
+            self._sample(source, pieces, device, compared)
         source.network = None
         gc.collect()
-        if not all(self.finished(*clip) for clip in clips):
-            (vae,) = load_parts(base, "vae")
-            self._decode(vae.to(device), steps, batch)
+        PartialState().wait_for_everyone()
 
-    def _sample(self, source, embedded, steps, batch):
-        """Sample the clips that are missing. embedded (P + 1, L, D): of the prompts and the null prompt."""
-        missing = {count: [n for n in range(self.count) if not self._sampled(count, n)] for count in steps}
-        pieces = [(count, n[k : k + batch]) for count, n in missing.items() for k in range(0, len(n), batch)]
-        pieces = pieces[PartialState().process_index :: PartialState().num_processes]
-        device, network = embedded.device, EvaluationCounter(source.network)
-        shape, guidance = source.shape(self.settings["clip"]), self.settings["guidance"]
+    def _sample(self, source, pieces, device, compared):
+        """Sample `pieces`, pairs (step count, numbers of clips). The text encoder, which is large, is gone by then."""
+        texts, dtype = [*self.prompts, self.settings["negative"]], DTYPES[self.settings["precision"]]
+        embedded = embed(source.config.base, texts, self.settings["clip"]["length"], dtype, device)
+        vae = load_parts(source.config.base, "vae")[0].to(device)
+        network, shape = EvaluationCounter(source.network.to(device)), source.shape(self.settings["clip"])
+        guidance, total = self.settings["guidance"], sum(steps * len(numbers) for steps, numbers in pieces)
         u = guided_network(network, source.config, embedded[-1:], guidance) if guidance != 1 else network
-        total = sum(count * len(numbers) for count, numbers in pieces)
         with tqdm(total=total, unit="step", desc=f"sampling {self.folder.name}", disable=None) as bar:
-            for count, numbers in pieces:
+            for steps, numbers in pieces:
                 noise = torch.stack([torch.randn(shape, generator=generator(self.seed, number)) for number in numbers])
                 prompt = embedded[[number % len(self.prompts) for number in numbers]]
                 before, start = network.rows, _now(device)
-                clips = sample(source.config, u, noise.to(device), prompt, count).float().cpu()
+                clips = sample(source.config, u, noise.to(device), prompt, steps).float()
                 seconds, rows = (_now(device) - start) / len(numbers), (network.rows - before) / len(numbers)
                 if not bool(clips.isfinite().all()):
-                    raise InputError(f"{self.folder.name} at {count} steps is not finite; use fp32, or train it longer")
-                cost = {"seconds": str(seconds), "evaluations": str(rows)}
-                for number, latents in zip(numbers, clips, strict=True):
-                    write = partial(save_file, {"latents": latents.contiguous()}, metadata=cost)
-                    self._put(self.latents(count, number), write)
-                bar.update(count * len(numbers))
-        PartialState().wait_for_everyone()
-
-    def _decode(self, vae, steps, batch):
-        """Decode, write and measure the clips that are not finished."""
-        missing = [(count, n) for count in steps for n in range(self.count) if not self.finished(count, n)]
-        pieces = [missing[k : k + batch] for k in range(0, len(missing), batch)]
-        pieces = pieces[PartialState().process_index :: PartialState().num_processes]
-        with tqdm(total=sum(map(len, pieces)), unit="clip", desc=f"decoding {self.folder.name}", disable=None) as bar:
-            for piece in pieces:
-                latents = torch.stack([self._read(self.latents(*place)) for place in piece])
-                videos = decode_latents(vae, latents.to(vae.device), batch).cpu()
-                for (count, number), video in zip(piece, videos, strict=True):
-                    path = self.latents(count, number)
-                    with safe_open(path, "pt") as file:
-                        figures = {name: float(value) for name, value in file.metadata().items()} | motion(video)
-                    self._put(self.video(count, number), partial(write_clip, clip=video))
-                    self._put(path.with_suffix(".json"), partial(write_report, figures))
-                    if number >= self.compared(latents.shape[1:]):
-                        path.unlink()
-                    bar.update()
-        PartialState().wait_for_everyone()
-
-    def _sampled(self, steps, number):
-        return self.latents(steps, number).exists() or self.finished(steps, number)
+                    raise InputError(f"{self.folder.name} at {steps} steps is not finite; use fp32, or train it longer")
+                videos, clips = decode_latents(vae, clips, len(numbers)).cpu(), clips.cpu()
+                for number, latents, video in zip(numbers, clips, videos, strict=True):
+                    path, figures = self.latents(steps, number), {"seconds": seconds, "evaluations": rows}
+                    if number < compared:
+                        self._put(path, partial(save_file, {"latents": latents.contiguous()}))
+                    self._put(self.video(steps, number), partial(write_clip, clip=video))
+                    self._put(path.with_suffix(".json"), partial(write_report, figures | motion(video)))
+                bar.update(steps * len(numbers))
 
     def _read(self, path):
         try:

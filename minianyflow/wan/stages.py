@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 
-from minianyflow.batch import part_of
-from minianyflow.flow_map import velocity
+from minianyflow.flow_map import pick_rows, velocity
 from minianyflow.guidance import Guidance, guided
 from minianyflow.networks.causal import causal_backward_simulation
 from minianyflow.networks.causal_attention import chunk_partition
+from minianyflow.networks.known_frames import know_first_frames
 from minianyflow.networks.teacher_forcing import (
     TeacherForced,
     add_whole_clips,
@@ -129,9 +129,10 @@ def simulation(config: Config) -> Callable:
 
 
 def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
-    """`draw(step)` for `train_run`: one process's part, (index, number of parts), of the batch of that step."""
+    """`draw(step)` for `train_run`: the rows of one process, part = (index, processes), of the batch of that step."""
     pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
-    pairs["diagonal_time"], policy = config.diagonal_time, config.on_policy
+    pairs |= {"diagonal_time": config.diagonal_time, "known": config.i2v_prob}
+    policy = config.on_policy
     rollouts = {"steps": tuple(policy.rollouts), "shift": config.shift, "shared": policy.shared_rollout}
     rollouts["fake_time"] = policy.score_time
 
@@ -139,12 +140,11 @@ def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Ca
         batch = data.draw(step, config.batch, config.seed, part, **pairs)
         if "dropped" in batch:
             batch = drop_prompts(batch, data.null, config)
-        if config.architecture == "causal":
-            batch = chunk_batch(batch, config, step, part)
         if config.stage == "on_policy":
             rollout = draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
-            batch |= part_of(rollout, *part)
-        return batch
+            batch |= pick_rows(rollout, batch["place"])
+        batch = know_first_frames(batch)
+        return chunk_batch(batch, config, step) if config.architecture == "causal" else batch
 
     return draw
 
@@ -158,7 +158,7 @@ def drop_prompts(batch: dict, null: torch.Tensor, config: Config) -> dict:
     return batch | kept
 
 
-def chunk_batch(batch: dict, config: Config, step: int, part: tuple[int, int] = (0, 1)) -> dict:
+def chunk_batch(batch: dict, config: Config, step: int) -> dict:
     """The batch as a causal student trains on it: a long context, a short one, or the clip as one chunk."""
     whole, long, where = torch.rand(3, generator=generator(config.seed, CONTEXT, step)).tolist()
     chunks, whole = config.causal, step and whole < config.causal.bidirectional
@@ -173,4 +173,4 @@ def chunk_batch(batch: dict, config: Config, step: int, part: tuple[int, int] = 
         return cut
     law = {"diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal"}
     times = draw_pairs(config.batch, generator(config.seed, WHOLE, step), shift=config.shift, **law)
-    return add_whole_clips(cut, batch, part_of(times, *part)["t"])
+    return add_whole_clips(cut, batch, times["t"][batch["place"]])

@@ -1,7 +1,7 @@
 """The training loop of a run of days: several processes, checkpoints, trackers, bad batches.
 
 The step is the small loop's own: `training.accumulate_gradient`, then `Role.update`. A batch is drawn for all processes
-from its step number alone and every process trains on its part, so that one process and many see the same rows.
+from its step number alone and every process trains on its rows of it, so that one process and many see the same rows.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from minianyflow.batch import part_of
+from minianyflow.batch import deal
 from minianyflow.support.errors import InputError
 from minianyflow.training import accumulate_gradient, check_gradients, mean_figures
 from minianyflow.wan.guard import Guard, Preempted, any_process, catch_sigterm, launcher_gone, log_figures
@@ -32,7 +32,7 @@ def train_run(
 ):
     """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/NAME": error}.
 
-    draw(step): the global batch; with own_rows, the rows of this process alone, as `part_of` has them.
+    draw(step): the global batch; with own_rows, the rows of this process alone, as `deal` has them.
     accumulate: number of micro-batches per process (gradient accumulation). progress: a bar, none, or a dict of tqdm's
     options. on_step(step) is called after each step. The history is gathered from all processes every `log_every`
     steps and at the end, and passed to the accelerator's trackers, if it has any.
@@ -42,7 +42,8 @@ def train_run(
     Raises InputError if a loss is not finite, a weight that should learn gets no gradient, or one is frozen.
     """
     accelerator, guard = accelerator or Accelerator(), guard or Guard()
-    part = (0, 1) if own_rows else (accelerator.process_index, accelerator.num_processes)
+    process = accelerator.process_index, accelerator.num_processes
+    whole = own_rows or (process == (0, 1) and accumulate == 1)  # rows stay as they are drawn
     wrapped = {name: _wrap(role, accelerator) for name, role in roles.items()}
     done, history = checkpoints.restore(roles, accelerator) if checkpoints else (0, [])
     if checkpoints:
@@ -54,7 +55,8 @@ def train_run(
     bar |= {} if accelerator.is_main_process else {"disable": True}
     with catch_sigterm(checkpoints is not None) as received:
         for step in tqdm(range(done, steps), **bar):
-            batch, figures, last = part_of(draw(step), *part), {"step": step}, step == steps - 1
+            batch, figures, last = draw(step), {"step": step}, step == steps - 1
+            batch = batch if whole else deal(batch, *process)
             for name, role in roles.items():
                 raw = _step(name, role, *wrapped[name], batch, step, steps, accumulate, accelerator, guard)
                 if raw is None:  # a bad batch
@@ -121,7 +123,7 @@ def _step(name, role, network, optimizer, batch, step, steps, accumulate, accele
     if guard.is_bad(losses, norm, accelerator):
         guard.record(step, name, losses, batch, accelerator)
         optimizer.zero_grad()
-        if before:
+        if hasattr(role.loss, "load_state_dict"):
             role.loss.load_state_dict(before)
         return None
     role.update(step, steps, optimizer)

@@ -1,41 +1,34 @@
 """The still picture of a scene: everything stands where its numbers say."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from minianyflow.live import pictures
 from minianyflow.live.player import Pack, time_axis
+from minianyflow.support.figures import small_png
 
-BLUE, WHITE = (0, 114, 178), (255, 255, 255)
+BLUE, WHITE, BLACK = (0, 114, 178), (255, 255, 255), (0, 0, 0)
 CHART = {"kind": "chart", "xlabel": "t", "times": [1, 0.5, 0], "ticks": [0, 1], "limits": [0, 1]}
 
 
 def drawn(panel, pack=None, note=""):
-    """The pixels of a scene of one panel."""
+    """`at(x, y)`: the colour of a scene of one panel at a place of its data; and the figure."""
     pack, panel = pack or Pack(), {"title": "", "colour": "#0072b2", "times": [1.0, 0.0]} | panel
-    scene = pack.scene("", [panel], time_axis([1, 0]), note=note)
-    return np.asarray(pictures.picture(scene, pack.payload))
+    figure = pictures.picture(pack.scene("", [panel], time_axis([1, 0]), note=note), pack.payload)
+    pixels = np.asarray(Image.open(io.BytesIO(small_png(figure, 100))).convert("RGB"))
 
+    def at(x, y):
+        across, up = figure.axes[0].transData.transform((x, y))
+        return tuple(int(part) for part in pixels[len(pixels) - 1 - int(up), int(across)])
 
-def panel_of(image):
-    """The pixels of its panel, (PANEL, PANEL, 3)."""
-    top = 3 * pictures.LINE
-    return image[top : top + pictures.PANEL, pictures.GAP : pictures.GAP + pictures.PANEL]
-
-
-def at(pixels, x, y):
-    """A pixel; x to the right and y up, in 0 to 1."""
-    return tuple(int(part) for part in pixels[round((1 - y) * pictures.PANEL), round(x * pictures.PANEL)])
+    return at, figure
 
 
 def near(colour, other):
     return max(abs(a - b) for a, b in zip(colour, other, strict=True)) < 40
-
-
-def blue_in(pixels):
-    """Where it is blue: (top, left), (bottom, right)."""
-    places = np.argwhere(np.abs(pixels.astype(int) - BLUE).max(-1) < 30)
-    return places.min(0), places.max(0)
 
 
 def test_particles_trails_and_the_exact_flow_stand_where_they_are():
@@ -43,72 +36,62 @@ def test_particles_trails_and_the_exact_flow_stand_where_they_are():
     path = np.stack([np.zeros((3, 2)), [[1.0, -1.0], [-1.0, 1.0], [0.0, 1.5]]])
     exact = np.stack([np.full((3, 2), -1.5), np.full((3, 2), -0.5)])
     panel = pack.plane("", "#0072b2", path, [1, 0], exact, [[1.5, 1.5]], limit=2.0, followed=[0], trails=2)
-    pixels = panel_of(drawn(panel, pack))
+    at, figure = drawn(panel, pack)
+    assert len(figure.axes[0].lines) == 1 + 2 + 1  # the exact flow, two trails, one bold path
     for x, y, colour in (
-        (0.75, 0.25, (0, 0, 0)),  # the one that is followed
-        (0.25, 0.75, BLUE),
-        (0.5, 0.875, BLUE),
-        (0.875, 0.875, (200, 200, 200)),
-        (0.625, 0.375, BLUE),  # half way along a bold path
-        (0.25, 0.25, (165, 165, 165)),  # along the exact one
-        (0.5, 0.7, WHITE),  # the third particle leaves no trail
+        (1, -1, BLACK),  # the one that is followed
+        (-1, 1, BLUE),
+        (0, 1.5, BLUE),
+        (1.5, 1.5, (200, 200, 200)),
+        (0.5, -0.5, BLUE),  # half way along a bold path
+        (-1, -1, (165, 165, 165)),  # along the exact one
+        (0, 0.8, WHITE),
     ):
-        assert near(at(pixels, x, y), colour), (x, y)
+        assert near(at(x, y), colour), (x, y)
 
 
 def test_jumps_stand_at_their_times():
-    pixels = panel_of(drawn({"kind": "triangle", "chain": [1.0, 0.5, 0.0]}))
-    (top, left), (bottom, right) = blue_in(pixels)
-    side = right - 7 - left  # a dot on the right reaches 7 pixels beyond t = 1, one at the bottom beyond r = 0
-    assert bottom - 7 - top == pytest.approx(side, abs=2)
-    for t, r in ((1.0, 0.5), (0.5, 0.0)):
-        assert near(pixels[round(bottom - 7 - r * side), round(left + t * side)], BLUE), (t, r)
+    at, _ = drawn({"kind": "triangle", "chain": [1.0, 0.5, 0.0], "dots": [[0.75, 0.25]]})
+    for t, r in ((1.0, 0.5), (0.5, 0.0), (1.0, 0.75), (0.75, 0.5)):  # two dots, and two places on the way between
+        assert near(at(t, r), BLUE), (t, r)
+    assert near(at(0.75, 0.25), (153, 153, 153))
+    assert near(at(0.25, 0.1), WHITE)
 
 
 def test_bars_and_lines_have_their_heights():
-    bar = {"from": 1.0, "to": 0.5, "height": 0.5, "colour": "#0072b2"}
-    (top, left), (bottom, right) = blue_in(panel_of(drawn(CHART | {"bars": [bar]})))
-    assert bottom - top == pytest.approx((pictures.PANEL - 58) / 2, abs=3)
-    assert right - left == pytest.approx((pictures.PANEL - 66) / 2, abs=4)
-    assert right < pictures.PANEL * 0.6  # time falls to the right
+    pack = Pack()
+    bars = [{"from": 1.0, "to": 0.0, "height": 0.3, "colour": "#444444"}]
+    bars += [{"from": 1.0, "to": 0.5, "height": 0.6, "colour": "#0072b255"}]
+    line = {"times": [1, 0], "colour": "#0072b2", "label": "level", "points": pack.add_points([0.8, 0.8])}
+    at, figure = drawn(CHART | {"bars": bars, "lines": [line | {"dash": []}]}, pack)
+    assert near(at(0.7, 0.5), [round(2 / 3 * 255 + part / 3) for part in BLUE])
+    assert near(at(0.7, 0.15), [round(0x44 * 2 / 3 + part / 3) for part in BLUE])  # those behind are seen
+    assert near(at(0.2, 0.15), (0x44, 0x44, 0x44))
+    assert near(at(0.2, 0.5), WHITE)
+    assert near(at(0.3, 0.8), BLUE)
+    assert figure.axes[0].get_xlim() == (1, 0)  # time falls to the right
     covered = []
     for dash in ([], [7, 5], [2, 10]):
-        pack = Pack()
-        line = {"points": pack.add_points([0.5, 0.5]), "times": [1, 0], "colour": "#0072b2", "dash": dash, "label": ""}
-        pixels = drawn(CHART | {"lines": [line]}, pack).astype(int)
-        covered.append((np.abs(pixels - BLUE).max(-1) < 60).sum())
-    assert covered[1] == pytest.approx(covered[0] * 7 / 12, rel=0.15)
-    assert covered[2] == pytest.approx(covered[0] * 2 / 12, rel=0.4)
+        at, _ = drawn(CHART | {"lines": [line | {"dash": dash}]}, pack)
+        covered.append(sum(near(at(x, 0.8), BLUE) for x in np.linspace(0.01, 0.99, 400)) / 400)
+    assert covered == pytest.approx([1, 7 / 12, 2 / 12], abs=0.12)
 
 
-def test_bars_on_top_of_others_let_them_be_seen():
-    both = ((0.5, "#444444"), (1, "#0072b255"))
-    bars = [{"from": 1.0, "to": 0.0, "height": height, "colour": colour} for height, colour in both]
-    pixels = panel_of(drawn(CHART | {"bars": bars}))
-    blended = [round(0x44 * 2 / 3 + part / 3) for part in BLUE]
-    assert near(at(pixels, 0.6, 0.8), pictures._pale("#0072b2", 1 / 3))
-    assert near(at(pixels, 0.6, 0.3), blended)
-    assert not near(blended, pictures._pale("#0072b2", 1 / 3))
-
-
-def test_the_note_is_below_and_stays_inside():
-    panel = {"kind": "triangle", "chain": [1, 0]}
-    none, one, four = (drawn(panel, note="every word of a note is there " * times) for times in (0, 1, 4))
-    assert len(none) < len(one) < len(four)
-    assert (none == one[: len(none)]).all()
-    assert (four[len(none) :] < 128).sum() > 2.5 * (one[len(none) :] < 128).sum() > 0
-    assert (four[len(none) :, -pictures.GAP // 2 :] == 255).all()  # no line reaches the edge
+def test_measures_and_note_are_below_and_stay_inside():
+    panel = {"kind": "triangle", "chain": [1, 0], "measures": {"path error": "0.1"}}
+    none, four = (drawn(panel, note="every word of a note is there " * times)[1] for times in (0, 4))
+    assert four.axes[0].get_xlabel() == "from t (1 is noise)\npath error: 0.1"
+    assert four.get_figheight() > none.get_figheight()
+    words = [text for text in four.texts if "every" in text.get_text()]
+    assert [text.get_window_extent().x1 < four.bbox.x1 for text in words] == [True]
 
 
 def test_later_frames_of_a_video_are_brighter():
     clips, pack = np.zeros((2, 3, 4, 4)), Pack()
     clips[0, 0, 0, 0] = clips[0, 2, 3, 3] = clips[1, 1, 0, 3] = 1.0
-    tile = drawn({"kind": "video", "clips": pack.add_video(clips)}, pack)[3 * pictures.LINE :, pictures.GAP :, 0]
-    pixel = pictures.CLIPS / 9  # two clips and a column between them
-
-    def seen(row, column):
-        return int(tile[int((row + 0.5) * pixel), int((column + 0.5) * pixel)])
-
-    assert seen(0, 0) < seen(0, 8) < seen(3, 3)
-    assert seen(3, 3) > 250
-    assert seen(1, 4) == 255  # the column
+    at, figure = drawn({"kind": "video", "clips": pack.add_video(clips)}, pack)
+    first, second, third = (at(*place)[0] for place in ((0, 0), (8, 0), (3, 3)))
+    assert first < second < third
+    assert third > 250
+    assert near(at(4, 1), WHITE)  # the column between the clips
+    assert pictures.EXPOSURE.split()[-1] in figure.texts[-1].get_text()

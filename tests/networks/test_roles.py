@@ -394,6 +394,46 @@ def test_a_role_comes_back_bit_for_bit(tmp_path, kind):
         assert all(weight.requires_grad for weight in networks["fake"].parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_trained_whole_is_a_copy_for_each_role(tmp_path, dtype):
+    """AnyFlow's coarse patches: as the base at first, float32, saved, copied and merged with its bias; then gone."""
+    transformer, z = base("causal").to(dtype), clip(7, size=8).to(dtype)
+    names, plain = [*transformer.state_dict()], copy.deepcopy(transformer)
+
+    def coarse(network):
+        return network(z[:, 3:], T, R, PROMPT.to(dtype), clean=z[:, 3:], past=z[:, :3])
+
+    for role, whole in (("student", FAR), ("teacher", ())):
+        add_role(transformer, role, RANK, whole=whole)
+    student, teacher = (RoleNetwork(CausalNetwork(transformer), role) for role in ("student", "teacher"))
+    added = {"far_patch_embedding.weight", "far_patch_embedding.bias"}
+    assert set(student.state_dict()) - set(teacher.state_dict()) == added
+    before = coarse(CausalNetwork(plain)).detach()
+    assert close(coarse(student), before, 0)
+    for name in added:
+        torch.nn.init.normal_(student.get_parameter(name), std=0.3)
+    out = coarse(student)
+    out.float().square().sum().backward()
+    assert all(float(student.get_parameter(name).grad.abs().max()) > 0 for name in added)
+    assert {weight.dtype for weight in student.parameters()} == {torch.float32}
+    assert not close(out, before, 1e-2)
+    assert close(coarse(teacher), before, 0)
+    assert close(coarse(copy.deepcopy(student)), out, 0)
+    save_role(tmp_path / "r.safetensors", transformer, "student")
+    load_role(tmp_path / "r.safetensors", transformer, "again")
+    assert close(coarse(RoleNetwork(CausalNetwork(transformer), "again")), out, 0)
+    with pytest.raises(InputError, match=r"trains far_patch_embedding\.bias; expected targets that cover"):
+        add_role(transformer, "s", RANK, targets=TARGETS + FAR, start="student")
+    merged = copy.deepcopy(plain)
+    load_role(tmp_path / "r.safetensors", merged, "student")
+    merge_role(merged, "student")
+    assert close(coarse(CausalNetwork(merged)), out, 0.02 if dtype == torch.bfloat16 else 0)
+    for role in [*roles_of(transformer)]:
+        roles.remove_role(transformer, role)
+    transformer.unload_lora()
+    assert [*transformer.state_dict()] == [*merged.state_dict()] == names
+
+
 REFUSED = {
     "has rank 3; expected 5": lambda path: load_role(path, with_role(rank=5), "r"),
     "has alpha 3; expected 1": lambda path: load_role(path, with_role(alpha=1), "r"),

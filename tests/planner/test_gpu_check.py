@@ -96,6 +96,13 @@ def test_cases_through_the_command(checked, architecture, stages, profile, tmp_p
         assert "aten::" in path.read_text()
 
 
+def test_the_rate_of_a_product_counts_two_operations_per_number(monkeypatch):
+    timer = Mock()
+    timer.return_value.blocked_autorange.return_value.median = 1e-3
+    monkeypatch.setattr(gpu_check, "Timer", timer)
+    assert gpu_check.matrix_rate(CPU) == {"size": 512, "tflops": pytest.approx(2 * 512**3 / 1e9)}
+
+
 def test_a_storage_counts_once():
     with memory_reader(CPU) as read:
         a = torch.zeros(1000)
@@ -132,21 +139,6 @@ def test_what_does_not_fit_is_a_row_of_the_table(function, instead, reason, monk
     assert f" | {reason} |" in (tmp_path / "gpu_check.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 0}, "at least one of each"),
-        ({"clip": {"frames": 16}}, "frames=16; expected 4 n"),
-        ({"clip": {"height": 100}}, "height=100; expected a multiple of 16"),
-        ({"sizes": ("1.3b",)}, "expected size tiny"),
-        ({"options": ("compiled=true", "steps=1")}, "steps among other options; .* leave it out"),
-    ],
-)
-def test_what_is_refused(changes, message):
-    with refused(message):
-        Request(**{"sizes": ("tiny",), "device": "cpu"} | changes)
-
-
 @pytest.mark.parametrize(("file", "message"), [("here", "cannot write"), ("here/gpu_check.json", "holds a report")])
 def test_a_folder_that_cannot_hold_a_report_is_refused_first(file, message, monkeypatch, tmp_path):
     (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -156,13 +148,22 @@ def test_a_folder_that_cannot_hold_a_report_is_refused_first(file, message, monk
         check(tiny("teacher"), tmp_path / "here")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [([], "torch finds no GPU here"), (["--sizes", "1.4b"], "1.3b"), (["--stages", "on-policy"], "on_policy")],
-)
-def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
+BAD = {
+    "": "torch finds no GPU here",
+    "--device cpu --sizes 1.3b": "expected size tiny",
+    "--device cpu --sizes tiny --steps 0": "at least one of each",
+    "--device cpu --sizes tiny --frames 16": "frames=16; expected 4 n",
+    "--device cpu --sizes tiny --height 100": "height=100; expected a multiple of 16",
+    "--device cpu --sizes tiny --set compiled=true steps=1": "steps among other options; the check sets it itself",
+    "--sizes 1.4b": "1.3b",
+    "--stages on-policy": "on_policy",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line(arguments, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(lambda: command(arguments)) == 2
+    assert run(lambda: command(arguments.split())) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert message in error
+    assert BAD[arguments] in error

@@ -23,6 +23,7 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.folders import make_tiny_wan
 from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.stages import STAGES, draws
@@ -305,6 +306,14 @@ def test_the_command_prints_lines_and_json(settings, capsys):
     assert "planned, not measured" in out
     assert "optimiser" in out
     assert "    --gpu rtx4090 --sharded accumulate=2: " in out  # as the command takes them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["forward", "forward-published"])
+def test_the_busiest_of_eight_gpus_does_little_more_than_the_mean(stage):
+    """Rows are dealt out by kind; over 200 steps of the recipe. The bound is a requirement, not what was read."""
+    config = load_config(["wan-1.3b", "bidirectional", stage])
+    assert 1 < plan_run(config, WAN_CLIP, gpus=8, steps=range(200), advise=False).slowest < 1.06
 
 
 # ---- docs/plan/plans.json, from which `minianyflow docs` makes the tables of docs/plan.md

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.figures import save_figure
+from minianyflow.support.figures import contact_sheet, save_figure
 from minianyflow.times import generator
-from minianyflow.video.figures import animated_png, any_step_curves, contact_sheet, player
+from minianyflow.video.figures import animated_png, any_step_curves, player
 from toy_data import blobs
 
 REPORT = {
@@ -35,14 +35,21 @@ def closed():
     plt.close("all")
 
 
-def test_a_contact_sheet_shows_the_frames_that_were_asked_for(video, tmp_path):
-    figure = contact_sheet({"data": video, "dimmed": 0.7 * video}, frames=(0, 8, 16), titles=("one", "two"))
+def test_a_contact_sheet_has_a_block_per_title_and_in_it_a_row_per_label(video, tmp_path):
+    rows, titles = {"data": video, "dimmed": 0.7 * video}, ("one", "two", "$ " * 200)
+    figure = contact_sheet(rows, titles, stills=3)
     shown = [axes.images[0].get_array() for axes in figure.axes]
-    assert len(shown) == 4
+    assert len(shown) == 6
     assert np.allclose(shown[1][:, 17:33], video[1, 8])  # row 0, clip 1, second still
-    assert np.allclose(shown[2][:, 34:], 0.7 * video[0, 16])
+    assert np.allclose(shown[3][:, 34:], 0.7 * video[0, 16])
     assert (shown[0][:, 16] == 1).all()  # the gap
-    assert save_figure(figure, tmp_path / "sheet.png").stat().st_size < 50_000
+    assert save_figure(figure, tmp_path / "sheet.png").stat().st_size < 80_000
+    figure = contact_sheet({"colour": np.ones((3, 1, 4, 8, 3))}, titles, columns=2)
+    assert [axes.get_title().count("\n") > 1 for axes in figure.axes] == [False, False, True, False]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["colour", "", "colour", ""]
+    assert [axes.axison for axes in figure.axes] == [True, True, True, False]  # no fourth block
+    assert figure.axes[2].images[0].get_array().shape == (4, 8, 3)  # of one frame one still
+    assert [tick.get_text() for tick in figure.axes[2].get_xticklabels()] == ["0"]
 
 
 def test_a_player_plays_every_frame_of_every_clip(video):
@@ -107,8 +114,7 @@ def test_the_axis_says_evaluations_only_where_steps_are_that(name, evaluations, 
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda v: contact_sheet({"data": v[:, :5]}), r"'data' of shape .* T at least 17"),
-        (lambda v: contact_sheet({"data": v[:1]}), "n at least 2"),
+        (lambda v: contact_sheet({"data": v[:1]}, ("one", "two")), "'data' of shape .* n at least 2"),
         (lambda v: animated_png(v[0]), "expected"),
         (lambda v: animated_png({"a": v, "b": v[:, :5]}), "one shape"),
         (lambda v: animated_png(torch.zeros(0, 5, 16, 16)), "n at least 1"),

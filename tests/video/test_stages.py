@@ -88,8 +88,9 @@ def test_a_dropped_prompt_is_the_null_prompt_and_changes_nothing_else(begun):
     for batch, share in ((whole, 0), (half, 0.5), (dropped, 1)):
         null, own = prompts_of(data, batch)
         assert torch.equal(own, ~null)
+        assert torch.equal(batch["dropped"], null)
         assert float(null.float().mean()) == pytest.approx(share, abs=0.2 * (share == 0.5))
-        assert all(torch.equal(batch[name], whole[name]) for name in whole if name != "condition")
+        assert all(torch.equal(batch[name], whole[name]) for name in whole if name not in ("condition", "dropped"))
 
 
 def noisy():

@@ -266,7 +266,7 @@ def test_what_is_not_finite_displaces_no_checkpoint(tmp_path, spoilt):
 
     def spoil(*_):
         if next(steps) == 3:
-            tensor = next(role.network.parameters()) if spoilt == "weight" else role.loss.diagonal_loss
+            tensor = next(role.network.parameters()) if spoilt == "weight" else role.loss.totals
             tensor.data.fill_(torch.nan)
         return False
 

@@ -62,7 +62,7 @@ def test_ours_is_the_published_one_but_for_what_is_said():
         return {name: one[name] for name in one if one[name] != other[name] and name not in ("output", "student")}
 
     ours = {"objective": "mixed", "guidance.published": False, "rebalance": False, "diagonal_time": "uniform"}
-    ours["causal.bidirectional_adds"] = False
+    ours |= {"causal.bidirectional_adds": False, "causal.coarse_patches": "lora"}
     assert differ("forward", "forward-published") == ours
     policy = {"score_time": "uniform", "shared_rollout": False, "null_prompts": "everywhere", "fake_embedders": True}
     policy = {f"on_policy.{name}": value for name, value in policy.items()}

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map
 
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data import latents as module
@@ -37,6 +38,12 @@ def folder(tmp_path):
 
 def rows_of(batch):
     return batch["x"][:, 0, 0, 0, 0].long().tolist()
+
+
+def as_drawn(*parts):
+    """The whole batch of a step, from its parts, in the order of its samples."""
+    order = torch.cat([part["place"] for part in parts]).argsort()
+    return tree_map(lambda *values: torch.cat(values)[order], *parts)
 
 
 def test_what_is_written_is_read(folder):
@@ -74,12 +81,12 @@ def test_half_precision_without_padding_on_disk_is_float32_with_padding_in_a_bat
 @pytest.mark.parametrize("rows", [1, 3, 11, 25])
 def test_every_row_once_per_epoch_whatever_the_batch(folder, rows):
     data = LatentSet(folder)
-    drawn = [row for step in range(2 * ROWS // rows + 1) for row in rows_of(data.draw(step, rows, seed=7))]
+    drawn = [row for step in range(2 * ROWS // rows + 1) for row in rows_of(as_drawn(data.draw(step, rows, seed=7)))]
     first, second = drawn[:ROWS], drawn[ROWS : 2 * ROWS]
     assert sorted(first) == sorted(second[:ROWS]) == list(range(ROWS))
     assert first != second  # another order per epoch
-    assert first == rows_of(data.draw(0, ROWS, seed=7))  # the same whatever the batch
-    assert first != rows_of(data.draw(0, ROWS, seed=8))
+    assert first == rows_of(as_drawn(data.draw(0, ROWS, seed=7)))  # the same whatever the batch
+    assert first != rows_of(as_drawn(data.draw(0, ROWS, seed=8)))
 
 
 def test_noise_times_and_order_use_random_numbers_of_their_own(folder, monkeypatch):
@@ -114,11 +121,9 @@ def test_a_batch_depends_on_its_step_alone_and_parts_read_only_their_rows(folder
     assert read == [f"{row:08d}" for row in rows_of(whole)]
     torch.manual_seed(99)
     batches = [LatentSet(folder).draw(3, 6, 5, (index, parts), **PAIRS) for index in range(parts)]
-    assert read[6:] == read[:6]
-    assert whole.keys() >= {"x", "eps", "condition", "row", "t", "r", "split", "dropped"}
-    prompt = whole.pop("condition")["prompt"]
-    assert torch.equal(torch.cat([batch.pop("condition")["prompt"] for batch in batches]), prompt)
-    assert all(torch.equal(torch.cat([batch[name] for batch in batches]), whole[name]) for name in whole)
+    assert read[6:] == [row for index in range(parts) for row in read[:6][index::parts]]
+    assert whole.keys() >= {"x", "eps", "condition", "row", "t", "r", "split", "dropped", "place"}
+    tree_map(torch.testing.assert_close, as_drawn(*batches), as_drawn(whole))
     for part in ((0, 4), (parts, parts), (-1, parts)):
         with refused(rf"part {part[0]} of {part[1]} of a batch of 6 rows; expected equal parts"):
             data.draw(0, 6, part=part)
@@ -129,17 +134,17 @@ def test_every_sample_once_per_epoch_at_any_number_of_processes_across_any_resum
 
     Noise belongs to the sample, and no two share theirs, not even of one row.
     """
-    drawn, noise = Counter(), []
+    drawn, noise = Counter(), {}
     for start, stop, processes in ((0, 4, 2), (4, 5, 1), (5, 14, 6), (14, 20, 3), (20, 22, 2)):
         data = LatentSet(folder)  # a resumed run reads the folder again
         for step in range(start, stop):
             for index in range(processes):
                 batch = data.draw(step, 6, 1, (index, processes))
                 drawn.update(rows_of(batch))
-                noise.append(batch["eps"])
+                noise |= zip((6 * step + batch["place"]).tolist(), batch["eps"], strict=True)
     assert drawn == dict.fromkeys(range(ROWS), 12)
-    noise = torch.cat(noise)
-    assert torch.equal(noise, LatentSet(folder).draw(0, 132, 1)["eps"])
+    noise = torch.stack([noise[number] for number in range(132)])
+    assert torch.equal(noise, as_drawn(LatentSet(folder).draw(0, 132, 1))["eps"])
     assert len(noise.flatten(1).unique(dim=0)) == 132
     assert abs(float(noise.mean())) < 0.05  # 12672 numbers: 0.009 by chance
     assert abs(float(noise.std()) - 1) < 0.05
@@ -180,21 +185,21 @@ BROKEN = {
 def test_a_broken_clip_is_named_or_skipped(folder, capsys, how):
     """The next row stands in for it; all others keep their numbers, for every process, before and after a resume."""
     breaks, message = BROKEN[how]
-    before = rows_of(LatentSet(folder).draw(0, ROWS))
+    before = rows_of(as_drawn(LatentSet(folder).draw(0, ROWS)))
     breaks(LatentSet(folder).path(4))
     with refused(rf"^(?=.*00000004\.safetensors).*{message}"):
         LatentSet(folder).rows([4])
     assert len(verify(folder)) == 1
     assert capsys.readouterr().err == ""
     data = LatentSet(folder, skip=1)
-    drawn = rows_of(data.draw(0, 2 * ROWS))
+    drawn = rows_of(as_drawn(data.draw(0, 2 * ROWS)))
     (line,) = capsys.readouterr().err.splitlines()  # once
     assert line.startswith("warning: ")
     assert line.endswith("; skipped, 1 of at most 1")
     assert data.broken == [data.path(4)]
     assert drawn[:ROWS] == [row + (row == 4) for row in before]
     parts = [LatentSet(folder, skip=1).draw(0, 2 * ROWS, part=(index, ROWS)) for index in range(ROWS)]
-    assert [row for batch in parts for row in rows_of(batch)] == drawn
+    assert rows_of(as_drawn(*parts)) == drawn
 
 
 def test_one_broken_clip_too_many(folder):

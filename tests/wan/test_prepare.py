@@ -139,8 +139,8 @@ def test_clips_hold_what_wans_parts_make(here, tmp_path, dtype, null):
     for number, clip in enumerate(good):
         video = to_float(read_frames(here / "videos" / clip.file, 9, 32, 48))
         assert torch.equal(latents[number], encode_video(vae, video)[0].to(dtype).float())
-    expected = encode_prompts(*parts, [clip.caption for clip in clips[:8]], LENGTH).float()
-    assert torch.equal(prompts[:7], expected[[0, *range(2, 8)]])  # clip 1 is a bad one
+    expected = [encode_prompts(*parts, [clip.caption], LENGTH).float() for clip in good]
+    assert torch.equal(prompts, torch.cat(expected))
     assert torch.equal(data.null, encode_prompts(*parts, [null], LENGTH).float())
     stored = load_file(data.path(0))
     assert stored["latents"].dtype == stored["prompt"].dtype == dtype
@@ -179,12 +179,11 @@ def test_the_disk_is_computed_and_a_dry_run_leaves_nothing(here, tmp_path, capsy
 @pytest.mark.slow
 def test_text_encoder_and_codec_take_turns_and_nothing_is_encoded_twice(here, tmp_path, monkeypatch):
     job, texts = work(here, tmp_path / "out"), []
-    encode_texts, encode_clip = Preparation._encode_texts, Preparation._encode_video
-    monkeypatch.setattr(job, "_encode_texts", lambda some: texts.append(some) or encode_texts(job, some))
+    encode_text, encode_clip = Preparation._encode_text, Preparation._encode_video
+    monkeypatch.setattr(job, "_encode_text", lambda text: texts.append(text) or encode_text(job, text))
     monkeypatch.setattr(job, "_encode_video", lambda frames: job.text_parts is None and encode_clip(job, frames))
     assert finish(job) == 13
-    captions = [clip.caption for clip in job.clips]
-    assert texts == [[WAN_NULL], captions[:8], captions[8:]]
+    assert texts == [WAN_NULL, *(clip.caption for clip in job.clips)]
     assert contents(tmp_path / "out") == contents(here / "whole")
 
 

@@ -21,7 +21,8 @@ def main(output, option):
     loss = FlowMapLoss(shares, lambda z, t, copy: mixture.velocity(z, t), rebalance=option == "rebalance")
     student = Role(MLP(seeds=(0, 1)), loss, warmup=5)
     draw = batches(mixture.sample, 1 if option == "one row" else 24, (0, 1))  # then processes differ in what they do
-    history = train_run({"student": student}, draw, 20, accelerator=accelerator, progress=False)
+    parts = 6 if option == "rebalance" and accelerator.num_processes == 2 else 1
+    history = train_run({"student": student}, draw, 20, parts, accelerator, progress=False)
     if accelerator.is_main_process:
         weights = {name: value.tolist() for name, value in student.average.module.state_dict().items()}
         kind = str(accelerator.distributed_type)

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from minianyflow.batch import Batch
+from minianyflow.batch import Batch, deal
 from minianyflow.interpolant import check_finite
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import read_json, staging_folder
@@ -119,19 +119,14 @@ class LatentSet:
         the set comes once per epoch, in another order per epoch, whatever the size of a batch. The noise of a sample
         depends on its number, the times depend on the step. `pairs` are arguments of `times.draw_pairs`; a row
         that is to be trained without its prompt still has it. `row` (B,) has the rows of the set.
-        part: (index, parts), one of so many equal parts of the batch; only its rows are read.
+        part: (index, processes), as `batch.deal` deals the rows out; only these are read. `place` (B,) has their places
+        in the batch.
         """
-        index, parts = part
-        if rows % parts or not 0 <= index < parts:
-            expected = "equal parts (processes x accumulation), counted from 0"
-            raise InputError(f"part {index} of {parts} of a batch of {rows} rows; expected {expected}")
-        own = slice(index * rows // parts, (index + 1) * rows // parts)
-        numbers = range(step * rows, (step + 1) * rows)[own]
+        times = deal(draw_pairs(rows, generator(seed, TIMES, step), **pairs), *part)
+        numbers = [step * rows + place for place in times["place"].tolist()]
         row = torch.stack([_order(len(self), seed, number // len(self))[number % len(self)] for number in numbers])
         x, prompt = self.rows(row)
         eps = torch.stack([torch.randn(self.shape, generator=generator(seed, NOISE, number)) for number in numbers])
-        times = draw_pairs(rows, generator(seed, TIMES, step), **pairs)
-        times = {name: value[own] for name, value in times.items()}
         return {"x": x, "eps": eps, "condition": {"prompt": prompt}, "row": row} | times
 
 

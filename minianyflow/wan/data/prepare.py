@@ -1,8 +1,8 @@
 """From captioned videos to a folder of latents (latents.py): the library behind the command prepare-latents.
 
 A clip is done when its file exists, so an interrupted run goes on by encoding what is missing. Processes share the
-clips by their numbers, and prompts are always encoded in the same batches: what is written depends neither on the
-number of processes nor on interruptions.
+clips by their numbers, and every prompt is encoded alone, since rounding depends on the batch: what is written depends
+neither on the number of processes nor on interruptions.
 """
 
 import hashlib
@@ -39,8 +39,7 @@ from minianyflow.wan.folders import encode_prompts, encode_video, is_folder, loa
 from minianyflow.wan.prefetch import prefetch
 
 SKIPPED = "skipped.jsonl"  # which clips were skipped, and why
-BATCH = 8  # prompts that are encoded together; fixed, because rounding depends on it
-ROUND = 128  # batches of prompts that are in memory while their videos are encoded
+ROUND = 1024  # prompts that are in memory while their videos are encoded
 TIMED = 8  # clips that are encoded to estimate the disk and the time for all
 HEADER = 500  # bytes of a clip's file beside its numbers, about
 SKIP, FEW = 0.1, 20  # this share of the clips may be skipped, or a few; more means that videos are gone
@@ -130,11 +129,11 @@ class Preparation:
         few = pending[:: -(-len(pending) // TIMED)]
         for numbers in (few[:1], few):  # the first one loads the models
             start = time.perf_counter()
-            prompts = self._encode_texts([self.clips[number].caption for number in numbers])
+            prompts = [self._encode_prompt(number) for number in numbers]
             for _ in self._encode_videos(numbers):
                 pass
         seconds = (time.perf_counter() - start) / len(few)
-        tokens = sum(map(torch.numel, map(without_padding, prompts))) / len(few)
+        tokens = sum(map(torch.numel, prompts)) / len(few)
         size = len(pending) * (HEADER + self.dtype.itemsize * (math.prod(self.shape) + tokens))
         place = next(folder for folder in (self.output.absolute(), *self.output.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free
@@ -150,45 +149,36 @@ class Preparation:
 
         The text encoder and the codec take turns in memory, as UMT5 is large.
         """
-        own, skipped = {}, []  # the clips to encode per batch of prompts
-        for number in pending:
-            if number // BATCH % self.part[1] == self.part[0]:
-                own.setdefault(number // BATCH, []).append(number)
-        if self.part[0] == 0 and not (self.output / NULL).exists():
-            null = self._encode_texts([self.options.null])
-            self._write(NULL, file_bytes({"prompt": null}, self.options.null))
-        with tqdm(total=sum(map(len, own.values())), unit="clip", mininterval=0.5, disable=self.part[0] > 0) as bar:
-            for start in range(0, len(own), ROUND):
-                batches = list(own)[start : start + ROUND]
+        index, parts = self.part
+        own, skipped = [number for number in pending if number % parts == index], []
+        if index == 0 and not (self.output / NULL).exists():
+            self._write(NULL, file_bytes({"prompt": self._encode_text(self.options.null)}, self.options.null))
+        with tqdm(total=len(own), unit="clip", mininterval=0.5, disable=index > 0) as bar:
+            for numbers in (own[start : start + ROUND] for start in range(0, len(own), ROUND)):
                 bar.set_description("prompts")
-                prompts = self._encode_prompts(batches)
+                prompts = {number: self._encode_prompt(number) for number in numbers}
                 self.text_parts = None
                 bar.set_description("videos")
-                for number, latents in self._encode_videos([number for batch in batches for number in own[batch]]):
+                for number, latents in self._encode_videos(numbers):
                     if isinstance(latents, str):
                         skipped.append({"number": number, "file": self.clips[number].file, "reason": latents})
-                        self._check_skipped(skipped, -(-(number + 1) // self.part[1]))
+                        self._check_skipped(skipped, -(-(number + 1) // parts))
                     else:
                         tensors = {"latents": latents, "prompt": prompts[number]}
                         self._write(clip_name(number), file_bytes(tensors, self.clips[number].caption))
                     bar.update()
         return skipped
 
-    def _encode_prompts(self, batches):
-        """{number: prompt (L', D)} of whole batches."""
-        prompts = {}
-        for batch in batches:
-            numbers = range(len(self.clips))[batch * BATCH :][:BATCH]
-            encoded = self._encode_texts([self.clips[number].caption for number in numbers])
-            prompts |= {number: without_padding(prompt) for number, prompt in zip(numbers, encoded, strict=True)}
-        return prompts
+    def _encode_prompt(self, number):
+        """A clip's prompt (L', D)."""
+        return without_padding(self._encode_text(self.clips[number].caption)[0])
 
-    def _encode_texts(self, texts):
-        """Prompts (B, L, D) on the CPU."""
+    def _encode_text(self, text):
+        """A prompt (1, L, D) on the CPU."""
         if self.text_parts is None:
             tokenizer, text_encoder = load_parts(self.source, "tokenizer", "text_encoder", dtype=self.dtype)
             self.text_parts = tokenizer, text_encoder.to(self.device)
-        return encode_prompts(*self.text_parts, texts, self.options.length).to(self.dtype).cpu()
+        return encode_prompts(*self.text_parts, [text], self.options.length).to(self.dtype).cpu()
 
     def _encode_videos(self, numbers) -> Iterator[tuple[int, Tensor | str]]:
         """(number, latents (F, C, h, w) or the reason why there are none); the next clip is read meanwhile."""

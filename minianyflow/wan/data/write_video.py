@@ -4,20 +4,19 @@ Videos are (B, T, 3, H, W) in [0, 1], as the codec decodes them; values outside 
 """
 
 import re
-import textwrap
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from minianyflow.support.errors import InputError
+from minianyflow.support.figures import contact_sheet
 from minianyflow.support.files import staging_folder
 from minianyflow.wan.data.options import FPS
 
-STILLS = 5  # per clip, on the sheet beside written clips
-STILL, GAP, FONT = 240, 6, 30  # the longer side of a still, the gap between two, the size of text; in pixels
+STILL, LARGEST = 2.4, 60_000  # inches: its longer side; pixels: of a sheet, for matplotlib draws no more than 2^16
 
 
 def write_clips(folder: str | Path, clips: dict[str, Tensor], prompts: list[str], fps: float = FPS) -> None:
@@ -36,7 +35,8 @@ def write_clips(folder: str | Path, clips: dict[str, Tensor], prompts: list[str]
         for label, video in videos.items():
             for number, clip in enumerate(video):
                 _write(inside / f"{names[label]}-{number}.mp4", clip, fps)
-        _draw_sheet(videos, prompts, STILLS, columns=1).save(inside / "sheet.png")
+        sheet = clip_sheet(clips, prompts, stills=5, columns=1)
+        sheet.savefig(inside / "sheet.png", dpi=min(100, LARGEST / max(sheet.get_size_inches())))
 
 
 def write_clip(path: str | Path, clip: Tensor, fps: float = FPS) -> None:
@@ -44,52 +44,10 @@ def write_clip(path: str | Path, clip: Tensor, fps: float = FPS) -> None:
     _write(Path(path), _to_bytes(Path(path).name, clip[None], 1)[0], fps)
 
 
-def clip_sheet(clips: dict[str, Tensor], prompts: list[str], group: int = 1) -> Image.Image:
-    """A picture of {label: video (B, T, 3, H, W)}: a row per label, prompts side by side.
-
-    Three stills per clip: its start, middle and end. group: number of rows that stand together.
-    """
-    videos = {label: _to_bytes(label, video, len(prompts)) for label, video in clips.items()}
-    return _draw_sheet(videos, prompts, 3, len(prompts), group)
-
-
-def _draw_sheet(videos, prompts, count, columns, group=1):
-    """`count` stills per clip: a block per prompt, `columns` blocks side by side, in each a row per label."""
-    font, pen = ImageFont.load_default(FONT), ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    rows = {label: [_stills(clip, count) for clip in video] for label, video in videos.items()}
-    clips = [stills for clips in rows.values() for stills in clips]
-    wide, tall = (max(side) for side in zip(*(still.size for stills in clips for still in stills), strict=True))
-    block = max(map(len, clips)) * (wide + GAP)
-    letters = max(int(block / pen.textlength("n", font)), 20)
-    titles = [textwrap.fill(" ".join(str(prompt).split()) or "(no prompt)", letters) for prompt in prompts]
-    boxes = [[pen.multiline_textbbox((0, 0), str(text), font) for text in texts] for texts in (titles, rows)]
-    head, left = round(max(box[3] for box in boxes[0])) + 3 * GAP, round(max(box[2] for box in boxes[1])) + 3 * GAP
-    high = head + len(rows) * (tall + GAP) + (len(rows) - 1) // group * 3 * GAP
-    across, down = block + 3 * GAP, high + 3 * GAP  # from one block to the next
-    width = max(left + columns * across, left + round(max(box[2] for box in boxes[0])) + 2 * GAP)
-    sheet = Image.new("RGB", (width, -(-len(prompts) // columns) * down - 3 * GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, title in enumerate(titles):
-        x, y = left + number % columns * across, number // columns * down
-        pen.multiline_text((x, y + GAP), title, "black", font)
-        for row, (label, clips) in enumerate(rows.items()):
-            top = y + head + row * (tall + GAP) + row // group * 3 * GAP
-            if number % columns == 0:
-                pen.multiline_text((x - 2 * GAP, top + tall // 2), str(label), "black", font, "rm", align="right")
-            for column, still in enumerate(clips[number]):
-                sheet.paste(still, (x + column * (wide + GAP), top))
-    return sheet
-
-
-def _stills(clip, count):
-    """`count` pictures of bytes (T, H, W, 3), evenly in time, both ends among them."""
-    height, width = clip.shape[1:3]
-    scale = STILL / max(height, width)
-    scale = max(1, int(scale)) if scale >= 1 else scale  # small ones grow by whole pixels
-    size, how = (round(width * scale), round(height * scale)), Image.Resampling.NEAREST
-    how = Image.Resampling.LANCZOS if scale < 1 else how
-    times = np.unique(np.linspace(0, len(clip) - 1, count).round().astype(int))
-    return [Image.fromarray(clip[time]).resize(size, how) for time in times]
+def clip_sheet(clips: dict[str, Tensor], prompts: list[str], stills: int = 3, columns: int | None = None) -> Figure:
+    """A picture of {label: video (B, T, 3, H, W)}: a block per prompt and in it a row per label."""
+    rows = {label: _to_bytes(label, video, len(prompts)) / 255 for label, video in clips.items()}
+    return contact_sheet(rows, [prompt.strip() or "(no prompt)" for prompt in prompts], stills, columns, STILL)
 
 
 def _to_bytes(label, video, count):
