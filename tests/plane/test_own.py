@@ -191,7 +191,7 @@ def tiny(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_table_in_three_dimensions_goes_through_the_demo(tiny, tmp_path, capsys):
     (tmp_path / "helix.csv").write_text("x,y,z\n" + rows(helix(300, generator(0)) * 100))
-    arguments = ["--data", str(tmp_path / "helix.csv"), "--steps", "40", "--seeds", "0,1", "--quiet"]
+    arguments = ["--data", str(tmp_path / "helix.csv"), "--evaluations", "25000", "--seeds", "0,1", "--quiet"]
     assert commands.demo([*arguments, "--output", str(tiny)]) == 0
     report, said = json.loads((tiny / "any_step.json").read_text()), capsys.readouterr().out
     assert (report["dataset"], report["truth"], len(report["mean"])) == ("helix.csv", "fitted", 3)
