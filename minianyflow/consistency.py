@@ -2,6 +2,7 @@
 
 Discrete (Consistency Models, algorithm 2): the teacher takes one step from t_n to t_{n-1} on a grid of N times; the
 target is the end point that the averaged student predicts from there.
+Step: the same step, of the length 1/N, from any time t.
 Continuous (sCM, section 3): the limit N -> infinity; the tangent is normalised and warmed up, for stability.
 f(z, 0) = z by construction. Letters and types: notation.py.
 """
@@ -36,11 +37,21 @@ def consistency_target(
 
 @torch.no_grad()
 def continuous_target(
-    u: Network, z: State, t: Times, v: State, warm: float = 1.0, derivative: str = "difference", delta: float = DELTA
+    u: Network,
+    z: State,
+    t: Times,
+    v: State,
+    warm: float = 1.0,
+    derivative: str = "difference",
+    delta: float = DELTA,
+    now: State | None = None,
 ) -> State:
-    """u + g / (|g| + 0.1), with the tangent g = (v - u) - warm t du/dt, normalised per row; warm grows 0 to 1."""
+    """u + g / (|g| + 0.1), with the tangent g = (v - u) - warm t du/dt, normalised per row; warm grows 0 to 1.
+
+    now: u(z, t, 0), if it is known: one evaluation less.
+    """
     end = torch.zeros_like(t)
-    now = u(z, t, end)
+    now = u(z, t, end) if now is None else now
     tangent = (1 - warm) * v + warm * eulerian_target(u, z, t, end, v, derivative, delta) - now
     size = tangent.flatten(1).norm(dim=1) / tangent[0].numel() ** 0.5  # (B,), root mean square where sCM has the norm
     return now + tangent / broadcast_time(size + 0.1, z)
@@ -48,11 +59,12 @@ def continuous_target(
 
 @dataclass
 class ConsistencyLoss:
-    """velocity: `velocity(z, t)` of the teacher. average: the averaged student (discrete form only).
+    """velocity: `velocity(z, t)` of the teacher. average: the averaged student (not in the continuous form).
 
-    form: "discrete" on a grid of `grid` times, or "continuous", with the tangent warmed up over `warmup` calls, one
-    per micro-batch. weight: the weight of a row's squared error, a function of its t. adaptive: see
-    `objectives.adaptive_weight`. Raises InputError for an unknown form, and a discrete one without average or grid.
+    form: "discrete" on a grid of `grid` times; "step", 1/`grid` long, from any time; or "continuous", with the tangent
+    warmed up over `warmup` calls, one per micro-batch. weight: the weight of a row's squared error, a function of its
+    t. adaptive: see `objectives.adaptive_weight`.
+    Raises InputError for an unknown form, and for one by steps without average or grid.
     """
 
     velocity: Velocity
@@ -66,9 +78,9 @@ class ConsistencyLoss:
     calls: int = 0
 
     def __post_init__(self):
-        discrete = choose("form", self.form, {"discrete": True, "continuous": False})
-        if discrete and (self.average is None or self.grid < 1):
-            raise InputError("discrete consistency distillation needs average=, an EMA of the student, and grid >= 1")
+        stepping = choose("form", self.form, {"discrete": True, "step": True, "continuous": False})
+        if stepping and (self.average is None or self.grid < 1):
+            raise InputError("consistency distillation by steps needs average=, an EMA of the student, and grid >= 1")
 
     def state_dict(self) -> dict[str, Tensor]:
         """The number of calls so far, for the warm-up."""
@@ -85,15 +97,16 @@ class ConsistencyLoss:
         """
         t, condition = batch["t"], batch.get("condition", {})
         if self.form == "discrete":
-            index = (t * self.grid).ceil().clamp(min=1)
-            t, s = index / self.grid, (index - 1) / self.grid
-            z = interpolate(batch["x"], batch["eps"], t)
+            t = (t * self.grid).ceil().clamp(min=1) / self.grid
+        z = interpolate(batch["x"], batch["eps"], t)
+        out = u(z, t, torch.zeros_like(t), **condition)
+        if self.form != "continuous":
+            s = (t - 1 / self.grid).clamp(min=0)
             target = consistency_target(self.average, z, t, s, self.velocity, self.solver, **condition)
         else:
             self.calls += 1
-            z, warm = interpolate(batch["x"], batch["eps"], t), min(1.0, self.calls / self.warmup)
-            v = self.velocity(z, t, **condition)
-            target = continuous_target(partial(u, **condition), z, t, v, warm)
-        error = (u(z, t, torch.zeros_like(t), **condition) - target).square().flatten(1).mean(1)
+            warm, v = min(1.0, self.calls / self.warmup), self.velocity(z, t, **condition)
+            target = continuous_target(partial(u, **condition), z, t, v, warm, now=out.detach())
+        error = (out - target).square().flatten(1).mean(1)
         loss = self.weight(t) * error * adaptive_weight(error, self.adaptive)
         return loss, {"consistency": error.detach().mean()}

@@ -154,7 +154,7 @@ class FlowMapLoss:
     velocity: that of a teacher or of exact truth; None takes the data velocity eps - x. weight: the weight of a row,
     a function of its t. adaptive: see `adaptive_weight`. rebalance: see `rebalanced`. derivative, delta: see
     `eulerian_target`. step: the longest step of the teacher. through_end: Lagrangian rows take the gradient through
-    d/dr Phi too, see `lagrangian_sides`.
+    d/dr Phi too, see `lagrangian_sides`. average: the network that makes the targets, if not the student itself.
     Raises InputError for shares, guidance and velocity that do not go together.
     """
 
@@ -168,6 +168,7 @@ class FlowMapLoss:
     rebalance: bool = False
     step: float = 1 / 16
     through_end: bool = False
+    average: Network | None = None
     totals: Tensor | None = field(default=None, init=False)  # of `rebalanced`, up to this micro-batch
 
     def __post_init__(self):
@@ -176,7 +177,9 @@ class FlowMapLoss:
         if self.shares and not (min(self.shares.values()) >= 0 and sum(self.shares.values()) > 0):
             raise InputError(f"shares {dict(self.shares)}; expected shares that are not negative and not all zero")
         if {"lagrangian", "teacher_step"} & set(self.shares) and self.velocity is None:
-            raise InputError("this target needs velocity=, a teacher's or the exact one, of all states")
+            raise InputError(
+                "Lagrangian targets and a teacher's step need velocity=, a teacher's or the exact one, of all states"
+            )
         if self.guidance and self.guidance.published and set(self.shares) - {"eulerian"}:
             raise InputError(f"published guidance is for the Eulerian target alone; got {', '.join(self.shares)}")
 
@@ -195,7 +198,7 @@ class FlowMapLoss:
         out, target = torch.empty_like(z), torch.empty_like(z)
         rest = torch.ones_like(t, dtype=torch.bool)  # rows whose output does not come with their target
         for name, rows in kinds.items():
-            target[rows], now = self._target(name, u, batch, rows, z[rows])
+            target[rows], now = self._target(name, self.average or u, batch, rows, z[rows])
             if now is not None:
                 out[rows], rest[rows] = now, False
         rest = rest.nonzero().squeeze(1)

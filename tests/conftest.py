@@ -42,9 +42,9 @@ def tiny_demo(tmp_path_factory):
     from minianyflow.plane import commands, race
 
     folder = tmp_path_factory.mktemp("demo")
-    arguments = ["--steps", "60", "--seeds", "4,5", "--quiet", "--output", str(folder)]
+    arguments = ["--evaluations", "30000", "--seeds", "4,5", "--quiet", "--output", str(folder)]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        for name, value in {"POINTS": 256, "PIECE": 128, "NFE": (1, 2, 4, 16, 64)}.items():
+        for name, value in {"POINTS": 256, "PIECE": 128, "NFE": (1, 2, 4, 16, 64), "DRAWS": 2}.items():
             patch.setattr(race, name, value)
         patch.setattr(
             race, "run_jobs", lambda jobs, workers: {name: job(*given) for name, (job, given) in jobs.items()}

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
     ("argv", "words"),
     [
         (["demo", "--dataset", "spirla"], "did you mean 'spiral'"),
-        (["demo", "--steps", "0"], "at least one"),
+        (["demo", "--evaluations", "0"], "at least one"),
         (["demo", "--seeds", "a,b"], "0,1,2"),
         (["demo", "--seeds", "1,1"], "different"),
         (["demo", "--workers", "0"], "at least 1"),
-        (["demo", "--steps", "many"], "--help"),
+        (["demo", "--evaluations", "many"], "--help"),
         (["video", "--nfe", "1,four"], "argument --nfe: '1,four'"),
         (["video", "--nfe", "0,1"], "expected 1 or more"),
         (["video", "--nfe", "32,64"], "causal take those"),

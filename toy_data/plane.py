@@ -21,6 +21,21 @@ def ring8():
     return GaussianMixture(1.5 * torch.stack([angle.cos(), angle.sin()], 1), 0.08)
 
 
+def skewed_ring():
+    """The same eight blobs with shares of 1/36 to 8/36."""
+    ring = ring8()
+    return GaussianMixture(ring.means, ring.sigma, torch.arange(1.0, 9.0))
+
+
+def rings():
+    """Three circles of radius .6, 1.2 and 1.8, 14, 28 and 42 components on them; sigma .06."""
+    angles = {
+        radius: torch.arange(count) * (2 * math.pi / count) for radius, count in ((0.6, 14), (1.2, 28), (1.8, 42))
+    }
+    circles = [radius * torch.stack([angle.cos(), angle.sin()], 1) for radius, angle in angles.items()]
+    return GaussianMixture(torch.cat(circles), 0.06)
+
+
 def spiral():
     """Two arms, each the other's mirror image through the origin; 100 components, sigma .05, spread about 1."""
     angle = 2.5 * math.pi * torch.linspace(0.15, 1, 50).sqrt()
@@ -36,7 +51,7 @@ def checkerboard():
     return GaussianMixture(torch.stack(means), 0.06)
 
 
-DATASETS = {"spiral": spiral, "ring8": ring8, "checkerboard": checkerboard}
+DATASETS = {target.__name__: target for target in (spiral, ring8, checkerboard, rings, skewed_ring)}
 
 
 What = str | Path | Callable | GaussianMixture | Sampled  # a target, or what one is made of

@@ -30,7 +30,11 @@ def _peers(report, *targets):
 _TABLES, _VIDEO = "minianyflow.course.tables:", "video/any_step.json"
 TABLES = {  # {page: {name: arguments of `table`}}
     "README.md": {"any_step": (_TABLES + "text_block", "plane/any_step.json")},
-    "docs/plane.md": {"ablation": (_TABLES + "text_block", "plane/ablation.json")},
+    "docs/plane.md": {
+        "ablation": (_TABLES + "text_block", "plane/ablation.json"),
+        "fresh": (_TABLES + "text_block", "plane/fresh.json"),
+        "fresh_path": (_TABLES + "path_block", "plane/fresh.json"),
+    },
     "docs/video.md": {
         "any_step": (_TABLES + "video_table", _VIDEO),
         "costs": (_TABLES + "video_costs", _VIDEO),

@@ -17,6 +17,11 @@ def text_block(report: dict) -> str:
     return f"```text\n{text_table(report)}\n```"
 
 
+def path_block(report: dict) -> str:
+    """Path errors of the plane as a block of text."""
+    return f"```text\n{text_table(report, 'path_error')}\n```"
+
+
 def video_table(report: dict) -> str:
     """Sliced W2 at every step count: the mean, and the range over seeds where there are several."""
     methods = {name: method for name, method in report["methods"].items() if not name.startswith("causal")}

@@ -28,7 +28,7 @@ FINE = 64  # steps of the exact paths; the times of the triangle lie on this gri
 TRIANGLE = {"kind": "triangle", "snap": FINE}
 DATASETS = ("spiral", "ring8")  # those with committed students
 LABELS = {method: label.replace("\n", " ") for method, label in LABELS.items()}
-MAPS = {LABELS[method]: method for method in ("mixed", *FLOW_MAPS)}  # the students that are flow maps
+MAPS = {LABELS[method]: method for method in ("teacher_step", *FLOW_MAPS)}  # the students that are flow maps
 
 
 @cache

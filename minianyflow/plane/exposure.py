@@ -7,7 +7,6 @@ Trained on true pasts (teacher forcing) a student meets its own errors only when
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from minianyflow.plane.circle_student import (
     sample_clips,
     simulate,
 )
+from minianyflow.plane.costs import counted, spent, step_cost
 from minianyflow.plane.students import frozen, read_copy, save_copies
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
@@ -108,29 +108,6 @@ def make_arm(arm: str, network: CausalMLP, process: CircleProcess, seeds: Sequen
     }
     draw = draw_clips(process, budget.clips, seeds, budget.simulated)
     return roles, draw, {"student": student, "fake_score": fake, "exact": counter}
-
-
-def counted(velocity: Callable) -> tuple[Callable, EvaluationCounter]:
-    """An exact velocity(z, t, **condition) that counts its evaluations, and the counter."""
-    counter = EvaluationCounter(lambda z, t, r, **condition: velocity(z, t, **condition))
-    return lambda z, t, **condition: counter(z, t, t, **condition), counter
-
-
-def spent(counters: dict[str, EvaluationCounter]) -> dict:
-    """The evaluations so far, for all seeds: by name, and the sum, where a backward counts as two forwards."""
-    total = sum(counter.rows + 2 * counter.with_grad for counter in counters.values())
-    by_name = {name: {"forwards": one.rows, "backwards": one.with_grad} for name, one in counters.items()}
-    return {"evaluations": total, **by_name}
-
-
-def step_cost(roles: dict[str, Role], draw: Callable, counters: dict[str, EvaluationCounter], probes: int = 8) -> float:
-    """The mean evaluations of a step, from the losses of the first ones; the counters start again at zero."""
-    for role, step in product(roles.values(), range(probes)):
-        role.loss(role.network, draw(step))
-    cost = spent(counters)["evaluations"] / probes
-    for counter in counters.values():
-        counter.rows = counter.with_grad = 0
-    return cost
 
 
 @torch.no_grad()

@@ -31,11 +31,11 @@ class Learnt(Sampled):
 
 
 def learn(law: Sampled, budget: Budget, quiet: bool = True, position: int = 0) -> Learnt:
-    """Flow matching on the samples: a network twice as wide as a student's, four times its rows, as many steps."""
+    """Flow matching on the samples: a network twice as wide as a student's, four times its rows, like steps."""
     torch.set_num_threads(1)
     network = MLP(law.shape, 2 * budget.width, budget.depth)
     teacher = Role(network, FlowMapLoss({}, weight=torch.ones_like), lr=budget.lr, ema=0.99)
     draw = batches(law.sample, 4 * budget.rows, diagonal=1.0, end=0.0)
     bar = {"desc": "learning the velocity", "position": position, "disable": quiet or None}
-    train({"teacher": teacher}, draw, budget.steps, progress=bar)
+    train({"teacher": teacher}, draw, max(1, budget.evaluations // (5 * budget.rows)), progress=bar)
     return Learnt(law.rows, frozen(teacher.average.module, teacher.average.module.state_dict()))

@@ -6,6 +6,7 @@ Every student has the same network, data, exact teacher and number of evaluation
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
+from minianyflow.plane.costs import counted, spent, step_cost
 from minianyflow.plane.learnt import learn
 from minianyflow.plane.students import METHODS, Budget, load_student, sample, save_copies  # noqa: F401 (of the course)
 from minianyflow.samplers import sample_ode
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
-from minianyflow.support.reports import mean, rounded, write_report
+from minianyflow.support.reports import rounded, write_report
 from minianyflow.support.reports import text_table as table  # noqa: F401 (of the course)
 from minianyflow.times import generator, time_grid
 from minianyflow.training import Role, train
@@ -33,77 +35,100 @@ from toy_data.own import Target
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)
 POINTS = 8192  # of the measure: fewer would measure the sampling noise
-DRAWS = 4  # of fresh noise for a sampler that re-noises, pooled for a second reading: one alone reads mostly that noise
+DRAWS = 8  # of fresh noise for a sampler that re-noises, pooled for a second reading: one alone reads mostly that noise
 PIECE = 1024  # points sampled together: they stay in the processor's cache; a picture shows one piece
 SHOWN = (1, 4, 16, 64)
-ADAPTIVE = {"lagrangian": 0.25}  # 0.5 for the others, who are worse with 1/4; 0 and 1 were tried for it
+SETTINGS = {  # one change at a time: docs/plane.md
+    "lagrangian": {"shares": FLOW_MAPS["lagrangian"], "adaptive": 0.25},
+    "teacher_step": {"shares": {"teacher_step": 1.0}, "diagonal": 0.25, "end": 0.4375},
+    # a row has one time; ema: the target's and of what one samples from
+    "consistency": {"form": "step", "grid": 16, "solver": "heun", "weight": torch.ones_like}
+    | {"diagonal": 1.0, "end": 0.0, "ema": 0.5},
+}
 BUDGET = Budget()
 
 
-def make_student(method: str, dataset: str, seeds: Sequence[int], budget: Budget, **changes) -> tuple[Role, Callable]:
-    """The role of one method, and `draw(step)`, the batches that it trains on.
+def make_student(
+    method: str, dataset: str, seeds: Sequence[int], budget: Budget, **changes
+) -> tuple[Role, Callable, dict[str, EvaluationCounter]]:
+    """The role of one method, `draw(step)`, the batches that it trains on, and the counters of its evaluations.
 
-    changes: for the ablation, to the options of the loss, to the pairs of times (`diagonal`, `end`), or to `ema`.
+    changes: for the ablation, to SETTINGS, which are options of the loss and of the pairs of times drawn, and `ema`.
+    wrap(loss): a loss around it. average_teaches: targets are made by the averaged student.
     """
     mixture = plane.load(dataset)
     choose("method", method, dict.fromkeys(METHODS[1:]))
-
-    def velocity(z, t, copy=None):  # the exact teacher, the same for every copy
-        return mixture.velocity(z, t)
-
-    pairs = {"diagonal": changes.pop("diagonal", 0.5), "end": changes.pop("end", 0.25)}
+    velocity, teacher = counted(lambda z, t, copy=None: mixture.velocity(z, t))  # exact, the same for every copy
     network = EvaluationCounter(MLP(mixture.shape, budget.width, budget.depth, seeds))
-    ema = changes.pop("ema", 0.5 if method == "consistency" else 0.999)  # the target's, and of what one samples from
-    student = Role(network, lr=budget.lr, ema=ema)
-    if method == "consistency":  # one change at a time: docs/plane.md
-        options = {"grid": 16, "solver": "heun", "weight": torch.ones_like, "adaptive": 0.5}
-        student.loss = ConsistencyLoss(velocity, student.average, **options | changes)
-        pairs = {"diagonal": 1.0, "end": 0.0}  # a row has one time
-    else:
-        options = {"shares": FLOW_MAPS[method], "velocity": velocity, "adaptive": ADAPTIVE.get(method, 0.5)}
-        student.loss = FlowMapLoss(**options | changes)
-    return student, batches(mixture.sample, budget.rows, seeds, **pairs)
+    settings = {"velocity": velocity} | SETTINGS.get(method, {"shares": FLOW_MAPS.get(method)}) | changes
+    pairs = {"diagonal": settings.pop("diagonal", 0.5), "end": settings.pop("end", 0.25)}
+    ema, wrap = settings.pop("ema", budget.ema), settings.pop("wrap", None)
+    student = Role(network, lr=budget.lr, muon=budget.muon, ema=ema)
+    if method == "consistency" or settings.pop("average_teaches", False):
+        settings["average"] = student.average
+    student.loss = (ConsistencyLoss if method == "consistency" else FlowMapLoss)(**{"adaptive": 0.5} | settings)
+    student.loss = wrap(student.loss) if wrap else student.loss
+    counters = {"student": network, "average": student.average.module, "teacher": teacher}
+    return student, batches(mixture.sample, budget.rows, seeds, **pairs), counters
 
 
-def sample_all(method: str, network, dataset: str, copies: int, bar: dict) -> tuple[dict, dict, dict]:
-    """Sample at every step count, all copies from the same noises, and measure against the data.
+def train_method(
+    method, dataset, seeds, budget, progress=True, log_every=100, **changes
+) -> tuple[Role, list[dict], dict]:
+    """Train one method until its budget is spent: the role, its history, and the cost in steps and evaluations.
+
+    changes: as for `make_student`; and warp(batch, progress), of a batch, progress from 0 to 1.
+    """
+    warp = changes.pop("warp", lambda batch, progress: batch)
+    student, draw, counters = make_student(method, dataset, seeds, budget, **changes)
+    steps = max(1, round(budget.evaluations * len(seeds) / step_cost({"student": student}, draw, counters)))
+    options = {"progress": progress, "log_every": log_every}
+    history = train({"student": student}, lambda step: warp(draw(step), step / steps), steps, **options)
+    return student, history, {"steps": steps, **spent(counters)}
+
+
+def sample_all(
+    method: str, network, dataset: str, copies: int, bar: dict, counts: Sequence[int] = NFE, draws: int = DRAWS
+) -> tuple[dict, dict, dict]:
+    """Sample at all step `counts`, all copies from the same noises, and measure against the data.
 
     Returns {nfe: ends (copies, POINTS, D)}; {"sliced_w2": {nfe: [value per copy]}}, with "sliced_w2_pooled" for a
     sampler that re-noises; and for SHOWN {nfe: paths (nfe + 1, PIECE, D) of the first copy}.
     """
     condition = {"copy": torch.arange(copies).repeat(PIECE)} if copies > 1 else {}
     reference, _ = references(dataset)
+    pieces = list(enumerate(sobol_noise(POINTS, reference.shape[1:]).split(PIECE)))
     ends, paths, renoised = {}, {}, method == "consistency"
-    distances = {name: {} for name in ("sliced_w2", "sliced_w2_pooled")[: 1 + renoised]}
-    for nfe in tqdm(NFE, unit="sampler", **bar):
-        pieces = [
-            sample(method, network, dataset, z.repeat_interleave(copies, 0), nfe, draw * POINTS + start, **condition)
-            for draw in range(DRAWS if renoised and nfe > 1 else 1)
-            for start, z in enumerate(sobol_noise(POINTS, reference.shape[1:]).split(PIECE))
-        ]
-        last = [piece[-1] for piece in pieces]
+    distances = {name: {} for name in ("sliced_w2", "sliced_w2_pooled")[: 1 + (renoised and draws > 1)]}
+    for nfe in tqdm(counts, unit="sampler", **bar):
+        last = []
+        for draw, (start, z) in product(range(draws if renoised and nfe > 1 else 1), pieces):
+            z = z.repeat_interleave(copies, 0)
+            path = sample(method, network, dataset, z, nfe, draw * POINTS + start, **condition)
+            last.append(path[-1])
+            if nfe in SHOWN and len(last) == 1:
+                paths[nfe] = path[:, ::copies].numpy()
         pooled = rearrange(last, "piece (point copy) d -> copy (piece point) d", copy=copies)
         ends[nfe] = pooled[:, :POINTS].contiguous()
         for name, samples in zip(distances, (ends[nfe], pooled), strict=False):
             distances[name][nfe] = [sliced_w2(of_copy, reference) for of_copy in samples]
-        if nfe in SHOWN:
-            paths[nfe] = pieces[0][:, ::copies].numpy()
     return ends, distances, paths
 
 
-def run_method(method, dataset, seeds, budget, changes, quiet, position=0) -> dict:
+def run_method(method, dataset, seeds, budget, changes, quiet, counts, draws, position=0) -> dict:
     """Train one method (Euler has nothing to train), sample and measure it; on one thread, in a process of its own."""
     torch.set_num_threads(1)
     bar = {"position": position, "disable": quiet or None}  # None: shown where there is a terminal
-    network, seconds, evaluations, weights = None, 0.0, 0, None
+    network, cost, weights = None, {"train_seconds": 0.0, "steps": 0, "evaluations": 0}, None
     if method != "euler":
-        student, draw = make_student(method, dataset, seeds, budget, **changes)
-        start = time.perf_counter()
-        train({"student": student}, draw, budget.steps, progress={"desc": f"training {method}", **bar})
-        seconds, network = time.perf_counter() - start, student.average.module
-        evaluations, weights = student.network.rows + network.rows, network.network.state_dict()
-    cost = {"train_seconds": round(seconds, 1), "network_evaluations": evaluations}
-    sampled = sample_all(method, network, dataset, len(seeds) if network else 1, {"desc": f"sampling {method}", **bar})
+        start = time.process_time()
+        student, _, cost = train_method(
+            method, dataset, seeds, budget, {"desc": f"training {method}", **bar}, **changes
+        )
+        network, cost = student.average.module, {"train_seconds": round(time.process_time() - start, 1), **cost}
+        weights = network.network.state_dict()
+    bar |= {"desc": f"sampling {method}"}
+    sampled = sample_all(method, network, dataset, len(seeds) if network else 1, bar, counts, draws)
     return {"sampled": sampled, "cost": cost, "weights": weights}
 
 
@@ -122,25 +147,32 @@ def references(dataset: str) -> list[Tensor]:
     return [plane.load(dataset).sample_stratified(POINTS, source) for _ in range(2)]
 
 
-def floors(dataset: str, exact_ends: Tensor) -> dict:
-    """What the measure reads without any error: data against data, a perfect re-noised sampler, the exact flow."""
-    mixture, (reference, other) = plane.load(dataset), references(dataset)
-    fresh = [mixture.sample(DRAWS * POINTS, generator(1, draw)) for draw in range(8)]
-    one, pooled = (mean(sliced_w2(sample[:n], reference) for sample in fresh) for n in (POINTS, DRAWS * POINTS))
-    return {
-        "reference_floor": {"sliced_w2": sliced_w2(reference, other)},
-        "fresh_noise": {"sliced_w2": one, "sliced_w2_pooled": pooled},
-        "exact_flow": {"sliced_w2": sliced_w2(exact_ends, reference)},
+def floors(dataset: str, position: int = 0) -> dict:
+    """What the measure reads without any error, several times each, with other noises or other samples.
+
+    The exact flow; a perfect re-noised sampler, one draw, and DRAWS of them pooled; data against data.
+    """
+    torch.set_num_threads(1)
+    mixture, (reference, _) = plane.load(dataset), references(dataset)
+    noises = [sobol_noise(POINTS, mixture.shape, seed) for seed in range(5)]
+    fresh = [mixture.sample(DRAWS * POINTS, generator(1, draw)) for draw in range(5)]
+    samples = {
+        "exact flow": [sample_ode(mixture.velocity, z, time_grid(1))[-1] for z in noises],
+        "fresh noise": [sample[:POINTS] for sample in fresh],
+        "fresh noise, pooled": fresh,
+        "data": [mixture.sample_stratified(POINTS, generator(2, draw)) for draw in range(5)],
     }
+    return {name: {"sliced_w2": [sliced_w2(one, reference) for one in many]} for name, many in samples.items()}
 
 
 def in_report(result: dict, seeds: Sequence[int], exact_ends: Tensor) -> dict:
     """One method in the JSON: per measure a list over step counts for each seed, and its cost."""
     ends, distances, _ = result["sampled"]
-    copies = [seed % len(ends[NFE[0]]) for seed in range(len(seeds))]  # Euler has one copy, the same for all seeds
-    measures = {name: [[by_nfe[nfe][copy] for nfe in NFE] for copy in copies] for name, by_nfe in distances.items()}
-    measures["path_error"] = [[path_error(ends[nfe][copy], exact_ends) for nfe in NFE] for copy in copies]
-    return {"nfe": list(NFE), **measures, **result["cost"]}
+    counts = list(ends)
+    copies = [seed % len(ends[counts[0]]) for seed in range(len(seeds))]  # Euler has one copy, the same for all seeds
+    measures = {name: [[by_nfe[nfe][copy] for nfe in counts] for copy in copies] for name, by_nfe in distances.items()}
+    measures["path_error"] = [[path_error(ends[nfe][copy], exact_ends) for nfe in counts] for copy in copies]
+    return {"nfe": counts, **measures, **result["cost"]}
 
 
 def run(
@@ -158,8 +190,11 @@ def run(
         law = target.law
         if target.truth == "learnt":
             law = run_jobs({"teacher": (learn, (law, budget, quiet))})["teacher"]
-        jobs = {name: (run_method, (name, law, tuple(seeds), budget, {}, quiet)) for name in reversed(methods)}
-        results = run_jobs(jobs | {"exact": (exact_flow, (law,))}, workers)  # the longest first
+        jobs = {
+            name: (run_method, (name, law, tuple(seeds), budget, {}, quiet, NFE, DRAWS)) for name in reversed(methods)
+        }
+        jobs |= {"exact": (exact_flow, (law,)), "floors": (floors, (law,))}
+        results = run_jobs(jobs, workers)  # the longest first
         exact_ends, exact_paths = results["exact"]
         measure = {"points": POINTS, "directions": 128, "noise": "scrambled Sobol", "reference": "stratified"}
         report = {
@@ -167,7 +202,7 @@ def run(
             "seeds": list(seeds),
             "measure": measure | {"pooled_draws": DRAWS},
             "budget": asdict(budget),
-            **floors(law, exact_ends),
+            "floors": results["floors"],
             "methods": {name: in_report(results[name], seeds, exact_ends) for name in methods},
         }
         report = rounded(report)
@@ -186,6 +221,6 @@ def run(
 def check(dataset: plane.What, seeds: Sequence[int], budget: Budget) -> Target:
     """The target; raises InputError for a dataset that there is not, and for seeds or a budget that train nothing."""
     target = plane.target(dataset)
-    if not seeds or len(set(seeds)) < len(seeds) or min(budget.steps, budget.rows) < 1:
+    if not seeds or len(set(seeds)) < len(seeds) or min(budget.evaluations, budget.rows) < 1:
         raise InputError(f"seeds {list(seeds)}, {budget}; expected different seeds, at least one, and positive numbers")
     return target

@@ -7,6 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from minianyflow.support.figures import COLOURS, LABELS, MARKERS
+from minianyflow.support.reports import mean
+
+FLOORS = {"exact": "exact flow", "consistency": "fresh noise, pooled"}  # {method: its floor in a report}
 
 
 def axes_of(dimensions: int) -> dict:
@@ -52,15 +55,17 @@ def label_of(name: str, report: dict) -> str:
     return LABELS[name].replace("exact", "learnt") if report.get("truth") == "learnt" else LABELS[name]
 
 
-def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str, float] | None = None) -> None:
-    """`sliced_w2` or `path_error` against steps: mean and range over seeds; dotted: `floors` {method: value}."""
+def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str, str] | None = None) -> None:
+    """`sliced_w2` or `path_error` against steps: mean, range over seeds; dotted: `floors` {method: name}."""
     for name, method in report["methods"].items():
         values = np.array(method.get(f"{measure}_pooled", method[measure]))
         style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 5, "linewidth": 1.8}
         axes.plot(method["nfe"], values.mean(0), label=label_of(name, report).replace("\n", " "), **style)
         axes.fill_between(method["nfe"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
     for name, floor in (floors or {}).items():
-        axes.axhline(floor, color=COLOURS[name], linestyle=":", linewidth=1.4, zorder=0)
+        readings = report["floors"][floor][measure]
+        axes.axhline(mean(readings), color=COLOURS[name], linestyle=":", linewidth=1.4, zorder=0)
+        axes.axhspan(min(readings), max(readings), color=COLOURS[name], alpha=0.08, linewidth=0, zorder=0)
     nfe = next(iter(report["methods"].values()))["nfe"]
     axes.set(xscale="log", yscale="log", xlabel="steps (network evaluations)", ylabel=ylabel)
     axes.xaxis.label.set_size(13)
@@ -73,7 +78,7 @@ def draw_curves(axes, report: dict, measure: str, ylabel: str, floors: dict[str,
 
 def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 16, 64), lines: int = 60) -> Figure:
     """Methods as rows, steps as columns, from {method: {nfe: (nfe + 1, n, D)}}; exact flow and curves beside."""
-    figure = plt.figure(figsize=(15, 11.5), layout="constrained")
+    figure = plt.figure(figsize=(15, max(11.5, 1.95 * len(trajectories))), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.42, 1])
     limit = max(2.6, float(np.quantile(np.abs(exact_paths[-1]), 0.995)))
     room = axes_of(exact_paths.shape[-1])
@@ -94,9 +99,8 @@ def any_step_figure(report: dict, trajectories: dict, exact_paths, shown=(1, 4, 
     draw_paths(exact, exact_paths[:, :lines], COLOURS["exact"], exact_paths[-1], limit=limit)
     title = f"{report['dataset']}: {report['flow']}, same noise (grey in every panel)"
     exact.set_title(textwrap.fill(title, 48), fontsize=14)
-    floors = {"exact": report["exact_flow"]["sliced_w2"], "consistency": report["fresh_noise"]["sliced_w2_pooled"]}
     truth = report["flow"].partition(" of ")[0]
-    draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", floors)
+    draw_curves(w2, report, "sliced_w2", "sliced W2 to the data", FLOORS)
     w2.set_title(f"x 1000 in the panels; dotted: its floors,\n{truth} (black) and fresh noise (orange)", fontsize=13)
     draw_curves(path, report, "path_error", "path error")
     w2.legend(fontsize=11)

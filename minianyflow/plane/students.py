@@ -16,18 +16,24 @@ from minianyflow.times import generator, time_grid
 from toy_data import plane
 
 STUDENTS = Path(plane.__file__).parent / "students"  # of the spiral; of another target in a folder of its name
-METHODS = ("euler", *FLOW_MAPS, "consistency")
+METHODS = ("euler", *FLOW_MAPS, "teacher_step", "consistency")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method gets: training steps, rows per batch and seed, learning rate, size of the network."""
+    """What every method gets: evaluations per seed (costs.py), rows per batch and seed, rates, size of the network."""
 
-    steps: int = 10000
+    evaluations: int = 6_000_000
     rows: int = 128
     lr: float = 1e-2
+    muon: float | None = 0.03  # of square weights, in place of lr: `training.Role`
     width: int = 64
     depth: int = 4
+
+    @property
+    def ema(self) -> float:
+        """The decay of a flow map's average: over a twenty-fifth of the steps, if a row costs 5.6 evaluations."""
+        return max(0.0, 1 - 25 * 5.6 * self.rows / self.evaluations)
 
 
 def sample(method: str, network, dataset: str, z: Tensor, nfe: int, draw: int = 0, **condition) -> Tensor:

@@ -18,9 +18,10 @@ COLOURS = {
     "lagrangian": "#E69F00",
     "semigroup": "#009E73",
     "mixed": "#0072B2",
+    "teacher_step": "#882255",
     "consistency": "#D55E00",
 }
-MARKERS = dict(zip(COLOURS, ["", "v", "<", ">", "s", "o", "X"], strict=True))
+MARKERS = dict(zip(COLOURS, ["", "v", "<", ">", "s", "o", "P", "X"], strict=True))
 LABELS = {
     "exact": "exact flow",
     "euler": "Euler,\nexact velocity",
@@ -28,6 +29,7 @@ LABELS = {
     "lagrangian": "flow map,\nLagrangian",
     "semigroup": "flow map,\nsemigroup",
     "mixed": "flow map,\nmixed",
+    "teacher_step": "flow map,\nteacher step",
     "consistency": "consistency,\nre-noised",
 }
 

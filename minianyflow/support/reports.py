@@ -5,7 +5,9 @@ A report is {"methods": {name: {"nfe": [...], measure: [[value per step count] p
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import stdev
 
 
 def rounded(value, digits: int = 6):
@@ -36,17 +38,28 @@ def seed_means(by_seed: list[list[float]]) -> list[float]:
 
 
 def text_table(report: dict, measure: str = "sliced_w2") -> str:
-    """One measure as text: a row per method, a column per step count; mean over seeds, times 1000; floors below."""
+    """One measure as text, times 1000: a row per method, a column per step count, mean over seeds (and their range).
+
+    Floors below, (with their deviation): {"floors": {name: {measure: its readings}}}.
+    """
     methods = report["methods"]
-    width = max(26, 10 + max(map(len, methods)))
     nfe = next(iter(methods.values()))["nfe"]
-    rows = {f"{measure} x 1000": "".join(f"{steps:>8}" for steps in nfe)}
+    rows = {f"{measure} x 1000": nfe}
     for name, method in methods.items():
         for label, key in ((name, measure), (f"{name}, pooled", f"{measure}_pooled")):
             if key in method:
-                rows[label] = "".join(f"{1000 * value:>8.1f}" for value in seed_means(method[key]))
-    rows |= {name: f"{1000 * floor[measure]:>8.1f}" for name, floor in report.get("floors", {}).items()}
-    return "\n".join(label.ljust(width) + figures for label, figures in rows.items())
+                rows[label] = [spread(values, max(values) - min(values)) for values in zip(*method[key], strict=True)]
+    for name, floor in report.get("floors", {}).items():
+        if measure in floor:
+            values = floor[measure] if isinstance(floor[measure], list) else [floor[measure]]
+            rows[name] = [spread(values, stdev(values) if len(values) > 1 else 0.0)]
+    width, column = max(26, 2 + max(map(len, rows))), 2 + max(max(map(len, map(str, row))) for row in rows.values())
+    return "\n".join(label.ljust(width) + "".join(f"{cell:>{column}}" for cell in row) for label, row in rows.items())
+
+
+def spread(values: Sequence[float], width: float) -> str:
+    """The mean of some values, times 1000, and their range or deviation in brackets; of a single one itself."""
+    return f"{1000 * mean(values):.1f}" + (f" ({1000 * width:.1f})" if len(values) > 1 else "")
 
 
 def markdown_table(header: list, rows: list[list]) -> str:

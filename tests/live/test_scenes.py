@@ -155,7 +155,7 @@ def test_the_race_shows_the_samplers_of_the_demo(dataset, steps):
     assert away.mean() < 3e-4
     assert away.max() < 2e-2
     folder = STUDENTS if dataset == "spiral" else STUDENTS / dataset
-    for panel, method in enumerate(("euler", "mixed", "consistency"), 1):
+    for panel, method in enumerate(("euler", "teacher_step", "consistency"), 1):
         network = None if method == "euler" else load_student(method, folder=folder)
         path = sample(method, network, dataset, z, steps, 2)
         assert (array(scene, panel) - path).abs().max() < NEAR
@@ -176,7 +176,7 @@ def test_the_triangle_jumps_from_exact_states_and_follows_the_hand():
 
     def learned(state, times):
         with torch.no_grad():
-            return rollout(load_student("mixed"), state, torch.tensor(times))
+            return rollout(load_student("teacher_step"), state, torch.tensor(times))
 
     assert chain() == [0.75, 0.5, 0.25]
     assert (array(scene, 1) - learned(state, chain())).abs().max() < 5e-3
@@ -203,7 +203,11 @@ def test_the_triangle_jumps_from_exact_states_and_follows_the_hand():
 
 
 def test_backward_simulation_stands_for_the_rollout_it_names():
-    scene, z, student = scenes.backward_simulation(steps=8, g=3), sobol_noise(1000, (2,), 0), load_student("mixed")
+    scene, z, student = (
+        scenes.backward_simulation(steps=8, g=3),
+        sobol_noise(1000, (2,), 0),
+        load_student("teacher_step"),
+    )
     number, step = torch.full((1000,), 8), torch.full((1000,), 3)
     with torch.no_grad():
         assert (array(scene, 1) - rollout(student, z, time_grid(8))).abs().max() < NEAR
@@ -223,12 +227,12 @@ def test_backward_simulation_stands_for_the_rollout_it_names():
 
 
 def test_the_gradient_through_one_jump_is_the_whole_gradient():
-    network, spiral = load_student("mixed").requires_grad_(True), plane.load("spiral")
+    network, spiral = load_student("teacher_step").requires_grad_(True), plane.load("spiral")
     z, source = sobol_noise(64, (2,)), generator(0, 1)
     t, eps = torch.rand(64, generator=source), torch.randn(64, 2, generator=source)
 
     def whole(times):
-        x, fake = rollout(network, z, times)[-1], load_student("mixed")
+        x, fake = rollout(network, z, times)[-1], load_student("teacher_step")
         loss = distribution_matching_loss(x, spiral.velocity, lambda z, t: fake(z, t, t), t, eps).mean()
         grads = torch.autograd.grad(loss, list(network.parameters()))
         return float(sum(grad.square().sum() for grad in grads).sqrt())

@@ -204,7 +204,7 @@ def test_a_table_in_three_dimensions_goes_through_the_demo(tiny, tmp_path, capsy
 
 @pytest.mark.slow
 def test_a_function_is_raced_against_a_velocity_learnt_from_its_samples(tiny):
-    report = run(helix, (0,), Budget(steps=40), tiny, quiet=True, methods=("euler", "mixed"))
+    report = run(helix, (0,), Budget(evaluations=25_000), tiny, quiet=True, methods=("euler", "mixed"))
     assert (report["dataset"], report["truth"]) == ("helix", "learnt")
     assert report["flow"] == "a long ODE of a velocity learnt from 262144 samples"
     path = report["methods"]["euler"]["path_error"][0]
@@ -214,7 +214,7 @@ def test_a_function_is_raced_against_a_velocity_learnt_from_its_samples(tiny):
 @pytest.mark.slow
 def test_the_learnt_velocity_is_that_of_the_samples():
     """Of a standard normal it is a formula: (2 t - 1) / (t^2 + (1 - t)^2) z."""
-    law = learn(Sampled(torch.randn(2**16, 2, generator=generator(4))), Budget(steps=200))
+    law = learn(Sampled(torch.randn(2**16, 2, generator=generator(4))), Budget(evaluations=128_000))
     z, t = torch.randn(2000, 2, generator=generator(5)), torch.rand(2000, generator=generator(6))
     spread = (t**2 + (1 - t) ** 2)[:, None]
     z = spread.sqrt() * z

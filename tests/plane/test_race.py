@@ -1,6 +1,7 @@
 """The claims of the README: on the committed run, on a whole fresh one (long), and every step of a tiny one."""
 
 import json
+from statistics import stdev
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from minianyflow.plane import race
 from minianyflow.plane.race import METHODS, NFE, load_student, run, sample
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
-from minianyflow.support.reports import rounded, seed_means, text_table
+from minianyflow.support.reports import mean, rounded, seed_means, text_table
 
 
 def means(report, method, measure="sliced_w2"):
@@ -19,31 +20,31 @@ def means(report, method, measure="sliced_w2"):
 
 
 def claims(report):
-    mixed, path = means(report, "mixed"), means(report, "mixed", "path_error")
-    for nfe, bar in ((1, 0.020), (4, 0.020), (16, 0.018), (64, 0.009)):
-        assert mixed[nfe] <= bar, f"mixed flow map at {nfe}: {mixed[nfe]:.4f}"
+    taught, path = means(report, "teacher_step"), means(report, "teacher_step", "path_error")
+    for nfe, bar in ((1, 0.020), (4, 0.018), (16, 0.013), (64, 0.009)):
+        assert taught[nfe] <= bar, f"flow map at {nfe}: {taught[nfe]:.4f}"
     for fewer, more in ((4, 8), (8, 16), (16, 32), (32, 64)):
         assert path[more] < path[fewer]
-    for name in ("eulerian", "lagrangian", "semigroup", "mixed"):  # more steps help every flow map, to the last
+    for name in ("eulerian", "lagrangian", "semigroup", "mixed", "teacher_step"):  # more steps help every flow map
         flow_map = means(report, name)
-        assert flow_map[128] < 0.6 * flow_map[4]
-        assert flow_map[128] < 0.007
+        assert flow_map[128] < 0.7 * flow_map[4]
+        assert flow_map[128] < 0.012
     consistency, lost = means(report, "consistency"), means(report, "consistency", "path_error")
-    pooled, floor = means(report, "consistency", "sliced_w2_pooled"), report["fresh_noise"]["sliced_w2_pooled"]
-    assert consistency[1] <= 0.030  # no weak baseline
-    assert min(consistency.values()) <= 0.019
-    assert consistency[1] < mixed[1]  # the better one-step sampler
-    assert max(pooled[nfe] for nfe in (2, 4, 8)) < 1.3 * floor  # as good as fresh noise lets it be
-    assert pooled[128] > 1.2 * max(floor, pooled[1])  # more steps end up hurting it
-    assert mixed[128] < 0.6 * mixed[1]  # and helping the flow map
-    assert lost[1] < 0.1 < 0.8 < lost[2] < 1.5 < lost[4] < lost[128]  # and the path is lost at once
+    pooled, floor = means(report, "consistency", "sliced_w2_pooled"), report["floors"]["fresh noise, pooled"]
+    assert consistency[1] <= 0.015  # no weak baseline
+    assert consistency[1] < taught[1]  # the better one-step sampler
+    assert max(pooled.values()) < mean(floor["sliced_w2"]) + 3 * stdev(floor["sliced_w2"])  # as good as it can be seen
+    assert min(pooled[nfe] for nfe in NFE[1:]) > pooled[1]  # and more steps do not help it
+    assert taught[128] < 0.7 * taught[1]  # as they help the flow map
+    assert taught[128] < 1.3 * mean(report["floors"]["exact flow"]["sliced_w2"])  # to its floor
+    assert lost[1] < 0.05 < 0.8 < lost[2] < 1.5 < lost[4] < lost[128]  # and the path is lost at once
     euler = means(report, "euler")
     assert euler[1] == pytest.approx(1.073, rel=0.02)
     assert euler[8] == pytest.approx(0.090, rel=0.04)
     assert euler[64] == pytest.approx(0.0115, rel=0.15)
-    assert report["exact_flow"]["sliced_w2"] < 0.0045
-    cost = [report["methods"][name]["network_evaluations"] for name in METHODS[1:]]
-    assert max(cost) <= 1.05 * min(cost)
+    assert mean(report["floors"]["exact flow"]["sliced_w2"]) < 0.0045
+    cost = [report["methods"][name]["evaluations"] for name in METHODS[1:]]
+    assert max(cost) <= 1.01 * min(cost)
 
 
 def test_the_committed_run_bears_the_claims_out():
@@ -66,8 +67,8 @@ def test_a_tiny_race_goes_the_whole_way(tiny_demo):
         pooled = name == "consistency"
         for measure in ("sliced_w2", "path_error", *["sliced_w2_pooled"] * pooled):
             assert [len(values) for values in method[measure]] == [len(method["nfe"])] * 2
-        assert (method["train_seconds"] > 0) == (method["network_evaluations"] > 0) == (name != "euler")
-    cost = [report["methods"][name]["network_evaluations"] for name in METHODS[1:]]
+        assert (method["train_seconds"] > 0) == (method["evaluations"] > 0) == (name != "euler")
+    cost = [report["methods"][name]["evaluations"] for name in METHODS[1:]]
     assert max(cost) <= 1.05 * min(cost)  # the same for all; a consistency target at t = 0 is free
 
 
@@ -100,10 +101,12 @@ def test_a_report_can_be_written_and_read_by_people():
     values = {"a": [torch.tensor([0.12345678, 2.0]), float("nan")], "b": 3}
     assert rounded(values, 4) == {"a": [[0.1235, 2.0], None], "b": 3}
     methods = {"x": {"nfe": [1, 2], "w": [[0.001, 0.002], [0.003, 0.002]], "w_pooled": [[0.001, 0.001]]}}
-    table = text_table({"methods": methods, "floors": {"data": {"w": 0.0005}}}, "w").splitlines()
+    floors = {"data": {"w": 0.0005}, "flow": {"w": [0.001, 0.003]}}
+    table = text_table({"methods": methods, "floors": floors}, "w").splitlines()
     assert [line.split() for line in table] == [
         ["w", "x", "1000", "1", "2"],
-        ["x", "2.0", "2.0"],
+        ["x", "2.0", "(2.0)", "2.0", "(0.0)"],
         ["x,", "pooled", "1.0", "1.0"],
         ["data", "0.5"],
+        ["flow", "2.0", "(1.4)"],
     ]

@@ -49,12 +49,12 @@ def run(command, folder):
 
 @pytest.mark.long
 def test_the_race_runs_from_an_empty_folder(installed, tmp_path):
-    run([installed, "demo", "--steps", "3", "--seeds", "0", "--quiet"], tmp_path)
+    run([installed, "demo", "--evaluations", "1000", "--seeds", "0", "--quiet"], tmp_path)
     assert json.loads((tmp_path / "outputs/demo/any_step.json").read_text())["dataset"] == "spiral"
 
 
 def test_the_race_finds_its_data_and_its_students(installed, tmp_path):
-    code = "from minianyflow.plane.students import load_student; print(load_student('mixed').copies)"
+    code = "from minianyflow.plane.students import load_student; print(load_student('teacher_step').copies)"
     assert run([installed.with_name("python"), "-c", code], tmp_path).strip() == "1"
     assert "options:" in run([installed, "demo", "--help"], tmp_path)
 
