@@ -154,7 +154,7 @@ class FlowMapLoss:
     velocity: that of a teacher or of exact truth; None takes the data velocity eps - x. weight: the weight of a row,
     a function of its t. adaptive: see `adaptive_weight`. rebalance: see `rebalanced`. derivative, delta: see
     `eulerian_target`. step: the longest step of the teacher. through_end: Lagrangian rows take the gradient through
-    d/dr Phi too, see `lagrangian_sides`.
+    d/dr Phi too, see `lagrangian_sides`. average: the network that makes the targets, if not the student itself.
     Raises InputError for shares, guidance and velocity that do not go together.
     """
 
