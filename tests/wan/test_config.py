@@ -7,7 +7,9 @@ from itertools import product
 import pytest
 import torch
 
+from minianyflow.objectives import anyflow_weight
 from minianyflow.support.errors import InputError
+from minianyflow.times import draw_pairs, generator
 from minianyflow.wan.config import CONFIGS, FREE, LAYERS, OPTIONS, Config, as_yaml, find_device, identity, load_config
 
 MODELS, ARCHITECTURES = LAYERS["model"], LAYERS["architecture"]
@@ -52,6 +54,32 @@ def test_three_overlays_are_the_published_recipe(model, architecture, stage):
     if architecture == "causal":
         expected |= {"causal": CHUNKS | {"bidirectional": SHARES[stage]}}
     agrees(asdict(load_config([model, architecture, stage])), expected)
+
+
+U = (torch.arange(100_000) + 0.5) / 100_000  # quantiles
+SHIFTED = {  # t of rows r = t in the published overlays, at even quantiles of its law, before the shift of 5
+    "teacher": torch.special.ndtri(U.double()).sigmoid().float(),
+    "forward-published": U.sqrt(),  # the larger of two uniforms
+    "forward": U,
+}
+
+
+@pytest.mark.parametrize("stage", SHIFTED)
+def test_times_on_the_diagonal_have_the_published_law(stage):
+    """Mean, deviation and the weighted share of t > .9: .877 and .424 as published, .746 and .242 as recommended."""
+    config = load_config(["wan-1.3b", "bidirectional", stage])
+    options = {name: getattr(config, name) for name in ("diagonal", "end", "shift", "diagonal_time")}
+    drawn = draw_pairs(200_000, generator(0), **options)
+    t, law = drawn["t"][drawn["t"] == drawn["r"]], 5 * SHIFTED[stage] / (1 + 4 * SHIFTED[stage])
+    weigh = {"none": torch.ones_like, "anyflow": anyflow_weight(5.0)}[config.weight]
+    late = [float(weigh(times)[times > 0.9].sum() / weigh(times).sum()) for times in (t, law)]
+    assert len(t) == pytest.approx(config.diagonal * 200_000, abs=2)
+    assert [float(t.mean()), float(t.std()), late[0]] == pytest.approx(
+        [float(law.mean()), float(law.std()), late[1]], abs=6e-3
+    )
+    if stage != "teacher":
+        known = {"forward-published": (0.877, 0.424), "forward": (0.746, 0.242)}[stage]
+        assert (float(t.mean()), late[0]) == pytest.approx(known, abs=6e-3)
 
 
 def test_ours_is_the_published_one_but_for_what_is_said():
