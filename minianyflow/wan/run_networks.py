@@ -54,9 +54,9 @@ class RunNetworks:
             embedders = config.stage != "teacher" and (role != "fake" or config.on_policy.fake_embedders)
             targets = TARGETS + (EMBEDDERS if embedders else ())
             coarse = COARSE_PATCHES if config.architecture == "causal" else ()
-            whole = coarse if config.causal.coarse_patches == "whole" else ()
-            targets += () if whole else coarse
-            add_role(self.base, role, config.rank, config.alpha, targets, "start" if start else None, whole)
+            copies = coarse if config.causal.coarse_patches == "whole" else ()
+            targets += () if copies else coarse
+            add_role(self.base, role, config.rank, config.alpha, targets, "start" if start else None, copies)
             if start:
                 remove_role(self.base, "start")
             network = RoleNetwork(self._wrap(self.base, whole), role)
