@@ -313,7 +313,7 @@ def test_the_command_prints_lines_and_json(settings, capsys):
 def test_the_busiest_of_eight_gpus_does_little_more_than_the_mean(stage):
     """Rows are dealt out by kind; over 200 steps of the recipe. The bound is a requirement, not what was read."""
     config = load_config(["wan-1.3b", "bidirectional", stage])
-    assert 1 < plan_run(config, WAN_CLIP, gpus=8, steps=range(200), advise=False).slowest < 1.06
+    assert 1 <= plan_run(config, WAN_CLIP, gpus=8, steps=range(200), advise=False).slowest < 1.06
 
 
 # ---- docs/plan/plans.json, from which `minianyflow docs` makes the tables of docs/plan.md
