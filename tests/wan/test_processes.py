@@ -141,6 +141,8 @@ def arguments(folder, name, output, steps):
     words = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents", f"output={output}", f"steps={steps}"]
     if stage == "on_policy":
         words += ["batch=2", f"student={folder}/{architecture} forward", "teacher=null"]
+    if stage == "forward-published":
+        words += ["causal.coarse_patches=lora"]  # as on-policy training, which starts from it, has them
     if "whole" in name:
         words += ["trained=full", f"student={folder}/wan"]
     return [
