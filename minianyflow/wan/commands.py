@@ -2,7 +2,7 @@
 
 import sys
 
-from minianyflow.support.cli import Parser
+from minianyflow.support.cli import Parser, utf8
 from minianyflow.support.errors import InputError
 
 SOURCES = "run folder, exported pipeline, or name on the hub like nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers"
@@ -59,7 +59,7 @@ def sample(argv: list[str]) -> int:
     """
     parser = Parser("minianyflow sample", description=sample.__doc__)
     parser.add_argument("source", metavar="SOURCE", help=SOURCES + ", or the causal nvidia/AnyFlow-FAR-...")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
+    parser.add_argument("--prompt", nargs="+", type=utf8, metavar="TEXT", help="prompts")
     parser.add_argument("--prompts", metavar="FILE", help="or a file of them, one per line")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 4, 32], help="step counts (default: 1 4 32)")
     parser.add_argument("--image", metavar="FILE", help="the first frame")
@@ -120,7 +120,9 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--videos", type=int, default=5, help="clips per prompt (default: 5, as VBench wants)")
     parser.add_argument("--batch", type=int, default=1, help="clips sampled and decoded together (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale, for teachers alone (default: 1, none)")
-    parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)")
+    parser.add_argument(
+        "--negative", type=utf8, metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)"
+    )
     _sampling_options(parser, "outputs/evaluation")
     options = vars(parser.parse_args(argv))
     from accelerate import PartialState

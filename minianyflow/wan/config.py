@@ -275,6 +275,9 @@ def _check_order(files):
             raise InputError(f"{one} before {other}; expected one of each at most, in the order {', '.join(LAYERS)}")
 
 
+DEEPEST = 50  # levels of YAML
+
+
 def _read(name):
     """(file name, options) of an overlay or a path."""
     path, overlays = Path(name), {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
@@ -283,8 +286,9 @@ def _read(name):
     elif not path.is_file():
         raise InputError(f"no file {name}; expected one, or one of {', '.join(overlays)}")
     try:
+        _check_depth(path.read_text(encoding="utf-8"))
         layer = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as problem:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as problem:
         why = " ".join(str(problem).split())
         raise InputError(f"{path} is not YAML ({why}); expected lines like `steps: 6000`") from None
     if not OmegaConf.is_dict(layer):
@@ -292,11 +296,22 @@ def _read(name):
     return path.name, layer
 
 
+def _check_depth(text):
+    """Raise ValueError for YAML that is nested too deeply: the library would end the whole process."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} levels deep")
+
+
 def _parse(overrides):
     for pair in overrides:
         if not re.match(r" *[\w.]+ *=", pair):
             raise InputError(f"{pair!r} on the command line; expected key=value, like steps=100 or guidance.scale=2")
     try:
+        for pair in overrides:
+            _check_depth(pair.partition("=")[2])
         return OmegaConf.from_dotlist(overrides)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as problem:
         why = str(problem).splitlines()[0]
