@@ -15,11 +15,11 @@ def weights(argv: list[str]) -> int:
 
 
 def video(argv: list[str]) -> int:
-    """Measure the trained video students at 1 to 128 steps, 50 minutes; writes any_step.json, motion.json, pictures."""
+    """Measure the trained video students at 1 to 128 steps, 45 minutes; writes any_step.json, motion.json, pictures."""
     parser = experiment_parser(video, "outputs/video")
     parser.add_argument("--weights", default=None, help="folder of the trained networks (None: toy_data/video)")
     parser.add_argument("--nfe", default="1,2,4,8,16,32,64,128", type=whole_numbers, help="step counts; fewer: faster")
-    parser.add_argument("--motion", action="store_true", help="write motion.json alone: 10 minutes")
+    parser.add_argument("--motion", action="store_true", help="write motion.json alone: five minutes")
     arguments = parser.parse_args(argv)
     from minianyflow.video import motion_report, report
 
