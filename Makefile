@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m minianyflow
 
-.PHONY: demo video weights wan-tiny faults lab live live-html bench-live docs test test-all check setup
+.PHONY: demo video weights wan-tiny faults lab live live-html site bench-live docs test test-all check setup
 
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard, or DATA=points.csv)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATA),--data $(DATA))
@@ -27,6 +27,9 @@ live: setup   ## the scenes in one window of the browser, for a class, without a
 
 live-html: setup  ## each scene as one page that needs no server
 	@$(RUN) live-html
+
+site: setup   ## the course as a site, offline: one folder for any static host or a USB stick
+	@$(RUN) site
 
 bench-live: setup  ## how quickly the scenes answer, in a headless browser
 	@.venv/bin/python -m benchmarks.scene_speed

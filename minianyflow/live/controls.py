@@ -5,6 +5,7 @@ asked for nothing after that. A scene without a `kind` is drawn here, by `draw`,
 """
 
 import base64
+import contextlib
 import itertools
 import sys
 import traceback
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import anywidget
+import torch
 import traitlets
 
 from minianyflow.live.player import STATIC, Pack, script
@@ -84,7 +86,8 @@ class Scene(anywidget.AnyWidget):
         """Draw the scene for the present state: one message. An error is shown, printed, appended and raised again."""
         pack = Pack()
         try:
-            shown = self.draw(pack, **self.state)
+            with one_thread():
+                shown = self.draw(pack, **self.state)
         except Exception as problem:
             self.errors.append(problem)
             self.shown = {"error": f"{type(problem).__name__}: {problem}"}
@@ -104,7 +107,8 @@ class Scene(anywidget.AnyWidget):
             control["labels"] = [control["labels"][control["values"].index(value)] for value in held]
             control["values"] = list(held)
         for values in itertools.product(*self.offline.values()):
-            drawn = self.draw(pack, **state | dict(zip(self.offline, values, strict=True)))
+            with one_thread():
+                drawn = self.draw(pack, **state | dict(zip(self.offline, values, strict=True)))
             scenes["|".join(map(str, values))] = drawn
         return page | {"scenes": scenes}, pack.payload
 
@@ -116,6 +120,17 @@ class Scene(anywidget.AnyWidget):
         if path.exists():
             data["image/png"] = base64.b64encode(path.read_bytes()).decode()
         return data, metadata
+
+
+@contextlib.contextmanager
+def one_thread():
+    """One thread inside the block, whatever the notebook has set: small networks run fastest so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def dropdown(label: str, options: Iterable | dict[str, object], value=None) -> dict:

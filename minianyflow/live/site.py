@@ -62,7 +62,7 @@ def build(output="outputs/site", quiet: bool = False) -> Path:
             raise InputError(f"the site has {len(problems)} faults; the first: {problems[0]}")
         for rest in (".buildinfo", "objects.inv", "_sources"):
             shutil.rmtree(target / rest, True) if (target / rest).is_dir() else (target / rest).unlink(missing_ok=True)
-        for path in target.rglob("*.map"):
+        for path in (*target.rglob("*.map"), *target.rglob("*webpack-macros.html")):
             path.unlink()
     return Path(output) / "index.html"
 
@@ -75,6 +75,7 @@ SETTINGS = {
     "html_css_files": ["site.css"],
     "html_js_files": ["site.js"],
     "html_static_path": [str(STATIC / "site")],
+    "html_context": {"default_mode": "auto"},
     "html_copy_source": False,
     "html_show_sourcelink": False,
     "html_theme_options": {"use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1},
@@ -185,7 +186,7 @@ def line_of(path: Path, words: str) -> str:
 
 
 CODE_STYLE = (
-    "body{margin:1em;font-size:15px}pre{overflow-x:auto}:target{background:#fe9}"
+    "body{margin:1em;font-size:15px}pre{overflow-x:auto;max-width:calc(100vw - 2em)}:target{background:#fe9}"
     "@media(prefers-color-scheme:dark){html{filter:invert(.9) hue-rotate(180deg);background:#fff}}"
 )
 CODE_HEAD = '<head><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -199,10 +200,10 @@ def write_code(folder: Path, source: Path) -> None:
 
     texts = [path.read_text(encoding="utf-8") for kind in ("md", "ipynb") for path in source.rglob(f"*.{kind}")]
     for name in sorted({name for text in texts for name in re.findall(r"code/([\w/]+\.py)\.html", text)}):
-        form = HtmlFormatter(linenos="inline", lineanchors="L", title=name, full=True, cssstyles=CODE_STYLE)
+        form = HtmlFormatter(linenos="inline", lineanchors="L", title=name, full=True)
         page = highlight((ROOT / name).read_text(encoding="utf-8"), PythonLexer(), form)
         page = re.sub(r"<!DOCTYPE[^>]*>\s*<html>", '<!doctype html>\n<html lang="en">', page).replace(
-            "<head>", CODE_HEAD, 1
+            "<head>", f"{CODE_HEAD}<style>{CODE_STYLE}</style>", 1
         )
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
