@@ -186,7 +186,8 @@ def line_of(path: Path, words: str) -> str:
 
 
 CODE_STYLE = (
-    "body{margin:1em;font-size:15px}pre{overflow-x:auto;max-width:calc(100vw - 2em)}:target{background:#fe9}"
+    "body{margin:1em;font-size:15px}h2{overflow-wrap:anywhere}"
+    "pre{overflow-x:auto;max-width:calc(100vw - 2em)}:target{background:#fe9}"
     "@media(prefers-color-scheme:dark){html{filter:invert(.9) hue-rotate(180deg);background:#fff}}"
 )
 CODE_HEAD = '<head><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
