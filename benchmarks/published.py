@@ -4,7 +4,7 @@ Both arms of a pair have the same networks, data, noise, optimiser and number of
 copies trained as one network, on video three trainings from the committed networks of toy_data/video. Beside them
 image to video, and Muon against AdamW on small video and on tiny Wan.
 
-`python -m benchmarks.published` takes about 45 CPU minutes, `--only NAME ...` less; it writes choices.json, of which
+`python -m benchmarks.published` takes about 25 CPU minutes, `--only NAME ...` less; it writes choices.json, of which
 docs/wan/choices.json is a copy.
 """
 
@@ -89,10 +89,10 @@ def exact_velocity(z, t, copy=None):
     return SPIRAL.velocity(z, t)
 
 
-def trained(network: nn.Module, loss: Callable, draw: Callable, steps: int = PLANE_STEPS) -> tuple[nn.Module, int]:
+def trained(network: nn.Module, loss: Callable, draw: Callable) -> tuple[nn.Module, int]:
     """The average of the network, and the evaluations that its training took."""
     role = Role(EvaluationCounter(network), loss, lr=RATE)
-    train({"student": role}, draw, steps, progress=False)
+    train({"student": role}, draw, PLANE_STEPS, progress=False)
     return role.average.module, role.network.rows + role.average.module.rows
 
 
@@ -247,25 +247,6 @@ def video_on_policy(earlier, seed, null_prompts="everywhere", fake_time="uniform
     return roles, draw
 
 
-def video_causal(earlier, seed, adds):
-    """Teacher forcing with the mixed objective on data; on a tenth of the steps whole clips, added or instead."""
-    settings = stage("causal", "causal_teacher")
-    network, loss = earlier.causal("causal_teacher"), FlowMapLoss(FLOW_MAPS["mixed"], weight=anyflow_weight())
-    forced = TeacherForced(loss, FlowMapLoss({}, weight=torch.ones_like))
-    role = Role(EvaluationCounter(network), forced, ema=None, clip=1.0)
-    drawn, law = earlier.draw(settings, seed), {"diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal"}
-
-    def draw(step):
-        batch, whole = drawn(step), step % 10 == 9
-        if whole and not adds:
-            return single_chunk_batch(batch)
-        cut = cycle_context_lengths(batch, step, network)
-        times = draw_pairs(VIDEO_ROWS, generator(seed, 5, step), **law)
-        return add_whole_clips(cut, batch, times["t"]) if whole else cut
-
-    return {"student": role}, draw
-
-
 def video_on_policy_by_chunks(earlier, seed, whole):
     """On-policy training of the causal student; whole: a tenth of the steps have the forward loss of whole clips."""
     settings = stage("causal_on_policy", "causal", rows=VIDEO_ROWS // 2, lr=1e-4, stream=3)
@@ -275,24 +256,35 @@ def video_on_policy_by_chunks(earlier, seed, whole):
     return roles, lambda step: drawn(step) | (single_chunk_batch(clips(step)) if whole and step % 10 == 9 else {})
 
 
-def video_data(earlier, seed, causal=False, known=0.0, coarse="whole"):
-    """The mixed objective on data; known: share of rows that know their first frame.
+def video_data(earlier, seed, causal=False, known=0.0, coarse="whole", whole=""):
+    """The mixed objective on data, by teacher forcing if causal; known: share of rows that know their first frame.
 
     coarse: how the embedding of coarse patches learns; "lora" has the rank of its input, as Wan's has, and no bias.
+    whole: on a tenth of the steps whole clips are learnt, "added" to the chunks or "instead" of them.
     """
     network = earlier.causal("causal_teacher") if causal else earlier.network("teacher")
     if coarse == "lora":
-        layer = network.transformer.far_patch_embedding
-        config = LoraConfig(
-            r=layer.weight[0].numel(), lora_alpha=layer.weight[0].numel(), target_modules=[*COARSE_PATCHES]
-        )
+        rank = network.transformer.far_patch_embedding.weight[0].numel()
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[*COARSE_PATCHES])
         inject_adapter_in_model(config, network.transformer)
         for name, weight in network.named_parameters():
             weight.requires_grad_("base_layer" not in name)
-    loss = FlowMapLoss(FLOW_MAPS["mixed"], weight=anyflow_weight())
-    role = Role(EvaluationCounter(network), TeacherForced(loss) if causal else loss, ema=None, clip=1.0)
-    drawn = earlier.draw(stage("flow_map"), seed, known=known)
-    return {"student": role}, (lambda step: cycle_context_lengths(drawn(step), step, network)) if causal else drawn
+    loss, drawn = (
+        FlowMapLoss(FLOW_MAPS["mixed"], weight=anyflow_weight()),
+        earlier.draw(stage("causal"), seed, known=known),
+    )
+    loss = TeacherForced(loss, FlowMapLoss({}, weight=torch.ones_like)) if causal else loss
+    law = {"diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal"}
+
+    def draw(step):
+        batch, clips = drawn(step), whole and step % 10 == 9
+        if not causal or (clips and whole == "instead"):
+            return single_chunk_batch(batch) if causal else batch
+        cut = cycle_context_lengths(batch, step, network)
+        t = draw_pairs(VIDEO_ROWS, generator(seed, 5, step), **law)["t"]
+        return add_whole_clips(cut, batch, t) if clips else cut
+
+    return {"student": Role(EvaluationCounter(network), loss, ema=None, clip=1.0)}, draw
 
 
 @torch.no_grad()
@@ -330,7 +322,7 @@ VIDEO = {  # {what is trained: ((steps, step counts, sampler, build), {arm: opti
     "guided flow map": ((80, VIDEO_NFE, "flow_map", video_guidance), GUIDED),
     "teacher": ((150, TEACHER_NFE[:2], "euler", video_teacher), TEACHERS),
     "on-policy": ((25, VIDEO_NFE, "flow_map", video_on_policy), VIDEO_POLICIES),
-    "causal": ((40, (1, 4), "causal", video_causal), {"ours": {"adds": False}, "whole clips added": {"adds": True}}),
+    "causal": ((40, (1, 4), "causal", CHUNKS), {"ours": {"whole": "instead"}, "whole clips added": {"whole": "added"}}),
     "causal, coarse patches": ((40, (1, 4), "causal", CHUNKS), {"ours": {"coarse": "lora"}, "trained whole": {}}),
     "causal on-policy": (
         (25, (1, 4), "causal", video_on_policy_by_chunks),
@@ -341,12 +333,6 @@ VIDEO = {  # {what is trained: ((steps, step counts, sampler, build), {arm: opti
 }
 WAN_STEPS, WAN_KINDS = 100, ("tangent", "semigroup")
 WAN = {"forward stage": (None, {f"AdamW {lr:g}": {"lr": lr} for lr in (1e-3, 3e-3, 1e-2)} | MUON)}  # of the role
-
-
-def on_plane_alone(trained: str, arm: str, _: int) -> tuple:
-    """One arm of the plane; its copies are the seeds."""
-    function, arms = PLANE[trained]
-    return function(**arms[arm])
 
 
 def on_video(trained: str, arm: str, seed: int, folder: Path, clips: tuple[Tensor, Tensor]) -> tuple:
@@ -389,7 +375,7 @@ def on_wan(trained: str, arm: str, seed: int, folder: Path) -> tuple:
 
 
 TOYS = {  # {toy: (what trains and measures an arm, what is trained, seeds)}
-    "plane": (on_plane_alone, PLANE, (0,)),
+    "plane": (lambda name, arm, _: PLANE[name][0](**PLANE[name][1][arm]), PLANE, (0,)),  # its copies are the seeds
     "video": (on_video, VIDEO, SEEDS),
     "wan": (on_wan, WAN, SEEDS),
 }
@@ -432,11 +418,10 @@ def run(toys: list[str], only: list[str], output: str | Path, workers: int = 2) 
     path = output / "choices.json"
     report = json.loads(path.read_text()) if only and path.exists() else {}
     for toy, name, arm, _ in jobs:
-        report.get(toy, {}).get(name, {}).pop(arm, None)
+        report.setdefault(toy, {}).setdefault(name, {})[arm] = {"figures": [], "seconds": 0.0}
     for (toy, name, arm, _), found in run_jobs(jobs, workers).items():
-        entry = report.setdefault(toy, {}).setdefault(name, {}).setdefault(arm, found | {"figures": [], "seconds": 0.0})
-        entry["figures"] += found["figures"]
-        entry["seconds"] += found["seconds"]
+        entry = report[toy][name][arm]
+        report[toy][name][arm] = found | {kind: entry[kind] + found[kind] for kind in entry}
     with staging_folder(output) as unfinished:
         write_report(rounded(report), unfinished / path.name)
     return report
@@ -451,16 +436,6 @@ def table(report: dict) -> str:
             costs = dict.fromkeys(f"{entry['evaluations'] / 1000:.0f} k" for entry in entries)
             rows.append([f"{toy}, {name}: {arm}", _line(entries[0]["at"]), *map(_cell, entries), _line(costs)])
     return markdown_table(["published choice", "steps", "ours", "published", "evaluations"], rows)
-
-
-def lines(report: dict) -> str:
-    """Every arm in a line: figures as in `table`, CPU seconds of all seeds."""
-    return "\n".join(
-        f"{toy}, {name}: {arm}, at {_line(entry['at'])}: {_cell(entry)}, {entry['seconds']:.0f} s"
-        for toy, groups in report.items()
-        for name, arms in groups.items()
-        for arm, entry in arms.items()
-    )
 
 
 def _line(values):
@@ -480,8 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", default="outputs/published", help="folder (default: outputs/published)")
     parser.add_argument("--workers", type=int, default=2, help="processes; each takes one core (default: 2)")
     arguments = parser.parse_args(argv)
-    report = run(arguments.toys, arguments.only, arguments.output, arguments.workers)
-    print(f"{table(report)}\n\n{lines(report)}")
+    print(table(run(arguments.toys, arguments.only, arguments.output, arguments.workers)))
     return 0
 
 
