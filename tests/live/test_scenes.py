@@ -264,6 +264,7 @@ def test_video_shows_what_the_report_samples(opened):
     from minianyflow.live.video_scene import load
     from minianyflow.networks.wan import TextEncoder
     from minianyflow.video.measures import FOUND, find_balls
+    from minianyflow.video.motion import flights
     from minianyflow.video.report import how_sampled
     from minianyflow.video.report import sample as sample_video
     from toy_data import blobs
@@ -278,6 +279,8 @@ def test_video_shows_what_the_report_samples(opened):
     _, amplitudes, _ = find_balls(video)  # four steps a chunk
     right = (amplitudes > FOUND).sum(2) == torch.tensor([[1], [2]])
     assert measures(scene, 7)["balls as asked"] == f"{float(right.float().mean()):.0%}"
+    off = [float(flights(video[ball - 1 : ball], ball).residual) for ball in (1, 2)]
+    assert measures(scene, 7)["off straight flight"] == f"{sum(off) / 2:.2f} px"
 
 
 @pytest.mark.slow
