@@ -138,7 +138,7 @@ def measure(network, process: CircleProcess, copies: int, nfe: Sequence[int] = N
 
 @torch.no_grad()
 def measure_long(
-    path: str | Path, arms: Sequence[str], seeds: int, frames: Sequence[int] = LONG, nfe: Sequence[int] = LONG_NFE
+    path: str | Path, arms: Sequence[str], seeds: int, frames: Sequence[int], nfe: Sequence[int] = LONG_NFE
 ) -> dict:
     """Free-running clips of saved students far beyond training's 16 frames: `measure_clips` by arm, NFE and seed.
 
@@ -223,7 +223,7 @@ def run(
         halves = {f"{arm}/{name}": value.half() for arm, state in trained.items() for name, value in state.items()}
         save_copies(folder / STUDENTS.name, halves, budget, seeds)
         save_figure(exposure_figure(report), folder / "exposure.png")
-        report["long"] = measure_long(folder / STUDENTS.name, [arm for arm in KEPT if arm in arms], len(seeds))
+        report["long"] = measure_long(folder / STUDENTS.name, [arm for arm in KEPT if arm in arms], len(seeds), LONG)
         write_report(report, folder / "exposure.json")
     return report
 
