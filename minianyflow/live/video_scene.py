@@ -66,7 +66,7 @@ class Video(Scene):
             "chunks": dropdown("chunk by chunk (below)", CHUNKS),
         }
 
-    def draw(self, pack, particles, whole, chunks, seed):
+    def draw(self, pack, whole, chunks, seed):
         """Two rows of clips."""
         panels = []
         for name, unit in ((whole, ""), (chunks, " a chunk")):
