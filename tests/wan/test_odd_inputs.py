@@ -13,6 +13,7 @@ from minianyflow.networks.weights import fingerprint
 from minianyflow.wan.data.captions import read_captions
 from minianyflow.wan.data.prepare import model_identity
 from minianyflow.wan.data.read_video import read_clip, read_frames, read_video
+from minianyflow.wan.data.write_video import write_clip
 from minianyflow.wan.folders import decode_latents
 from minianyflow.wan.sources import read_prompts
 from tests.refused import refused
@@ -100,6 +101,13 @@ def test_untagged_and_full_range_colours(tmp_path, tags, size, matrix):
     )
     pixel = read_frames(path, 1, 32, 32)[0, 16, 16].int().tolist()
     assert max(abs(a - b) for a, b in zip(pixel, (0xD0, 0x20, 0x40), strict=True)) <= 4
+
+
+@pytest.mark.parametrize("size", [(480, 832), (720, 1280)])
+def test_what_we_write_keeps_its_colours(tmp_path, size):
+    colour = torch.tensor([208, 32, 64])
+    write_clip(tmp_path / "a.mp4", colour.view(1, 3, 1, 1).expand(2, 3, *size) / 255)
+    assert (read_frames(tmp_path / "a.mp4", 1, *size)[0, 100, 100].int() - colour).abs().max() <= 4
 
 
 def test_pixels_become_square_and_odd_sizes_fit(tmp_path):

@@ -65,5 +65,8 @@ def _write(path, clip, fps):
     """An mp4 of bytes (T, H, W, 3). H.264 shares colours between 2 x 2 pixels: an odd side grows by its edge."""
     odd = [(0, side % 2) for side in clip.shape[1:3]]
     options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
+    tags = [text for name in ("colorspace", "color_primaries", "color_trc") for text in (f"-{name}", "bt709")]
+    convert = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
+    options["output_params"] = ["-vf", convert, *tags, "-color_range", "tv"]
     frames = np.pad(clip, [(0, 0), *odd, (0, 0)], mode="edge")
     imageio.mimwrite(path, frames, format="FFMPEG", **options)
