@@ -48,7 +48,7 @@ class Broken(Exception):
 
 @dataclass
 class Checkpoints:
-    """What `trainer.train_run` saves every `every` steps, or so much time, and at the end, in `folder`; the last `keep` stay.
+    """What `trainer.train_run` saves in `folder` every `every` steps, or so much time, and at the end; `keep` stay.
 
     settings: {name: value} of the run; a run with other settings may not resume. stateful: {name: object} of what
     else is saved and restored, by `state_dict()`, plain enough for JSON, and `load_state_dict(state)`.

@@ -48,9 +48,8 @@ def distill(argv: list[str]) -> int:
             print(f"\n{stopped}; the same command resumes from there", file=sys.stderr)
         return exit_at_once(stopped.status)
     if run:  # on the main process
-        print(
-            f"\nwritten: {config.output}, after {run['seconds']} seconds, {60 * run['steps'] / run['seconds']:.3g} steps/min"
-        )
+        pace = f"{60 * run['steps'] / run['seconds']:.3g} steps/min"
+        print(f"\nwritten: {config.output}, after {run['seconds']} seconds, {pace}")
         for name, value in run["history"][-1].items():
             if name != "step":
                 print(f"{name:24} {run['history'][0].get(name, math.nan):10.4g} at first, {value:10.4g} at the end")

@@ -129,6 +129,7 @@ class Samples:
 
     every: Interval = option("2 h", "steps, or time, between samples; first and last step, too; 0: never")
     steps: list[Count] = option([1, 4, 32], "step counts of the samples", min_length=1)
+    last: bool = option(False, "whether the last weights are sampled beside their average, too")
     prompts: list[Text] = option(PROMPTS, "prompts of the samples")
 
 

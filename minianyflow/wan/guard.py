@@ -26,7 +26,7 @@ LAUNCHER = os.getppid()  # read at import: later it may be gone
 
 
 class Preempted(Exception):
-    """SIGTERM or Ctrl-C came, the launcher is gone or the time is over; a checkpoint was saved. status: to exit with."""
+    """A signal came, the launcher is gone or the time is over; a checkpoint was saved. status: to exit with."""
 
     def __init__(self, text: str, status: int = EXIT_SIGTERM):
         super().__init__(text)
@@ -158,7 +158,10 @@ def check_tracker(name: str) -> None:
 
 
 def start_trackers(accelerator, folder: str | Path = ".") -> None:
-    """Start the trackers; wandb's files go to `folder`. An error that ends a thread of theirs becomes the one warning, as an error of a call does."""
+    """Start the trackers; wandb's files go to `folder`.
+
+    An error that ends a thread of theirs becomes the one warning, as an error of a call does.
+    """
     before, after, usual_hook = {*threading.enumerate()}, None, threading.excepthook
 
     def hook(failure):

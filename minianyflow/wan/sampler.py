@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -69,42 +70,44 @@ def sample_while_training(
 ) -> Callable[[int], None] | None:
     """`sample(done)` for `train_run`: clips of the averaged student in samples/, and in the trackers.
 
-    Clips are shared among the processes by prompt and step count; the main one decodes and writes them.
+    With samples.last also those of its last weights, from the same noise. Processes share the clips by weights, step
+    count and prompt; the main one decodes and writes them.
     """
     if not config.samples.every:
         return None
-    prompts, device, (prompt,) = config.samples.prompts, accelerator.device, [None]
+    prompts, device, prompt = config.samples.prompts, accelerator.device, None
     if accelerator.is_main_process:
         prompt = embed(config.base, prompts, data.null.shape[1], DTYPES[config.precision], device).float().cpu()
         (vae,) = load_parts(config.base, "vae")  # now, or a missing one would be found hours later
-    (prompt,) = broadcast_object_list([prompt])
-    noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES))
-    jobs = [(n, k) for n in sorted(config.samples.steps, reverse=True) for k in range(len(prompts))]
-    own = jobs[accelerator.process_index :: accelerator.num_processes]
+    prompt = broadcast_object_list([prompt])[0].to(device)
+    noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
 
     def on_sample(done):
         averaged = student.average is not None and done > student.ema_after
-        network = student.average.module if averaged else student.network
-        if isinstance(network, FSDPModule):
-            network.unshard()  # on all processes: some may have no clip
+        sources = {"": student.average.module} if averaged else {}
+        if config.samples.last or not averaged:
+            sources["last, " * averaged] = student.network
+        for network in sources.values():
+            if isinstance(network, FSDPModule):
+                network.unshard()  # on all processes: some may have no clip
+        jobs = product(sorted(config.samples.steps, reverse=True), sources, range(len(prompts)))
         latents = {
-            (n, k): sample(config, network.network, noise[k, None].to(device), prompt[k, None].to(device), n).cpu()
-            for n, k in own
-        }  # uncounted
+            (name, n, k): sample(config, sources[name].network, noise[k, None], prompt[k, None], n).cpu()  # uncounted
+            for n, name, k in [*jobs][accelerator.process_index :: accelerator.num_processes]
+        }
         latents = {job: clip for some in gather_object([latents]) for job, clip in some.items()}
         if accelerator.is_main_process:
             vae.to(device)
-            clips = {
-                step_label(n): torch.cat(
-                    [decode_latents(vae, latents[n, k].to(device)).cpu() for k in range(len(prompts))]
-                )
-                for n in config.samples.steps
-            }
+            clips = {}
+            for name, n in product(sources, config.samples.steps):
+                videos = [decode_latents(vae, latents[name, n, k].to(device)).cpu() for k in range(len(prompts))]
+                clips[f"{name}{step_label(n)}"] = torch.cat(videos)
             vae.cpu()
             write_clips(Path(config.output) / "samples" / f"{done:06}", clips, prompts)
             log_clips(clips, done, accelerator)
-        if isinstance(network, FSDPModule):
-            network.reshard()
+        for network in sources.values():
+            if isinstance(network, FSDPModule):
+                network.reshard()
 
     return on_sample
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from minianyflow.measures import sliced_w2
+from minianyflow.networks.weights import load_codec
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
+from minianyflow.video import motion_report
 from minianyflow.video.motion import fit_flights, flights, kept_speed, motion, spread
+from minianyflow.video.stages import WEIGHTS, path_of
 from toy_data import blobs
 
 
@@ -84,3 +87,17 @@ def test_spread_of_a_known_law():
     seen = spread(latents)
     assert seen["latent_variance"] == pytest.approx(4 * 320, rel=0.03)
     assert seen["pair_distance"] == pytest.approx((2 * 4 * 320) ** 0.5, rel=0.03)
+
+
+@pytest.mark.slow
+def test_the_report_says_of_each_prompt_what_the_codec_reads(monkeypatch):
+    monkeypatch.setattr(motion_report, "COUNT", 64)
+    codec = load_codec(path_of(WEIGHTS, "codec"))
+    floors = motion_report.floors(codec, motion_report.make_reference(codec))
+    for prompt in blobs.PROMPTS:
+        data, redrawn = (floors[name][prompt] for name in ("data", "redrawn"))
+        assert data["right"] == redrawn["right"] == 1
+        assert data["straight"] > 0.8 > 0.4 > redrawn["straight"]
+        assert data["kept"] > 0.8
+        assert data["residual"] < 0.2 < redrawn["residual"]
+        assert data["pair_distance"] == pytest.approx(redrawn["pair_distance"], rel=0.1)
