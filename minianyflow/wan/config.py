@@ -30,7 +30,7 @@ LAYERS = {  # at most one of each, in this order: a later layer may set what an 
     "model": ("wan-1.3b", "wan-14b"),
     "architecture": ("bidirectional", "causal"),
     "stage": ("teacher", "forward", "on_policy", "forward-published", "on_policy-published"),
-    "size": ("tiny",),
+    "size": ("tiny", "first-week"),
 }
 FREE = (  # what may change when a run resumes: on sound data, what a step computes is the same but for rounding
     *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
@@ -335,6 +335,7 @@ def _nearest(name):
     """What may have been meant: options of the section, of that name elsewhere, or spelt nearly so."""
     last = name.rpartition(".")[2]
     near = [full for full in OPTIONS if name == full.partition(".")[0] or last == full.rpartition(".")[2]]
+    near = near or ["lr"] * (last in ("learning_rate", "learningrate"))
     near = near or difflib.get_close_matches(name, OPTIONS, n=2, cutoff=0.6)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(OPTIONS)}"
 

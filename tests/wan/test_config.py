@@ -105,6 +105,7 @@ UNKNOWN = {
     "lr": "'lr' on the command line; expected key=value",
     "samples.prompts=[a, b": "cannot be read .*; quote values",
 }
+UNKNOWN["learning_rate=1"] = "unknown option 'learning_rate' .*did you mean 'lr'"
 TYPES = {
     "steps=many": r"steps=many in the command line; it should be a valid integer \(optimiser steps\)",
     "lr=fast": "^lr=fast .*valid number",
