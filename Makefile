@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m minianyflow
 
-.PHONY: demo video weights wan-tiny faults lab live live-html bench-live docs test test-all check setup
+.PHONY: demo video weights wan-tiny faults lab live live-html site bench-live docs test test-all check setup
 
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard, or DATA=points.csv)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATA),--data $(DATA))
@@ -22,11 +22,14 @@ faults: setup ## kill, fill, cut and poison tiny runs; every one must lose nothi
 lab: setup    ## the course, in JupyterLab
 	@$(RUN) lab
 
-live: setup   ## the scenes as a full-window app for a class, offline (SCENE=race|triangle|backward_simulation|exposure|video)
+live: setup   ## the scenes in one window of the browser, for a class, without a server (SCENE=race|triangle|backward_simulation|exposure|video)
 	@$(RUN) live $(if $(SCENE),--scene $(SCENE))
 
 live-html: setup  ## each scene as one page that needs no server
 	@$(RUN) live-html
+
+site: setup   ## the course as a site, offline: one folder for any static host or a USB stick
+	@$(RUN) site
 
 bench-live: setup  ## how quickly the scenes answer, in a headless browser
 	@.venv/bin/python -m benchmarks.scene_speed

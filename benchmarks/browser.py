@@ -3,15 +3,22 @@
 Nothing leaves the machine: a request beyond loopback is blocked and recorded.
 """
 
+import os
+import socket
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlparse
 
-from minianyflow.live.app import free_port, serving
+import nbformat
+
+from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
 KERNEL = "globalThis.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
@@ -45,7 +52,9 @@ def watched(browser, size=WINDOW, **options) -> Iterator:
 def jupyter_lab(folder) -> Iterator[str]:
     """JupyterLab over `folder`, on loopback, with settings of its own; yields its address."""
     with TemporaryDirectory() as own:
-        port = free_port()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         address = f"http://127.0.0.1:{port}"
         options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
         options += ["--IdentityProvider.token=", f"--LabApp.app_settings_dir={ROOT / 'notebooks/.lab'}"]
@@ -82,3 +91,35 @@ def run_cells(page, restart: bool = False) -> None:
     page.evaluate(f"() => {{ jupyterapp.commands.execute('notebook:{which}') }}")  # and do not wait for its end
     if restart:
         page.click(".jp-Dialog .jp-mod-accept")
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    """Write a notebook of these code cells."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+
+
+@contextmanager
+def serving(
+    command: Sequence, ready: Callable[[], bool], log: Path, environment: dict[str, str], seconds: float = 180
+) -> Iterator[subprocess.Popen]:
+    """A server, `python COMMAND`, from when `ready()` is true: its process. InputError with its last line if not."""
+    command = [sys.executable, *map(str, command)]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | environment)
+    try:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                last = (Path(log).read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+                raise InputError(f"{' '.join(command[1:3])} was not ready within {seconds} s; it says: {last}")
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -2,13 +2,14 @@
 
 Both arms of a pair have the same networks, data, noise, optimiser and number of steps. Three seeds: on the plane three
 copies trained as one network, on video three trainings from the committed networks of toy_data/video. Beside them
-Muon against AdamW, on small video and on tiny Wan.
+image to video, and Muon against AdamW on small video and on tiny Wan.
 
 `python -m benchmarks.published` takes about 25 CPU minutes, `--only NAME ...` less; it writes choices.json, of which
 docs/wan/choices.json is a copy.
 """
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -18,12 +19,15 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from minianyflow.batch import batches
 from minianyflow.guidance import Guidance, guided_velocity
 from minianyflow.measures import path_error, sliced_w2, sobol_noise
 from minianyflow.mixtures import GaussianMixture
+from minianyflow.networks.causal import causal_rollout
+from minianyflow.networks.lora_roles import COARSE_PATCHES, EMBEDDERS
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.networks.teacher_forcing import (
     TeacherForced,
@@ -51,7 +55,7 @@ from minianyflow.wan.config import load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.folders import make_tiny_wan
 from minianyflow.wan.run_networks import RunNetworks
-from toy_data import plane
+from toy_data import blobs, plane
 
 SEEDS = (0, 1, 2)
 SCALE, RATE = 3.0, 1e-2  # of guidance, of learning, on the plane
@@ -85,10 +89,10 @@ def exact_velocity(z, t, copy=None):
     return SPIRAL.velocity(z, t)
 
 
-def trained(network: nn.Module, loss: Callable, draw: Callable, steps: int = PLANE_STEPS) -> tuple[nn.Module, int]:
+def trained(network: nn.Module, loss: Callable, draw: Callable) -> tuple[nn.Module, int]:
     """The average of the network, and the evaluations that its training took."""
     role = Role(EvaluationCounter(network), loss, lr=RATE)
-    train({"student": role}, draw, steps, progress=False)
+    train({"student": role}, draw, PLANE_STEPS, progress=False)
     return role.average.module, role.network.rows + role.average.module.rows
 
 
@@ -152,15 +156,15 @@ def guidance(published: bool) -> tuple:
     return PLANE_NFE, [[path_error(end, target) for end in of_copy] for of_copy in ends], count
 
 
-def on_policy(fake_time: str) -> tuple:
+def on_policy(fake_time: str = "uniform", shared: bool = False) -> tuple:
     """The committed mixed flow maps, trained on their own rollouts; exact scores for the teacher's."""
     weights = {}
     for copy in range(len(SEEDS)):
         for name, value in read_copy(STUDENTS / "mixed.safetensors", copy)[0].items():
             weights.setdefault(name, []).append(value)
     student, fake = (EvaluationCounter(MLP(seeds=SEEDS)) for _ in range(2))
-    for each in (student, fake):
-        each.network.load_state_dict({name: torch.cat(value) for name, value in weights.items()})
+    for network in (student, fake):
+        network.network.load_state_dict({name: torch.cat(value) for name, value in weights.items()})
     forward = FlowMapLoss(FLOW_MAPS["mixed"], exact_velocity, adaptive=0.5)
     slow = {"betas": (0.0, 0.999), "warmup": 50, "ema": 0.99}
     roles = {"student": Role(student, OnPolicyLoss(exact_velocity, fake, forward), lr=1e-3, **slow)}
@@ -169,7 +173,7 @@ def on_policy(fake_time: str) -> tuple:
 
     def draw(step):
         batch = drawn(step)
-        return batch | draw_on_policy((2,), len(batch["x"]), generator(step, 1), fake_time=fake_time)
+        return batch | draw_on_policy((2,), len(batch["x"]), generator(step, 1), fake_time=fake_time, shared=shared)
 
     train(roles, draw, POLICY_STEPS, progress=False)
     return PLANE_NFE, on_plane(roles["student"].average.module, PLANE_NFE), student.rows + fake.rows
@@ -216,16 +220,25 @@ def video_guidance(earlier, seed, published):
     return roles, draw
 
 
-def video_on_policy(earlier, seed, null_prompts="everywhere", fake_time="uniform"):
-    """On-policy training of the Eulerian student; a tenth of the rows without their prompt."""
+def video_on_policy(earlier, seed, null_prompts="everywhere", fake_time="uniform", shared=False, embedders=True):
+    """On-policy training of the Eulerian student; a tenth of the rows without their prompt.
+
+    embedders: whether the fake score learns its embedders of time, too.
+    """
     forward_weight = stages.STAGES["on_policy"].options
     settings = stage("on_policy", "eulerian", lr=1e-4, options=forward_weight, stream=3)
     roles, _ = stages.build_on_policy(settings, seed, earlier)
+    if not embedders:
+        fake = roles["fake"]
+        for name, layer in fake.network.network.transformer.named_modules():
+            layer.requires_grad_(False) if re.fullmatch(EMBEDDERS[0], name) else None
+        options = {"lr": stages.FAKE_RATE * settings.lr, "betas": (0.0, 0.999), "ema": None, "clip": 1.0}
+        roles["fake"] = Role(fake.network, fake.loss, **options)
     drawn, null = earlier.draw(settings, seed), TextEncoder()([""])
 
     def draw(step):
         batch, source = drawn(step), generator(seed, 4, step)
-        batch |= draw_on_policy(batch["x"].shape[1:], VIDEO_ROWS, source, fake_time=fake_time)
+        batch |= draw_on_policy(batch["x"].shape[1:], VIDEO_ROWS, source, fake_time=fake_time, shared=shared)
         dropped = torch.rand(VIDEO_ROWS, generator=source)[:, None, None] < stages.DROPPED
         kept = {"prompt": torch.where(dropped, null, batch["condition"]["prompt"])}
         rollout = {"rollout_condition": batch["condition"]} if null_prompts == "forward" else {}
@@ -234,163 +247,181 @@ def video_on_policy(earlier, seed, null_prompts="everywhere", fake_time="uniform
     return roles, draw
 
 
-def video_causal(earlier, seed, adds):
-    """Teacher forcing with the mixed objective on data; on a tenth of the steps whole clips, added or instead."""
-    settings = stage("causal", "causal_teacher")
-    network, loss = earlier.causal("causal_teacher"), FlowMapLoss(FLOW_MAPS["mixed"], weight=anyflow_weight())
-    forced = TeacherForced(loss, FlowMapLoss({}, weight=torch.ones_like))
-    role = Role(EvaluationCounter(network), forced, ema=None, clip=1.0)
-    drawn, law = earlier.draw(settings, seed), {"diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal"}
+def video_on_policy_by_chunks(earlier, seed, whole):
+    """On-policy training of the causal student; whole: a tenth of the steps have the forward loss of whole clips."""
+    settings = stage("causal_on_policy", "causal", rows=VIDEO_ROWS // 2, lr=1e-4, stream=3)
+    roles, drawn = stages.build_on_policy(settings, seed, earlier)
+    roles["student"].loss.forward = TeacherForced(FlowMapLoss(FLOW_MAPS["mixed"], weight=anyflow_weight()))
+    clips = earlier.draw(settings, seed)
+    return roles, lambda step: drawn(step) | (single_chunk_batch(clips(step)) if whole and step % 10 == 9 else {})
+
+
+def video_data(earlier, seed, causal=False, known=0.0, coarse="whole", whole=""):
+    """The mixed objective on data, by teacher forcing if causal; known: share of rows that know their first frame.
+
+    coarse: how the embedding of coarse patches learns; "lora" has the rank of its input, as Wan's has, and no bias.
+    whole: on a tenth of the steps whole clips are learnt, "added" to the chunks or "instead" of them.
+    """
+    network = earlier.causal("causal_teacher") if causal else earlier.network("teacher")
+    if coarse == "lora":
+        rank = network.transformer.far_patch_embedding.weight[0].numel()
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[*COARSE_PATCHES])
+        inject_adapter_in_model(config, network.transformer)
+        for name, weight in network.named_parameters():
+            weight.requires_grad_("base_layer" not in name)
+    loss, drawn = (
+        FlowMapLoss(FLOW_MAPS["mixed"], weight=anyflow_weight()),
+        earlier.draw(stage("causal"), seed, known=known),
+    )
+    loss = TeacherForced(loss, FlowMapLoss({}, weight=torch.ones_like)) if causal else loss
+    law = {"diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal"}
 
     def draw(step):
-        batch, whole = drawn(step), step % 10 == 9
-        if whole and not adds:
-            return single_chunk_batch(batch)
+        batch, clips = drawn(step), whole and step % 10 == 9
+        if not causal or (clips and whole == "instead"):
+            return single_chunk_batch(batch) if causal else batch
         cut = cycle_context_lengths(batch, step, network)
-        times = draw_pairs(VIDEO_ROWS, generator(seed, 5, step), **law)
-        return add_whole_clips(cut, batch, times["t"]) if whole else cut
+        t = draw_pairs(VIDEO_ROWS, generator(seed, 5, step), **law)["t"]
+        return add_whole_clips(cut, batch, t) if clips else cut
 
-    return {"student": role}, draw
+    return {"student": Role(EvaluationCounter(network), loss, ema=None, clip=1.0)}, draw
 
 
-NORMAL, WEIGHTED = {"diagonal_time": "logit_normal"}, {"diagonal_time": "uniform", "weight": anyflow_weight()}
-UNWEIGHTED = NORMAL | {"weight": torch.ones_like}
-PLANE = {  # {what is trained: {arm: function}}; "ours" and what differs from it
-    "flow map, exact velocity": {
-        "ours": partial(flow_map, "exact"),
-        "t the larger of two": partial(flow_map, "exact", "larger"),
-    },
-    "flow map, data velocity": {
-        "ours": partial(flow_map, "data"),
-        "t the larger of two": partial(flow_map, "data", "larger"),
-    },
-    "guided flow map": {"ours": partial(guidance, False), "published form": partial(guidance, True)},
-    "teacher": {"ours": partial(teacher, **WEIGHTED), "logit-normal t, no weight": partial(teacher, **UNWEIGHTED)},
-    "on-policy": {
-        "ours": partial(on_policy, "uniform"),
-        "logit-normal t of the fake score": partial(on_policy, "logit_normal"),
-    },
+@torch.no_grad()
+def go_on(how: str, network: nn.Module, x: Tensor, prompt: Tensor, nfe: int) -> Tensor:
+    """Clips (B, F, C, H, W) that go on from the first frames of the clips x."""
+    z, times = sobol_noise(len(x), x.shape[1:]), time_grid(nfe)
+    if how.startswith("causal"):
+        return causal_rollout(network, z, times, prompt, network.first, network.rest, x[:, :1])[-1]
+    known = torch.arange(x.shape[1]).expand(x.shape[:2]) < 1
+    return sample_flow_map(network, torch.cat([x[:, :1], z[:, 1:]], 1), times, prompt=prompt, known=known)[-1]
+
+
+WEIGHTED = {"diagonal_time": "uniform", "weight": anyflow_weight()}
+NORMAL, OURS = {"diagonal_time": "logit_normal", "weight": torch.ones_like}, {"ours": {}}
+LARGER, FORMS = OURS | {"t the larger of two": {"diagonal_time": "larger"}}, ({"published": False}, {"published": True})
+TEACHERS = {"ours": WEIGHTED, "logit-normal t, no weight": NORMAL}
+GUIDED = dict(zip(("ours", "published form"), FORMS, strict=True))
+POLICIES = OURS | {"logit-normal t of the fake score": {"fake_time": "logit_normal"}}
+POLICIES |= {"one N and g a step": {"shared": True}}
+VIDEO_POLICIES = OURS | {"null prompts in the forward loss alone": {"null_prompts": "forward"}} | POLICIES
+VIDEO_POLICIES |= {"embedders of time of the fake score frozen": {"embedders": False}}
+MUON = {f"Muon {rate:g}": {"muon": rate} for rate in (0.01, 0.02, 0.04)}
+RATES = {"AdamW 0.006": {"lr": 6e-3}} | MUON
+KNOWN = {f"i2v_prob {share}": {"known": share} for share in (0.0, 0.25)}
+PLANE = {  # {what is trained: (function, {arm: its options})}; "ours" and what differs from it
+    "flow map, exact velocity": (partial(flow_map, "exact"), LARGER),
+    "flow map, data velocity": (partial(flow_map, "data"), LARGER),
+    "guided flow map": (guidance, GUIDED),
+    "teacher": (teacher, TEACHERS),
+    "on-policy": (on_policy, POLICIES),
 }
-RATES = {"AdamW 0.006": partial(video_flow_map, lr=6e-3)}
-RATES |= {f"Muon {rate:g}": partial(video_flow_map, muon=rate) for rate in (0.01, 0.02, 0.04)}
-VIDEO = {  # {what is trained: (steps, step counts, sampler, {arm: build})}
-    "flow map": (
-        80,
-        VIDEO_NFE,
-        "flow_map",
-        {"ours": video_flow_map, "t the larger of two": partial(video_flow_map, diagonal_time="larger"), **RATES},
+CHUNKS = partial(video_data, causal=True)
+VIDEO = {  # {what is trained: ((steps, step counts, sampler, build), {arm: options of build})}
+    "flow map": ((80, VIDEO_NFE, "flow_map", video_flow_map), LARGER | RATES),
+    "guided flow map": ((80, VIDEO_NFE, "flow_map", video_guidance), GUIDED),
+    "teacher": ((150, TEACHER_NFE[:2], "euler", video_teacher), TEACHERS),
+    "on-policy": ((25, VIDEO_NFE, "flow_map", video_on_policy), VIDEO_POLICIES),
+    "causal": ((40, (1, 4), "causal", CHUNKS), {"ours": {"whole": "instead"}, "whole clips added": {"whole": "added"}}),
+    "causal, coarse patches": ((40, (1, 4), "causal", CHUNKS), {"ours": {"coarse": "lora"}, "trained whole": {}}),
+    "causal on-policy": (
+        (25, (1, 4), "causal", video_on_policy_by_chunks),
+        {"ours": {"whole": True}, "no whole clips": {"whole": False}},
     ),
-    "guided flow map": (
-        80,
-        VIDEO_NFE,
-        "flow_map",
-        {"ours": partial(video_guidance, published=False), "published form": partial(video_guidance, published=True)},
-    ),
-    "teacher": (
-        150,
-        TEACHER_NFE[:2],
-        "euler",
-        {"ours": partial(video_teacher, **WEIGHTED), "logit-normal t, no weight": partial(video_teacher, **UNWEIGHTED)},
-    ),
-    "on-policy": (
-        25,
-        VIDEO_NFE,
-        "flow_map",
-        {
-            "ours": video_on_policy,
-            "null prompts in the forward loss alone": partial(video_on_policy, null_prompts="forward"),
-            "logit-normal t of the fake score": partial(video_on_policy, fake_time="logit_normal"),
-        },
-    ),
-    "causal": (
-        40,
-        (1, 4),
-        "causal",
-        {"ours": partial(video_causal, adds=False), "whole clips added": partial(video_causal, adds=True)},
-    ),
+    "image to video": ((80, VIDEO_NFE, "image", video_data), KNOWN),
+    "causal image to video": ((40, (1, 4), "causal image", CHUNKS), KNOWN),
 }
-
-
 WAN_STEPS, WAN_KINDS = 100, ("tangent", "semigroup")
-WAN = {f"AdamW {lr:g}": {"lr": lr} for lr in (1e-3, 3e-3, 1e-2)}  # {arm: options of the role}
-WAN |= {f"Muon {rate:g}": {"muon": rate} for rate in (0.01, 0.02, 0.04)}
+WAN = {"forward stage": (None, {f"AdamW {lr:g}": {"lr": lr} for lr in (1e-3, 3e-3, 1e-2)} | MUON)}  # of the role
 
 
-def on_plane_alone(trained: str, arm: str, position: int = 0) -> dict:
-    """One arm of the plane, its copies the seeds."""
-    torch.set_num_threads(1)
-    began = time.process_time()
-    nfe, figures, count = PLANE[trained][arm]()
-    return {"at": nfe, "figures": figures, "evaluations": count, "seconds": time.process_time() - began}
+def on_video(trained: str, arm: str, seed: int, folder: Path, clips: tuple[Tensor, Tensor]) -> tuple:
+    """One arm of small video; clips: latents to measure against, and their numbers of balls.
 
-
-def on_video(trained: str, arm: str, seed: int, folder: Path, reference: Tensor, position: int = 0) -> dict:
-    """One arm of small video, trained with one seed and measured by sliced W2 from the latents `reference`."""
-    torch.set_num_threads(1)
-    steps, nfes, how, arms = VIDEO[trained]
-    earlier, began = stages.Earlier(folder), time.process_time()
-    roles, draw = arms[arm](earlier, seed)
+    Image to video: by the law of the steps from the first latent frame, which is given, to the second.
+    """
+    (steps, nfes, how, build), arms = VIDEO[trained]
+    earlier = stages.Earlier(folder)
+    roles, draw = build(earlier, seed, **arms[arm])
     for role in roles.values():
         role.warmup = WARMUP
     train(roles, draw, steps, progress=False)
-    seconds = time.process_time() - began
     network = next(iter(roles.values())).network.network  # the rate has fallen to zero
-    counters = [*(role.network for role in roles.values()), *earlier.teachers]
-    count = sum(counter.rows for counter in counters)
-    z, (prompt, _) = sobol_noise(CLIPS, earlier.latents.shape[1:]), video.prompts_for(CLIPS)
-    figures = [[sliced_w2(video.sample(how, network, z, prompt, nfe), reference) for nfe in nfes]]
-    return {"at": nfes, "figures": figures, "evaluations": count, "seconds": seconds}
+    count = sum(counter.rows for counter in [*(role.network for role in roles.values()), *earlier.teachers])
+    x, balls = clips
+    if how.endswith("image"):
+        prompt = TextEncoder()(blobs.PROMPTS)[balls - 1]
+        ends = [go_on(how, network, x, prompt, nfe) for nfe in nfes]
+        return nfes, [[sliced_w2(end[:, 1] - end[:, 0], x[:, 1] - x[:, 0]) for end in ends]], count
+    z, (prompt, _) = sobol_noise(CLIPS, x.shape[1:]), video.prompts_for(CLIPS)
+    return nfes, [[sliced_w2(video.sample(how, network, z, prompt, nfe), x) for nfe in nfes]], count
 
 
-def on_wan(arm: str, seed: int, folder: Path, position: int = 0) -> dict:
+def on_wan(trained: str, arm: str, seed: int, folder: Path) -> tuple:
     """The forward stage of tiny Wan, all weights: errors of the velocity and of the flow map on fresh noise."""
-    torch.set_num_threads(1)
     places = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents"]
     options = [*places, "trained=full", "batch=16", f"steps={WAN_STEPS}", f"seed={seed}"]
     config = load_config(["bidirectional", "forward", "tiny"], options)
     data = LatentSet(config.data)
     networks = RunNetworks(config, data.shape[0])
     (role,) = wan_stages.forward(config, networks, {"prompt": data.null}).values()
-    role = Role(role.network, role.loss, **wan_stages.optimiser(config) | WAN[arm])
-    draw, began = wan_stages.draws(config, data), time.process_time()
+    role = Role(role.network, role.loss, **wan_stages.optimiser(config) | WAN[trained][1][arm])
+    draw = wan_stages.draws(config, data)
     train({"student": role}, draw, WAN_STEPS, progress=False)
-    seconds, count = time.process_time() - began, role.network.rows
+    count = role.network.rows
     with torch.no_grad():
         errors = [role.loss(role.network, draw(step))[1] for step in range(WAN_STEPS, WAN_STEPS + 16)]
-    figures = [[float(mean(error[kind] for error in errors)) for kind in WAN_KINDS]]
-    return {"at": WAN_KINDS, "figures": figures, "evaluations": count, "seconds": seconds}
+    return WAN_KINDS, [[float(mean(error[kind] for error in errors)) for kind in WAN_KINDS]], count
+
+
+TOYS = {  # {toy: (what trains and measures an arm, what is trained, seeds)}
+    "plane": (lambda name, arm, _: PLANE[name][0](**PLANE[name][1][arm]), PLANE, (0,)),  # its copies are the seeds
+    "video": (on_video, VIDEO, SEEDS),
+    "wan": (on_wan, WAN, SEEDS),
+}
+
+
+def on_toy(toy: str, *arguments: object) -> dict:
+    """One arm with one seed, and the CPU seconds that it took. The last argument is not used: `run_jobs`."""
+    torch.set_num_threads(1)
+    began = time.process_time()
+    nfes, figures, count = TOYS[toy][0](*arguments[:-1])
+    return {"at": nfes, "figures": figures, "evaluations": count, "seconds": time.process_time() - began}
+
+
+def material(toy: str, folder: Path) -> tuple:
+    """What the arms of a toy need beside their name and seed, made in `folder` if it is not there."""
+    if toy == "plane":
+        return ()
+    if toy == "wan":
+        if not folder.exists():
+            make_tiny_wan(folder / "wan")
+        return (folder,)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in stages.WEIGHTS.glob("*-?.*"):
+        shutil.copy(path, folder)
+    if not stages.latents_path(folder).exists():
+        stages.make_latents(folder)
+    clips, balls = video.held_out(load_codec(stages.path_of(folder, "codec")), count=CLIPS)
+    return folder, (clips[0], balls)
 
 
 def run(toys: list[str], only: list[str], output: str | Path, workers: int = 2) -> dict:
     """Train and measure every arm; writes and returns the report, choices.json. only: the rest of it stays."""
-    output = Path(output)
-    jobs = {}
-    if "plane" in toys:
-        jobs |= {("plane", name, arm, 0): (on_plane_alone, (name, arm)) for name in PLANE for arm in PLANE[name]}
-    if "video" in toys:
-        folder = output / "networks"
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in stages.WEIGHTS.glob("*-?.*"):
-            shutil.copy(path, folder)
-        if not stages.latents_path(folder).exists():
-            stages.make_latents(folder)
-        reference = video.held_out(load_codec(stages.path_of(folder, "codec")), count=CLIPS)[0][0]
-        each = [(name, arm, seed) for name, (*_, arms) in VIDEO.items() for arm in arms for seed in SEEDS]
-        jobs |= {("video", *job): (on_video, (*job, folder, reference)) for job in each}
-    if "wan" in toys:
-        folder = output / "tiny"
-        if not folder.exists():
-            make_tiny_wan(folder / "wan")
-        jobs |= {("wan", "forward stage", arm, seed): (on_wan, (arm, seed, folder)) for arm in WAN for seed in SEEDS}
-    jobs = {key: job for key, job in jobs.items() if not only or key[1] in only}
+    output, jobs = Path(output), {}
+    for toy in toys:
+        _, groups, seeds = TOYS[toy]
+        given = material(toy, output / toy)
+        names = [(name, arm) for name, (_, arms) in groups.items() for arm in arms]
+        names = [pair for pair in names if not only or {*pair} & {*only}]
+        jobs |= {(toy, *pair, seed): (on_toy, (toy, *pair, seed, *given)) for pair in names for seed in seeds}
     path = output / "choices.json"
     report = json.loads(path.read_text()) if only and path.exists() else {}
-    for toy, name, *_ in jobs:
-        report.get(toy, {}).pop(name, None)
+    for toy, name, arm, _ in jobs:
+        report.setdefault(toy, {}).setdefault(name, {})[arm] = {"figures": [], "seconds": 0.0}
     for (toy, name, arm, _), found in run_jobs(jobs, workers).items():
-        entry = report.setdefault(toy, {}).setdefault(name, {}).setdefault(arm, found | {"figures": [], "seconds": 0.0})
-        entry["figures"] += found["figures"]
-        entry["seconds"] += found["seconds"]
+        entry = report[toy][name][arm]
+        report[toy][name][arm] = found | {kind: entry[kind] + found[kind] for kind in ("figures", "seconds")}
     with staging_folder(output) as unfinished:
         write_report(rounded(report), unfinished / path.name)
     return report
@@ -399,31 +430,12 @@ def run(toys: list[str], only: list[str], output: str | Path, workers: int = 2) 
 def table(report: dict) -> str:
     """The choices as Markdown: a row each, beside ours; mean over seeds (range), times 1000."""
     rows = []
-    for toy, groups in report.items():
-        for name, arms in groups.items():
-            for arm in [arm for arm in arms if "ours" in arms and arm not in ("ours", *RATES)]:
-                both = [f"{arms[each]['evaluations'] / 1000:.0f} k" for each in ("ours", arm)]
-                rows.append(
-                    [f"{toy}, {name}: {arm}", _line(arms["ours"]["at"]), *map(_cell, (arms["ours"], arms[arm]))]
-                )
-                rows[-1].append(" / ".join(both) if both[0] != both[1] else both[0])
-    header = ["published choice", "steps", "ours", "published", "evaluations"]
-    return markdown_table(header, rows)
-
-
-def rates_table(report: dict) -> str:
-    """The optimisers as Markdown: errors and CPU seconds of all seeds."""
-    groups = {
-        "video": report.get("video", {}).get("flow map", {}),
-        "wan": report.get("wan", {}).get("forward stage", {}),
-    }
-    rows = [
-        [toy, arm, _line(entry["at"]), _cell(entry), f"{entry['seconds']:.0f}"]
-        for toy, arms in groups.items()
-        for arm, entry in arms.items()
-        if arm in ("ours", *RATES, *WAN)
-    ]
-    return markdown_table(["toy", "optimiser", "steps, or error of", "x 1000, mean (range)", "CPU seconds"], rows)
+    for toy, name, arms in ((toy, name, arms) for toy, groups in report.items() for name, arms in groups.items()):
+        for arm in [arm for arm in arms if "ours" in arms and arm not in ("ours", *RATES)]:
+            entries = arms["ours"], arms[arm]
+            costs = dict.fromkeys(f"{entry['evaluations'] / 1000:.0f} k" for entry in entries)
+            rows.append([f"{toy}, {name}: {arm}", _line(entries[0]["at"]), *map(_cell, entries), _line(costs)])
+    return markdown_table(["published choice", "steps", "ours", "published", "evaluations"], rows)
 
 
 def _line(values):
@@ -438,13 +450,12 @@ def _cell(entry):
 def main(argv: list[str] | None = None) -> int:
     """Train, measure and print the table; returns the exit status."""
     parser = cli.Parser("python -m benchmarks.published", description=__doc__)
-    parser.add_argument("--toys", nargs="+", default=["plane", "video", "wan"], metavar="TOY", help="(default: both)")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="what is trained (default: everything)")
+    parser.add_argument("--toys", nargs="+", default=[*TOYS], metavar="TOY", help="(default: all)")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="what is trained, or arms (default: all)")
     parser.add_argument("--output", default="outputs/published", help="folder (default: outputs/published)")
     parser.add_argument("--workers", type=int, default=2, help="processes; each takes one core (default: 2)")
     arguments = parser.parse_args(argv)
-    report = run(arguments.toys, arguments.only, arguments.output, arguments.workers)
-    print(f"{table(report)}\n\n{rates_table(report)}")
+    print(table(run(arguments.toys, arguments.only, arguments.output, arguments.workers)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How quickly the scenes answer, measured in a headless Chromium: four figures, each with its bar.
+"""How quickly the scenes answer, measured in a headless Chromium: each figure with its bar.
 
 `python -m benchmarks.scene_speed` takes a minute or two; its exit status is 1 if a bar is missed.
 """
@@ -14,22 +14,23 @@ from tempfile import TemporaryDirectory
 from playwright.sync_api import sync_playwright
 from tqdm import tqdm
 
-from benchmarks.browser import jupyter_lab, open_notebook, run_cells, shut_down, watched
-from minianyflow.live.app import serve, write_notebook
-from minianyflow.live.pages import READY, chromium, page_text
-from minianyflow.live.player import Pack
-from minianyflow.live.scenes import open_scene
+from benchmarks.browser import jupyter_lab, open_notebook, run_cells, shut_down, watched, write_notebook
+from minianyflow.live.pages import DONE, READY, chromium, write_pages
 from minianyflow.support import cli, install
 from minianyflow.support.errors import InputError
 
-PARTICLES, PANELS = 1000, 3
+PARTICLES, PANELS = 1000, 4
 SCRUB_STEPS, CONTROL_STEPS = 32, 16
 SECONDS = 2.0  # of scrubbing, per measurement
 BARS = {
     "scrub": (f"scrubbing, {PARTICLES} particles x {SCRUB_STEPS} steps x {PANELS} panels", "frames/s", "at least", 30),
-    "control": (f"control moved to new picture, {PARTICLES} particles, {CONTROL_STEPS} steps", "ms", "at most", 150),
+    "drag": ("dragged noise to new jumps and exact path, all panels drawn", "ms", "at most", 16),
+    "network": (f"{PARTICLES} points x {CONTROL_STEPS} steps in the page", "ms", "at most", 200),
+    "control": ("JupyterLab: control moved to first picture, 16 steps", "ms", "at most", 30),
+    "complete": (f"the same to all {PARTICLES} particles and their measures", "ms", "at most", 600),
     "notebook": ("opened notebook, kernel ready, to the first picture", "s", "at most", 3),
-    "live": ("make live, page opened to first scene usable", "s", "at most", 6),
+    "page": ("page opened from a file to the first picture", "s", "at most", 2),
+    "size": ("the race's page, all students in it", "MB", "at most", 1),
 }
 
 # Time goes to and fro by the range that a hand would move; counted are the pictures that were drawn.
@@ -43,86 +44,90 @@ SCRUB = """async (seconds) => {
   return (1000 * (Number(root.dataset.frames) - drawn)) / (performance.now() - began);
 }"""
 
-# From the change of a menu, there and back through the kernel and its network, until the new scene is drawn.
-MOVE = """async ([label, shown]) => {
-  const root = document.querySelector(".lm-player"), before = root.dataset.serial;
-  const menus = [...document.querySelectorAll(".widget-dropdown")];
-  const menu = menus.find((menu) => menu.querySelector(".widget-label").textContent === label).querySelector("select");
-  const drawn = new Promise((done) => {
-    const watch = new MutationObserver(() => root.dataset.serial !== before && (watch.disconnect(), done()));
-    watch.observe(root, { attributes: true });
+# From the change of a menu until the new picture is drawn; and until all particles and measures are there.
+MOVE = """async () => {
+  const root = document.querySelector(".lm-player"), menu = document.querySelector('[name="flow_map"]');
+  const until = (attribute, holds) => new Promise((done) => {
+    const watch = new MutationObserver(() => holds() && (watch.disconnect(), done(performance.now() - began)));
+    watch.observe(root, { attributes: true, attributeFilter: [attribute] });
   });
+  const before = root.dataset.serial, began = performance.now();
+  const drawn = until("data-serial", () => root.dataset.serial !== before);
+  const complete = until("data-done", () => root.dataset.done === "1");
+  menu.selectedIndex = (menu.selectedIndex + 1) % menu.options.length;
+  menu.dispatchEvent(new Event("input", { bubbles: true }));
+  return [await drawn, await complete];
+}"""
+
+# A noise moves by a hair; counted is all work until the picture is drawn.
+DRAG = """async () => {
+  const root = document.querySelector(".lm-player"), { world, again } = player;
+  await new Promise(requestAnimationFrame);
   const began = performance.now();
-  menu.value = shown;
-  menu.dispatchEvent(new Event("change", { bubbles: true }));
-  await drawn;
+  world.drag(0, [Math.random(), Math.random()], new Set(player.shown().paths));
+  again();
+  const worked = performance.now() - began;
+  const frame = await new Promise(requestAnimationFrame); // of the browser; the player draws in it, before this goes on
+  return worked + performance.now() - frame;
+}"""
+
+NETWORK = """(steps) => {
+  const u = player.world.map("teacher_step", "spiral"), z = player.world.z, began = performance.now();
+  let state = Float64Array.from(z), speed = new Float64Array(z.length);
+  for (let k = 0; k < steps; k++) {
+    u(state, z.length / 2, 1 - k / steps, 1 - (k + 1) / steps, speed);
+    state = state.map((value, i) => value - speed[i] / steps);
+  }
   return performance.now() - began;
 }"""
 
 
 def run(repeats: int = 5, quiet: bool = False) -> dict[str, list[float]]:
-    """Measure all four `repeats` times; returns {name: [figures]}."""
+    """Measure everything `repeats` times; returns {name: [figures]}."""
     if repeats < 1:
         raise InputError(f"{repeats} repeats; expected at least 1")
     with ExitStack() as stack:
         browser = stack.enter_context(chromium(stack.enter_context(sync_playwright())))
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        bar = stack.enter_context(tqdm(total=2 + 2 * repeats, unit="measurement", disable=quiet or None))
-        figures = {"scrub": scrub(browser, folder, repeats)}
-        bar.update()
-        figures |= {name: [] for name in BARS if name not in figures}
-        write_notebook(
-            folder / "race.ipynb", f"from minianyflow.live import scenes\nscenes.race(steps={CONTROL_STEPS})"
-        )
+        bar = stack.enter_context(tqdm(total=1 + repeats, unit="measurement", disable=quiet or None))
+        figures = {name: [] for name in BARS}
+        (page,) = write_pages(folder / "pages", ["race"], quiet=True)
+        figures["size"] = [page.stat().st_size / 1e6]
+        for _ in range(repeats):
+            with watched(browser) as tab:
+                start = time.perf_counter()
+                tab.goto(page.as_uri())
+                tab.wait_for_selector(READY)
+                figures["page"].append(time.perf_counter() - start)
+                tab.wait_for_selector(DONE)
+                tab.evaluate(f"player.set({{steps: {CONTROL_STEPS}}})")
+                tab.wait_for_selector(DONE)
+                for _ in range(3):  # the first ones are the compiler's
+                    dragged, evaluated = tab.evaluate(DRAG), tab.evaluate(NETWORK, CONTROL_STEPS)
+                figures["drag"].append(dragged)
+                figures["network"].append(evaluated)
+                tab.evaluate(f"player.set({{steps: {SCRUB_STEPS}}})")
+                tab.wait_for_selector(DONE)
+                tab.evaluate(SCRUB, 0.5)
+                figures["scrub"].append(tab.evaluate(SCRUB, SECONDS))
+            bar.update()
+        scene = f"from minianyflow.live import scenes\nscenes.race(steps={CONTROL_STEPS})"
+        write_notebook(folder / "race.ipynb", scene)
         address = stack.enter_context(jupyter_lab(folder))
-        for last in [False] * (repeats - 1) + [True]:
-            with watched(browser) as page:
-                open_notebook(page, address, "race.ipynb")
+        for _ in range(max(1, repeats // 2)):
+            with watched(browser) as tab:
+                open_notebook(tab, address, "race.ipynb")
                 start = time.perf_counter()
-                run_cells(page)
-                page.wait_for_selector(READY)
+                run_cells(tab)
+                tab.wait_for_selector(READY)
                 figures["notebook"].append(time.perf_counter() - start)
-                bar.update()
-                if last:
-                    figures["control"] = moves(page, repeats)
-                    bar.update()
-                shut_down(page)
-        for _ in range(repeats):  # a server each: the first page after a start is what a class sees
-            with serve() as (address, _), watched(browser) as page:
-                start = time.perf_counter()
-                page.goto(address)
-                page.wait_for_selector(READY)
-                figures["live"].append(time.perf_counter() - start)
-                bar.update()
+                tab.wait_for_selector(DONE)
+                moved = [tab.evaluate(MOVE) for _ in range(4)]  # each to a student that was not shown before
+                figures["control"] += [first for first, _ in moved]
+                figures["complete"] += [complete for _, complete in moved]
+                shut_down(tab)
+        bar.update()
     return figures
-
-
-def scrub(browser, folder: Path, repeats: int) -> list[float]:
-    """Frames per second, `repeats` times, of the race without the panel of the exact flow."""
-    race, pack = open_scene("race", steps=SCRUB_STEPS), Pack()
-    scene = race.draw(pack, particles=PARTICLES, **race.state())
-    scene["panels"] = scene["panels"][-PANELS:]
-    page = {"title": race.title, "controls": [], "scenes": {"": scene}}
-    (folder / "scrub.html").write_text(page_text(page, pack.payload), encoding="utf-8")
-    with watched(browser) as tab:
-        tab.goto((folder / "scrub.html").as_uri())
-        tab.wait_for_selector(READY)
-        tab.evaluate(SCRUB, 0.5)  # once for the compiler
-        return [tab.evaluate(SCRUB, SECONDS) for _ in range(repeats)]
-
-
-def moves(page, repeats: int) -> list[float]:
-    """Milliseconds from a change of the menu `flow map` to the new picture, in a notebook that is open."""
-    label = "flow map"
-    options = page.evaluate(
-        """(label) => [...document.querySelectorAll(".widget-dropdown")]
-        .find((menu) => menu.querySelector(".widget-label").textContent === label)
-        .querySelectorAll("option").values().map((each) => each.value).toArray()""",
-        label,
-    )
-    chosen = [options[(k + 1) % len(options)] for k in range(len(options) * (1 + repeats))]
-    times = [page.evaluate(MOVE, [label, shown]) for shown in chosen]
-    return times[len(options) :]  # the first round loads each student
 
 
 def missed(figures: dict[str, list[float]]) -> list[str]:

@@ -38,9 +38,11 @@ TABLES = {  # {page: {name: arguments of `table`}}
     "docs/video.md": {
         "any_step": (_TABLES + "video_table", _VIDEO),
         "motion": (_TABLES + "video_motion", "video/motion.json"),
+        "tries": ("benchmarks.motion:table", "video/motion_tries.json"),
         "costs": (_TABLES + "video_costs", _VIDEO),
         "causal": (_TABLES + "video_causal", _VIDEO),
         "exposure": (_TABLES + "exposure_table", "video/exposure.json"),
+        "exposure_long": (_TABLES + "exposure_long_table", "video/exposure.json"),
         "padding": (_TABLES + "video_padding", _VIDEO),
     },
     "docs/wan.md": {

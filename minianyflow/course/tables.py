@@ -91,6 +91,23 @@ def video_padding(report: dict) -> str:
     return markdown_table(["attention", "sliced W2 x 1000", "prompt obeyed", "light kept"], rows)
 
 
+def exposure_long_table(report: dict) -> str:
+    """What free-running clips of the saved students keep, far beyond the frames of training: means over seeds."""
+    long, rows = report["long"], []
+    frames = [long["frames"].index(frame) for frame in (16, 64, 160)]
+    names = {name: arm for arm, name in ARMS.items()}
+
+    def row(label, nfe, seeds):
+        figures = ("sliced_w2", "tv", "kept", "whole")
+        cells = [" / ".join(f"{mean(seed[name][frame] for seed in seeds):.2f}" for frame in frames) for name in figures]
+        return [label, nfe, *cells, f"{mean(seed['lost'][long['frames'].index(320)] for seed in seeds):.0%}"]
+
+    rows = [row(names[arm], nfe, seeds) for arm, by_nfe in long["arms"].items() for nfe, seeds in by_nfe.items()]
+    rows.append(row("exact law of the next frame", "", [long["exact"]]))
+    columns = ["sliced W2", "TV of speeds", "kept", "whole"]
+    return markdown_table(["at frame 16 / 64 / 160", "NFE", *columns, "lost at frame 320"], rows)
+
+
 def exposure_table(report: dict) -> str:
     """Exposure bias on the circle: last radius error and sliced W2 of clips, along the curve of each arm."""
 

@@ -1,133 +1,125 @@
-"""The base of all scenes: controls, one drawing function, and a picture for a notebook whose kernel is not running.
+"""The base of all scenes: a widget whose controls and pictures live in the page, and a picture for everybody else.
 
-`draw` turns the values of the controls into what the player shows, and touches no widget: offline pages call it, too.
+Most scenes compute in the page (static/scenes.js), from weights and noises that `data` hands over once; the kernel is
+asked for nothing after that. A scene without a `kind` is drawn here, by `draw`, whenever a control is moved.
 """
 
 import base64
 import contextlib
-import html
 import itertools
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import ClassVar
 
-import ipywidgets
+import anywidget
 import torch
-from traitlets import TraitError
+import traitlets
 
-from minianyflow.live.pictures import picture_png
-from minianyflow.live.player import Pack, Player
+from minianyflow.live.player import STATIC, Pack, script
 from minianyflow.support.errors import InputError, choose
 
-LOOKS = {"layout": {"width": "auto", "min_width": "260px"}, "style": {"description_width": "initial"}}
 
+class Scene(anywidget.AnyWidget):
+    """Subclasses set `title`, `picture_of` and `kind`, and define `make_controls`, and `data` or `draw`.
 
-class Scene:
-    """A player below its controls. Subclasses set `title` and define `make_controls` and `draw`.
-
-    errors: exceptions of callbacks, which ipywidgets drops: they are shown below the player, printed and appended here.
+    state: the values of the controls, as the page has them now. errors: exceptions of `draw`, which the page shows.
     """
 
     title: ClassVar[str] = ""
+    kind: ClassVar[str] = ""  # the name of its function in scenes.js; "": `draw` makes its pictures
     particles: ClassVar[int] = 1000
-    offline: ClassVar[dict[str, tuple]] = {}  # {control: the values that an offline page offers}; others stay fixed
-    offline_particles: ClassVar[int] = 300
+    offline: ClassVar[dict[str, tuple]] = {}  # of a scene with `draw`: {control: the values that a page holds}
+
+    _esm = script()
+    _css = (STATIC / "player.css").read_text(encoding="utf-8")
+    page = traitlets.Dict().tag(sync=True)
+    payload = traitlets.Bytes(b"").tag(sync=True)  # the bytes of the page's arrays
+    state = traitlets.Dict().tag(sync=True)
+    shown = traitlets.Dict().tag(sync=True)  # what `draw` made last, and the bytes of its arrays
+    picture = traitlets.Bytes(b"").tag(sync=True)
 
     def __init__(self, **start):
-        self.errors, self.player, self.message = [], Player(), ipywidgets.HTML()
+        super().__init__()
+        self.errors = []
         self.controls = self.make_controls() | {"seed": slider("noise, seed", range(10), 0)}
         for name, value in start.items():
-            self.set(name, value)
-        row = ipywidgets.HBox(list(self.controls.values()), layout={"flex_flow": "row wrap"})
-        self.widget = ipywidgets.VBox([row, self.player, self.message]).add_class("lm-scene")
-        self.redraw()  # before controls are observed: an error in the first drawing is raised to the caller
-        for control in self.controls.values():
-            control.observe(self.on_change, "value")
-        self.player.observe(self.on_pick, "picked")
+            control = choose("control", name, self.controls)
+            if value not in control["values"]:
+                expected = ", ".join(map(repr, control["values"]))
+                raise InputError(f"{name} {value!r}; expected one of {expected}")
+            control["value"] = value
+        self.state = {name: control["value"] for name, control in self.controls.items()}
+        pack = Pack()
+        self.page, self.payload = self.described(data=self.data(pack), arrays=pack.arrays), pack.payload
+        if not self.kind:
+            self.redraw()
+            self.observe(lambda change: self.redraw(), "state")
 
-    def make_controls(self) -> dict[str, ipywidgets.Widget]:
+    def described(self, names=None, **more) -> dict:
+        """What the page is told: its controls (names: only these) and their values, and `more`."""
+        controls = [
+            {"name": name, **control} for name, control in self.controls.items() if names is None or name in names
+        ]
+        state = {control["name"]: control.pop("value") for control in controls}
+        return {
+            "kind": self.kind,
+            "title": self.title,
+            "particles": self.particles,
+            "controls": controls,
+            "state": state,
+        } | more
+
+    def make_controls(self) -> dict[str, dict]:
         """The controls by name, in the order shown; that of the noise's seed comes last."""
+        return {}
+
+    def data(self, pack: Pack) -> dict:
+        """What the page computes from; its arrays are added to `pack`."""
         return {}
 
     def draw(self, pack: Pack, **state) -> dict:
         """The JSON of the scene for these values of the controls; its arrays are added to `pack`."""
         raise NotImplementedError
 
-    def picked(self, chain: list[float]) -> None:
-        """React to a chain of times that a user has moved; most scenes have none."""
-
-    def possible(self, **state) -> bool:
-        """Whether these values of the controls go together; an offline page leaves out those that do not."""
-        return True
-
-    def state(self) -> dict:
-        """The values of the controls, by name."""
-        return {name: control.value for name, control in self.controls.items()}
-
-    def set(self, name: str, value) -> None:
-        """Move a control. Raises InputError that lists the values it can have."""
-        control = choose("control", name, self.controls)
-        try:
-            control.value = value
-        except TraitError:
-            options = [repr(option) for _, option in getattr(control, "options", ())]
-            expected = ", ".join(options) or f"{control.min} to {control.max}"
-            raise InputError(f"{name} {value!r}; expected one of {expected}") from None
-
     def redraw(self) -> None:
-        """Draw the scene for the present values of the controls."""
+        """Draw the scene for the present state: one message. An error is shown, printed, appended and raised again."""
         pack = Pack()
-        with one_thread():
-            scene = self.draw(pack, particles=self.particles, **self.state())
-        self.player.show(scene, pack.payload)
-
-    def on_change(self, change) -> None:
-        """A control was moved."""
-        self.guarded(self.redraw)
-
-    def on_pick(self, change) -> None:
-        """A dot was moved in the picture."""
-        if chain := list(change["new"]):
-            self.player.picked = []  # or the same chain again would be no change
-            self.guarded(lambda: self.picked(chain))
-
-    def guarded(self, work: Callable) -> None:
-        """Call work(); an error is shown below the player, printed, appended to `errors` and raised again."""
         try:
-            work()
-            self.message.value = ""
+            with one_thread():
+                shown = self.draw(pack, **self.state)
         except Exception as problem:
             self.errors.append(problem)
-            self.message.value = f'<pre class="lm-error">{type(problem).__name__}: {html.escape(str(problem))}</pre>'
+            self.shown = {"error": f"{type(problem).__name__}: {problem}"}
             traceback.print_exc(file=sys.stderr)
             raise
+        with self.hold_sync():
+            self.picture, self.shown = pack.payload, shown
 
     def offline_page(self) -> tuple[dict, bytes]:
-        """({"title", "controls", "scenes"}, bytes): a scene per possible choice, by its values joined with "|"."""
-        pack, state, controls, scenes = Pack(), self.state(), [], {}
-        for name, values in self.offline.items():
-            control = self.controls[name]
-            label_of = {value: label for label, value in getattr(control, "options", ())}
-            labels = [str(label_of.get(value, value)) for value in values]
-            spec = {"name": name, "label": control.description, "labels": labels, "value": str(control.value)}
-            controls.append(spec | {"values": [str(value) for value in values]})
+        """The page that needs no kernel, and the bytes of its arrays: of `draw`, every choice in `offline`."""
+        if self.kind:
+            return self.page, self.payload
+        pack, state, scenes = Pack(), dict(self.state), {}
+        page = self.described(self.offline)
+        for control in page["controls"]:
+            held = self.offline[control["name"]]
+            control["labels"] = [control["labels"][control["values"].index(value)] for value in held]
+            control["values"] = list(held)
         for values in itertools.product(*self.offline.values()):
-            chosen = state | dict(zip(self.offline, values, strict=True))
-            if self.possible(**chosen):
-                scenes["|".join(map(str, values))] = self.draw(pack, particles=self.offline_particles, **chosen)
-        return {"title": self.title, "controls": controls, "scenes": scenes}, pack.payload
+            with one_thread():
+                drawn = self.draw(pack, **state | dict(zip(self.offline, values, strict=True)))
+            scenes["|".join(map(str, values))] = drawn
+        return page | {"scenes": scenes}, pack.payload
 
-    def png(self) -> bytes:
-        """The picture at the scene's last time, as a PNG: a saved notebook contains it."""
-        return picture_png(self.player.scene, self.player.payload)
-
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        """The widget for a running kernel; the picture and its name for everybody else."""
-        bundle = self.widget._repr_mimebundle_()
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-        text = f"{self.title} (run this cell to move it)"
-        return {**data, "image/png": base64.b64encode(self.png()).decode(), "text/plain": text}, metadata
+    def _repr_mimebundle_(self, **options):
+        """The widget for a running kernel; for everybody else its picture, as it opens, and its name."""
+        data, metadata = super()._repr_mimebundle_(**options)
+        data["text/plain"] = f"{self.title} (run this cell to move it)"
+        path = STATIC / "pictures" / f"{type(self).__name__.lower()}.png"
+        if path.exists():
+            data["image/png"] = base64.b64encode(path.read_bytes()).decode()
+        return data, metadata
 
 
 @contextlib.contextmanager
@@ -141,14 +133,13 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def dropdown(label: str, options: Iterable | dict[str, object], value=None) -> ipywidgets.Dropdown:
+def dropdown(label: str, options: Iterable | dict[str, object], value=None) -> dict:
     """A control that chooses one of `options`: a list, or {label: value}."""
     options = options if isinstance(options, dict) else {str(option): option for option in options}
-    value = next(iter(options.values())) if value is None else value
-    return ipywidgets.Dropdown(options=list(options.items()), value=value, description=label, **LOOKS)
+    values = list(options.values())
+    return {"label": label, "labels": list(options), "values": values, "value": values[0] if value is None else value}
 
 
-def slider(label: str, options: Iterable[float], value: float) -> ipywidgets.SelectionSlider:
-    """A control that slides along `options`, numbers."""
-    options = [(f"{option:.3g}", option) for option in options]
-    return ipywidgets.SelectionSlider(options=options, value=value, description=label, **LOOKS)
+def slider(label: str, options: Iterable[float], value: float, below: str = "") -> dict:
+    """A control that slides along `options`, numbers; below: the control whose value it stays under."""
+    return dropdown(label, {f"{option:.3g}": option for option in options}, value) | {"slider": True, "below": below}

@@ -1,7 +1,8 @@
-"""A scene as one HTML file without server or network: it contains all pictures, so time scrubs and steps switch."""
+"""A scene as one HTML file without server or network, and all of them in one window for a class."""
 
 import base64
 import gzip
+import html
 import json
 import os
 from collections.abc import Sequence
@@ -12,13 +13,14 @@ from string import Template
 from PIL import Image
 from tqdm import tqdm
 
-from minianyflow.live.player import STATIC
+from minianyflow.live.player import STATIC, script
 from minianyflow.live.scenes import SCENES, open_scene
 from minianyflow.support import install
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
 
 READY = '.lm-player[data-ready="1"]'  # the first picture is drawn
+DONE = '.lm-player[data-done="1"]'  # and all of its particles and measures
 
 
 def page_text(page: dict, payload: bytes) -> str:
@@ -26,19 +28,29 @@ def page_text(page: dict, payload: bytes) -> str:
     return Template((STATIC / "page.html").read_text()).substitute(
         title=page["title"],
         style=(STATIC / "player.css").read_text(),
-        script=(STATIC / "player.js").read_text().replace("</", "<\\/"),  # `</script` would end the script
+        script=script().replace("</", "<\\/"),  # `</script` would end the script
         page=json.dumps(page, separators=(",", ":")).replace("</", "<\\/"),
         payload=base64.b64encode(gzip.compress(payload, 9, mtime=0)).decode(),
     )
 
 
 def write_pages(output="outputs/live", names: Sequence[str] | None = None, quiet: bool = False) -> list[Path]:
-    """Write NAME.html for those scenes (default: all), all files or none; returns the paths."""
+    """Write NAME.html for those scenes (default: all) and index.html, all files or none; returns the scenes' paths."""
     names = list(names or SCENES)
     with staging_folder(output) as folder:
         for name in tqdm(names, unit="page", disable=quiet or None):
             (folder / f"{name}.html").write_text(page_text(*open_scene(name).offline_page()), encoding="utf-8")
+        (folder / "index.html").write_text(index_text(names), encoding="utf-8")
     return [Path(output) / f"{name}.html" for name in names]
+
+
+def index_text(names: Sequence[str]) -> str:
+    """A menu of scenes above the chosen one; the first is open."""
+    titles = {name: html.escape(SCENES[name][2]) for name in names}
+    links = "".join(
+        f'<a href="{name}.html" target="scene">{k}  {title}</a>' for k, (name, title) in enumerate(titles.items(), 1)
+    )
+    return Template((STATIC / "index.html").read_text()).substitute(links=links, first=f"{names[0]}.html")
 
 
 def chromium(playwright):
@@ -47,7 +59,36 @@ def chromium(playwright):
     return playwright.chromium.launch(executable_path=install.browser(), args=["--no-sandbox"] if root else [])
 
 
-def animate(page, path, frames: int = 36, size=(1180, 700), colours: int = 64, milliseconds: int = 100) -> Path:
+def opened(browser, page: Path, size=(1180, 700), **options):
+    """A tab of that size that shows an offline page, complete."""
+    tab = browser.new_page(viewport=dict(zip(("width", "height"), size, strict=True)), **options)
+    tab.set_default_timeout(180_000)  # the cores may have other work
+    tab.goto(Path(page).resolve().as_uri())
+    tab.wait_for_selector(DONE)
+    tab.add_style_tag(content="body { --lm-size: 17px; }")
+    return tab
+
+
+def seek(tab, position: float) -> Image.Image:
+    """The picture of the player at that position of the time, 0 to 1."""
+    tab.evaluate("(to) => player.seek(to)", position)
+    tab.wait_for_function("(to) => player.root.dataset.position == to", arg=f"{position:.4f}")
+    return Image.open(BytesIO(tab.locator(".lm-player").screenshot())).convert("RGB")
+
+
+def write_pictures(pages: Sequence[Path], folder: Path = STATIC / "pictures") -> list[Path]:
+    """Each scene at its last time as a small PNG, which saved notebooks show where no kernel runs."""
+    from playwright.sync_api import sync_playwright
+
+    folder.mkdir(exist_ok=True)
+    with sync_playwright() as playwright, chromium(playwright) as browser:
+        for page in pages:
+            path = folder / f"{SCENES[Path(page).stem][1].lower()}.png"
+            seek(opened(browser, page), 1.0).quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    return sorted(folder.glob("*.png"))
+
+
+def animate(page, path, frames: int = 36, colours: int = 64, milliseconds: int = 100) -> Path:
     """Write a looping GIF of an offline page, from noise to data, its frames taken in a browser; returns its path."""
     from playwright.sync_api import sync_playwright
 
@@ -55,17 +96,8 @@ def animate(page, path, frames: int = 36, size=(1180, 700), colours: int = 64, m
     if path.suffix != ".gif":
         raise InputError(f"an animation to {path}; expected a name that ends in .gif")
     with sync_playwright() as playwright, chromium(playwright) as browser:
-        tab = browser.new_page(viewport=dict(zip(("width", "height"), size, strict=True)))
-        tab.set_default_timeout(180_000)  # the cores may have other work
-        tab.goto(Path(page).resolve().as_uri())
-        tab.wait_for_selector(READY)
-        tab.add_style_tag(content="body { --lm-size: 17px; }")
-        pictures = []
-        for frame in range(frames):
-            position = frame / (frames - 1)
-            tab.evaluate("(to) => player.seek(to)", position)
-            tab.wait_for_function("(to) => player.root.dataset.position == to", arg=f"{position:.4f}")
-            pictures.append(Image.open(BytesIO(tab.locator(".lm-player").screenshot())).convert("RGB"))
+        tab = opened(browser, page)
+        pictures = [seek(tab, frame / (frames - 1)) for frame in range(frames)]
     method, plain = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE  # white stays white
     palette = pictures[-1].quantize(colours, method, dither=plain)  # one palette for all frames: no pixel flickers
     first, *rest = (picture.quantize(palette=palette, dither=plain) for picture in pictures)

@@ -1,43 +1,38 @@
-"""The one player: a canvas that receives trajectories once, as bytes, and scrubs time in the browser.
+"""What the one player of the page is given: `Pack` collects numbers as bytes; everything else is JSON.
 
-`Pack` collects what a scene shows: numbers as bytes, everything else as JSON. `Player` is the widget. static/player.js
-draws; it needs no widget, so an offline page uses the same file. Panels, by their "kind":
+static/player.js draws; in a notebook it is a widget's code, in a page it needs none. Panels, by their "kind":
     plane       points (T, n, 2) at T times; ghosts (n, 2) grey below; exact (T', n, 2) paths beside those `followed`
     triangle    a chain of times, its jumps as dots; with `drag` a user can move them
     chart       lines over time, or bars
+    curve       a measure against the number of steps
     video       clips (n, T, H, W) of greys
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import anywidget
 import numpy as np
-import traitlets
 from numpy.typing import ArrayLike
 
 from minianyflow.support.errors import InputError, choose
 
 STATIC = Path(__file__).parent / "static"
-KINDS = dict.fromkeys(("plane", "triangle", "chart", "video"))
+KINDS = dict.fromkeys(("plane", "triangle", "chart", "curve", "video"))
 LARGEST = 8.0  # the largest coordinate that is drawn, in data units: 16 bits give steps of 1/4096 up to there
 GREYS = 15  # shades of a video; so few compress well
 
 
-class Player(anywidget.AnyWidget):
-    """The widget."""
-
-    _esm = STATIC / "player.js"
-    _css = STATIC / "player.css"
-    scene = traitlets.Dict().tag(sync=True)  # what to draw
-    payload = traitlets.Bytes(b"").tag(sync=True)  # the bytes of its arrays
-    picked = traitlets.List(traitlets.Float()).tag(sync=True)  # times that a user has moved; the kernel empties it
-
-    def show(self, scene: dict, payload: bytes) -> None:
-        """Draw another scene: one message, so that the arrays always fit the JSON that names them."""
-        with self.hold_sync():
-            self.payload = payload
-            self.scene = scene | {"serial": self.scene.get("serial", 0) + 1}
+def script() -> str:
+    """All of the page's code as one module: compute.js and scenes.js, each in a scope of its own, then player.js."""
+    text = {name: (STATIC / f"{name}.js").read_text(encoding="utf-8") for name in ("compute", "scenes", "player")}
+    text = {name: re.sub(r"^import .*\n", "", code, flags=re.M) for name, code in text.items()}
+    names = {name: re.findall(r"^export (?:const|class|function\*?) (\w+)", text[name], re.M) for name in text}
+    inner = {
+        name: re.sub(r"^export (?=const|class|function)", "", text[name], flags=re.M) for name in ("compute", "scenes")
+    }
+    inner = {name: f"(() => {{\n{code}\nreturn {{ {', '.join(names[name])} }};\n}})();" for name, code in inner.items()}
+    return f"const math = {inner['compute']}\nconst {{ COMPUTED, World }} = {inner['scenes']}\n{text['player']}"
 
 
 class Pack:
@@ -54,6 +49,12 @@ class Pack:
         scale = largest / 32767
         return self._add(np.clip(np.rint(values / scale), -32767, 32767).astype("<i2"), "int16", scale)
 
+    def add_exact(self, values: ArrayLike) -> str:
+        """Numbers of any shape as they are: float32, or int32 for whole ones."""
+        values = np.asarray(values)
+        whole = np.issubdtype(values.dtype, np.integer)
+        return self._add(values.astype("<i4" if whole else "<f4"), "int32" if whole else "float32", 1)
+
     def add_video(self, clips: ArrayLike) -> str:
         """Clips (n, T, H, W) in [0, 1], as bytes of GREYS + 1 shades."""
         clips = np.asarray(clips, dtype=np.float32)
@@ -66,7 +67,7 @@ class Pack:
         name = self.names.setdefault((data, array.shape, scale), f"a{len(self.names)}")
         if name not in self.arrays:
             self.arrays[name] = {"offset": len(self.data), "shape": list(array.shape), "type": kind, "scale": scale}
-            self.data += data + bytes(len(data) % 2)  # the browser reads 16-bit numbers at even offsets only
+            self.data += data + bytes(-len(data) % 4)  # the browser reads 32-bit numbers at such offsets only
         return name
 
     def plane(
@@ -99,7 +100,7 @@ class Pack:
 def unpack(scene: dict, payload: bytes, name: str) -> np.ndarray:
     """The array of that name as the browser reads it, in data units."""
     array = choose("array", name, scene["arrays"])
-    kind = {"int16": "<i2", "uint8": "u1"}[array["type"]]
+    kind = {"int16": "<i2", "uint8": "u1", "float32": "<f4", "int32": "<i4"}[array["type"]]
     values = np.frombuffer(payload, kind, int(np.prod(array["shape"])), array["offset"])
     return values.reshape(array["shape"]) * np.float32(array["scale"])
 

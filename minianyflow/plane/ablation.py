@@ -5,13 +5,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from einops import rearrange
 
 from minianyflow.batch import Batch
-from minianyflow.measures import sliced_w2
-from minianyflow.plane.race import BUDGET, SHOWN, Budget, check, exact_flow, in_report, references, run_method
+from minianyflow.measures import histogram_kl, sliced_w2
+from minianyflow.plane.race import (
+    BUDGET,
+    PIECE,
+    SHOWN,
+    Budget,
+    check,
+    exact_flow,
+    in_report,
+    references,
+    run_method,
+    train_method,
+)
+from minianyflow.samplers import sample_flow_map
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.support.reports import rounded, write_report
+from minianyflow.times import generator, time_grid
+from toy_data import plane
 
 
 def short_first(batch: Batch, progress: float) -> Batch:
@@ -106,6 +121,24 @@ def run(
         methods = {name: in_report(result, seeds, ends) for name, result in results.items()}
         report = rounded({"dataset": dataset, "seeds": list(seeds), "methods": methods})
         write_report(report, folder / "ablation.json")
+    return report
+
+
+def checkerboard_kl(
+    seeds: Sequence[int] = range(10, 15), budget: Budget = BUDGET, points: int = 100_000, counts: Sequence[int] = SHOWN
+) -> dict:
+    """Histogram KL of the demo's flow map on the checkerboard, {steps: [value per seed]}; "data": of two samples."""
+    mixture, copies = plane.load("checkerboard"), len(seeds)
+    student, _, _ = train_method("teacher_step", "checkerboard", tuple(seeds), budget, progress=False)
+    truth, other = (mixture.sample(points, generator(draw)) for draw in range(2))
+    report = {"data": [histogram_kl(truth, other)]}
+    for nfe in counts:
+        ends = []  # of each piece, (copies, piece, 2)
+        for z in torch.randn(points, 2, generator=generator(2)).split(PIECE):
+            condition = {"copy": torch.arange(copies).repeat(len(z))} if copies > 1 else {}
+            path = sample_flow_map(student.average.module, z.repeat_interleave(copies, 0), time_grid(nfe), **condition)
+            ends.append(rearrange(path[-1], "(point copy) d -> copy point d", copy=copies))
+        report[nfe] = [histogram_kl(truth, samples) for samples in torch.cat(ends, 1)]
     return report
 
 

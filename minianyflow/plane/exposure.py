@@ -18,6 +18,7 @@ from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
+from minianyflow.plane.circle_measures import LOST, exact_clips, measure_clips, radius_error
 from minianyflow.plane.circle_student import (
     WINDOW,
     CausalMLP,
@@ -50,7 +51,7 @@ KEPT = ("teacher forcing", "on-policy", "on-policy, detached")  # arms whose wei
 ARMS = tuple(FORCING | ON_POLICY)  # each continues from the same start, until it has cost the same
 COLOURS = ("#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
 NFE, CLIPS, TRUE = (1, 4, 16), 4096, 1024  # of the measure: step counts, clips sampled, true contexts
-LOST = 0.3  # a clip whose last radius is six sigmas off
+LONG, LONG_NFE, LONG_CLIPS = (16, 32, 64, 160, 320, 640), (1, 4), 1024  # of the measure of long clips
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,23 @@ def measure(network, process: CircleProcess, copies: int, nfe: Sequence[int] = N
     return figures
 
 
-def radius_error(clips: Tensor) -> Tensor:
-    """| |x| - 1 | of every frame: (..., 2) to (...)."""
-    return (clips.norm(dim=-1) - 1).abs()
+@torch.no_grad()
+def measure_long(
+    path: str | Path, arms: Sequence[str], seeds: int, frames: Sequence[int], nfe: Sequence[int] = LONG_NFE
+) -> dict:
+    """Free-running clips of saved students far beyond training's 16 frames: `measure_clips` by arm, NFE and seed.
+
+    "exact" is the floor: each frame from its exact law, given the WINDOW frames before it.
+    """
+    process, z = CircleProcess(), sobol_noise(LONG_CLIPS, (max(frames), 2))
+    floor = exact_clips(CircleProcess(phases=128), LONG_CLIPS, max(frames), WINDOW)  # phases one sigma apart
+
+    def by_seed(arm, steps):
+        students = [load_student(arm, copy, path) for copy in range(seeds)]
+        return [measure_clips(sample_clips(u, z, steps), process, frames) for u in students]
+
+    measured = {arm: {str(steps): by_seed(arm, steps) for steps in nfe} for arm in arms}
+    return {"frames": list(frames), "exact": measure_clips(floor, process, frames), "arms": measured}
 
 
 def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0) -> tuple[list[dict], dict[str, Tensor]]:
@@ -208,6 +223,7 @@ def run(
         halves = {f"{arm}/{name}": value.half() for arm, state in trained.items() for name, value in state.items()}
         save_copies(folder / STUDENTS.name, halves, budget, seeds)
         save_figure(exposure_figure(report), folder / "exposure.png")
+        report["long"] = measure_long(folder / STUDENTS.name, [arm for arm in KEPT if arm in arms], len(seeds), LONG)
         write_report(report, folder / "exposure.json")
     return report
 

@@ -26,7 +26,7 @@ def lowest_python():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"][name] for name in ("video", "distill", "course", "live", "test")]
+    extras = [project["optional-dependencies"][name] for name in ("video", "distill", "course", "site", "test")]
     pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch==")]
     pins += [line.replace(">=", "==") for line in sum(extras, project["dependencies"]) if not line.startswith("torch>")]
     listed = ROOT / "build" / "lowest.txt"

@@ -9,12 +9,14 @@ from safetensors alone: nothing is unpickled. Shapes:
 
 import contextlib
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import diffusers
+import ftfy  # noqa: F401  without it diffusers cleans prompts otherwise than Wan's own code
 import torch
 import transformers
 from diffusers import (
@@ -274,6 +276,11 @@ def decode_latents(vae: nn.Module, latents: Tensor, batch: int = 1) -> Tensor:
 
 def _scale(vae):
     """Mean and spread of raw latents, (1, C, 1, 1, 1) each."""
+    for name in ("latents_mean", "latents_std"):
+        numbers, count = vae.config.get(name), vae.config.z_dim
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != count:
+            found = f"{len(numbers)} numbers" if isinstance(numbers, (list, tuple)) else json.dumps(numbers)
+            raise InputError(f"{name} in the codec's config.json is {found}; expected {count}: fetch it again")
     pair = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
     return pair.view(2, 1, -1, 1, 1, 1)
 

@@ -162,8 +162,8 @@ def save_run(
         "versions": {package: version(package) for package in ("torch", "diffusers", "peft", "accelerate")},
     }
     with staging_folder(folder) as unfinished:
-        (unfinished / "config.yaml").write_text(as_yaml(config))
-        (unfinished / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+        (unfinished / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+        (unfinished / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if hasattr(os, "sync"):
         os.sync()  # on the disk itself, before the checkpoints go
     Checkpoints(folder / "checkpoints").remove()

@@ -9,11 +9,9 @@ from minianyflow.times import generator
 
 def test_the_report_has_every_arm_and_three_seeds():
     committed = report("wan/choices.json")
-    video = {name: arms for name, (*_, arms) in published.VIDEO.items()}
-    for toy, groups in {"plane": published.PLANE, "video": video, "wan": {"forward stage": published.WAN}}.items():
-        assert {name: [*arms] for name, arms in committed[toy].items()} == {
-            name: [*arms] for name, arms in groups.items()
-        }
+    for toy, (_, groups, _) in published.TOYS.items():
+        arms = {name: [*arms] for name, (_, arms) in groups.items()}
+        assert {name: [*entry] for name, entry in committed[toy].items()} == arms
     entries = [entry for groups in committed.values() for arms in groups.values() for entry in arms.values()]
     assert {len(entry["figures"]) for entry in entries} == {3}
 

@@ -4,14 +4,11 @@ import base64
 import gzip
 import json
 import re
-import socket
-from types import SimpleNamespace
 
-import ipywidgets
 import pytest
 
-from minianyflow.live import app as live
-from minianyflow.live import pages, scenes
+from benchmarks.browser import serving
+from minianyflow.live import pages
 from minianyflow.live.commands import live_html
 from minianyflow.support import install
 from minianyflow.support.errors import InputError
@@ -32,63 +29,18 @@ def test_a_missing_browser_is_one_line_and_installed_only_if_that_is_wanted_and_
     assert install.browser() == "/bin/google-chrome"
 
 
-def test_a_port_that_is_taken_is_one_line():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port} is not free"), live.serve(port=port):
-            pass
-    with pytest.raises(InputError, match="port 99999"):
-        live.free_port(99999)
-
-
 def test_a_server_that_does_not_come_up_is_named_with_its_last_words(tmp_path):
     script = tmp_path / "server.py"
     script.write_text("print('no such template')\nraise SystemExit(1)")
-    dies = live.serving([script], lambda: False, tmp_path / "log", {}, seconds=20)
+    dies = serving([script], lambda: False, tmp_path / "log", {}, seconds=20)
     with pytest.raises(InputError, match="no such template"), dies:
         pass
-
-
-def test_the_app_has_every_scene_and_builds_only_what_is_shown(monkeypatch):
-    built = []
-    widgets = {name: SimpleNamespace(widget=ipywidgets.Label(name)) for name in scenes.SCENES}
-    monkeypatch.setattr(scenes, "open_scene", lambda name: built.append(name) or widgets[name])
-    menu, stage = live.app("race").children
-    assert [name for _, name in menu.options] == list(scenes.SCENES)
-    (race,) = stage.children
-    menu.value = "triangle"
-    assert stage.children != (race,)
-    menu.value = "race"
-    assert stage.children == (race,)
-    assert built == ["race", "triangle"]  # and what was built is shown again
-
-    def fails(name):
-        assert "drawing Video" in stage.children[0].value  # what is seen meanwhile
-        raise ValueError("weights are missing")
-
-    monkeypatch.setattr(scenes, "open_scene", fails)
-    with pytest.raises(ValueError, match="missing"):
-        menu.value = "video"
-    assert "weights are missing" in stage.children[0].value
-
-
-def test_the_terminal_learns_why_a_scene_is_not_drawn(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(live, "app", lambda first: first)
-    live.prepared("race")
-    assert (tmp_path / "ready").read_text() == ""
-    monkeypatch.setattr(live, "app", lambda first: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        live.prepared("race")
-    assert "division" in (tmp_path / "ready").read_text()
 
 
 def test_a_page_holds_the_scene_and_asks_for_nothing():
     page, payload = {"title": "</script>$x", "controls": [], "scenes": {"": {"note": "</script>"}}}, b"some bytes"
     text = pages.page_text(page, payload)
-    assert gzip.decompress(base64.b64decode(re.search(r'atob\("([^"]+)"', text)[1])) == payload
+    assert gzip.decompress(base64.b64decode(re.findall(r'atob\("([^"]+)"', text)[-1])) == payload
     assert json.loads(re.search(r'getElementById\("scene"\), (\{.*\}), payload\)', text)[1]) == page
     script = text[text.index("<script") :]
     assert script.count("</script") == 1  # nothing in it ends it early

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
 
-from benchmarks.browser import KERNEL, jupyter_lab, open_notebook, run_cells, shut_down, watched
+from benchmarks.browser import KERNEL, jupyter_lab, open_notebook, run_cells, shut_down, watched, write_notebook
 from minianyflow.course.notebooks import notebooks
-from minianyflow.live.app import TITLES, serve, write_notebook
-from minianyflow.live.pages import READY, chromium, page_text, write_pages
+from minianyflow.live.pages import DONE, READY, chromium, page_text, write_pages
 from minianyflow.live.player import Pack, time_axis
 from minianyflow.live.scenes import SCENES
 
@@ -18,18 +17,19 @@ pytestmark = pytest.mark.slow
 
 PIXELS = "() => [...document.querySelectorAll('.lm-player canvas')].map((canvas) => canvas.toDataURL()).join()"
 PLAYER, RANGE, CHOICES, HAND = ".lm-player", ".lm-bar input[type=range]", ".lm-choices select", "canvas.lm-drag"
-CONTROLS = ".widget-dropdown, .widget-hslider"
-LABELS = "print(*(control.description for control in _.controls.values()), sep='|')"  # _: what the cell before showed
+CONTROLS = ".lm-choices label"
+LABELS = "print(*(control['label'] for control in _.controls.values()), sep='|')"  # _: what the cell before showed
 MARK = "document.querySelector('.lm-player').dataset.old = '1'"
 PLACES = {"race": "00", "triangle": "03", "backward_simulation": "05", "video": "06", "exposure": "07"}
 
-# Nothing more is coming: the screen was drawn three times, ours not once, and the kernel, if there is one, is idle.
+# Nothing more is coming: all is computed, and the screen was drawn three times, ours not once; a kernel is idle.
 SETTLED = f"""async () => {{
   const drawn = () => [...document.querySelectorAll(".lm-player")].map((player) => player.dataset.frames).join();
   const idle = () => ({KERNEL}?.status ?? "idle") === "idle";
+  const rests = () => !document.querySelector('.lm-player:not([data-done="1"])') && idle();
   for (let quiet = 0, before = drawn(); quiet < 3; quiet++) {{
     await new Promise(requestAnimationFrame);
-    if (drawn() !== before || !idle()) [quiet, before] = [-1, drawn()];
+    if (drawn() !== before || !rests()) [quiet, before] = [-1, drawn()];
   }}
 }}"""
 REPLACE = """(sources) => {
@@ -101,18 +101,16 @@ def opened(browser, path):
 
 
 def controls(page):
-    """{label: element} of the scene's controls that are shown."""
-    found = [element for element in page.locator(CONTROLS).all() if element.is_visible()]
-    return {element.locator("label").first.inner_text().strip(): element for element in found}
+    """{label: element} of the scene's controls."""
+    return {label.evaluate("(label) => label.firstChild.data"): label for label in page.locator(CONTROLS).all()}
 
 
 def move(control):
     """Move a control as a hand would: to the next option, or one step along a slider."""
-    if "dropdown" in control.get_attribute("class"):
+    if control.locator("select").count():
         return step(control.locator("select"))
-    handle = control.locator(".noUi-handle")
-    at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
-    return handle.press("ArrowLeft" if at_end else "ArrowRight")
+    handle = control.locator("input")
+    return handle.press("ArrowLeft" if handle.evaluate("(range) => range.value === range.max") else "ArrowRight")
 
 
 def step(select):
@@ -145,7 +143,7 @@ def is_well(page):
     assert not [error.inner_text() for error in page.locator(".lm-error").all() if error.is_visible()]
 
 
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("name", ["race", "video"])  # computed in the page; drawn by the kernel
 def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name, scene_cells):
     path, number = scene_cells[name]
     assert path.name.startswith(PLACES[name])
@@ -204,11 +202,9 @@ def test_notebook_0_opens_with_its_scene_and_recovers_from_a_kernel_restart(brow
 def test_a_page_from_a_file_scrubs_and_switches(browser, pages, name):
     assert pages[name].stat().st_size < 1.5e6
     with opened(browser, pages[name]) as page:
-        assert page.locator(CHOICES).count() > 0
-        for choice in page.locator(CHOICES).all():
-            value = choice.input_value()
-            redraws(page, step, choice)
-            redraws(page, choice.select_option, value)  # back: what one choice offers may depend on another
+        page.evaluate("player.seek(1)")
+        for control in controls(page).values():
+            redraws(page, move, control)
         page.focus(PLAYER)
         redraws(page, page.keyboard.press, "ArrowLeft")
         assert position(page) < 1
@@ -238,48 +234,25 @@ def shows(page, *times):
     page.wait_for_function(read, arg=" > ".join(f"{time:.2f}" for time in times))
 
 
-def test_the_hand_and_the_keys_move_a_jump(stage):
-    page = run_in(stage, "from minianyflow.live import scenes\nscenes.triangle()")
-    shows(page, 1, 0)
-    target = controls(page)["to r"].locator(".noUi-handle")
-    for _ in range(2):  # to the same place again
-        drag(page, (0.95, 0.85), (0.8, 0.5))
-        start, end = (round(64 * time) / 64 for time in page.evaluate(THERE, [0.8, 0.5]))
-        shows(page, start, end)
-        before = seen(page)
-        page.mouse.move(5, 5)  # it does not stick to the hand
-        assert seen(page) == before
-        target.press("Home")
-        shows(page, start, 0)
-    page.focus(HAND)
-    for _ in range(20):  # faster than the kernel draws
-        page.keyboard.press("ArrowUp")
-    shows(page, start, 20 / 64)
-    is_well(page)
-
-
-def test_a_page_shows_the_jump_it_draws(browser, pages):
-    """A page has a few chains alone: a dot that is let go is where the picture is, a key goes to the next of them."""
-
-    def chosen():
-        return [choice.locator("option:checked").inner_text() for choice in page.locator(CHOICES).all()]
-
+def test_the_hand_and_the_keys_move_a_jump(browser, pages):
     with opened(browser, pages["triangle"]) as page:
-        assert chosen() == ["1", "1", "0"]
-        drag(page, (0.95, 0.85), (0.83, 0.7))
-        assert chosen() == ["1", "0.75", "0.25"]
-        shows(page, 0.75, 0.25)
-        moved = seen(page)
-        for label in ("1", "0.75"):
-            page.locator(CHOICES).nth(1).select_option(label=label)
-        assert seen(page) == moved
-        page.focus(HAND)
-        page.keyboard.press("ArrowDown")
-        shows(page, 0.75, 0)
-        page.keyboard.press("ArrowRight")
+        page.evaluate("player.seek(1)")
         shows(page, 1, 0)
+        target = controls(page)["to r"].locator("input")
+        for _ in range(2):  # to the same place again
+            drag(page, (0.95, 0.85), (0.8, 0.5))
+            start, end = (round(64 * time) / 64 for time in page.evaluate(THERE, [0.8, 0.5]))
+            shows(page, start, end)
+            before = seen(page)
+            page.mouse.move(5, 5)  # it does not stick to the hand
+            assert seen(page) == before
+            target.press("Home")
+            shows(page, start, 0)
+        page.focus(HAND)
+        for _ in range(20):
+            page.keyboard.press("ArrowUp")
+        shows(page, start, 20 / 64)
         before = seen(page)
-        page.keyboard.press("ArrowRight")  # there is none
         page.keyboard.press("Control+ArrowUp")
         page.locator(HAND).click(button="right", position={"x": 100, "y": 100})
         assert seen(page) == before
@@ -297,7 +270,12 @@ def test_the_plane_is_drawn_where_the_data_says(browser, tmp_path):
     path = np.array([[[-1.0, 1.5], [1.0, -0.5]], [[1.0, 0.5], [-1.0, -1.5]]])  # (T, n, 2): to the right, to the left
     exact = np.array([[[-1.5, 0.25], [0.0, 0.0]], [[1.5, 0.25], [0.0, 0.0]]])
     panel = pack.plane("two", "#0072b2", path, [1, 0], exact, [[0.5, -1.75]], limit=2, followed=[0])
-    page = {"title": "two", "controls": [], "scenes": {"": pack.scene("two", [panel], time_axis([1.0, 0.0]))}}
+    page = {
+        "title": "two",
+        "controls": [],
+        "state": {},
+        "scenes": {"": pack.scene("two", [panel], time_axis([1.0, 0.0]))},
+    }
     (tmp_path / "two.html").write_text(page_text(page, pack.payload), encoding="utf-8")
     black, blue, white = [0, 0, 0], [0, 114, 178], [255, 255, 255]
     half = [  # of the way
@@ -317,18 +295,6 @@ def test_the_plane_is_drawn_where_the_data_says(browser, tmp_path):
             assert tab.evaluate(COLOUR, (0.5, -0.75)) not in (blue, white)  # the other's trail, paler
 
 
-def test_a_page_offers_what_changes_the_picture_and_no_more(browser, pages):
-    with opened(browser, pages["backward_simulation"]) as page:
-        steps, kept = page.locator(CHOICES).all()
-        kept.select_option(label="7")
-        steps.select_option(label="4")
-        assert kept.locator("option:enabled").all_inner_texts() == ["0", "1", "3"]  # of a rollout of four steps
-        assert kept.locator("option:checked").inner_text() == "3"
-        redraws(page, lambda: kept.select_option(label="0"))
-        steps.select_option(label="8")
-        assert kept.locator("option:enabled").all_inner_texts() == ["0", "1", "3", "7"]
-
-
 # How tall every word on a canvas is drawn, in pixels of the window.
 WRITTEN = """(() => {
   window.written = [];
@@ -341,11 +307,11 @@ WRITTEN = """(() => {
 })()"""
 # The smallest words beside the canvases, what is cut off inside its box, and how far down the player reaches.
 SEEN = """() => {
-  const all = [...document.querySelectorAll(".live *")].filter((box) => box.offsetParent && box.clientWidth);
+  const all = [...document.querySelectorAll("body *")].filter((box) => box.offsetParent && box.clientWidth);
   const says = (box) => [...box.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
   const size = (box) => parseFloat(getComputedStyle(box).fontSize);
   const tight = (box) => box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 2;
-  const cuts = (box) => getComputedStyle(box).overflow !== "visible" && !box.matches("select, input");
+  const cuts = (box) => getComputedStyle(box).overflow !== "visible" && !box.matches("select, input, noscript");
   return {
     smallest: Math.min(...window.written, ...all.filter(says).map(size)),
     cut: all.filter((box) => cuts(box) && tight(box)).map((box) => `${box.className}: ${box.textContent}`),
@@ -355,30 +321,28 @@ SEEN = """() => {
 }"""
 
 
-def fits(page, name):
-    """On projectors, small and large: all is inside the window, and no word is smaller than 1/50 of its height."""
-    usual = page.viewport_size
-    for width, height in ((1280, 720), (1920, 1080)):
-        page.evaluate("window.written = []")
-        page.set_viewport_size({"width": width, "height": height})
-        page.evaluate(SETTLED)
-        found = page.evaluate(SEEN)
-        inside = found["bottom"] <= height and found["right"] <= width and not found["cut"]
-        assert inside and found["smallest"] >= height / 50, (name, width, height, found)  # noqa: PT018
-    page.set_viewport_size(usual)
+@pytest.mark.parametrize("name", SCENES)
+def test_a_page_fits_projectors_and_phones_in_light_and_dark(browser, pages, name):
+    """All is inside the window, nothing is cut off; for a projector no word is smaller than 1/50 of its height."""
+    for width, height, theme in ((1280, 720, "light"), (1920, 1080, "dark"), (390, 844, "dark"), (640, 360, "light")):
+        with watched(browser, {"width": width, "height": height}, color_scheme=theme) as page:
+            page.add_init_script(WRITTEN)
+            page.goto(pages[name].as_uri())
+            page.wait_for_selector(DONE)
+            page.evaluate(SETTLED)
+            found = page.evaluate(SEEN)
+            assert found["right"] <= width, (name, width, found)
+            assert not found["cut"], (name, width, found)
+            if width > 1000:
+                assert found["bottom"] <= height, (name, width, found)
+                assert found["smallest"] >= height / 50, (name, width, found)
+            is_well(page)
 
 
-def test_the_app_shows_every_scene(browser):
-    with serve("race") as (address, _), watched(browser) as page:
-        page.add_init_script(WRITTEN)
-        page.goto(address)
-        page.wait_for_selector(READY)
-        redraws(page, move, controls(page)["steps"])
-        fits(page, "race")
-        for name, title in list(TITLES.items())[1:]:
-            page.evaluate(MARK)
-            page.click(f"button:has-text('{title[3:]}')")
-            page.wait_for_selector("[data-old]", state="detached")
-            page.wait_for_selector(READY)
-            fits(page, name)
+def test_the_window_for_a_class_shows_every_scene(browser, pages):
+    with watched(browser, offline=True) as page:
+        page.goto((pages["race"].parent / "index.html").as_uri())
+        for name in SCENES:
+            page.click(f"nav a[href='{name}.html']")
+            page.frame_locator("iframe").locator(f"body:has(h1) {READY}").wait_for()
         is_well(page)

@@ -1,9 +1,12 @@
-// The one player: trajectories arrive once, as bytes; time is scrubbed here, without asking anybody.
+// The one player: it draws trajectories, and scrubs time without asking anybody.
 //
-// mountPlayer(element, { scene, payload }, options)  draws; needs no widget. scene: JSON, payload: the bytes it names.
-// mountPage(element, page, payload)                  an offline page: choices above one player, every scene held.
-// default { render }                                 the widget (anywidget): traits `scene`, `payload`, `picked`.
+// mountPlayer(element, scene, options)       draws panels whose arrays are { values, shape, scale }; needs no widget.
+// mountScene(element, page, payload, ask)    controls above one player. Most scenes compute here (scenes.js); of another
+//                                            `page.scenes` holds some, and `ask(state)` is told which is wanted.
+// default { render }                         the widget (anywidget): traits `page`, `payload`, `state`; `shown` by a kernel.
 //
+import { COMPUTED, World } from "./scenes.js";
+
 // What a browser test may read, on the root element .lm-player: data-ready, data-frames (pictures drawn so far),
 // data-drawn (a hash of where everything was drawn), data-position (0 to 1), data-serial (of the scene), data-error.
 
@@ -17,7 +20,6 @@ function rgb(colour) {
 }
 
 const packed = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
-const paler = (colour, keep) => rgb(colour).map((part) => Math.round(255 - keep * (255 - part)));
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 // The arrays of a scene: { values, shape, scale }; a value in data units is values[i] * scale.
@@ -25,7 +27,7 @@ function unpack(scene, payload) {
   const bytes = payload instanceof ArrayBuffer ? new Uint8Array(payload) : new Uint8Array(payload.buffer, payload.byteOffset, payload.byteLength);
   const arrays = {};
   for (const [name, { offset, shape, type, scale }] of Object.entries(scene.arrays)) {
-    const [Kind, width] = { int16: [Int16Array, 2], uint8: [Uint8Array, 1] }[type];
+    const [Kind, width] = { int16: [Int16Array, 2], uint8: [Uint8Array, 1], float32: [Float32Array, 4], int32: [Int32Array, 4] }[type];
     const count = shape.reduce((a, b) => a * b, 1);
     if (offset + count * width > bytes.length) throw new Error(`array ${name} ends at byte ${offset + count * width}; the payload has ${bytes.length}`);
     arrays[name] = { values: new Kind(bytes.slice(offset, offset + count * width).buffer), shape, scale };
@@ -33,9 +35,12 @@ function unpack(scene, payload) {
   return arrays;
 }
 
-function pick(arrays, name) {
-  if (!(name in arrays)) throw new Error(`no array ${name} in this scene; it has ${Object.keys(arrays).join(", ")}`);
-  return arrays[name];
+// A scene whose fields name arrays ("a0"), with the arrays themselves there.
+function filled(value, arrays) {
+  if (typeof value === "string" && Object.hasOwn(arrays, value)) return arrays[value];
+  if (Array.isArray(value)) return value.map((item) => filled(item, arrays));
+  if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, filled(item, arrays)]));
+  return value;
 }
 
 // Where `at` lies among `times`, which all rise or all fall: the place before it, and the fraction of the way to the next.
@@ -62,20 +67,19 @@ function disc(radius) {
 class Plane {
   static aspect = 1;
 
-  constructor(spec, arrays, player) {
-    Object.assign(this, { spec, player });
-    this.paths = pick(arrays, spec.points);
-    this.ghosts = spec.ghosts ? pick(arrays, spec.ghosts) : null;
-    this.exact = spec.exact ? pick(arrays, spec.exact) : null;
+  constructor(spec, player, before) {
+    Object.assign(this, { spec, player, paths: spec.points, ghosts: spec.ghosts, exact: spec.exact });
+    this.count = spec.count ?? this.paths.shape[1]; // so many particles are known so far
+    this.hand = before?.hand ?? { chosen: 0, dragging: false };
     if (this.paths.shape[0] !== spec.times.length) throw new Error(`${spec.title}: ${this.paths.shape[0]} states at ${spec.times.length} times`);
-    this.colour = rgb(spec.colour);
   }
 
   prepare(context, size, ratio) {
     Object.assign(this, { context, size, ratio });
     this.image = context.createImageData(size, size);
     this.out = new Uint32Array(this.image.data.buffer);
-    this.back = new Uint32Array(size * size).fill(0xffffffff);
+    this.colour = rgb(this.player.ink(this.spec.colour));
+    this.back = new Uint32Array(size * size).fill(packed(rgb(this.player.ink("#ffffff"))));
     this.faint = new Uint16Array(size * size).fill(65535); // when the trail first crosses a pixel
     this.strong = new Uint16Array(size * size).fill(65535);
     this.scale = size / (2 * this.spec.limit);
@@ -83,19 +87,62 @@ class Plane {
     this.large = disc(4 * ratio);
     this.rim = disc(5.4 * ratio);
     const { paths, spec } = this, followed = new Set(spec.followed || []);
-    const pen = disc(0.8 * ratio);
-    if (spec.ring) for (let k = 0; k < 2000; k++) this.onBack(spec.ring * Math.cos(k * 0.0031416), spec.ring * Math.sin(k * 0.0031416), pen, [150, 150, 150]);
+    const pen = disc(0.8 * ratio), grey = (colour) => rgb(this.player.ink(colour));
+    if (spec.ring) for (let k = 0; k < 2000; k++) this.onBack(spec.ring * Math.cos(k * 0.0031416), spec.ring * Math.sin(k * 0.0031416), pen, grey("#969696"));
     if (this.ghosts) {
       const dot = disc(1.4 * ratio), { values, scale } = this.ghosts;
-      for (let i = 0; i < values.length; i += 2) this.onBack(values[i] * scale, values[i + 1] * scale, dot, [200, 200, 200]);
+      for (let i = 0; i < values.length; i += 2) this.onBack(values[i] * scale, values[i + 1] * scale, dot, grey("#c8c8c8"));
     }
     if (this.exact) for (const i of followed) this.line(this.exact, i, disc(2.2 * ratio), null);
-    for (let i = 0; i < Math.min(spec.trails ?? 100, paths.shape[1]); i++) this.line(paths, i, disc(0.4 * ratio), this.faint);
+    for (let i = 0; i < Math.min(spec.trails ?? 100, this.count); i++) this.line(paths, i, disc(0.4 * ratio), this.faint);
     for (const i of followed) this.line(paths, i, disc(1.0 * ratio), this.strong, disc(2.6 * ratio));
+    if (!this.player.drags()) return;
+    const ring = disc(5 * ratio).filter(([x, y]) => Math.hypot(x, y) > 3 * ratio);
+    for (const i of followed) this.onBack(paths.values[2 * i] * paths.scale, paths.values[2 * i + 1] * paths.scale, ring, grey(i === this.hand.chosen ? "#000000" : "#777777"));
+    this.listen(context.canvas);
   }
 
   place(x, y) {
     return [Math.round(this.size / 2 + x * this.scale), Math.round(this.size / 2 - y * this.scale)];
+  }
+
+  // A ring is where a noise begins: the hand moves it, or the arrow keys once a digit has chosen one.
+  listen(canvas) {
+    const { hand, player, spec, paths } = this, at = (i) => [paths.values[2 * i] * paths.scale, paths.values[2 * i + 1] * paths.scale];
+    canvas.tabIndex = 0;
+    const where = (event) => {
+      const box = canvas.getBoundingClientRect(), value = (place, from, size) => ((place - from) / size - 0.5) * 2 * spec.limit;
+      return [value(event.clientX, box.left, box.width), -value(event.clientY, box.top, box.height)];
+    };
+    const nearest = (event) => {
+      const [x, y] = where(event), far = (i) => Math.hypot(at(i)[0] - x, at(i)[1] - y), best = spec.followed.reduce((a, b) => (far(b) < far(a) ? b : a));
+      return (far(best) * canvas.clientWidth) / (2 * spec.limit) < 24 ? best : -1;
+    };
+    const inside = (place) => place.map((value) => clamp(value, -spec.limit, spec.limit));
+    canvas.ontouchstart = (event) => nearest(event.touches[0]) >= 0 && event.preventDefault(); // elsewhere the page scrolls
+    canvas.onpointerdown = (event) => {
+      const best = nearest(event);
+      if (event.button || best < 0) return;
+      Object.assign(hand, { chosen: best, dragging: true });
+      canvas.setPointerCapture(event.pointerId);
+    };
+    canvas.onpointermove = (event) => {
+      canvas.style.cursor = hand.dragging ? "grabbing" : nearest(event) >= 0 ? "grab" : "";
+      if (hand.dragging && event.buttons) player.moved(hand.chosen, inside(where(event)));
+    };
+    canvas.onpointerup = canvas.onpointercancel = () => {
+      if (hand.dragging) player.settled();
+      hand.dragging = false;
+    };
+    canvas.onkeydown = (event) => {
+      const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key], digit = parseInt(event.key, 10);
+      if (event.altKey || event.ctrlKey || event.metaKey || !(step || (digit >= 1 && digit <= spec.followed.length))) return;
+      event.preventDefault();
+      event.stopPropagation();
+      if (!step) return (hand.chosen = spec.followed[digit - 1]), player.again();
+      player.moved(hand.chosen, inside(at(hand.chosen).map((value, k) => value + 0.05 * step[k])));
+      player.settled();
+    };
   }
 
   onBack(x, y, spots, colour) {
@@ -122,7 +169,7 @@ class Plane {
     const { values, shape, scale } = paths, { size } = this, stride = shape[1] * 2;
     const times = buffer ? this.spec.times : new Array(shape[0]).fill(0);
     const mark = (px, py, when, shape) => {
-      if (!buffer) return this.stamp(this.back, px, py, shape, [165, 165, 165]);
+      if (!buffer) return this.stamp(this.back, px, py, shape, rgb(this.player.ink("#a5a5a5")));
       for (const [dx, dy, cover] of shape) {
         const x = px + dx, y = py + dy;
         if (cover > 0.4 && x >= 0 && y >= 0 && x < size && y < size && buffer[y * size + x] > when) buffer[y * size + x] = when;
@@ -131,7 +178,7 @@ class Plane {
     for (let k = 0; k < shape[0]; k++) {
       const at = k * stride + 2 * i, when = Math.round(PROGRESS * this.player.progressOf(times[k]));
       const [x1, y1] = this.place(values[at] * scale, values[at + 1] * scale);
-      if (knot && shape[0] <= 40) mark(x1, y1, when, knot);
+      if (knot && shape[0] <= 17) mark(x1, y1, when, knot);
       if (k + 1 === shape[0]) break;
       const [x2, y2] = this.place(values[at + stride] * scale, values[at + stride + 1] * scale);
       const next = Math.round(PROGRESS * this.player.progressOf(times[k + 1])), count = Math.max(1, Math.abs(x2 - x1), Math.abs(y2 - y1));
@@ -145,7 +192,8 @@ class Plane {
 
   draw(at, progress, hash) {
     const { out, back, faint, strong, spec, size } = this, now = Math.round(PROGRESS * progress);
-    const trail = packed(paler(spec.colour, 0.42)), bold = packed(this.colour);
+    const [paper, ink] = [rgb(this.player.ink("#ffffff")), rgb(this.player.ink("#000000"))];
+    const trail = packed(this.colour.map((part, k) => Math.round(paper[k] + 0.42 * (part - paper[k])))), bold = packed(this.colour);
     for (let p = 0; p < out.length; p++) out[p] = strong[p] <= now ? bold : faint[p] <= now ? trail : back[p];
     const { values, shape, scale } = this.paths, stride = shape[1] * 2, [k, part] = locate(spec.times, at);
     const here = k * stride, next = Math.min(k + 1, shape[0] - 1) * stride, factor = scale * this.scale, middle = size / 2;
@@ -156,13 +204,13 @@ class Plane {
       hash.add(px * 65536 + py);
       this.stamp(out, px, py, spots, colour);
     };
-    for (let i = 0; i < shape[1]; i++) put(i, this.small, this.colour);
+    for (let i = 0; i < this.count; i++) put(i, this.small, this.colour);
     for (const i of spec.followed || []) {
-      put(i, this.rim, [255, 255, 255]);
-      put(i, this.large, [0, 0, 0]);
+      put(i, this.rim, paper);
+      put(i, this.large, ink);
     }
     this.context.putImageData(this.image, 0, 0);
-    this.context.strokeStyle = "#cccccc";
+    this.context.strokeStyle = this.player.ink("#cccccc");
     this.context.strokeRect(0.5, 0.5, size - 1, size - 1);
   }
 }
@@ -170,8 +218,8 @@ class Plane {
 // ---- pictures drawn with the canvas' own means; width and height in CSS pixels at the smallest size of text, 16
 
 class Sketch {
-  constructor(spec, arrays, player) {
-    Object.assign(this, { spec, arrays, player });
+  constructor(spec, player) {
+    Object.assign(this, { spec, player });
   }
 
   prepare(context, width, ratio, height) {
@@ -181,7 +229,7 @@ class Sketch {
   begin() {
     const { context, ratio } = this;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.fillStyle = "#ffffff";
+    context.fillStyle = this.player.ink("#ffffff");
     context.fillRect(0, 0, this.width, this.height);
     context.font = "16px system-ui, sans-serif";
     context.textBaseline = "middle";
@@ -196,10 +244,10 @@ class Sketch {
     context.rotate(turn);
     context.textAlign = align;
     if (rim) {
-      Object.assign(context, { strokeStyle: rim, lineWidth: 5, lineJoin: "round" });
+      Object.assign(context, { strokeStyle: this.player.ink(rim), lineWidth: 5, lineJoin: "round" });
       context.strokeText(words, 0, 0);
     }
-    context.fillStyle = colour;
+    context.fillStyle = this.player.ink(colour);
     context.fillText(words, 0, 0);
     context.restore();
   }
@@ -208,7 +256,7 @@ class Sketch {
     const { context } = this;
     context.beginPath();
     points.forEach(([x, y], k) => (k ? context.lineTo(x, y) : context.moveTo(x, y)));
-    context.strokeStyle = colour;
+    context.strokeStyle = this.player.ink(colour);
     context.lineWidth = width;
     context.setLineDash(dash);
     context.stroke();
@@ -219,10 +267,10 @@ class Sketch {
     const { context } = this;
     context.beginPath();
     context.arc(x, y, radius, 0, 7);
-    context.fillStyle = colour;
+    context.fillStyle = this.player.ink(colour);
     context.fill();
     context.lineWidth = 1.5;
-    context.strokeStyle = rim;
+    context.strokeStyle = this.player.ink(rim);
     context.stroke();
   }
 }
@@ -231,12 +279,11 @@ class Sketch {
 class Triangle extends Sketch {
   static aspect = 1;
 
-  // hand: the chain that is shown, which dot is chosen, whether it is held. It is the same object in the next drawing; its
-  // chain gives way to the scene's, unless the dot is held or the kernel is still to hear of it.
-  constructor(spec, arrays, player, before) {
-    super(spec, arrays, player);
+  // hand: the chain that is shown, which dot is chosen, whether it is held. It is the same object in the next drawing.
+  constructor(spec, player, before) {
+    super(spec, player);
     this.hand = before?.hand ?? { chain: [], chosen: 0, dragging: false };
-    const { chain, dragging, chosen } = this.hand, kept = chain.length === spec.chain.length && (dragging || player.expects());
+    const { chain, dragging, chosen } = this.hand, kept = dragging && chain.length === spec.chain.length;
     if (!kept) Object.assign(this.hand, { chain: [...spec.chain], dragging: false, chosen: chosen < spec.chain.length - 1 ? chosen : 0 });
   }
 
@@ -262,7 +309,6 @@ class Triangle extends Sketch {
     const release = () => {
       if (!hand.dragging) return;
       hand.dragging = false;
-      this.player.settled();
     };
     canvas.onpointerdown = (event) => {
       if (event.button) return;
@@ -293,11 +339,11 @@ class Triangle extends Sketch {
 
   // The chosen dot, i, is the jump from chain[i] to chain[i + 1]; both stay between their neighbours, on the grid.
   move(t, r) {
-    const { chain, chosen: i, dragging } = this.hand, { snap } = this.spec, grid = (value) => Math.round(value * snap) / snap, least = 1 / snap;
-    const before = [...chain];
+    const { chain, chosen: i } = this.hand, { snap } = this.spec, grid = (value) => Math.round(value * snap) / snap, least = 1 / snap;
+    const before = chain.join();
     chain[i + 1] = clamp(grid(r), i + 2 < chain.length ? chain[i + 2] + least : 0, (i ? chain[i - 1] : 1) - (i ? 2 : 1) * least);
     chain[i] = clamp(grid(t), chain[i + 1] + least, i ? chain[i - 1] - least : 1);
-    if (chain.some((value, k) => value !== before[k])) this.player.picked([...chain], dragging ? null : before);
+    if (chain.join() !== before) this.player.picked([...chain]);
     this.player.dirty();
   }
 
@@ -340,7 +386,7 @@ class Chart extends Sketch {
 
   draw(at, progress, hash) {
     this.begin();
-    const { spec, x, y, arrays, context } = this, [left, top, right, bottom] = this.box;
+    const { spec, x, y, context } = this, [left, top, right, bottom] = this.box;
     for (const tick of spec.ticks) {
       this.path([[left, y(tick)], [right, y(tick)]], "#dddddd", 1);
       this.text(String(tick), left - 8, y(tick), "right");
@@ -350,14 +396,14 @@ class Chart extends Sketch {
     this.path([[left, top], [left, bottom], [right, bottom]], "#777777", 1);
     for (const { from, to, height, colour } of spec.bars || []) {
       const [a, b] = [x(from), x(to)].sort((one, other) => one - other);
-      Object.assign(context, { fillStyle: colour, strokeStyle: colour.slice(0, 7), lineWidth: 2 }); // a rim shows through others
+      Object.assign(context, { fillStyle: this.player.ink(colour), strokeStyle: this.player.ink(colour.slice(0, 7)), lineWidth: 2 }); // a rim shows through others
       context.fillRect(a + 1, y(height), Math.max(2, b - a - 2), bottom - y(height));
       if (colour.length > 7) context.strokeRect(a + 1, y(height), Math.max(2, b - a - 2), bottom - y(height));
       hash.add(Math.round(y(height)));
     }
     let row = 0;
     for (const { points, times, colour, dash, label } of spec.lines || []) {
-      const { values, scale } = pick(arrays, points);
+      const { values, scale } = points;
       this.path(times.map((time, k) => [x(time), y(values[k] * scale)]), colour, 2.5, dash || []);
       values.forEach((value) => hash.add(value));
       if (label) {
@@ -370,16 +416,42 @@ class Chart extends Sketch {
   }
 }
 
+// A measure against the number of steps, both in powers; a dot where the scene is.
+class Curve extends Sketch {
+  draw(at, progress, hash) {
+    this.begin();
+    const { spec, width, height } = this, [low, high] = spec.limits, [left, top, right, bottom] = [50, 10, width - 12, height - 46], last = Math.log2(spec.steps.at(-1));
+    const x = (steps) => left + 8 + (Math.log2(steps) / last) * (right - left - 16), y = (value) => bottom - (Math.log(clamp(value, low, high) / low) / Math.log(high / low)) * (bottom - top);
+    for (const tick of spec.ticks) {
+      this.path([[left, y(tick)], [right, y(tick)]], "#dddddd", 1);
+      this.text(String(tick), left - 6, y(tick), "right");
+    }
+    spec.steps.forEach((steps, k) => (k % 2 && width < 300) || this.text(String(steps), x(steps), bottom + 14));
+    this.text("steps", (left + right) / 2, bottom + 34);
+    this.path([[x(spec.at), top], [x(spec.at), bottom]], "#777777", 1.5, [4, 4]);
+    this.path([[left, top], [left, bottom], [right, bottom]], "#777777", 1);
+    if (!this.player.seen()) return this.text("shown at t = 0", (left + right) / 2, (top + bottom) / 2);
+    for (const { colour, places } of spec.lines) {
+      this.path(places.map(([steps, value]) => [x(steps), y(value)]), colour, 2.5);
+      for (const [steps, value] of places) {
+        if (steps === spec.at) this.dot(x(steps), y(value), 6, colour);
+        hash.add(Math.round(y(value)));
+      }
+    }
+    hash.add(spec.at);
+  }
+}
+
 // Clips playing, side by side: an array (clips, frames, height, width) of greys.
 class Video extends Sketch {
-  static aspect(spec, arrays) {
-    const [clips, , height, width] = pick(arrays, spec.clips).shape;
+  static aspect(spec) {
+    const [clips, , height, width] = spec.clips.shape;
     return height / (clips * (width + 1) - 1);
   }
 
   draw(at, progress, hash) {
     this.begin();
-    const { values, shape } = pick(this.arrays, this.spec.clips), [clips, frames, height, width] = shape;
+    const { values, shape } = this.spec.clips, [clips, frames, height, width] = shape;
     const frame = clamp(Math.floor(at + 1e-6), 0, frames - 1), { context } = this;
     const small = (this.small ??= new OffscreenCanvas(width, height)), pen = small.getContext("2d"), image = pen.createImageData(width, height);
     context.imageSmoothingEnabled = false;
@@ -397,7 +469,7 @@ class Video extends Sketch {
   }
 }
 
-const KINDS = { plane: Plane, triangle: Triangle, chart: Chart, video: Video };
+const KINDS = { plane: Plane, triangle: Triangle, chart: Chart, curve: Curve, video: Video };
 
 class Hash {
   constructor() {
@@ -415,10 +487,13 @@ function make(kind, parent, name, words) {
   return element;
 }
 
-/** Draw a scene into `element`. options, of the triangle:
- *  onPick(chain, before), a dot was moved, `before` by a key or null by hand; onSettle(), it was let go; expects(), whether
- *  a moved chain waits to be sent.
- *  Returns { update(content), seek(position), play(), pause(), destroy(), root }. */
+const DARK = { // what a colour becomes on dark paper
+  "#ffffff": "#14171b", "#000000": "#f2f2f2", "#1a1a1a": "#e6e6e6", "#444444": "#bbbbbb", "#555555": "#aaaaaa", "#777777": "#8a8a8a", "#969696": "#666666",
+  "#a5a5a5": "#6d7278", "#c8c8c8": "#4a4f55", "#cccccc": "#50565c", "#dddddd": "#353b41", "#882255": "#a98bf0", "#0072b2": "#4aa3dc",
+};
+
+/** Draw a scene into `element`. options: onPick(chain), a dot of the triangle was moved; onMove(i, place), a noise; onSettle(),
+ *  it was let go. Returns { update(scene), seek(position), play(), pause(), destroy(), again(), guarded(work), root }. */
 export function mountPlayer(element, content, options = {}) {
   const root = make("div", element, "lm-player");
   root.tabIndex = 0;
@@ -433,15 +508,19 @@ export function mountPlayer(element, content, options = {}) {
   range.setAttribute("aria-label", "time");
   range.dataset.lmSuppressShortcuts = "true";
 
-  let parts = [], scene = null, position = 1, waiting = 0, playing = 0, frames = 0;
+  let parts = [], scene = null, position = 0, waiting = 0, playing = 0, frames = 0, serial = 0, theme = "";
 
   const player = {
     axis: null,
     progressOf: (at) => clamp((at - player.axis.from) / (player.axis.to - player.axis.from || 1), 0, 1),
     dirty: () => (waiting ||= requestAnimationFrame(guarded(draw))),
-    picked: (chain, before) => options.onPick?.(chain, before),
+    picked: (chain) => options.onPick?.(chain),
+    seen: () => root.dataset.seen === "1",
+    drags: () => Boolean(scene?.drag),
+    moved: (i, place) => options.onMove?.(i, place),
     settled: () => options.onSettle?.(),
-    expects: () => options.expects?.() ?? false,
+    ink: (colour) => (theme === "dark" ? (DARK[colour.slice(0, 7).toLowerCase()] ?? colour.slice(0, 7)) + colour.slice(7) : colour),
+    again: () => (parts.forEach((part) => (part.size = 0)), player.dirty()),
   };
 
   function guarded(work) {
@@ -461,8 +540,10 @@ export function mountPlayer(element, content, options = {}) {
   function draw() {
     waiting = 0;
     if (!scene || !panels.clientWidth) return;
-    const ratio = window.devicePixelRatio || 1, hash = new Hash();
+    const ratio = window.devicePixelRatio || 1, hash = new Hash(), look = getComputedStyle(root).getPropertyValue("--lm-theme").trim();
+    if (look !== theme) (theme = look), parts.forEach((part) => (part.size = 0));
     const unit = parseFloat(getComputedStyle(root).fontSize) / SMALLEST; // what is drawn grows with the words around it
+    if (position >= 1 || !scene.hides) root.dataset.seen = "1"; // a prediction comes before its answer
     const at = player.axis.from + position * (player.axis.to - player.axis.from);
     for (const part of parts) {
       const wide = part.canvas.clientWidth, size = Math.max(1, Math.round(wide * ratio));
@@ -478,12 +559,11 @@ export function mountPlayer(element, content, options = {}) {
     clock.textContent = `${player.axis.label} = ${at.toFixed(player.axis.digits)}`;
     if (document.activeElement !== range || Math.abs(range.value - position) > 1e-3) range.value = position;
     frames += 1;
-    const seen = { ready: "1", frames, drawn: (hash.value >>> 0).toString(16), position: position.toFixed(4), serial: scene.serial ?? 0 };
+    const seen = { ready: "1", frames, drawn: (hash.value >>> 0).toString(16), position: position.toFixed(4), serial };
     Object.assign(root.dataset, seen);
   }
 
-  function update({ scene: next, payload }) {
-    const arrays = unpack(next, payload);
+  function update(next) {
     problem.hidden = true;
     delete root.dataset.error;
     player.axis = next.axis;
@@ -494,6 +574,7 @@ export function mountPlayer(element, content, options = {}) {
       const Kind = KINDS[spec.kind];
       if (!Kind) throw new Error(`a panel of kind ${spec.kind}; known: ${Object.keys(KINDS).join(", ")}`);
       const figure = same ? old[k].figure : make("figure", panels);
+      figure.dataset.kind = spec.kind;
       const [title, canvas, table] = same ? figure.children : [make("figcaption", figure), make("canvas", figure), make("div", figure, "lm-measures")];
       title.textContent = spec.title;
       title.style.color = spec.ink || "";
@@ -501,15 +582,16 @@ export function mountPlayer(element, content, options = {}) {
       canvas.setAttribute("aria-label", [spec.title, ...Object.entries(spec.measures || {}).map((pair) => pair.join(" "))].join(", "));
       table.replaceChildren();
       for (const [name, value] of Object.entries(spec.measures || {})) make("span", table, "", name), make("b", table, "", value);
-      const aspect = typeof Kind.aspect === "function" ? Kind.aspect(spec, arrays) : spec.aspect || Kind.aspect;
+      const aspect = typeof Kind.aspect === "function" ? Kind.aspect(spec) : spec.aspect || Kind.aspect;
       canvas.style.aspectRatio = `1 / ${aspect}`;
-      const drawing = new Kind(spec, arrays, player, same ? old[k].drawing : null);
+      const drawing = new Kind(spec, player, same ? old[k].drawing : null);
       return { kind: spec.kind, figure, canvas, drawing, aspect };
     });
     note.textContent = next.note || "";
     note.hidden = !next.note;
-    if (scene === null) position = next.position ?? 1;
+    if (scene === null) position = next.position ?? 0;
     scene = next;
+    serial += 1;
     player.dirty();
   }
 
@@ -558,97 +640,96 @@ export function mountPlayer(element, content, options = {}) {
     does();
   });
 
-  const watch = new ResizeObserver(() => player.dirty());
+  const watch = new ResizeObserver(() => player.dirty()), looks = new MutationObserver(() => player.dirty()), wish = matchMedia("(prefers-color-scheme: dark)");
   watch.observe(panels);
-  guarded(update)(content);
+  for (const part of [document.documentElement, document.body]) looks.observe(part, { attributeFilter: ["data-theme", "data-jp-theme-light"] });
+  wish.addEventListener("change", player.dirty);
+  if (content) guarded(update)(content);
   const destroy = () => {
     pause();
     watch.disconnect();
+    looks.disconnect();
+    wish.removeEventListener("change", player.dirty);
     cancelAnimationFrame(waiting);
     root.remove();
   };
-  return { update: guarded(update), seek, play, pause, destroy, root };
+  return { update: guarded(update), seek, play, pause, destroy, again: player.again, guarded, root };
 }
 
-/** Choices above a player, all scenes held. page: { controls: [{ name, label, values, labels, value }], scenes: { key: scene } },
- *  key: the chosen values joined by "|". What a choice offers may depend on those before it. A dot moved in a triangle
- *  chooses the held scene whose chain is nearest; by a key, the nearest in that direction. */
-export function mountPage(element, page, payload) {
-  const row = make("div", element, "lm-choices"), chosen = {};
-  const content = () => ({ scene: page.scenes[page.controls.map(({ name }) => chosen[name]).join("|")], payload });
-  for (const { name, label, values, labels, value } of page.controls) {
-    chosen[name] = value;
-    const select = make("select", make("label", row, "", label));
-    select.name = name;
-    values.forEach((each, k) => Object.assign(make("option", select, "", String(labels?.[k] ?? each)), { value: k, selected: each === value }));
-    select.onchange = () => {
-      chosen[name] = values[Number(select.value)];
-      offer();
-      player.update(content());
+/** Controls above a player. page: { kind, title, state, controls: [{ name, label, values, labels, slider, below }], data or scenes };
+ *  `below` names a control whose value a slider stays under. A scene of a kind in COMPUTED is computed here; of another
+ *  `page.scenes[key]`, key: the chosen values joined by "|", is shown, or ask(state) is called, for `show` later. */
+export function mountScene(element, page, payload, ask = () => {}, changed = () => {}) {
+  const root = make("div", element, "lm-scene"), row = make("div", root, "lm-choices"), state = { ...page.state }, inputs = {};
+  let work = null, shown = null, world = null;
+  const player = mountPlayer(root, null, { onPick: pick, onMove: (i, place) => (world.drag(i, place, new Set(shown.paths)), player.again()), onSettle: refresh });
+  for (const { name, label, values, labels, slider } of page.controls) {
+    const box = make("label", row, "", label), input = make(slider ? "input" : "select", box), shows = slider ? make("output", box) : null;
+    input.name = name;
+    input.dataset.lmSuppressShortcuts = "true";
+    if (slider) Object.assign(input, { type: "range", min: 0, max: values.length - 1, step: 1 });
+    else values.forEach((value, k) => (make("option", input, "", String(labels[k])).value = k));
+    inputs[name] = (value) => {
+      const index = values.indexOf(value);
+      input.value = index;
+      if (shows) (shows.textContent = labels[index]), input.setAttribute("aria-valuetext", labels[index]);
+    };
+    input.oninput = () => {
+      state[name] = values[Number(input.value)];
+      if (["jumps", "start", "target"].includes(name)) state.chain = null; // evenly spaced again
+      refresh();
     };
   }
-  // After those chosen before it, each control offers what leads to a held scene, and takes the nearest before what it had.
-  function offer() {
-    let before = "";
-    for (const { name, values } of page.controls) {
-      const select = row.querySelector(`select[name="${name}"]`), held = Object.keys(page.scenes).map((key) => `${key}|`);
-      const open = values.map((value) => held.some((key) => key.startsWith(`${before}${value}|`)));
-      open.forEach((each, k) => Object.assign(select.options[k], { disabled: !each, hidden: !each }));
-      const had = Number(select.value), index = open[had] ? had : Math.max(open.lastIndexOf(true, had), open.indexOf(true));
-      select.value = index;
-      chosen[name] = values[index];
-      before += `${values[index]}|`;
+  function pick(chain) {
+    Object.assign(state, { chain, start: chain[0], target: chain.at(-1) });
+    refresh();
+  }
+  function refresh() {
+    for (const { name, below, values } of page.controls)
+      if (below) {
+        const input = row.querySelector(`[name="${name}"]`);
+        input.max = values.findLastIndex((value) => value < state[below]);
+        state[name] = values[Math.min(input.max, values.indexOf(state[name]))];
+      }
+    for (const name in inputs) inputs[name](state[name]);
+    changed({ ...state });
+    const held = page.scenes?.[page.controls.map(({ name }) => state[name]).join("|")];
+    if (held) show(held, payload);
+    else if (!world) ask({ ...state });
+    else {
+      const mine = (work = COMPUTED[page.kind](world, state));
+      const go = player.guarded(() => {
+        if (work !== mine) return;
+        const { value, done } = mine.next();
+        if (value) player.update((shown = world.slow ? { ...value, note: `${value.note} ${world.slow}` } : value));
+        player.root.dataset.done = done ? "1" : "";
+        if (!done) setTimeout(go);
+      });
+      go();
     }
   }
-  offer();
-  const player = mountPlayer(element, content(), { onPick: nearest, onSettle: () => player.update(content()) });
-  function nearest(chain, before) {
-    const onTheWay = (held) => !before || held.reduce((sum, value, k) => sum + (value - before[k]) * (chain[k] - before[k]), 0) > 0;
-    const far = ([, { panels }]) => {
-      const held = panels.find(({ kind }) => kind === "triangle").chain;
-      return held.length === chain.length && onTheWay(held) ? Math.hypot(...held.map((value, k) => value - chain[k])) : Infinity;
-    };
-    const best = Object.entries(page.scenes).reduce((a, b) => (far(b) < far(a) ? b : a));
-    if (far(best) < Infinity) best[0].split("|").forEach((value, k) => {
-      const { name, values } = page.controls[k], index = values.findIndex((each) => String(each) === value);
-      chosen[name] = values[index];
-      row.querySelector(`select[name="${name}"]`).value = index;
-    });
-    offer();
-    player.update(content());
-  }
-  return player;
+  const show = player.guarded((scene, bytes) => {
+    if (scene.error) throw new Error(scene.error);
+    player.update((shown = filled(scene, unpack(scene, bytes))));
+    player.root.dataset.done = "1";
+  });
+  player.guarded(() => {
+    if (page.kind in COMPUTED) world = new World({ ...page, data: filled(page.data, unpack(page, payload)) });
+    refresh();
+  })();
+  return { ...player, show, state, world, shown: () => shown, set: (values) => (Object.assign(state, values), refresh()) };
 }
 
-/** The widget. A moved dot goes to the kernel when it has answered the last one, so that none waits in a queue. */
+/** The widget: the kernel is asked for nothing but pictures of scenes that the page cannot compute. */
 function render({ model, el }) {
-  let waiting = false, next = null, late = 0;
-  const content = () => ({ scene: model.get("scene"), payload: model.get("payload") });
-  const send = (chain) => {
-    if (waiting) return void (next = chain);
-    waiting = true;
-    late = setTimeout(answered, 2000); // a kernel that is restarting never answers
-    model.set("picked", chain);
-    model.save_changes();
-  };
-  const answered = () => {
-    clearTimeout(late);
-    waiting = false;
-    const chain = next;
-    next = null;
-    if (chain) send(chain);
-  };
-  const player = mountPlayer(el, content(), { onPick: send, expects: () => next !== null });
-  const show = () => {
-    const triangle = model.get("scene").panels.find(({ kind }) => kind === "triangle");
-    if (next?.length !== triangle?.chain.length) next = null; // a control has changed the number of jumps since
-    player.update(content());
-    answered();
-  };
-  model.on("change:scene", show);
+  const changed = (state) => (model.set("state", state), model.save_changes());
+  const scene = mountScene(el, model.get("page"), model.get("payload"), changed, changed);
+  const show = () => model.get("picture")?.byteLength && scene.show(model.get("shown"), model.get("picture"));
+  model.on("change:shown", show);
+  show();
   return () => {
-    model.off("change:scene", show);
-    player.destroy();
+    model.off("change:shown", show);
+    scene.destroy();
   };
 }
 

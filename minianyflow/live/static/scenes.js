@@ -1,0 +1,294 @@
+// The scenes that compute in the page: from the values of the controls to what the player shows.
+//
+// A scene is made once from the page's data; `draw(state)` is a generator, since a page answers at once and goes on after:
+// it yields { panels, note, axis }, first with FIRST particles, then with all and their measures.
+import * as math from "./compute.js";
+
+const FIRST = 96, EXACT = 32, FINE = 64; // particles of a first picture; steps of exact paths; the grid of the triangle
+const STEPS = [1, 2, 4, 8, 16, 32, 64, 128];
+const ahead = (steps, label = "t", digits = 2) => ({ label, digits, from: steps[0], to: steps.at(-1), stops: steps });
+const fixed = (value, digits = 3) => value.toFixed(digits).replace(/^0\./, ".");
+
+/** Trajectories of all noises (T n 2), computed some rows at a time; one row again when its noise is moved. */
+class Paths {
+  constructor(noise, times, solve) {
+    Object.assign(this, { noise, times, solve, count: noise.length / 2, done: 0 });
+    this.values = new Float32Array(times.length * noise.length);
+    this.shape = [times.length, this.count, 2];
+    this.scale = 1;
+  }
+  rows(begin, end) {
+    this.solve(this.noise.slice(2 * begin, 2 * end), end - begin, begin).forEach((state, k) => this.values.set(state, 2 * (k * this.count + begin)));
+  }
+  extend(end) {
+    if (end > this.done) this.rows(this.done, end), (this.done = end);
+    return this;
+  }
+  end(count = this.done) {
+    return this.values.subarray(this.values.length - 2 * this.count, this.values.length - 2 * (this.count - count));
+  }
+}
+
+/** What the scenes on the plane share: targets, students, noises, and the trajectories made so far. */
+export class World {
+  constructor({ data, particles, labels, colours }) {
+    Object.assign(this, { data, particles, labels, colours, held: new Map(), networks: {} });
+    this.slow = math.fast ? "" : "WebAssembly is switched off: this page computes more slowly.";
+  }
+  noise(seed) {
+    if (this.seed !== seed) {
+      const { directions, shift } = this.data.sobol, D = 2;
+      const state = { directions: directions.values.subarray(30 * D * seed, 30 * D * (seed + 1)), shift: shift.values.subarray(D * seed, D * (seed + 1)) };
+      this.held.clear();
+      this.seed = seed;
+      this.z = Float64Array.from(math.sobolNoise(state, this.particles));
+    }
+    return this.z;
+  }
+  target(dataset) {
+    const target = this.data.targets[dataset];
+    target.mixture ??= { means: Float64Array.from(target.means.values), sigma: target.sigma };
+    target.along ??= math.projections(target.reference.values);
+    return target;
+  }
+  network(method, dataset) {
+    return (this.networks[`${method} ${dataset}`] ??= math.makeNetwork(this.data.students[dataset][method].values, this.data.sizes));
+  }
+  /** u(z, n, t, r, out) of a method. */
+  map(method, dataset) {
+    if (method === "euler") return (z, n, t, r, out) => math.velocity(this.target(dataset).mixture, z, n, t, out);
+    const network = this.network(method, dataset);
+    return (z, n, t, r, out) => math.evaluate(network, z, n, t, r, out);
+  }
+  /** Trajectories along `times`; solve(z, n, begin) makes them. before: those at whose ends they begin, or null. */
+  paths(name, times, solve, before = null) {
+    const key = [name, this.seed, times].join("|");
+    if (this.held.size > 60) this.held.clear();
+    const start = (z, n, begin) => (before ? before.extend(begin + n).end().slice(2 * begin, 2 * (begin + n)) : z);
+    if (!this.held.has(key)) this.held.set(key, new Paths(this.z, times, (z, n, begin) => solve(start(z, n, begin), n, begin)));
+    return this.held.get(key);
+  }
+  exact(dataset, times = math.timeGrid(EXACT), before = null) {
+    return this.paths(`exact ${dataset}`, times, (z, n) => math.flow(this.target(dataset).mixture, z, n, times), before);
+  }
+  learned(method, dataset, times, before = null) {
+    return this.paths(`${method} ${dataset}`, times, (z, n) => math.rollout(this.map(method, dataset), z, n, times), before);
+  }
+  /** As sample() of plane/students.py: consistency starts over from torch's own fresh noise. */
+  sampled(method, dataset, steps) {
+    const times = math.timeGrid(steps), size = 2 * this.particles;
+    if (method !== "consistency") return this.learned(method, dataset, times);
+    let fresh = null;
+    const solve = (z, n, begin) => {
+      if (!fresh) {
+        const generator = new math.Generator(this.data.fresh[steps][this.seed]);
+        fresh = times.slice(2).map(() => generator.randn(size));
+      }
+      return math.rollout(this.map(method, dataset), z, n, times, fresh.map((eps) => eps.subarray(2 * begin, 2 * (begin + n))));
+    };
+    return this.paths(`consistency ${dataset}`, times, solve);
+  }
+  panel(title, colour, paths, exact, { trace = true, measures = {} } = {}) {
+    const { values, shape, scale, done, times } = paths, array = (from) => ({ values: from.values, shape: from.shape, scale: 1 });
+    const ghosts = { values: exact.end(), shape: [exact.done, 2], scale: 1 };
+    const spec = { kind: "plane", title, colour, times, points: { values, shape, scale }, count: done, ghosts, limit: 2.4, trails: 90, followed: [0, 1, 2, 3, 4, 5] };
+    return { ...spec, ...(trace ? { exact: array(exact) } : {}), measures };
+  }
+  /** Move noise i: its row of every shown trajectory is computed again, all others are forgotten. */
+  drag(i, place, shown) {
+    this.z.set(place, 2 * i);
+    for (const [key, paths] of this.held)
+      if (!shown.has(paths)) this.held.delete(key);
+      else if (paths.done > i) paths.rows(i, i + 1);
+  }
+}
+
+const evaluations = (count) => ({ evaluations: String(count) });
+const AGAIN = { "path error": "…", "sliced W2": "…", "its floor": "…" };
+
+function* race(world, { steps, dataset, flow_map, seed }) {
+  world.noise(seed);
+  const target = world.target(dataset), { colours, labels } = world, exact = world.exact(dataset), methods = ["euler", flow_map, "consistency"];
+  const paths = [exact, ...methods.map((method) => world.sampled(method, dataset, steps))], names = ["exact", ...methods];
+  const note = "Rings: the same six noises; drag one, or choose it by its digit and move it by the arrow keys. Black dots: where they are. Thick grey: where the exact flow takes them. Grey dots: its ends.";
+  const times = math.timeGrid(steps), curves = {};
+  const scene = (measures) => ({
+    panels: [...paths.map((path, k) => world.panel(labels[names[k]], colours[names[k]], path, exact, { trace: k > 0, measures: { ...measures(k), ...evaluations(k ? steps : exact.evaluations ?? "…") } })), curve()],
+    note, paths, drag: true, hides: true, axis: ahead(steps > 8 ? times : math.timeGrid(32)),
+  });
+  const curve = () => {
+    const lines = methods.map((method) => ({ colour: colours[method], label: labels[method].split(",")[0], places: curves[method] ?? [] }));
+    return { kind: "curve", title: "path error against steps", aspect: 1, lines, at: steps, steps: STEPS, limits: [0.003, 4], ticks: [0.01, 0.1, 1] };
+  };
+  for (const end of [FIRST, ...Array.from({ length: Math.ceil(world.particles / 128) }, (_, k) => Math.min(world.particles, 128 * (k + 1)))]) {
+    if (paths.every(({ done }) => done >= end)) continue;
+    for (const path of paths) path.extend(end);
+    exact.evaluations = math.solves(exact.times);
+    if (end === FIRST) yield scene(() => AGAIN);
+    else yield null;
+  }
+  exact.evaluations = math.solves(exact.times);
+  const measures = [];
+  for (const [k, path] of paths.entries()) {
+    const floor = names[k] === "consistency" && steps > 1 ? target.floors.fresh : names[k] === "exact" ? target.floors.data : null;
+    measures.push({ "path error": fixed(math.pathError(path.end(), exact.end())), "sliced W2": fixed(math.slicedW2(path.end(), target.along)) });
+    measures[k]["its floor"] = floor ? `${fixed(floor[0])} ± ${fixed(floor[1])}` : measures[0]["sliced W2"];
+    if (k + 1 < paths.length) yield null;
+  }
+  const { held } = world;
+  for (const method of methods) curves[method] = held.get(`curve ${method} ${dataset} ${seed}`);
+  yield scene((k) => measures[k]);
+  for (const method of methods) {
+    if (curves[method]) continue;
+    const places = [];
+    for (const count of STEPS) {
+      const few = world.sampled(method, dataset, count).extend(FIRST);
+      places.push([count, math.pathError(few.end(FIRST), exact.end(FIRST))]);
+      yield null;
+    }
+    held.set(`curve ${method} ${dataset} ${seed}`, (curves[method] = places));
+    yield scene((k) => measures[k]);
+  }
+}
+
+/** A falling chain of times on the grid, as even as possible; fewer jumps where there is no room for all. */
+function spread(start, target, jumps) {
+  const first = Math.round(FINE * start), last = Math.round(FINE * target), count = Math.min(jumps, Math.max(1, first - last));
+  return Array.from({ length: count + 1 }, (_, k) => Math.round(first + ((last - first) * k) / count) / FINE);
+}
+
+function* triangle(world, state) {
+  const { jumps, method, dataset, seed } = state, chain = state.chain ?? spread(state.start, state.target, jumps), [from, to] = [chain[0], chain.at(-1)];
+  if (!(from > to)) throw new Error(`from t = ${from} to r = ${to}: choose \`to r\` below \`from t\``);
+  world.noise(seed);
+  const fine = Array.from({ length: EXACT + 1 }, (_, k) => from + ((to - from) * k) / EXACT), before = from < 1 ? world.exact(dataset, [1, from]) : null;
+  const learned = world.learned(method, dataset, chain, before), exact = world.exact(dataset, fine, before);
+  for (const end of [FIRST, world.particles]) {
+    learned.extend(end), exact.extend(end);
+    const colour = world.colours[method], title = method === "euler" ? "Euler, exact velocity" : world.labels[method];
+    const error = { "path error": fixed(math.pathError(learned.end(), exact.end())) };
+    yield {
+      panels: [
+        { kind: "triangle", snap: FINE, drag: true, title: "drag the dots", colour, chain, measures: chain.length < 6 ? { times: chain.map((time) => time.toFixed(2)).join(" > ") } : { jumps: String(chain.length - 1) } },
+        world.panel(title, colour, learned, exact, { measures: { ...error, ...evaluations(chain.length - 1) } }),
+        world.panel("exact flow", world.colours.exact, exact, exact, { trace: false, measures: { "path error": ".000", ...evaluations(math.solves(fine)) } }),
+      ],
+      note: "Both begin at the exact states at t. Black dots: the same six particles. Thick grey: where the exact flow takes them. Grey dots: its ends.",
+      axis: ahead([from, ...fine.slice(1)]), paths: [learned, exact], drag: from === 1,
+    };
+  }
+}
+
+/** The norm of the on-policy gradient through each jump: the real score is exact, the fake one the student's. */
+export function gradients(network, mixture, z, times, generator) {
+  const n = z.length / 2, kept = [], path = math.rollout((state, n, t, r, out) => (kept.push([]), math.evaluate(network, state, n, t, r, out, 2, kept.at(-1))), z, n, times);
+  const x = path.at(-1), t = generator.rand(n), eps = generator.randn(2 * n), state = x.map((value, i) => (1 - t[i >> 1]) * value + t[i >> 1] * eps[i]);
+  const fake = math.evaluate(network, state, n, t, t, new Float64Array(2 * n)), real = new Float64Array(2 * n);
+  for (let row = 0; row < n; row++) math.velocity(mixture, state.subarray(2 * row, 2 * row + 2), 1, t[row], real.subarray(2 * row, 2 * row + 2));
+  let d = new Float64Array(2 * n);
+  for (let i = 0; i < 2 * n; i += 2) {
+    const time = t[i >> 1], away = [0, 1].map((k) => Math.abs(x[i + k] - (state[i + k] - time * real[i + k]))), size = Math.max(1e-6, (away[0] + away[1]) / 2);
+    for (const k of [0, 1]) d[i + k] = (time * (real[i + k] - fake[i + k])) / size / n;
+  }
+  const norms = [];
+  for (let k = times.length - 2; k >= 0; k--) {
+    const grads = network.weights.map((layer) => layer.map((part) => new Float64Array(part.length))), length = times[k] - times[k + 1];
+    const back = math.backward(network, kept[k], n, d.map((value) => -length * value), grads);
+    d = d.map((value, i) => value + back[i]);
+    norms.unshift(Math.sqrt(grads.flat().reduce((sum, part) => sum + part.reduce((total, value) => total + value * value, 0), 0)));
+  }
+  return norms;
+}
+
+function* backwardSimulation(world, { steps, g, method, dataset, seed }) {
+  const z = world.noise(seed), step = Math.min(g, steps - 1), all = math.timeGrid(steps), times = math.simulationTimes(steps, step), jumps = `${times.length - 1} jumps`;
+  const exact = world.exact(dataset), whole = world.learned(method, dataset, all), few = world.learned(method, dataset, times), colour = world.colours[method];
+  const dots = all.slice(1).map((r, k) => [all[k], r]), bars = { kind: "chart", title: "gradient through each jump", xlabel: "t", times: [1, 0.5, 0], aspect: 1, ticks: [0], limits: [0, 1], bars: [], measures: { "largest jump's share": "…" } };
+  const scene = () => ({
+    panels: [
+      { kind: "triangle", snap: FINE, title: `N = ${steps}, g = ${step}`, colour, chain: times, dots, measures: { grey: `the ${steps} steps`, coloured: `the ${jumps}` } },
+      ...[[`all ${steps} steps`, "#777777", whole], [jumps, colour, few]].map(([title, colour, paths]) =>
+        world.panel(title, colour, paths, exact, { measures: { "path error": fixed(math.pathError(paths.end(), exact.end())), ...evaluations(paths.times.length - 1) } })),
+      bars,
+    ],
+    note: `Bars: the on-policy gradient (its norm) that reaches the weights through each evaluation; 128 samples. Dark: all ${steps} steps. Coloured: the ${jumps}. Thick grey: the exact flow.`,
+    axis: ahead(math.timeGrid(32)), paths: [exact, whole, few], drag: true,
+  });
+  for (const end of [FIRST, world.particles]) {
+    for (const paths of [exact, whole, few]) paths.extend(end), end > FIRST && (yield null);
+    if (end === FIRST) yield scene();
+  }
+  const network = world.network(method, dataset), few128 = z.slice(0, 256);
+  const norms = [["#444444", all], [`${colour}55`, times]].map(([shade, grid]) => [shade, grid, gradients(network, world.target(dataset).mixture, few128, grid, new math.Generator(world.data.gradient[seed]))]);
+  bars.bars = norms.flatMap(([colour, grid, heights]) => heights.map((height, k) => ({ from: grid[k], to: grid[k + 1], height, colour })));
+  const top = Math.max(...bars.bars.map(({ height }) => height)), last = norms[1][2];
+  bars.ticks = [0, Number((0.55 * top).toPrecision(1)), Number(top.toPrecision(1))];
+  bars.limits = [0, Math.max(1.1 * top, bars.ticks[2])];
+  bars.measures = { "largest jump's share": `${Math.round((100 * Math.max(...last)) / last.reduce((a, b) => a + b))}%` };
+  yield scene();
+}
+
+/** Clips (n F 2) of a causal student, frame by frame: after its own frames, or after those of `truth`. */
+export function clips(network, z, n, frames, window, times, truth = null) {
+  const made = new Float64Array(n * frames * 2), past = truth ?? made, D = 2 + 3 * window;
+  for (let frame = 0; frame < frames; frame++) {
+    const rows = new Float64Array(n * D), noise = new Float64Array(2 * n);
+    for (let row = 0; row < n; row++) {
+      noise.set(z.subarray(2 * (row * frames + frame), 2 * (row * frames + frame) + 2), 2 * row);
+      for (let k = Math.max(0, window - frame); k < window; k++) {
+        const from = 2 * (row * frames + frame - window + k);
+        (rows[row * D + 2 + 2 * k] = past[from]), (rows[row * D + 3 + 2 * k] = past[from + 1]), (rows[row * D + 2 + 2 * window + k] = 1);
+      }
+    }
+    const u = (state, n, t, r, out) => {
+      for (let row = 0; row < n; row++) rows.set(state.subarray(2 * row, 2 * row + 2), row * D);
+      math.evaluate(network, rows, n, t, r, out, 2);
+    };
+    math.rollout(u, noise, n, times).at(-1).forEach((value, i) => (made[2 * ((i >> 1) * frames + frame) + (i & 1)] = value));
+  }
+  return made;
+}
+
+function* exposure(world, state) {
+  const { context, steps, copy, seed } = state, { data, particles: n, colours } = world, { frames, window, lost } = data, size = 2 * n * frames, held = (key, make) => (world.held.has(key) || world.held.set(key, make()), world.held.get(key));
+  const z = held(`noise ${seed}`, () => {
+    const D = 2 * frames, { directions, shift } = data.sobol;
+    return Float64Array.from(math.sobolNoise({ directions: directions.values.subarray(30 * D * seed, 30 * D * (seed + 1)), shift: shift.values.subarray(D * seed, D * (seed + 1)) }, n));
+  });
+  const truth = Float64Array.from(data.truth.values.subarray(size * seed, size * (seed + 1))), contexts = [context, ...["own", "true"].filter((other) => other !== context)];
+  const errors = (made) => {
+    const mean = new Float64Array(frames);
+    let gone = 0;
+    for (let i = 0; i < n * frames; i++) {
+      const error = Math.abs(Math.hypot(made[2 * i], made[2 * i + 1]) - 1);
+      mean[i % frames] += error / n;
+      gone += i % frames === frames - 1 && error > lost;
+    }
+    return { mean, gone: gone / n };
+  };
+  const byFrame = (made) => {
+    const values = new Float32Array(size);
+    for (let i = 0; i < n; i++) for (let k = 0; k < frames; k++) values.set(made.subarray(2 * (i * frames + k), 2 * (i * frames + k) + 2), 2 * (k * n + i));
+    return { values, shape: [frames, n, 2], scale: 1 };
+  };
+  const line = (mean, colour, dash, label) => ({ points: { values: mean, scale: 1 }, times: [...mean.keys()], colour, dash, label }), known = {}, data_line = line(errors(truth).mean, "#000000", [2, 4], "data");
+  for (const mode of contexts) {
+    for (const arm of [state.left, state.right]) {
+      const network = (world.networks[`${arm} ${copy}`] ??= math.makeNetwork(data.students[arm][copy].values, data.sizes));
+      const made = held([arm, copy, steps, mode, seed].join("|"), () => clips(network, z, n, frames, window, math.timeGrid(steps), mode === "true" ? truth : null));
+      known[`${arm} ${mode}`] = { made, ...errors(made) };
+      if (arm !== state.right) yield null;
+    }
+    const rings = [state.left, state.right].map((arm) => {
+      const shown = known[`${arm} ${context}`], after = known[`${arm} true`], last = shown.mean.at(-1);
+      const measures = { "radius error, last frame": fixed(last), "over that after true frames": after ? (last / after.mean.at(-1)).toFixed(2) : "…", "clips lost": `${Math.round(100 * shown.gone)}%`, "evaluations a clip": String(steps * frames) };
+      return { kind: "plane", title: arm, colour: colours[arm], times: [...Array(frames).keys()], points: byFrame(shown.made), limit: 1.6, trails: 0, ring: 1, followed: [0, 1, 2], measures, ...(context === "true" ? { exact: byFrame(truth) } : {}) };
+    });
+    const lines = [state.left, state.right].flatMap((arm) => [["own", []], ["true", [7, 5]]].filter(([mode]) => known[`${arm} ${mode}`]).map(([mode, dash]) => line(known[`${arm} ${mode}`].mean, colours[arm], dash, `${arm}, ${mode}`)));
+    const chart = { kind: "chart", title: "radius error", xlabel: "frame", times: [0, 5, 10, 15], log: true, limits: [0.025, 0.8], ticks: [0.03, 0.1, 0.3], lines: [...lines, data_line], aspect: 1 };
+    const note = `Every frame is made after ${context === "true" ? "true frames" : "its own frames"}. Black dots: three clips, the same noise left and right.${context === "true" ? " Thick grey: the true clips." : ""}`;
+    yield { panels: [...rings, chart], note, axis: ahead([...Array(frames).keys()], "frame", 0), duration: 6000, position: 1 };
+  }
+}
+
+export const COMPUTED = { race, triangle, backward_simulation: backwardSimulation, exposure };
