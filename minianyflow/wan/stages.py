@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import psutil
 import torch
 
 from minianyflow.flow_map import pick_rows, velocity
@@ -68,10 +69,11 @@ def on_policy(config: Config, networks: RunNetworks, null: dict) -> dict[str, Ro
 STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 
-def distil(config: Config) -> dict | None:
+def distil(config: Config, minutes: float | None = None) -> dict | None:
     """Train the stage of `config`, from the newest checkpoint of its run if there is one; returns run.json.
 
-    Leaves a run folder. On other processes than the main one: None. Raises `guard.Preempted` after SIGTERM.
+    Leaves a run folder. On other processes than the main one: None. Raises `guard.Preempted` after SIGTERM or Ctrl-C,
+    and before this process is `minutes` old.
     """
     accelerator, data, checkpoints = prepare(config)
     networks = RunNetworks(config, data.shape[0], accelerator.device)
@@ -87,11 +89,14 @@ def distil(config: Config) -> dict | None:
         config.accumulate,
         accelerator,
         {"desc": f"{config.architecture} {config.stage}"},
-        sample_while_training(config, data, roles["student"], accelerator),
+        None,
         config.log.every,
         checkpoints,
         watch,
         own_rows=True,
+        samples=(config.samples.every, sample_while_training(config, data, roles["student"], accelerator)),
+        deadline=None if minutes is None else psutil.Process().create_time() + 60 * minutes,
+        waits=waits,
     )
     return save_run(config, data, networks, roles, history, stopwatch.seconds, accelerator, waits)
 

@@ -44,6 +44,13 @@ def write_clip(path: str | Path, clip: Tensor, fps: float = FPS) -> None:
     _write(Path(path), _to_bytes(Path(path).name, clip[None], 1)[0], fps)
 
 
+def as_gif(clip: Tensor, fps: float = FPS) -> bytes:
+    """One clip (T, 3, H, W) as a GIF, which trackers show."""
+    return imageio.mimwrite(
+        "<bytes>", [*_to_bytes("clip", clip[None], 1)[0]], format="GIF", duration=1000 / fps, loop=0
+    )
+
+
 def clip_sheet(clips: dict[str, Tensor], prompts: list[str], stills: int = 3, columns: int | None = None) -> Figure:
     """A picture of {label: video (B, T, 3, H, W)}: a block per prompt and in it a row per label."""
     rows = {label: _to_bytes(label, video, len(prompts)) / 255 for label, video in clips.items()}
