@@ -7,7 +7,7 @@ RUN := .venv/bin/python -m minianyflow
 demo: setup   ## race flow maps and consistency maps against the exact answer (DATASET=spiral|ring8|checkerboard, or DATA=points.csv)
 	@$(RUN) demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATA),--data $(DATA))
 
-video: setup  ## measure the committed video students at 1 to 128 steps (about 40 minutes)
+video: setup  ## measure the committed video students at 1 to 128 steps (about 45 minutes)
 	@$(RUN) video
 
 weights: setup  ## train the video codec, teacher and students anew (an hour)

@@ -60,13 +60,16 @@ def test_scripts_parse_and_call(script):
 
 
 def test_video_takes_all_step_counts_of_its_report_by_default(monkeypatch):
+    from minianyflow.video import motion_report
     from minianyflow.video import report as video_report
 
     counts = []
+    monkeypatch.setattr(motion_report, "run", lambda *arguments: counts.append("motion"))
     monkeypatch.setattr(video_report, "run", lambda *arguments: counts.append(arguments[3]))
     monkeypatch.setattr(video_report, "table", lambda report: "")
     assert main(["video"]) == main(["video", "--nfe", "1,4"]) == 0
-    assert counts == [video_report.NFE, (1, 4)]
+    assert main(["video", "--motion"]) == 0
+    assert counts == [video_report.NFE, "motion", (1, 4), "motion", "motion"]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(capsys, tmp_path):

@@ -37,29 +37,39 @@ def render(positions: torch.Tensor) -> torch.Tensor:
     return torch.einsum("...kx,...ky->...yx", bump[..., 0, :], bump[..., 1, :])
 
 
-def sample(count: int, generator: torch.Generator | None = None, frames: int = 17) -> Clips:
-    """`count` clips of `frames` frames, one and two balls in turn; the same for the same generator."""
+def sample(count: int, generator: torch.Generator | None = None, frames: int = 17, redraw: int | None = None) -> Clips:
+    """`count` clips of `frames` frames, one and two balls in turn; the same for the same generator.
+
+    redraw: a frame at which every ball gets a new velocity of the same law. Such clips are wrong where only motion is.
+    """
     if frames % 4 != 1 or frames < 1:
         raise InputError(f"{frames} frames; expected 4 n + 1, such as 17: the codec takes one frame, then fours")
     balls = torch.arange(count) % 2 + 1
     positions = torch.full((count, frames, 2, 2), torch.nan)
     wanted = (balls == 2).nonzero().squeeze(1)
     while len(wanted):  # rejection: pairs that come too close are drawn again
-        pairs = _fly(len(wanted), frames, generator)
+        pairs = _fly(len(wanted), frames, generator, redraw)
         fits = (pairs[:, :, 0] - pairs[:, :, 1]).norm(dim=2).min(1).values > APART
         positions[wanted[fits]] = pairs[fits]
         wanted = wanted[~fits]
     single = balls == 1
-    positions[single, :, :1] = _fly(int(single.sum()), frames, generator)[:, :, :1]
+    positions[single, :, :1] = _fly(int(single.sum()), frames, generator, redraw)[:, :, :1]
     return Clips(render(positions), balls, positions)
 
 
-def _fly(count, frames, generator):
+def _fly(count, frames, generator, redraw=None):
     """Two balls each: (count, frames, 2, 2), reflected between the walls."""
     low, high = WALLS
-    start, (speed, turn) = torch.rand(count, 2, 2, generator=generator), torch.rand(2, count, 2, generator=generator)
-    speed, turn = SPEED[0] + (SPEED[1] - SPEED[0]) * speed, 2 * torch.pi * turn
-    velocity = speed[..., None] * torch.stack([turn.cos(), turn.sin()], -1)  # (count, 2, 2)
+    start, velocity = torch.rand(count, 2, 2, generator=generator), _velocities(count, generator)
     time = torch.arange(frames, dtype=torch.float32)[:, None, None]
     unfolded = (start * (high - low))[:, None] + velocity[:, None] * time
+    if redraw is not None:
+        unfolded += (_velocities(count, generator) - velocity)[:, None] * (time - redraw).clamp(min=0)
     return low + (high - low) - (unfolded.remainder(2 * (high - low)) - (high - low)).abs()
+
+
+def _velocities(count, generator):
+    """(count, 2, 2), of any direction and of a speed between the two of SPEED."""
+    speed, turn = torch.rand(2, count, 2, generator=generator)
+    speed, turn = SPEED[0] + (SPEED[1] - SPEED[0]) * speed, 2 * torch.pi * turn
+    return speed[..., None] * torch.stack([turn.cos(), turn.sin()], -1)

@@ -37,6 +37,7 @@ TABLES = {  # {page: {name: arguments of `table`}}
     },
     "docs/video.md": {
         "any_step": (_TABLES + "video_table", _VIDEO),
+        "motion": (_TABLES + "video_motion", "video/motion.json"),
         "costs": (_TABLES + "video_costs", _VIDEO),
         "causal": (_TABLES + "video_causal", _VIDEO),
         "exposure": (_TABLES + "exposure_table", "video/exposure.json"),

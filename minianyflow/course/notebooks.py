@@ -117,7 +117,7 @@ def tidy(cell: nbformat.NotebookNode) -> None:
 
 
 def _small_figures(shell, name):
-    """Show figures as PNGs of 64 colours, and write them to the folder FIGURES, if it is set."""
+    """Show figures as PNGs of 64 colours, titles as alt text; written to the folder FIGURES too, if it is set."""
     from matplotlib.figure import Figure
 
     from minianyflow.support.figures import small_png
@@ -129,7 +129,8 @@ def _small_figures(shell, name):
         number = next(numbers)
         if folder := os.environ.get(FIGURES):
             (Path(folder) / f"{name}-{number}.png").write_bytes(small_png(figure, dpi=160))
-        return small_png(figure, dpi=80)
+        titles = (axes.get_title() or axes.get_ylabel() for axes in figure.axes)
+        return small_png(figure, dpi=80), {"alt": "; ".join(" ".join(title.split()) for title in titles if title)}
 
     shell.display_formatter.formatters["image/png"].for_type(Figure, show)
 

@@ -3,6 +3,8 @@
 from minianyflow.support.reports import markdown_table, mean, seed_means, text_table
 
 CHUNK_MEASURES = ("prompt_obeyed", "light_kept", "obeyed_and_kept")
+MOTION_MEASURES = {"right": 2, "straight": 2, "kept": 2, "residual": 2, "speed": 2, "speed_w1": 3, "coverage": 2}
+MOTION_MEASURES |= {"latent_variance": 0, "pair_distance": 1}
 ARMS = {  # how the page names an arm, and its name in the report
     "teacher forcing": "teacher forcing",
     "teacher forcing, exact velocity": "teacher forcing, exact velocity",
@@ -36,6 +38,23 @@ def video_table(report: dict) -> str:
     floor = f"{1000 * report['floors']['codec']['sliced_w2']:.1f}"
     rows.append(["data against data", floor, *[""] * (len(nfe) - 1)])
     return markdown_table(["sliced W2 x 1000, mean (range over seeds)", *nfe], rows)
+
+
+def video_motion(report: dict) -> str:
+    """How balls move in the clips of each network: the mean over seeds, of one ball and in brackets of two."""
+
+    def row(name, by_seed):
+        cells = []
+        for measure, digits in MOTION_MEASURES.items():
+            one, two = (mean(seed[prompt][measure] for seed in by_seed) for prompt in ("one ball", "two balls"))
+            cells.append(f"{one:.{digits}f} ({two:.{digits}f})")
+        label = name.replace("_", "-") + f", {len(by_seed)} seeds" * (len(by_seed) > 1)
+        return [label, *cells, f"{1000 * mean(seed['sliced_w2'] for seed in by_seed):.1f}"]
+
+    rows = [row(name, [figures]) for name, figures in report["floors"].items()]
+    rows += [row(name, by_seed) for name, by_seed in report["methods"].items()]
+    names = (name.replace("_", " ") for name in MOTION_MEASURES)
+    return markdown_table(["one ball (two balls)", *names, "sliced W2 x 1000"], rows)
 
 
 def video_costs(report: dict) -> str:

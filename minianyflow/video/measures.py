@@ -90,7 +90,7 @@ def physics(video: Tensor, balls: Tensor) -> dict[str, Tensor]:
                         NaN unless all three hold the prompted number and the ball is 1.5 pixels from every wall
     acceleration        (B,) in pixels / frame^2: the root of its mean over a clip, NaN where there is none
     """
-    video, balls = _checked(video), _checked_balls(balls, len(video))
+    video, balls = _checked(video), check_balls(balls, len(video))
     positions, amplitudes, _ = find_balls(video)
     prompted = torch.arange(len(PROMPTS)) < balls[:, None]  # (B, 2)
     places = positions[:, :, : len(PROMPTS)].masked_fill(~prompted[:, None, :, None], torch.nan)
@@ -108,15 +108,20 @@ def physics(video: Tensor, balls: Tensor) -> dict[str, Tensor]:
 
 def _squared_acceleration(places, right):
     """(B, T, 2) from places (B, T, 2, 2), NaN for a ball that is not prompted; right (B, T): whether the count is."""
-    as_listed = (places[:, 1:] - places[:, :-1]).square().sum((2, 3))
-    swapped = (places[:, 1:] - places[:, :-1].flip(2)).square().sum((2, 3))  # NaN for one ball: never swapped
-    swap = pad((swapped < as_listed).cumsum(1) % 2 == 1, (1, 0))
-    places = torch.where(swap[..., None, None], places.flip(2), places)
+    places = track(places)
     inside = (places > WALLS[0] + CLEAR) & (places < WALLS[1] - CLEAR)
     valid = inside.all(3) & right[..., None]  # (B, T, 2)
     second = (places[:, 2:] - 2 * places[:, 1:-1] + places[:, :-2]).square().sum(3)
     second = second.masked_fill(~(valid[:, 2:] & valid[:, 1:-1] & valid[:, :-2]), torch.nan)
     return pad(second, (0, 0, min(2, places.shape[1]), 0), value=torch.nan)
+
+
+def track(places: Tensor) -> Tensor:
+    """Places (B, T, 2, 2) of two balls, swapped where a frame lists them in another order than the one before."""
+    as_listed = (places[:, 1:] - places[:, :-1]).square().sum((2, 3))
+    swapped = (places[:, 1:] - places[:, :-1].flip(2)).square().sum((2, 3))  # NaN for one ball: never swapped
+    swap = pad((swapped < as_listed).cumsum(1) % 2 == 1, (1, 0))
+    return torch.where(swap[..., None, None], places.flip(2), places)
 
 
 def summary(video: Tensor, balls: Tensor, partition: tuple[int, ...] | None = None) -> dict:
@@ -131,7 +136,7 @@ def summary(video: Tensor, balls: Tensor, partition: tuple[int, ...] | None = No
     A `partition` of latent frames into chunks, say (1, 2, 2), adds `by_chunk`, a list of the same measures per chunk;
     an acceleration counts in the chunk of its last frame. Raises InputError if it does not sum to (T + 3) / 4.
     """
-    balls, frames = _checked_balls(balls, len(video)), video.shape[1]
+    balls, frames = check_balls(balls, len(video)), video.shape[1]
     figures = physics(video, balls)
     whole = _summary(figures, balls, slice(None))
     if partition is not None:
@@ -180,7 +185,8 @@ def _checked(video):
     return video.float().cpu()
 
 
-def _checked_balls(balls, count):
+def check_balls(balls: Tensor | list[int], count: int) -> Tensor:
+    """The numbers of balls (count,), or an InputError."""
     balls = torch.as_tensor(balls).cpu()
     if balls.shape != (count,) or not bool(((balls >= 1) & (balls <= len(PROMPTS))).all()):
         raise InputError(f"balls {tuple(balls.shape)}, {balls.tolist()[:4]}; expected ({count},), each 1 or 2")

@@ -117,6 +117,7 @@ class Samples:
 
     every: int = option(500, "steps between samples; 0: never", ge=0)
     steps: list[Count] = option([1, 4, 32], "step counts of the samples", min_length=1)
+    last: bool = option(False, "whether the last weights are sampled beside their average, too")
     prompts: list[Text] = option(PROMPTS, "prompts of the samples")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -65,7 +66,10 @@ def guided_network(u: Callable, config: Config, null: Tensor, scale: float) -> C
 def sample_while_training(
     config: Config, data: LatentSet, student: Role, accelerator: Accelerator
 ) -> Callable[[int], None] | None:
-    """`on_step(step)` for `train_run`: every samples.every steps, clips of the averaged student in samples/."""
+    """`on_step(step)` for `train_run`: every samples.every steps, clips of the averaged student in samples/.
+
+    With samples.last also those of its last weights, from the same noise.
+    """
     if not config.samples.every:
         return None
     prompts, device = config.samples.prompts, accelerator.device
@@ -78,17 +82,23 @@ def sample_while_training(
         if (step + 1) % config.samples.every:
             return
         averaged = student.average is not None and step >= student.ema_after
-        network = student.average.module if averaged else student.network
-        if isinstance(network, FSDPModule):
-            network.unshard()  # on all processes, though one samples
+        sources = {"": student.average.module} if averaged else {}
+        if config.samples.last or not averaged:
+            sources["last, " * averaged] = student.network
+        for network in sources.values():
+            if isinstance(network, FSDPModule):
+                network.unshard()  # on all processes, though one samples
         if accelerator.is_main_process:
             vae.to(device)
-            latents = {n: sample(config, network.network, noise, prompt, n) for n in config.samples.steps}  # uncounted
-            clips = {step_label(n): decode_latents(vae, z).cpu() for n, z in latents.items()}
+            clips = {}
+            for (name, network), n in product(sources.items(), config.samples.steps):
+                latents = sample(config, network.network, noise, prompt, n)  # uncounted
+                clips[f"{name}{step_label(n)}"] = decode_latents(vae, latents).cpu()
             vae.cpu()
             write_clips(Path(config.output) / "samples" / f"{step + 1:06}", clips, prompts)
-        if isinstance(network, FSDPModule):
-            network.reshard()
+        for network in sources.values():
+            if isinstance(network, FSDPModule):
+                network.reshard()
 
     return on_step
 

@@ -25,7 +25,7 @@ TIMED = [pytest.param(path, marks=LONG if path.name[:2] in ("06", "07") else SLO
 
 
 def test_the_course_is_whole():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(9)]
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(10)]
     assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SOLUTIONS]
     index = (course.NOTEBOOKS / "README.md").read_text()
     assert [path.name for path in NOTEBOOKS if f"({path.name})" not in index] == []

@@ -1,4 +1,4 @@
-"""Configurations: the published recipe in numbers, layers in their order, and every mistake in one line."""
+"""Configurations: layers in their order, and every mistake in one line. The published ones: test_published.py."""
 
 import re
 from dataclasses import asdict
@@ -7,79 +7,10 @@ from itertools import product
 import pytest
 import torch
 
-from minianyflow.objectives import anyflow_weight
 from minianyflow.support.errors import InputError
-from minianyflow.times import draw_pairs, generator
 from minianyflow.wan.config import CONFIGS, FREE, LAYERS, OPTIONS, Config, as_yaml, find_device, identity, load_config
 
-MODELS, ARCHITECTURES = LAYERS["model"], LAYERS["architecture"]
-
-# the published recipe (AnyFlow, section 4 and its code), written out once
-OF_ALL = {"shift": 5.0, "clip": 1.0, "weight_decay": 0.0, "precision": "bf16", "trained": "lora", "rank": 256}
-OF_ALL |= {"alpha": 256.0, "drop": 0.1, "accumulate": 1, "adaptive": 0.0}
-FIRST_TWO = {"lr": 5e-5, "betas": [0.9, 0.95], "warmup": 1000, "ema": 0.999, "ema_after": 1000}
-FLOW_MAP = {"objective": "eulerian", "velocity": "data", "delta": 5e-3, "diagonal": 0.5, "diagonal_time": "larger"}
-FLOW_MAP |= {"end": 0.25, "guidance": {"scale": 3.0, "published": True}, "weight": "anyflow", "rebalance": True}
-LAST = {"lr": 2e-6, "betas": [0.0, 0.999], "warmup": 0, "ema": 0.99, "ema_after": 200, "steps": 1200}
-SIMULATED = {"rollouts": [2, 4, 8, 16, 50], "real_guidance": 4.0, "fake_lr": 2e-6, "fake_embedders": False}
-SIMULATED |= {"shared_rollout": True, "null_prompts": "forward"}
-SIMULATED |= {"forward_weight": 1.0, "context_gradient": False, "score_time": "logit_normal"}
-CHUNKS = {"first": 1, "rest": 3, "full_chunks": 3, "long_context": 0.5}
-SHARES = {"teacher": 0.1, "forward-published": 0.1, "on_policy-published": 0.0}  # of steps with the whole clip
-SIZES = {"wan-1.3b": {"steps": 6000, "batch": 32}, "wan-14b": {"steps": 4000, "batch": 16}}
-BASES = {"wan-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
-TEACHER = {"stage": "teacher", "diagonal": 1.0, "end": 0.0, "diagonal_time": "logit_normal", "weight": "none"}
-TEACHER |= {"guidance": {"scale": 1.0}}
-PUBLISHED = {
-    "teacher": FIRST_TWO | TEACHER,
-    "forward-published": FIRST_TWO | FLOW_MAP | {"stage": "forward"},
-    "on_policy-published": FLOW_MAP | {"stage": "on_policy", "on_policy": SIMULATED},
-}
-
-
-def agrees(given, expected):
-    for name, value in expected.items():
-        if isinstance(value, dict):
-            agrees(given[name], value)
-        else:
-            assert given[name] == value, name
-            assert type(given[name]) is type(value), name
-
-
-@pytest.mark.parametrize(("model", "architecture", "stage"), list(product(MODELS, ARCHITECTURES, PUBLISHED)))
-def test_three_overlays_are_the_published_recipe(model, architecture, stage):
-    expected = OF_ALL | SIZES[model] | PUBLISHED[stage] | {"base": BASES[model], "architecture": architecture}
-    if stage == "on_policy-published":
-        expected |= LAST
-    if architecture == "causal":
-        expected |= {"causal": CHUNKS | {"bidirectional": SHARES[stage]}}
-    agrees(asdict(load_config([model, architecture, stage])), expected)
-
-
-U = (torch.arange(100_000) + 0.5) / 100_000  # quantiles
-SHIFTED = {  # t of rows r = t in the published overlays, at even quantiles of its law, before the shift of 5
-    "teacher": torch.special.ndtri(U.double()).sigmoid().float(),
-    "forward-published": U.sqrt(),  # the larger of two uniforms
-    "forward": U,
-}
-
-
-@pytest.mark.parametrize("stage", SHIFTED)
-def test_times_on_the_diagonal_have_the_published_law(stage):
-    """Mean, deviation and the weighted share of t > .9: .877 and .424 as published, .746 and .242 as recommended."""
-    config = load_config(["wan-1.3b", "bidirectional", stage])
-    options = {name: getattr(config, name) for name in ("diagonal", "end", "shift", "diagonal_time")}
-    drawn = draw_pairs(200_000, generator(0), **options)
-    t, law = drawn["t"][drawn["t"] == drawn["r"]], 5 * SHIFTED[stage] / (1 + 4 * SHIFTED[stage])
-    weigh = {"none": torch.ones_like, "anyflow": anyflow_weight(5.0)}[config.weight]
-    late = [float(weigh(times)[times > 0.9].sum() / weigh(times).sum()) for times in (t, law)]
-    assert len(t) == pytest.approx(config.diagonal * 200_000, abs=2)
-    assert [float(t.mean()), float(t.std()), late[0]] == pytest.approx(
-        [float(law.mean()), float(law.std()), late[1]], abs=6e-3
-    )
-    if stage != "teacher":
-        known = {"forward-published": (0.877, 0.424), "forward": (0.746, 0.242)}[stage]
-        assert (float(t.mean()), late[0]) == pytest.approx(known, abs=6e-3)
+ARCHITECTURES = LAYERS["architecture"]
 
 
 def test_ours_is_the_published_one_but_for_what_is_said():

@@ -150,7 +150,9 @@ def test_the_on_policy_student_starts_as_the_forward_stage_ended_and_the_fake_sc
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
 def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
-    config = settings(folder, architecture, "on_policy", f"output={tmp_path}/run", "samples.every=2")
+    config = settings(
+        folder, architecture, "on_policy", f"output={tmp_path}/run", "samples.every=2", "samples.last=true"
+    )
     made = stages.distil(config)
     again, read = read_run(tmp_path / "run")
     assert again == config
@@ -160,6 +162,11 @@ def test_a_run_leaves_what_is_needed_to_go_on(folder, architecture, tmp_path):
         *("config.yaml", "run.json", "samples"),
         *("student.safetensors", "student-last.safetensors", "fake.safetensors"),
     }
+    sampled = {
+        path.name.rpartition("-")[0]: path.read_bytes() for path in (tmp_path / "run/samples/000002").glob("*0.mp4")
+    }
+    assert set(sampled) == {*("1_step", "4_steps"), *("last_1_step", "last_4_steps")}
+    assert sampled["1_step"] != sampled["last_1_step"]
     assert (tmp_path / "run/samples/000002/sheet.png").stat().st_size > 1000
     student, last = (load_run(tmp_path / "run", role)[0].state_dict() for role in ("student", "student-last"))
     assert any(not torch.equal(student[name], last[name]) for name in student)
