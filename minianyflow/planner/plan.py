@@ -54,6 +54,9 @@ def plan_run(
     setup = (find_gpu(gpu) if isinstance(gpu, str) else gpu, gpus, sharded)
     sizes, numbers = (shape, clip_shape, (length, shape["text_dim"])), list(range(STEPS) if steps is None else steps)
     plan = _plan(config, sizes, setup, numbers, exact=steps is not None)
+    if config.memory == "auto" and config.stage == "on_policy" and not plan.fits:
+        config = replace(config, memory="small")
+        plan = _plan(config, sizes, setup, numbers, exact=steps is not None)
     return replace(plan, changes=advice(plan, config, sizes, numbers)) if advise and not plan.fits else plan
 
 
@@ -102,7 +105,7 @@ def published_plan(name: str) -> Plan:
     stage, setup = name.split(", ")
     size, *overlays = stage.split()
     config, (gpus, sharded) = load_config([SIZES[size], *overlays]), SETUPS[setup]
-    config = replace(config, accumulate=config.batch // gpus)
+    config = replace(config, accumulate=config.batch // gpus, memory="small")  # for GPUs of all sizes
     return plan_run(config, WAN_CLIP, gpus=gpus, sharded=sharded, advise=False)
 
 
@@ -125,6 +128,7 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     )
     memory = resident | max(moments, key=lambda moment: sum(moment.values()))
     processes, roles, forwards, backwards, recomputed = Counter(), Counter(), Counter(), Counter(), 0
+    again = 0  # FLOP of rollouts that are recomputed
     for part in micro_batches:
         for call in part.calls:
             cost = costs(call)
@@ -133,18 +137,20 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
             roles[call.role] += flop
             forwards[call.role] += call.rows
             backwards[call.role] += call.rows * call.grad
-            recomputed += call.grad * cost.recomputed + (call.unit is not None) * cost.forward
+            recomputed += call.grad * cost.recomputed
+            again += (call.unit is not None) * cost.forward
     count, model = len(steps), sum(processes.values())
     samples, slowest = count * config.batch, sum(max(processes[step, p] for p in range(gpus)) for step in steps)
     return Plan(
-        {name: getattr(config, name) for name in ("architecture", "stage", "base", "steps", "batch")},
+        {name: getattr(config, name) for name in ("architecture", "stage", "base", "steps", "batch", "memory")},
         *setup,
         memory=memory,
         flop=model / count / gpus,
-        flop_with_recompute=(model + recomputed) / count / gpus,
+        flop_with_recompute=(model + recomputed + again) / count / gpus,
         slowest=slowest * gpus / model,
         evaluations={role: (forwards[role] / samples, backwards[role] / samples) for role in forwards},
         roles={role: flop / count / gpus for role, flop in roles.items()},
+        work=1 + again / (model + recomputed),
     )
 
 
