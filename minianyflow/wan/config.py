@@ -34,7 +34,7 @@ LAYERS = {  # at most one of each, in this order: a later layer may set what an 
 }
 FREE = (  # what may change when a run resumes: on sound data, what a step computes is the same but for rounding
     *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
-    *("checkpoints", "resume", "on_nan", "log", "samples"),
+    *("memory", "checkpoints", "resume", "on_nan", "log", "samples"),
 )
 PROMPTS = [
     "A red panda eats bamboo in a misty forest, close up, soft morning light.",
@@ -180,6 +180,9 @@ class Config:
     checkpointing: bool = option(True, "recompute activations in the backward pass")
     keep_attention: bool = option(False, "but not those of self-attention: less work, twice the memory per block")
     compiled: bool = option(False, "torch.compile each block: minutes at the start, then fewer passes over memory")
+    memory: Literal["auto", "fast", "small"] = option(
+        "auto", "of a rollout, small keeps states and recomputes all jumps but the last; auto: where fast does not fit"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one")
 
     causal: Causal = Field(default_factory=Causal)

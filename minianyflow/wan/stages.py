@@ -28,6 +28,7 @@ from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
 from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.memory import choose_memory
 from minianyflow.wan.prefetch import prefetch
 from minianyflow.wan.run import Stopwatch, guard, prepare, save_run
 from minianyflow.wan.run_networks import RunNetworks
@@ -78,7 +79,11 @@ def distil(config: Config, minutes: float | None = None) -> dict | None:
     accelerator, data, checkpoints = prepare(config)
     networks = RunNetworks(config, data.shape[0], accelerator.device)
     null = {"prompt": data.null.to(accelerator.device)}
-    roles = STAGES[config.stage](config, networks, null)
+    size = networks.base and networks.base.config
+    memory, why = choose_memory(config, size, data.shape, accelerator.device, accelerator.num_processes)
+    if config.stage == "on_policy" and accelerator.is_main_process:
+        print(f"memory={memory}: {why}", flush=True)
+    roles = STAGES[config.stage](replace(config, memory=memory), networks, null)
     stopwatch, watch, waits = Stopwatch(), guard(config, data), []
     checkpoints.stateful = {"networks": networks, "clock": stopwatch, "guard": watch}
     part = accelerator.process_index, accelerator.num_processes
@@ -127,10 +132,10 @@ def forward_loss(config: Config, networks: RunNetworks, null: dict) -> Callable:
 
 def simulation(config: Config) -> Callable:
     """Backward simulation for the architecture."""
+    recomputed, chunks = config.memory == "small", config.causal
     if config.architecture == "bidirectional":
-        return backward_simulation
-    chunks = config.causal
-    return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, ragged=True)
+        return partial(backward_simulation, recomputed=recomputed)
+    return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, True, recomputed)
 
 
 def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:

@@ -6,6 +6,7 @@ from its step number alone and every process trains on its rows of it, so that o
 
 import signal
 import time
+from functools import partial
 
 import psutil
 import torch
@@ -13,9 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minianyflow.batch import deal
+from minianyflow.flow_map import current_unit
 from minianyflow.support.errors import InputError
 from minianyflow.training import accumulate_gradient, check_gradients, mean_figures
 from minianyflow.wan.guard import (
@@ -184,10 +187,18 @@ def _reduce_once(network):
     network.register_forward_pre_hook(show, with_kwargs=True)
 
 
+def _forward(network):
+    """The network as a loss calls it: DDP's own forward prepares a reduction, and one that is repeated must not."""
+    if not isinstance(network, DistributedDataParallel):
+        return network
+    return lambda *inputs, **condition: (network.module if current_unit()[1] else network)(*inputs, **condition)
+
+
 def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard):
     """One step of one role: its figures by name, or None for a bad batch, which changes nothing."""
     before = loss_state(role.loss)
-    losses, figures = accumulate_gradient(role, batch, accumulate, network, lambda: accelerator.no_sync(network))
+    no_sync = partial(accelerator.no_sync, network)
+    losses, figures = accumulate_gradient(role, batch, accumulate, _forward(network), no_sync)
     check_gradients(name, role, first=step == 0)
     norm = 0.0
     if role.clip:  # accelerate's own function fails with two sharded networks

@@ -151,6 +151,7 @@ def arguments(folder, name, output, steps):
         stage,
         "tiny",
         *words,
+        "memory=small",
         "samples.every=0",
         "log.tracker=none",
         "checkpoints.every=100",
