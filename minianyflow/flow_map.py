@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
 from minianyflow.notation import Condition, FrameTimes, Grid, Network, Rows, State, Trajectory
+from minianyflow.support.errors import InputError
 from minianyflow.times import check_grid
 
 
@@ -47,12 +48,15 @@ def rollout(u: Network, z: State, times: Grid, **condition: Condition) -> Trajec
 
     times: falling, (N + 1,) for all samples, or (N + 1, B), one column per sample. A jump of length zero is not
     evaluated, so its rows cost nothing. Returns (N + 1, B, *shape): the state at each time, `z` itself first.
-    Gradients flow through all jumps; wrap in torch.no_grad() to sample. Raises InputError for a grid that rises.
+    Gradients flow through all jumps; wrap in torch.no_grad() to sample. Raises InputError for a grid that rises, and
+    for columns that are not one per sample.
     """
     check_grid(times)
     times = times.to(z.device)
     if times.ndim == 1:
         times = times[:, None].expand(-1, len(z))
+    if times.shape[1] != len(z):
+        raise InputError(f"times {tuple(times.shape)} for {len(z)} states; expected a column per state")
     trajectory = [z]
     for t, r in pairwise(times):
         z, rows = trajectory[-1], (t > r).nonzero().squeeze(1)
