@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
 from minianyflow.notation import Condition, FrameTimes, Grid, Network, Rows, State, Trajectory
+from minianyflow.support.errors import InputError
 from minianyflow.times import check_grid
 
 
@@ -54,12 +55,14 @@ def rollout(u: Network, z: State, times: Grid, recomputed: bool = False, **condi
     times: falling, (N + 1,) for all samples, or (N + 1, B), one column per sample. A jump of length zero is not
     evaluated, so its rows cost nothing. Returns (N + 1, B, *shape): the state at each time, `z` itself first.
     Gradients flow through all jumps; wrap in torch.no_grad() to sample. recomputed: of each jump but the last only the
-    state is kept, see `recompute`. Raises InputError for a grid that rises.
+    state is kept, see `recompute`. Raises InputError for a grid that rises, and for columns that are not one per sample.
     """
     check_grid(times)
     times = times.to(z.device)
     if times.ndim == 1:
         times = times[:, None].expand(-1, len(z))
+    if times.shape[1] != len(z):
+        raise InputError(f"times {tuple(times.shape)} for {len(z)} states; expected a column per state")
     trajectory, jumps = [z], (times[:-1] > times[1:]).any(1)
     for index, (t, r) in enumerate(pairwise(times)):
         z, rows = trajectory[-1], (t > r).nonzero().squeeze(1)

@@ -76,6 +76,8 @@ class Role:
     average: AveragedModel | None = field(init=False, default=None)
 
     def __post_init__(self):
+        if not (0 <= self.lr < math.inf and 0 <= (self.muon or 0) < math.inf):
+            raise InputError(f"learning rates lr={self.lr}, muon={self.muon}; expected finite numbers, not negative")
         if self.ema is not None:
             rule = get_ema_multi_avg_fn(self.ema)
             self.average = AveragedModel(self.network, multi_avg_fn=rule).requires_grad_(False)

@@ -17,7 +17,7 @@ MARKED = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 def table(function: str, report: str | None = None, *keys: str) -> str:
     """What "module:name" makes of report[key][key]... in docs/, or of nothing. Benchmarks are above this module."""
     module, name = function.split(":")
-    arguments = [reduce(getitem, keys, json.loads((ROOT / "docs" / report).read_text()))] if report else []
+    arguments = [reduce(getitem, keys, json.loads((ROOT / "docs" / report).read_text("utf-8")))] if report else []
     return getattr(import_module(module), name)(*arguments)
 
 

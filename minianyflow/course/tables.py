@@ -14,6 +14,9 @@ ARMS = {  # how the page names an arm, and its name in the report
 }
 
 
+TURNED = "turned student, teacher forcing on the exact velocity"
+
+
 def text_block(report: dict) -> str:
     """Sliced W2 of the plane as a block of text."""
     return f"```text\n{text_table(report)}\n```"
@@ -95,7 +98,7 @@ def exposure_long_table(report: dict) -> str:
     """What free-running clips of the saved students keep, far beyond the frames of training: means over seeds."""
     long, rows = report["long"], []
     frames = [long["frames"].index(frame) for frame in (16, 64, 160)]
-    names = {name: arm for arm, name in ARMS.items()}
+    names = {name: arm for arm, name in ARMS.items()} | {"teacher forcing, turned student": TURNED}
 
     def row(label, nfe, seeds):
         figures = ("sliced_w2", "tv", "kept", "whole")

@@ -83,7 +83,7 @@ def shape_of(base: str) -> dict:
         expected = f"a folder with transformer/config.json, or one of {', '.join(HUB)}"
         raise InputError(f"the size of {base} is not known here; expected {expected}")
     try:
-        found = json.loads(paths[0].read_text())
+        found = json.loads(paths[0].read_text("utf-8"))
         shape = {name: found.get(name, default) for name, default in SHAPES["14b"].items()}
         if not all(isinstance(value, int) for name, value in shape.items() if name.startswith("num_")):
             raise ValueError("no sizes in it")

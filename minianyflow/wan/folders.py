@@ -153,8 +153,8 @@ def _load_part(source, name, dtype):
     if name == "scheduler":
         found = class_name(load(source, name, lambda: kind.load_config(**place)))
         kind = getattr(diffusers, str(found), None)
-        if kind is None:
-            raise InputError(f"the scheduler in {source} is a {found}, which diffusers does not have")
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise InputError(f"the scheduler in {source} is a {found}, which is no scheduler of diffusers")
     if name in ("tokenizer", "scheduler"):
         return load(source, name, lambda: kind.from_pretrained(**place))
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}

@@ -69,7 +69,7 @@ class Guard:
         if self.folder is not None and accelerator.is_main_process:
             try:
                 Path(self.folder).mkdir(parents=True, exist_ok=True)
-                with (Path(self.folder) / "bad_batch.json").open("a") as file:
+                with (Path(self.folder) / "bad_batch.json").open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
             except OSError as problem:
                 warn(f"{line} cannot be written down ({problem.strerror})", accelerator)

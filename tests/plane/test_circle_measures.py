@@ -5,7 +5,7 @@ import torch
 
 from minianyflow.plane import exposure
 from minianyflow.plane.circle_measures import exact_clips, fit_speed, measure_clips
-from minianyflow.plane.circle_student import WINDOW
+from minianyflow.plane.circle_student import WINDOW, CausalMLP
 from minianyflow.times import generator
 from toy_data.circle import SPEEDS, CircleProcess
 
@@ -62,6 +62,16 @@ def test_a_clip_that_forgets_its_speed_is_caught():
     assert figures["kept"] == [1, 0]
     assert figures["sliced_w2"][1] < 0.12  # the law of windows is data's: sliced W2 does not see it
     assert min(figures["whole"]) > 0.95
+
+
+def test_a_turned_student_turns_with_its_past():
+    u, clips = CausalMLP(width=8, turned=True), PROCESS.clips.sample(6, generator(4))
+    z, t, frame = torch.randn(6, 2), torch.full((6,), 0.7), torch.tensor([1, 2, 4, 8, 12, 15])
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    assert torch.allclose(u(z @ turn, t, 0 * t, clips @ turn, frame), u(z, t, 0 * t, clips, frame) @ turn, atol=1e-5)
+    plain = CausalMLP(width=8)
+    moved = plain(z @ turn, t, 0 * t, clips @ turn, frame) - plain(z, t, 0 * t, clips, frame) @ turn
+    assert float(moved.abs().max()) > 1e-3
 
 
 def test_a_student_is_measured_by_seed_and_the_committed_ones_read_what_the_report_says(monkeypatch):

@@ -138,3 +138,13 @@ def test_on_policy_training_on_whole_clips_leaves_one_speed_and_teacher_forcing_
     floor = {name: values[LONG["frames"].index(160)] for name, values in LONG["exact"].items()}
     assert floor["tv"] < 0.1
     assert min(floor["kept"], floor["whole"]) > 0.85
+
+
+def test_a_student_that_turns_with_its_past_keeps_the_law_and_no_stage_does():
+    turned = "teacher forcing, turned student"
+    spent = [points[-1]["cost"]["evaluations"] for points in (CIRCLE["turned"], CIRCLE["start"])]
+    assert spent[0] < 1.1 * (spent[1] + EXPOSURE["on-policy"][-1]["cost"]["evaluations"])
+    assert max(long_clips(turned, 1, "lost", 640)) == 0
+    for arm in set(LONG["arms"]) - {turned}:
+        assert min(long_clips(turned, 4, "whole")) > 3 * max(long_clips(arm, 4, "whole"))
+        assert max(long_clips(turned, 4, "sliced_w2")) < max(long_clips(arm, 4, "sliced_w2"))
