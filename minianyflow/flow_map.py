@@ -55,7 +55,7 @@ def rollout(u: Network, z: State, times: Grid, recomputed: bool = False, **condi
     times: falling, (N + 1,) for all samples, or (N + 1, B), one column per sample. A jump of length zero is not
     evaluated, so its rows cost nothing. Returns (N + 1, B, *shape): the state at each time, `z` itself first.
     Gradients flow through all jumps; wrap in torch.no_grad() to sample. recomputed: of each jump but the last only the
-    state is kept, see `recompute`. Raises InputError for a grid that rises, and for columns that are not one per sample.
+    state is kept, see `recompute`. Raises InputError for a grid that rises, or columns that are not one per sample.
     """
     check_grid(times)
     times = times.to(z.device)
