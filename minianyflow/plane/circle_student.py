@@ -39,11 +39,14 @@ class CausalMLP(nn.Module):
             raise InputError(f"past {tuple(past.shape)} at frame {last}; expected ({len(z)}, n, 2), n no less than it")
         place = frame[:, None] + torch.arange(WINDOW)  # in a past that WINDOW empty frames precede
         window = nn.functional.pad(past, (0, 0, WINDOW, 0)).take_along_dim(place[..., None], 1)
+        exists = (place >= WINDOW).to(z)
+        if not self.turned:
+            return self.mlp(torch.cat([z, window.flatten(1), exists], 1), t, r, copy)[:, :2]
         points = torch.view_as_complex(torch.cat([z[:, None], window], 1).contiguous())  # (B, 1 + WINDOW)
         last, size = points[:, -1:], points[:, -1:].abs()
-        turn = torch.where(size > 1e-3, last / size, 1.0) if self.turned else torch.ones_like(last)
+        turn = torch.where(size > 1e-3, last / size, 1.0)
         seen = torch.view_as_real(points * turn.conj()).flatten(1)
-        out = self.mlp(torch.cat([seen, (place >= WINDOW).to(z)], 1), t, r, copy)[:, None, :2]
+        out = self.mlp(torch.cat([seen, exists], 1), t, r, copy)[:, None, :2]
         return torch.view_as_real(torch.view_as_complex(out.contiguous()) * turn)[:, 0]
 
 
