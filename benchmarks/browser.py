@@ -112,7 +112,9 @@ def serving(
         deadline = time.monotonic() + seconds
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
-                last = (Path(log).read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+                last = (Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[
+                    -1
+                ]
                 raise InputError(f"{' '.join(command[1:3])} was not ready within {seconds} s; it says: {last}")
             time.sleep(0.05)
         yield process

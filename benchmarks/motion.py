@@ -37,6 +37,7 @@ TRIES = {  # name: (network, steps, learning rate)
     "transformer, a frame per token, clean clip, learnt positions": (FRAMES | {"positions": True}, 600, 2e-3),
     "dense, velocity": ({"width": 256, "clean": False}, 1000, 1e-3),
     "dense, clean clip": ({"width": 256, "clean": True}, 1000, 1e-3),
+    "dense, clean clip, three times as long": ({"width": 256, "clean": True}, 3000, 1e-3),
 }
 
 

@@ -421,7 +421,7 @@ def run(toys: list[str], only: list[str], output: str | Path, workers: int = 2) 
         report.setdefault(toy, {}).setdefault(name, {})[arm] = {"figures": [], "seconds": 0.0}
     for (toy, name, arm, _), found in run_jobs(jobs, workers).items():
         entry = report[toy][name][arm]
-        report[toy][name][arm] = found | {kind: entry[kind] + found[kind] for kind in entry}
+        report[toy][name][arm] = found | {kind: entry[kind] + found[kind] for kind in ("figures", "seconds")}
     with staging_folder(output) as unfinished:
         write_report(rounded(report), unfinished / path.name)
     return report

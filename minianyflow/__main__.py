@@ -4,10 +4,22 @@ This module needs nothing but Python until a command that needs more is run: `se
 """
 
 import sys
-from importlib import import_module
 
-from minianyflow.support.cli import run
-from minianyflow.support.errors import choose
+
+def _interrupted(kind, problem, trace, other=sys.excepthook):
+    """Ctrl-C while Python loads is one line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+    else:
+        other(kind, problem, trace)
+
+
+sys.excepthook = _interrupted
+
+from importlib import import_module  # noqa: E402
+
+from minianyflow.support.cli import run  # noqa: E402
+from minianyflow.support.errors import choose  # noqa: E402
 
 COMMANDS = {  # name: where its function of argv is
     "setup": "support.commands:setup",
@@ -44,13 +56,16 @@ def command(name):
 
 
 def main(argv=None):
-    """Run one command; returns its exit status. Bad input and missing packages are one line each."""
+    """Run one command; returns its exit status. Every error is one line; --traceback shows where it comes from."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:16}{command(name).__doc__.splitlines()[0]}" for name in COMMANDS]
-        print("python -m minianyflow COMMAND [--help]\n\n" + "\n".join(lines), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    return run(lambda: command(argv[0])(argv[1:]))
+    named = argv and argv[0] not in ("-h", "--help")
+    return run((lambda: command(argv[0])(argv[1:])) if named else (lambda: _list_commands(argv)), argv)
+
+
+def _list_commands(argv):
+    lines = [f"  {name:16}{command(name).__doc__.splitlines()[0]}" for name in COMMANDS]
+    print("python -m minianyflow COMMAND [--help]\n\n" + "\n".join(lines), file=sys.stdout if argv else sys.stderr)
+    return 0 if argv else 2
 
 
 if __name__ == "__main__":

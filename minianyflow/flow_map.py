@@ -5,13 +5,20 @@ The probability-flow ODE dz/dt = v(z, t) carries a state z at time t to Phi(z; t
 A small MLP on the plane is such a `u`, and so is a Wan2.1 transformer. Letters and types: notation.py.
 """
 
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from itertools import count, pairwise
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
 from minianyflow.notation import Condition, FrameTimes, Grid, Network, Rows, State, Trajectory
+from minianyflow.support.errors import InputError
 from minianyflow.times import check_grid
 
 
@@ -42,27 +49,58 @@ def end_point(u: Network, z: State, t: FrameTimes, **condition: Condition) -> St
     return jump(u, z, t, torch.zeros_like(t), **condition)
 
 
-def rollout(u: Network, z: State, times: Grid, **condition: Condition) -> Trajectory:
+def rollout(u: Network, z: State, times: Grid, recomputed: bool = False, **condition: Condition) -> Trajectory:
     """Jump along `times` and return the whole trajectory.
 
     times: falling, (N + 1,) for all samples, or (N + 1, B), one column per sample. A jump of length zero is not
     evaluated, so its rows cost nothing. Returns (N + 1, B, *shape): the state at each time, `z` itself first.
-    Gradients flow through all jumps; wrap in torch.no_grad() to sample. Raises InputError for a grid that rises.
+    Gradients flow through all jumps; wrap in torch.no_grad() to sample. recomputed: of each jump but the last only the
+    state is kept, see `recompute`. Raises InputError for a grid that rises, or columns that are not one per sample.
     """
     check_grid(times)
     times = times.to(z.device)
     if times.ndim == 1:
         times = times[:, None].expand(-1, len(z))
-    trajectory = [z]
-    for t, r in pairwise(times):
+    if times.shape[1] != len(z):
+        raise InputError(f"times {tuple(times.shape)} for {len(z)} states; expected a column per state")
+    trajectory, jumps = [z], (times[:-1] > times[1:]).any(1)
+    for index, (t, r) in enumerate(pairwise(times)):
         z, rows = trajectory[-1], (t > r).nonzero().squeeze(1)
+        average = partial(recompute, u) if recomputed and bool(jumps[index + 1 :].any()) else u
         if len(rows) == len(z):
-            z = displace(z, u(z, t, r, **condition), t, r)
+            z = displace(z, average(z, t, r, **condition), t, r)
         elif len(rows):
-            u_rows = u(z[rows], t[rows], r[rows], **pick_rows(condition, rows))
+            u_rows = average(z[rows], t[rows], r[rows], **pick_rows(condition, rows))
             z = z.index_copy(0, rows, displace(z[rows], u_rows, t[rows], r[rows]))
         trajectory.append(z)
     return torch.stack(trajectory)
+
+
+def recompute(function: Callable, *arguments: Any, **condition: Any) -> Any:
+    """function(*arguments, **condition), of which autograd keeps the arguments alone: the backward runs it again."""
+    if not torch.is_grad_enabled():
+        return function(*arguments, **condition)
+    unit = next(_UNITS)
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # no network draws random numbers
+    options["context_fn"] = lambda: (_running(unit, False), _running(unit, True))
+    return checkpoint(function, *arguments, **options, **condition)
+
+
+def current_unit() -> tuple[int | None, bool]:
+    """The number of the call of `recompute` that runs now, if one does; and whether it is a backward that runs it."""
+    return _RUNNING.get()
+
+
+@contextmanager
+def _running(unit: int, again: bool) -> Iterator[None]:
+    token = _RUNNING.set((unit, again))
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+_RUNNING, _UNITS = ContextVar("unit", default=(None, False)), count()
 
 
 def pick_rows(condition: dict[str, Condition], rows: Rows) -> dict[str, Condition]:

@@ -56,8 +56,8 @@ class Guidance:
     published: bool = False
 
     def __post_init__(self):
-        if not self.scale >= 1:
-            raise InputError(f"guidance scale {self.scale}; expected at least 1, which is none")
+        if not 1 <= self.scale < float("inf"):
+            raise InputError(f"guidance scale {self.scale}; expected a finite number, at least 1, which is none")
 
     @torch.no_grad()
     def pull(

@@ -174,8 +174,10 @@ class FlowMapLoss:
     def __post_init__(self):
         for name in self.shares:
             choose("objective", name, TARGETS)
-        if self.shares and not (min(self.shares.values()) >= 0 and sum(self.shares.values()) > 0):
-            raise InputError(f"shares {dict(self.shares)}; expected shares that are not negative and not all zero")
+        if self.shares and not (min(self.shares.values()) >= 0 and 0 < sum(self.shares.values()) < float("inf")):
+            raise InputError(f"shares {dict(self.shares)}; expected finite shares, not negative and not all zero")
+        if not 0 < self.delta < 1:
+            raise InputError(f"delta {self.delta}; expected a small step in time, above 0 and below 1")
         if {"lagrangian", "teacher_step"} & set(self.shares) and self.velocity is None:
             raise InputError(
                 "Lagrangian targets and a teacher's step need velocity=, a teacher's or the exact one, of all states"

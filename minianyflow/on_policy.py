@@ -5,6 +5,7 @@ jumps at most: one step of a rollout over N steps is taken as it is, one jump re
 jump all steps after it. Letters and types: notation.py.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,10 @@ def backward_simulation_times(lengths: Counts, step: Counts, shift: float = 1.0)
 
     lengths: N; step: g, 0 <= g < N. The first jump has length zero for g = 0, the last for g = N - 1.
     """
+    if lengths.shape != step.shape:
+        raise InputError(
+            f"lengths {tuple(lengths.shape)} and steps {tuple(step.shape)}; expected one of each per sample"
+        )
     if not bool(((step >= 0) & (step < lengths)).all()):
         raise InputError("found a step g outside 0..N-1; draw N and g with draw_rollouts")
     before, after = (lengths - step) / lengths, (lengths - step - 1) / lengths
@@ -74,14 +79,20 @@ def backward_simulation_times(lengths: Counts, step: Counts, shift: float = 1.0)
 
 
 def backward_simulation(
-    u: Network, z: State, lengths: Counts, step: Counts, shift: float = 1.0, **condition: Condition
+    u: Network,
+    z: State,
+    lengths: Counts,
+    step: Counts,
+    shift: float = 1.0,
+    recomputed: bool = False,
+    **condition: Condition,
 ) -> Trajectory:
     """Three jumps at most for a rollout of any length; returns (4, B, *shape), the last state at t = 0.
 
     Gradients flow through all jumps. Jumps of length zero are not evaluated: 2.6 evaluations per sample on average,
-    with the published lengths.
+    with the published lengths. recomputed: as in `rollout`.
     """
-    return rollout(u, z, backward_simulation_times(lengths, step, shift).to(z.device), **condition)
+    return rollout(u, z, backward_simulation_times(lengths, step, shift).to(z.device), recomputed, **condition)
 
 
 def distribution_matching_loss(x: State, real: Velocity, fake: Velocity, t: Times, eps: State) -> Losses:
@@ -121,17 +132,28 @@ class OnPolicyLoss(InnerState):
     shift: float = 1.0
     simulate: Callable[..., Trajectory] = backward_simulation
 
+    @property
+    def terms(self) -> tuple[Loss, ...]:
+        """The losses that add up to this one: `accumulate_gradient` takes the backward of one before the next."""
+        return (self.matching, self.weighted_forward)[: 1 + bool(self.forward and self.forward_weight)]
+
     def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
         """Losses (B,), and the errors without weights by name: "distribution matching" and the kinds of `forward`."""
+        losses, errors = zip(*(term(u, batch) for term in self.terms), strict=True)
+        return sum(losses), dict(ChainMap(*errors))
+
+    def matching(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
+        """Distribution matching on the student's rollouts."""
         condition = rollout_condition(batch)
         x = self.simulate(u, batch["noise"], batch["lengths"], batch["step"], self.shift, **condition)[-1]
         real, fake = partial(self.real, **condition), partial(velocity, self.fake, **condition)
         loss = distribution_matching_loss(x, real, fake, batch["score_t"], batch["score_eps"])
-        raw = {"distribution matching": loss.detach().mean()}
-        if self.forward and self.forward_weight:
-            forward, kinds = self.forward(u, batch)
-            loss, raw = loss + self.forward_weight * forward, raw | kinds
-        return loss, raw
+        return loss, {"distribution matching": loss.detach().mean()}
+
+    def weighted_forward(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
+        """The forward loss by its weight, and its errors."""
+        losses, errors = self.forward(u, batch)
+        return self.forward_weight * losses, errors
 
 
 @dataclass

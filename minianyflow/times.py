@@ -15,8 +15,8 @@ from minianyflow.support.errors import InputError, choose
 
 def time_shift(s: Tensor, shift: float = 1.0) -> Tensor:
     """Move times towards the noise: s -> shift s / (1 + (shift - 1) s). AnyFlow uses 5 for Wan2.1; 1 is no shift."""
-    if not shift > 0:
-        raise InputError(f"time shift {shift} is not positive; use 1 for none, 5 for Wan2.1")
+    if not 0 < shift < float("inf"):
+        raise InputError(f"time shift {shift}; expected a finite positive number: 1 for none, 5 for Wan2.1")
     return (shift * s / (1 + (shift - 1) * s)).clamp(max=1)  # a shift below 1 may round up
 
 
@@ -83,8 +83,10 @@ def draw_pairs(
         dropped         bool, if `drop` > 0: which rows are trained without their condition; AnyFlow drops a tenth
         known           bool, if `known` > 0: which rows know their first frame (networks/known_frames.py)
     """
-    if min(diagonal, end) < 0 or diagonal + end > 1:
+    if not (diagonal >= 0 and end >= 0 and diagonal + end <= 1):
         raise InputError(f"shares diagonal={diagonal}, end={end}; expected shares >= 0 that add up to at most 1")
+    if not (0 <= drop <= 1 and 0 <= known <= 1):
+        raise InputError(f"shares drop={drop}, known={known}; expected shares from 0 to 1")
     place = stratified_uniform(count, generator)
     uniforms = torch.rand(2, count, generator=generator)
     smaller, larger = time_shift(uniforms.sort(0).values, shift)

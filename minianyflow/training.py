@@ -76,6 +76,8 @@ class Role:
     average: AveragedModel | None = field(init=False, default=None)
 
     def __post_init__(self):
+        if not (0 <= self.lr < math.inf and 0 <= (self.muon or 0) < math.inf):
+            raise InputError(f"learning rates lr={self.lr}, muon={self.muon}; expected finite numbers, not negative")
         if self.ema is not None:
             rule = get_ema_multi_avg_fn(self.ema)
             self.average = AveragedModel(self.network, multi_avg_fn=rule).requires_grad_(False)
@@ -111,17 +113,21 @@ def accumulate_gradient(
 ) -> tuple[list[Tensor], Errors]:
     """Add up the gradient of the mean loss over the batch, in `parts` micro-batches, its rows as `deal` has them.
 
-    network: the role's own, or its wrapper for several processes; no_sync: the context of all parts but the last.
+    network: the role's own, or its wrapper for several processes; no_sync: the context of all backwards but the last.
+    A loss with `terms`, the losses that it is the sum of, has a backward of each: then no two are in memory at once.
     Returns the losses, a (B,) per part, and the means of the errors by name, with that of the losses as "loss".
     """
-    network, losses, figures = network or role.network, [], []
-    device = next(network.parameters()).device
+    losses, figures, terms = [], [], getattr(role.loss, "terms", (role.loss,))
+    device = next(role.network.parameters()).device
     for index in range(parts):
-        with no_sync() if index < parts - 1 else nullcontext():
-            loss, errors = role.loss(network, part_of(batch, index, parts, device))
-            (loss.mean() / parts).backward()
-        losses.append(loss.detach())
-        figures.append(errors | {"loss": losses[-1].mean()})
+        part, total, figure = part_of(batch, index, parts, device), 0.0, {}
+        for term in terms:
+            with nullcontext() if (index, term) == (parts - 1, terms[-1]) else no_sync():
+                loss, errors = term(network or role.network, part)
+                (loss.mean() / parts).backward()
+            total, figure = total + loss.detach(), figure | errors
+        losses.append(total)
+        figures.append(figure | {"loss": total.mean()})
     return losses, mean_figures(figures)
 
 

@@ -9,7 +9,7 @@ from toy_data import plane
 from toy_data.circle import CircleProcess
 
 RING = plane.ring8()
-Z, ONES, HALF, NAN = torch.ones(4, 2), torch.ones(4), torch.full((4,), 0.5), float("nan")
+Z, ONES, HALF, NAN, INF = torch.ones(4, 2), torch.ones(4), torch.full((4,), 0.5), float("nan"), float("inf")
 DIAGONAL = {"x": Z, "eps": Z, "t": HALF, "r": HALF}
 BELOW = DIAGONAL | {"r": 0 * ONES, "objective_draw": HALF}
 FORWARD = m.FlowMapLoss({"eulerian": 1.0})
@@ -31,13 +31,17 @@ def run(steps=2, accumulate=1, loss=FORWARD, **options):
 TIMES = [
     (lambda: m.time_grid(0), "at least 1"),
     (lambda: m.time_grid(2.5), "whole number"),
-    (lambda: m.time_shift(ONES, 0.0), "not positive"),
+    (lambda: m.time_shift(ONES, 0.0), "positive"),
+    (lambda: m.time_shift(ONES, INF), "finite"),
     (lambda: m.draw_pairs(8, diagonal=0.8, end=0.5), "at most 1"),
+    (lambda: m.draw_pairs(8, diagonal=NAN, end=0.5), "at most 1"),
+    (lambda: m.draw_pairs(8, drop=INF), "from 0 to 1"),
 ]
 FLOW_MAPS = [
     (lambda: m.rollout(still, Z, torch.tensor([0.0, 1.0])), "must fall"),
     (lambda: m.rollout(still, Z, torch.tensor([1.5, 0.0])), "must fall"),
     (lambda: m.rollout(still, Z, torch.tensor([1.0])), r"steps \+ 1"),
+    (lambda: m.rollout(still, Z, torch.tensor([[1.0, 1, 1], [1, 0, 0]])), "a column per state"),
     (lambda: m.rollout(still, Z, [1.0, 0.0]), "expected a tensor"),
     (lambda: m.sample_consistency(still, Z, torch.ones(3, 4)), r"steps \+ 1"),
     (lambda: m.sample_ode(lambda z, t: z, Z, torch.tensor([1.0, 1.0, 0.0])), "two equal times"),
@@ -67,10 +71,13 @@ MIXTURES = [
 LOSSES = [
     (lambda: m.FlowMapLoss({"eulerain": 1.0}), "did you mean 'eulerian'"),
     (lambda: m.FlowMapLoss({"eulerian": -1.0}), "not negative"),
+    (lambda: m.FlowMapLoss({"eulerian": INF}), "finite shares"),
+    (lambda: m.FlowMapLoss({"eulerian": 1.0}, delta=INF), "delta inf"),
     (lambda: m.FlowMapLoss({"lagrangian": 1.0}), "a teacher's"),
     (lambda: m.FlowMapLoss({"semigroup": 1.0}, guidance=m.Guidance(2.0, {}, published=True)), "Eulerian target alone"),
     (lambda: m.FlowMapLoss({}, guidance=m.Guidance(2.0, {}))(still, DIAGONAL), "dropped"),
     (lambda: m.Guidance(0.5, {}), "at least 1"),
+    (lambda: m.Guidance(INF, {}), "finite"),
     (lambda: m.FlowMapLoss({})(still, BELOW), "no objective for them"),
     (lambda: m.eulerian_target(still, Z, ONES, HALF, Z, "backward"), "jvp"),
     (lambda: FORWARD(still, BELOW | {"r": ONES}), "r > t"),
@@ -81,12 +88,14 @@ LOSSES = [
     (lambda: m.ConsistencyLoss(narrow, form="discreet"), "did you mean 'discrete'"),
     (lambda: m.ConsistencyLoss(narrow, still, grid=0), "grid >= 1"),
     (lambda: m.backward_simulation_times(torch.tensor([4]), torch.tensor([4])), "outside 0"),
+    (lambda: m.backward_simulation_times(torch.tensor([4, 4]), torch.tensor([1])), "one of each"),
     (lambda: m.draw_rollouts(3, steps=(0, 2)), "at least one step"),
     (lambda: m.draw_on_policy((2,), 4, fake_time="logitnormal"), "did you mean 'logit_normal'"),
 ]
 TRAINING = [
     (lambda: m.batches(lambda n, source: torch.full((n, 2), NAN), 8), "the data holds NaN"),
     (lambda: run(300, lr=1e30), "expected finite losses"),
+    (lambda: run(lr=INF), "learning rates"),
     (lambda: run(accumulate=5), "does not divide"),
     (lambda: run(0), "at least 1"),
     (lambda: run(loss=None), r"without a loss: \['student'\]"),

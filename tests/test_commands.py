@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minianyflow.__main__ import COMMANDS, command, main
+from minianyflow.support.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +39,52 @@ def test_bad_input_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
     assert len(printed.err.strip().splitlines()) == 1
     assert words in printed.err
     assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "words"),
+    [
+        (OSError(28, "No space left on device", "weights"), 2, "weights: No space left on device"),
+        (MemoryError(), 2, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't\nallocate memory"), 2, "out of memory"),
+        (RecursionError("maximum depth"), 2, "nested too deeply"),
+        (BrokenPipeError(), 141, ""),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (type("PanicException", (BaseException,), {})("of a library\nin Rust"), 1, "of a library in Rust"),
+        (KeyError(9 * "9" * 1000), 1, "99 ..."),
+    ],
+)
+@pytest.mark.parametrize("asked", [False, True])
+def test_any_error_is_one_line_and_a_stack_trace_only_if_asked_for(problem, status, words, asked, capsys):
+    def fails():
+        raise problem
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(fails, ["--traceback"] * asked) == status
+    signal.signal(signal.SIGTERM, before)
+    printed = capsys.readouterr().err
+    assert ("Traceback" in printed) == asked
+    if not asked:
+        assert words in printed
+        assert len(printed.strip().splitlines()) == bool(words)
+
+
+def test_output_that_nobody_can_take_is_one_line():
+    help_of = [sys.executable, "-m", "minianyflow", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(help_of, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "No space left" in done.stderr
+
+
+DEEP = ["[" * 100_000, "a: " + "[" * 100_000 + "]" * 100_000, "- " * 60_000, "seed: " + "9" * 6000]
+
+
+@pytest.mark.parametrize("text", DEEP, ids=["open", "closed", "lists", "digits"])
+def test_a_file_that_would_end_the_process_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "deep.yaml").write_text(text)
+    assert main(["distill", "--config", str(tmp_path / "deep.yaml"), "--print-config"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_every_command_is_listed_with_what_it_does(capsys):

@@ -17,7 +17,7 @@ MARKED = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 def table(function: str, report: str | None = None, *keys: str) -> str:
     """What "module:name" makes of report[key][key]... in docs/, or of nothing. Benchmarks are above this module."""
     module, name = function.split(":")
-    arguments = [reduce(getitem, keys, json.loads((ROOT / "docs" / report).read_text()))] if report else []
+    arguments = [reduce(getitem, keys, json.loads((ROOT / "docs" / report).read_text("utf-8")))] if report else []
     return getattr(import_module(module), name)(*arguments)
 
 
@@ -42,6 +42,7 @@ TABLES = {  # {page: {name: arguments of `table`}}
         "costs": (_TABLES + "video_costs", _VIDEO),
         "causal": (_TABLES + "video_causal", _VIDEO),
         "exposure": (_TABLES + "exposure_table", "video/exposure.json"),
+        "exposure_long": (_TABLES + "exposure_long_table", "video/exposure.json"),
         "padding": (_TABLES + "video_padding", _VIDEO),
     },
     "docs/wan.md": {

@@ -96,9 +96,9 @@ def write_exercises() -> list[Path]:
     EXERCISES.mkdir(exist_ok=True)
     written = []
     for solution in sorted(SOLUTIONS.glob("[0-9]*.py")):
-        target, text = EXERCISES / solution.name, student_copy(solution.read_text())
-        if target.exists() and target.read_text() != text:
+        target, text = EXERCISES / solution.name, student_copy(solution.read_text("utf-8"))
+        if target.exists() and target.read_text("utf-8") != text:
             raise InputError(f"{target.name} has been changed; move it away first, then run this again")
-        target.write_text(text)
+        target.write_text(text, "utf-8")
         written.append(target)
     return written

@@ -48,7 +48,7 @@ def claim(what: str, figures, at_most: float = math.inf, at_least: float = -math
 
 def report(name: str) -> dict:
     """A committed report, docs/NAME, say "plane/any_step.json"."""
-    return json.loads((ROOT / "docs" / name).read_text())
+    return json.loads((ROOT / "docs" / name).read_text("utf-8"))
 
 
 def notebooks() -> list[Path]:

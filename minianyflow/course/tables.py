@@ -14,6 +14,9 @@ ARMS = {  # how the page names an arm, and its name in the report
 }
 
 
+TURNED = "turned student, teacher forcing on the exact velocity"
+
+
 def text_block(report: dict) -> str:
     """Sliced W2 of the plane as a block of text."""
     return f"```text\n{text_table(report)}\n```"
@@ -89,6 +92,23 @@ def video_padding(report: dict) -> str:
         if name in ("ours", "stock")
     ]
     return markdown_table(["attention", "sliced W2 x 1000", "prompt obeyed", "light kept"], rows)
+
+
+def exposure_long_table(report: dict) -> str:
+    """What free-running clips of the saved students keep, far beyond the frames of training: means over seeds."""
+    long, rows = report["long"], []
+    frames = [long["frames"].index(frame) for frame in (16, 64, 160)]
+    names = {name: arm for arm, name in ARMS.items()} | {"teacher forcing, turned student": TURNED}
+
+    def row(label, nfe, seeds):
+        figures = ("sliced_w2", "tv", "kept", "whole")
+        cells = [" / ".join(f"{mean(seed[name][frame] for seed in seeds):.2f}" for frame in frames) for name in figures]
+        return [label, nfe, *cells, f"{mean(seed['lost'][long['frames'].index(320)] for seed in seeds):.0%}"]
+
+    rows = [row(names[arm], nfe, seeds) for arm, by_nfe in long["arms"].items() for nfe, seeds in by_nfe.items()]
+    rows.append(row("exact law of the next frame", "", [long["exact"]]))
+    columns = ["sliced W2", "TV of speeds", "kept", "whole"]
+    return markdown_table(["at frame 16 / 64 / 160", "NFE", *columns, "lost at frame 320"], rows)
 
 
 def exposure_table(report: dict) -> str:

@@ -25,9 +25,9 @@ DONE = '.lm-player[data-done="1"]'  # and all of its particles and measures
 
 def page_text(page: dict, payload: bytes) -> str:
     """The text of an HTML file; page and payload as `Scene.offline_page` returns them."""
-    return Template((STATIC / "page.html").read_text()).substitute(
+    return Template((STATIC / "page.html").read_text("utf-8")).substitute(
         title=page["title"],
-        style=(STATIC / "player.css").read_text(),
+        style=(STATIC / "player.css").read_text("utf-8"),
         script=script().replace("</", "<\\/"),  # `</script` would end the script
         page=json.dumps(page, separators=(",", ":")).replace("</", "<\\/"),
         payload=base64.b64encode(gzip.compress(payload, 9, mtime=0)).decode(),
@@ -50,7 +50,7 @@ def index_text(names: Sequence[str]) -> str:
     links = "".join(
         f'<a href="{name}.html" target="scene">{k}  {title}</a>' for k, (name, title) in enumerate(titles.items(), 1)
     )
-    return Template((STATIC / "index.html").read_text()).substitute(links=links, first=f"{names[0]}.html")
+    return Template((STATIC / "index.html").read_text("utf-8")).substitute(links=links, first=f"{names[0]}.html")
 
 
 def chromium(playwright):

@@ -107,7 +107,10 @@ def setup(app) -> dict:
 
 def write_sources(source: Path) -> None:
     """What Sphinx reads: notebooks, docs, exercises and a first page, with links that hold in the site."""
-    notebooks, readme = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), (ROOT / "notebooks/README.md").read_text()
+    notebooks, readme = (
+        sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")),
+        (ROOT / "notebooks/README.md").read_text("utf-8"),
+    )
     source.mkdir(parents=True)
     pages = {f"notebooks/{path.name}": path for path in notebooks}
     pages |= {
@@ -126,7 +129,7 @@ def write_sources(source: Path) -> None:
     for picture in (path for kind in ("png", "gif") for path in (ROOT / "docs").rglob(f"*.{kind}")):
         (source / picture.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, source / picture.relative_to(ROOT))
-    claim = (ROOT / "README.md").read_text().split("## The claim, in five sentences\n")[1].split("\n## ")[0]
+    claim = (ROOT / "README.md").read_text("utf-8").split("## The claim, in five sentences\n")[1].split("\n## ")[0]
     parts = {
         "The course": ["notebooks/course", *(f"notebooks/{path.stem}" for path in notebooks)],
         "Exercises": [f"notebooks/exercises/{path.stem}" for path in notebooks],
@@ -179,7 +182,7 @@ def linked(text: str, folder: Path, pages: dict) -> str:
 def line_of(path: Path, words: str) -> str:
     """ "#L-12" if `words` name something that the file defines in line 12, else ""."""
     name = re.fullmatch(r"`?(\w+)`?", words)
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if name and re.match(rf"\s*(def|class) {name[1]}\b|{name[1]} =", line):
             return f"#L-{number}"
     return ""
@@ -231,7 +234,7 @@ def notebook_source(path: Path, pages: dict) -> dict:
                 cell["metadata"]["mystnb"] = {"image": {"alt": alternative(heading, text, after)}}
     listed = [
         row
-        for row in (ROOT / "docs/references.md").read_text().splitlines()
+        for row in (ROOT / "docs/references.md").read_text("utf-8").splitlines()
         if re.search(rf"notebooks?.*\b{int(path.name[:2])}\b|whole", row)
     ]
     table = "\n".join(["## References", "", "| | paper | here |", "|---|---|---|", *listed])

@@ -6,6 +6,7 @@ causal_attention.py says which chunk sees which, kv_cache.py what is kept of ear
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minianyflow.flow_map import rollout
+from minianyflow.flow_map import recompute, rollout
 from minianyflow.interpolant import check_same_shape
 from minianyflow.networks.causal_attention import CausalAttention, causal_mask, chunk_partition, compressed_chunks
 from minianyflow.networks.known_frames import Known, keep_known, known_times
@@ -171,6 +172,7 @@ def causal_rollout(
     cached: bool = True,
     ragged: bool = False,
     known: Known | None = None,
+    recomputed: bool = False,
 ) -> Trajectory:
     """Chunk by chunk, each a rollout along `times` given the clean ends of the chunks before; clips of any length.
 
@@ -178,6 +180,8 @@ def causal_rollout(
     to the end of a chunk (an image is one frame); they stand in the trajectory unchanged. Returns the trajectory.
     context_gradient: whether gradient reaches earlier chunks, and the weights through the cache. cached=False computes
     the context at every evaluation: the same states and, with `context_gradient`, gradients, for more work.
+    recomputed: of each chunk but the last only its ends are kept; its cache and its jumps are computed again in the
+    backward (`flow_map.recompute`).
     Raises InputError for frames that do not make chunks, or a prefix that is not whole chunks of the clip's shape.
     """
     partition = chunk_partition(z.shape[1], first, rest, ragged)
@@ -187,29 +191,35 @@ def causal_rollout(
         frames = " or ".join(map(str, starts[1:])) or "no"
         expected = f"the clip's shape with {frames} frames: whole chunks, and fewer than the clip"
         raise InputError(f"prefix {tuple(context.shape)} of a clip {tuple(z.shape)}; expected {expected}")
+
+    def chunk(context, z):
+        start = context.shape[1]
+        condition = {"context": context} if not cached else {"cache": ()}
+        condition |= {} if known is None else {"known": known[:, start : start + z.shape[1]]}
+        if cached and start:
+            with torch.set_grad_enabled(context_gradient and torch.is_grad_enabled()):
+                condition["cache"] = u(context, None, None, prompt=prompt, fill_cache=True)
+        return rollout(u, z, times, prompt=prompt, **condition)
+
     trajectory = [context.expand(len(times), *context.shape)]
     for size in partition[starts.index(context.shape[1]) :]:
         start = context.shape[1]
         context = context if context_gradient else context.detach()
-        condition = {"context": context} if not cached else {"cache": ()}
-        condition |= {} if known is None else {"known": known[:, start : start + size]}
-        if cached and start:
-            with torch.set_grad_enabled(context_gradient and torch.is_grad_enabled()):
-                condition["cache"] = u(context, None, None, prompt=prompt, fill_cache=True)
-        trajectory.append(rollout(u, z[:, start : start + size], times, prompt=prompt, **condition))
+        run = partial(recompute, chunk) if recomputed and start + size < z.shape[1] else chunk
+        trajectory.append(run(context, z[:, start : start + size]))
         context = torch.cat([context, trajectory[-1][-1]], 1)
     return torch.cat(trajectory, 2)
 
 
 def causal_backward_simulation(
-    context_gradient: bool = False, first: int = 1, rest: int = 2, ragged: bool = False
+    context_gradient: bool = False, first: int = 1, rest: int = 2, ragged: bool = False, recomputed: bool = False
 ) -> Callable:
     """`backward_simulation` chunk by chunk, for OnPolicyLoss and FakeScoreLoss: at most three jumps per chunk."""
 
     def simulate(u, z, lengths, step, shift=1.0, **condition):
         times = backward_simulation_times(lengths, step, shift)
         chunks = {"first": first, "rest": rest, "ragged": ragged, "context_gradient": context_gradient}
-        return causal_rollout(u, z, times, **chunks, **condition)
+        return causal_rollout(u, z, times, **chunks, recomputed=recomputed, **condition)
 
     return simulate
 

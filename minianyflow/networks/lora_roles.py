@@ -249,10 +249,14 @@ def _start_weights(transformer, start, rank, alpha, pattern, whole):
     options, weights = role_options(transformer, start), Adapter(transformer, start).state_dict()
     if (options["rank"], options["alpha"]) != (rank, alpha):
         has = f"rank {options['rank']} and alpha {options['alpha']}"
-        raise InputError(f"role {start!r} has {has}; expected {rank} and {alpha}, as the role that starts from it")
+        asked = f"{rank} and {alpha}, as the role that starts from it"
+        todo = f"in a run, set rank={options['rank']} alpha={options['alpha']:g}"
+        raise InputError(f"role {start!r}, the run that is started from, has {has}; expected {asked}: {todo}")
     adapters, copies = ({n for n in weights if (".lora_" in n) == adapted} for adapted in (True, False))
     lost = [name for name in adapters if not re.fullmatch(pattern, name.rsplit(".lora_", 1)[0])]
     lost += [name for name in copies if name.rpartition(".")[0] not in whole]
     if lost:
-        raise InputError(f"role {start!r} trains {min(lost)}; expected targets that cover the role it starts from")
+        whole = any(COARSE_PATCHES[0] in name for name in lost)
+        todo = "set causal.coarse_patches=whole" if whole else "use targets that cover it, as its own run did"
+        raise InputError(f"role {start!r}, the run that is started from, trains {min(lost)}, this one does not: {todo}")
     return weights

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from minianyflow.flow_map import current_unit
 from minianyflow.notation import FrameTimes, Network, State, Times
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
@@ -89,7 +90,8 @@ class MLP(nn.Module):
 class EvaluationCounter(nn.Module):
     """Wraps a network and counts its evaluations: `rows` states, `with_grad` of them with gradient.
 
-    A forward-mode derivative counts as one evaluation, though it costs about two.
+    A forward-mode derivative counts as one evaluation, though it costs about two. One that `recompute` repeats counts
+    once.
     """
 
     def __init__(self, network: Network):
@@ -98,6 +100,7 @@ class EvaluationCounter(nn.Module):
 
     def forward(self, z: State, t: FrameTimes | None, r: FrameTimes | None, **condition: Any) -> Any:
         """What the network returns."""
-        self.rows += len(z)
-        self.with_grad += len(z) * torch.is_grad_enabled()
+        if not current_unit()[1]:
+            self.rows += len(z)
+            self.with_grad += len(z) * torch.is_grad_enabled()
         return self.network(z, t, r, **condition)

@@ -89,7 +89,7 @@ def write_pipeline(
     with new_folder(folder) as inside:
         pipeline.save_pretrained(inside)
         for name, text in (files or {}).items():
-            (inside / name).write_text(text)
+            (inside / name).write_text(text, "utf-8")
         kind = type(pipeline).__name__
         text = README.format(
             name=Path(folder).name,

@@ -72,7 +72,7 @@ def read_weights(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
         raise InputError(f"{path} holds weights of kind {metadata['kind']!r}; expected {' or '.join(map(repr, kinds))}")
     beside = path.with_suffix(".json")
     try:
-        provenance = json.loads(beside.read_text()) if beside.exists() else {}
+        provenance = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     except ValueError as problem:
         raise InputError(f"{beside} is not JSON ({problem}); expected the provenance of {path}") from None
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
@@ -203,7 +203,7 @@ def fingerprint(source: str | Path) -> str:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     digest, tensors = hashlib.sha256(), {}
     try:
-        for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]:
+        for file in sorted(folder.glob("[!.]*.safetensors")) if folder.is_dir() else [folder]:
             opened = safe_open(file, "pt")
             tensors |= dict.fromkeys(opened.keys(), opened)
         if (folder / "config.json").is_file():

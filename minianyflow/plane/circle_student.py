@@ -22,11 +22,15 @@ WINDOW = 4  # frames: enough to tell the speed (4.5 sigma); exact conditionals o
 
 
 class CausalMLP(nn.Module):
-    """u(z, t, r, past, frame): an MLP that sees the last WINDOW frames before `frame`, and which of them exist."""
+    """u(z, t, r, past, frame): an MLP that sees the last WINDOW frames before `frame`, and which of them exist.
 
-    def __init__(self, width: int = 64, depth: int = 4, seeds=(0,)):
+    turned: it sees everything turned so that the last frame lies on the first axis, and its answer is turned back. Then
+    u(Rz, t, r, R past) = R u(z, t, r, past) for every rotation R about the origin, as of the process itself.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 4, seeds=(0,), turned: bool = False):
         super().__init__()
-        self.mlp = MLP((2 + 3 * WINDOW,), width, depth, seeds)
+        self.turned, self.mlp = turned, MLP((2 + 3 * WINDOW,), width, depth, seeds)
 
     def forward(self, z: Tensor, t: Tensor, r: Tensor, past: Tensor, frame: Tensor, copy: Tensor | None = None):
         """z (B, 2), past (B, n, 2) with n >= frame (B,); later frames have no effect. Returns (B, 2)."""
@@ -35,8 +39,12 @@ class CausalMLP(nn.Module):
             raise InputError(f"past {tuple(past.shape)} at frame {last}; expected ({len(z)}, n, 2), n no less than it")
         place = frame[:, None] + torch.arange(WINDOW)  # in a past that WINDOW empty frames precede
         window = nn.functional.pad(past, (0, 0, WINDOW, 0)).take_along_dim(place[..., None], 1)
-        inputs = torch.cat([z, window.flatten(1), (place >= WINDOW).to(z)], 1)
-        return self.mlp(inputs, t, r, copy)[:, :2]
+        points = torch.view_as_complex(torch.cat([z[:, None], window], 1).contiguous())  # (B, 1 + WINDOW)
+        last, size = points[:, -1:], points[:, -1:].abs()
+        turn = torch.where(size > 1e-3, last / size, 1.0) if self.turned else torch.ones_like(last)
+        seen = torch.view_as_real(points * turn.conj()).flatten(1)
+        out = self.mlp(torch.cat([seen, (place >= WINDOW).to(z)], 1), t, r, copy)[:, None, :2]
+        return torch.view_as_real(torch.view_as_complex(out.contiguous()) * turn)[:, 0]
 
 
 def conditional_velocity(process: CircleProcess) -> Callable[..., Tensor]:

@@ -30,7 +30,7 @@ def ablate(argv: list[str]) -> int:
 
 
 def exposure(argv: list[str]) -> int:
-    """Exposure bias on the circle process, where it is exact, six minutes; writes exposure.json and exposure.png."""
+    """Exposure bias on the circle process, where it is exact, ten minutes; writes exposure.json and exposure.png."""
     options = vars(experiment_parser(exposure, "outputs/exposure", seeds="0,1,2").parse_args(argv))
     from minianyflow.plane.exposure import run
 

@@ -18,6 +18,7 @@ from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
+from minianyflow.plane.circle_measures import LOST, exact_clips, measure_clips, radius_error
 from minianyflow.plane.circle_student import (
     WINDOW,
     CausalMLP,
@@ -47,10 +48,11 @@ ON_POLICY = {  # weight of the forward loss, whether the past is detached
     "on-policy, forward x 4": (4.0, False),
 }
 KEPT = ("teacher forcing", "on-policy", "on-policy, detached")  # arms whose weights are saved, for a scene
+TURNED = "teacher forcing, turned student"  # on the exact velocity; it has a start of its own, and Muon
 ARMS = tuple(FORCING | ON_POLICY)  # each continues from the same start, until it has cost the same
 COLOURS = ("#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
 NFE, CLIPS, TRUE = (1, 4, 16), 4096, 1024  # of the measure: step counts, clips sampled, true contexts
-LOST = 0.3  # a clip whose last radius is six sigmas off
+LONG, LONG_NFE, LONG_CLIPS = (16, 32, 64, 160, 320, 640), (1, 4), 1024  # of the measure of long clips
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Budget:
     clips: int = 32  # the same of on-policy training
     simulated: tuple[int, ...] = (1, 2, 4, 16)  # lengths of rollouts
     lr: float = 1e-2
+    muon: float = 0.02  # of TURNED
     lr_on_policy: float = 1e-3
     lr_fake: float = 3e-3
     width: int = 64
@@ -91,12 +94,17 @@ def draw_clips(process: CircleProcess, rows: int, seeds: Sequence[int], simulate
 def make_arm(arm: str, network: CausalMLP, process: CircleProcess, seeds: Sequence[int], budget: Budget):
     """The roles, `draw(step)` and the evaluation counters of an arm. The real score is that of the joint law, exact."""
     student, mixed = EvaluationCounter(network), FLOW_MAPS["mixed"]
-    if arm in FORCING:
+    if arm in FORCING or arm == TURNED:
         counters, exact = {"student": student}, None
-        if FORCING[arm]:
+        if FORCING.get(arm, True):
             exact, counters["exact"] = counted(conditional_velocity(process))
         loss = FrameLoss(FlowMapLoss(mixed, exact, adaptive=0.5 if exact else 0.0))
-        return {"student": Role(student, loss, lr=budget.lr)}, draw_clips(process, budget.rows, seeds), counters
+        muon = budget.muon if arm == TURNED else None
+        return (
+            {"student": Role(student, loss, lr=budget.lr, muon=muon)},
+            draw_clips(process, budget.rows, seeds),
+            counters,
+        )
     forward_weight, detach = ON_POLICY[arm]
     real, counter = counted(lambda z, t, copy=None: process.clips.velocity(z, t))
     fake = EvaluationCounter(ClipScore(real, (process.frames, 2), seeds=seeds))
@@ -135,9 +143,23 @@ def measure(network, process: CircleProcess, copies: int, nfe: Sequence[int] = N
     return figures
 
 
-def radius_error(clips: Tensor) -> Tensor:
-    """| |x| - 1 | of every frame: (..., 2) to (...)."""
-    return (clips.norm(dim=-1) - 1).abs()
+@torch.no_grad()
+def measure_long(
+    path: str | Path, arms: Sequence[str], seeds: int, frames: Sequence[int], nfe: Sequence[int] = LONG_NFE
+) -> dict:
+    """Free-running clips of saved students far beyond training's 16 frames: `measure_clips` by arm, NFE and seed.
+
+    "exact" is the floor: each frame from its exact law, given the WINDOW frames before it.
+    """
+    process, z = CircleProcess(), sobol_noise(LONG_CLIPS, (max(frames), 2))
+    floor = exact_clips(CircleProcess(phases=128), LONG_CLIPS, max(frames), WINDOW)  # phases one sigma apart
+
+    def by_seed(arm, steps):
+        students = [load_student(arm, copy, path) for copy in range(seeds)]
+        return [measure_clips(sample_clips(u, z, steps), process, frames) for u in students]
+
+    measured = {arm: {str(steps): by_seed(arm, steps) for steps in nfe} for arm in arms}
+    return {"frames": list(frames), "exact": measure_clips(floor, process, frames), "arms": measured}
 
 
 def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0) -> tuple[list[dict], dict[str, Tensor]]:
@@ -146,7 +168,7 @@ def train_arm(arm, start, evaluations, seeds, budget, quiet, position=0) -> tupl
     Returns its curve, [{"cost", "nfe"}] at equal distances, and the averaged weights.
     """
     torch.set_num_threads(1)
-    process, network = CircleProcess(), CausalMLP(budget.width, seeds=seeds)
+    process, network = CircleProcess(), CausalMLP(budget.width, seeds=seeds, turned=arm == TURNED)
     if start is not None:
         network.load_state_dict(start)
     roles, draw, counters = make_arm(arm, network, process, seeds, budget)
@@ -192,7 +214,9 @@ def run(
     with staging_folder(output) as folder:
         first = (train_arm, ("teacher forcing", None, budget.start, *common))
         start, weights = run_jobs({"start": first}, workers)["start"]
-        results = run_jobs({arm: (train_arm, (arm, weights, budget.after, *common)) for arm in reversed(arms)}, workers)
+        jobs = {arm: (train_arm, (arm, weights, budget.after, *common)) for arm in reversed(arms)}
+        jobs[TURNED] = (train_arm, (TURNED, None, budget.start + budget.after, *common))  # in all as much
+        results = run_jobs(jobs, workers)
         report = {
             "seeds": list(seeds),
             "budget": asdict(budget),
@@ -204,16 +228,18 @@ def run(
         from minianyflow.plane.exposure_figure import exposure_figure
         from minianyflow.support.figures import save_figure
 
-        trained = {arm: results[arm][1] for arm in KEPT if arm in arms}
+        trained = {arm: results[arm][1] for arm in (*KEPT, TURNED) if arm in results}
         halves = {f"{arm}/{name}": value.half() for arm, state in trained.items() for name, value in state.items()}
         save_copies(folder / STUDENTS.name, halves, budget, seeds)
         save_figure(exposure_figure(report), folder / "exposure.png")
+        report["long"] = measure_long(folder / STUDENTS.name, list(trained), len(seeds), LONG)
+        report["turned"] = results[TURNED][0]
         write_report(report, folder / "exposure.json")
     return report
 
 
 def load_student(arm: str, copy: int = 0, path: str | Path = STUDENTS) -> CausalMLP:
-    """The network of an arm (one of KEPT) and of one seed, as `run` wrote it; by default the committed one."""
-    choose("arm", arm, dict.fromkeys(KEPT))
+    """The network of an arm (of KEPT, or TURNED) and of one seed, as `run` wrote it; by default the committed one."""
+    choose("arm", arm, dict.fromkeys((*KEPT, TURNED)))
     weights, seeds, budget = read_copy(path, copy, f"{arm}/")
-    return frozen(CausalMLP(budget["width"], seeds=seeds), weights)
+    return frozen(CausalMLP(budget["width"], seeds=seeds, turned=arm == TURNED), weights)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from minianyflow.batch import deal, part_of
+from minianyflow.flow_map import current_unit
 from minianyflow.on_policy import draw_on_policy
 from minianyflow.planner.counters import LiveBytes, tensors_in
 from minianyflow.times import draw_pairs, generator
@@ -29,7 +30,8 @@ class ForwardCall:
 
     grad: whether a backward follows. state_grad: whether gradient reaches the state z. kind: "plain"; of a causal
     network "one_chunk", "teacher_forced" (all chunks at once, beside clean ones), "fill_cache" or "read_cache".
-    frames: of z. context: number of earlier frames, clean or in the cache. cache: the id of the one used.
+    frames: of z. context: number of earlier frames, clean or in the cache. cache: the id of the one used. unit: the
+    number of the part of a rollout that is recomputed as a whole (flow_map.recompute), if it is in one.
     """
 
     role: str
@@ -40,12 +42,13 @@ class ForwardCall:
     frames: int
     context: int = 0
     cache: int | None = None
+    unit: int | None = None
 
     @property
     def per_row(self) -> "ForwardCall":
         """The call that has the cost of one row; a forward costs the same whether or not a backward follows."""
         grad = self.role != "teacher" and (self.grad or self.kind != "fill_cache")
-        return replace(self, rows=1, cache=None, grad=grad, state_grad=self.state_grad and self.grad)
+        return replace(self, rows=1, cache=None, unit=None, grad=grad, state_grad=self.state_grad and self.grad)
 
 
 class RecordingNetwork(nn.Module):
@@ -70,7 +73,9 @@ class RecordingNetwork(nn.Module):
             self.caches.append(out if fill_cache else cache[0][0])  # held, so that no other cache gets its id
             which = id(self.caches[-1])
         grad = torch.is_grad_enabled() and self.weight.requires_grad
-        self.calls.append(ForwardCall(self.role, len(z), grad, z.requires_grad, kind, z.shape[1], context, which))
+        unit, again = current_unit()
+        call = ForwardCall(self.role, len(z), grad, z.requires_grad, kind, z.shape[1], context, which, unit)
+        self.calls.extend([] if again else [call])
         return ((out, out),) if fill_cache else out
 
 
@@ -91,12 +96,17 @@ class ZeroClips:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process computes at once: the forward calls of one role's loss on its part of the batch."""
+    """What one process computes up to a backward: the calls of one term of a role's loss on its part of the batch.
+
+    rollout: whether it is the term of the rollouts. first: whether no gradients are there yet.
+    """
 
     step: int
     process: int
     role: str
     calls: tuple[ForwardCall, ...]
+    rollout: bool
+    first: bool
 
 
 def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=False) -> tuple[list[MicroBatch], dict]:
@@ -124,14 +134,18 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
         dealt = [deal(batch, process, processes) for process in range(processes)]
         for name, role in roles.items():
             for process, index in product(range(processes), range(config.accumulate)):
-                calls.clear()
                 part = part_of(dealt[process], index, config.accumulate)
                 inputs = tensors_in(part)
                 live = LiveBytes([*inputs, data.null, *role.network.parameters()])
-                with contextlib.nullcontext() if number else live:  # it is slow, and all steps are alike
-                    losses, _ = role.loss(role.network, part)
-                before_backward = live.now + sum(tensor.nbytes for tensor in inputs)
-                losses.mean().backward()
-                beside[name] = max(beside[name], scale * before_backward)
-                micro_batches.append(MicroBatch(step, process, name, tuple(calls)))
+                terms = getattr(role.loss, "terms", (role.loss,))
+                for term in terms:
+                    calls.clear()
+                    with contextlib.nullcontext() if number else live:  # it is slow, and all steps are alike
+                        losses, _ = term(role.network, part)
+                    before_backward = live.now + sum(tensor.nbytes for tensor in inputs)
+                    losses.mean().backward()
+                    beside[name] = max(beside[name], scale * before_backward)
+                    first = index == 0 and term == terms[0]
+                    rollout = hasattr(role.loss, "terms") and term == terms[0]
+                    micro_batches.append(MicroBatch(step, process, name, tuple(calls), rollout, first))
     return micro_batches, beside

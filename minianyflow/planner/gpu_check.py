@@ -104,7 +104,7 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
             torch.cuda.empty_cache()
         with staging_folder(output) as folder:
             (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-            (folder / "gpu_check.md").write_text(markdown(report))
+            (folder / "gpu_check.md").write_text(markdown(report), "utf-8")
     if all("left_out" in entry for entry in report["cases"]):
         raise InputError(f"nothing could be measured: {report['cases'][0]['case']}: {report['cases'][0]['left_out']}")
     return report
@@ -206,7 +206,7 @@ def measure(request: Request, case: tuple[str, str, str], config: Config, output
         profiler.stop()
         by = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
         table = profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)
-        (output / f"profile-{'-'.join(case)}.txt").write_text(table + "\n")
+        (output / f"profile-{'-'.join(case)}.txt").write_text(table + "\n", "utf-8")
     rows = {name: {"forwards": count, "with_grad": grad} for name, (count, grad) in networks.counts().items()}
     timed, memory["peak"] = seconds[WARM_UP : last + 1], max(peaks)
     return {"memory": memory, "first_step": seconds[0], "seconds": timed, "seconds_a_step": mean(timed), "rows": rows}

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
@@ -53,6 +54,9 @@ def plan_run(
     setup = (find_gpu(gpu) if isinstance(gpu, str) else gpu, gpus, sharded)
     sizes, numbers = (shape, clip_shape, (length, shape["text_dim"])), list(range(STEPS) if steps is None else steps)
     plan = _plan(config, sizes, setup, numbers, exact=steps is not None)
+    if config.memory == "auto" and config.stage == "on_policy" and not plan.fits:
+        config = replace(config, memory="small")
+        plan = _plan(config, sizes, setup, numbers, exact=steps is not None)
     return replace(plan, changes=advice(plan, config, sizes, numbers)) if advise and not plan.fits else plan
 
 
@@ -79,7 +83,7 @@ def shape_of(base: str) -> dict:
         expected = f"a folder with transformer/config.json, or one of {', '.join(HUB)}"
         raise InputError(f"the size of {base} is not known here; expected {expected}")
     try:
-        found = json.loads(paths[0].read_text())
+        found = json.loads(paths[0].read_text("utf-8"))
         shape = {name: found.get(name, default) for name, default in SHAPES["14b"].items()}
         if not all(isinstance(value, int) for name, value in shape.items() if name.startswith("num_")):
             raise ValueError("no sizes in it")
@@ -101,7 +105,7 @@ def published_plan(name: str) -> Plan:
     stage, setup = name.split(", ")
     size, *overlays = stage.split()
     config, (gpus, sharded) = load_config([SIZES[size], *overlays]), SETUPS[setup]
-    config = replace(config, accumulate=config.batch // gpus)
+    config = replace(config, accumulate=config.batch // gpus, memory="small")  # for GPUs of all sizes
     return plan_run(config, WAN_CLIP, gpus=gpus, sharded=sharded, advise=False)
 
 
@@ -124,6 +128,7 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     )
     memory = resident | max(moments, key=lambda moment: sum(moment.values()))
     processes, roles, forwards, backwards, recomputed = Counter(), Counter(), Counter(), Counter(), 0
+    again = 0  # FLOP of rollouts that are recomputed
     for part in micro_batches:
         for call in part.calls:
             cost = costs(call)
@@ -133,17 +138,19 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
             forwards[call.role] += call.rows
             backwards[call.role] += call.rows * call.grad
             recomputed += call.grad * cost.recomputed
+            again += (call.unit is not None) * cost.forward
     count, model = len(steps), sum(processes.values())
     samples, slowest = count * config.batch, sum(max(processes[step, p] for p in range(gpus)) for step in steps)
     return Plan(
-        {name: getattr(config, name) for name in ("architecture", "stage", "base", "steps", "batch")},
+        {name: getattr(config, name) for name in ("architecture", "stage", "base", "steps", "batch", "memory")},
         *setup,
         memory=memory,
         flop=model / count / gpus,
-        flop_with_recompute=(model + recomputed) / count / gpus,
+        flop_with_recompute=(model + recomputed + again) / count / gpus,
         slowest=slowest * gpus / model,
         evaluations={role: (forwards[role] / samples, backwards[role] / samples) for role in forwards},
         roles={role: flop / count / gpus for role, flop in roles.items()},
+        work=1 + again / (model + recomputed),
     )
 
 
@@ -173,34 +180,44 @@ def passing_bytes(config: Config, costs: ForwardCosts, part: MicroBatch, gradien
 
     gradients: bytes of all gradients. block: of those of one block.
     """
-    rollout = config.stage == "on_policy" and part.role == "student"
 
     def moment(saved, caches, transient, gradients):
-        jumps = len(saved) - (config.on_policy.forward_weight > 0) if rollout else 0
+        kept = f"activations kept{' at blocks' * config.checkpointing}"
         return {
             "gradients": gradients,
-            f"activations kept{' at blocks' * config.checkpointing}": sum(saved[jumps:]),
-            "rollout jumps kept": sum(saved[:jumps]),
+            "rollout jumps kept" if part.rollout else kept: sum(saved),
             f"activations {'one block, computed again' if config.checkpointing else 'in passing'}": transient,
             "causal cache": sum(caches.values()),
         }
 
-    saved, caches, earlier = [], {}, gradients if config.accumulate > 1 else 0  # gradients of earlier micro-batches
-    for call in part.calls:
-        cost, used = costs(call), {}
-        if call.cache is not None:
-            frames = call.frames if call.kind == "fill_cache" else call.context
-            used = {call.cache: costs(ForwardCall("student", call.rows, False, False, "fill_cache", frames)).cache}
-        yield moment(saved, caches | used, cost.transient + call.grad * cost.saved, earlier)
-        if call.grad:
-            saved = [*saved, cost.saved]
-            caches = caches | used if config.checkpointing else caches  # recomputation reads the cache again
+    def run(calls, saved, caches, gradients):
+        """The forwards of calls, whose activations are kept from then on: moments, and at the end what is kept."""
+        for call in calls:
+            cost, used = costs(call), {}
+            if call.cache is not None:
+                frames = call.frames if call.kind == "fill_cache" else call.context
+                used = {call.cache: costs(ForwardCall("student", call.rows, False, False, "fill_cache", frames)).cache}
+            yield moment(saved, caches | used, cost.transient + call.grad * cost.saved, gradients)
+            if call.grad:
+                saved = [*saved, cost.saved]
+                caches = caches | used if config.checkpointing else caches  # recomputation reads the cache again
+        return saved, caches
+
+    there = 0 if part.first else gradients  # of earlier micro-batches and terms
+    units = [(unit, list(calls)) for unit, calls in groupby(part.calls, lambda call: call.unit)]
+    before = [([], {})]  # what is kept before each unit; of one that is recomputed, nothing but its states
+    for unit, calls in units:
+        after = yield from run(calls, *before[-1], there)
+        before.append(after if unit is None else before[-1])
     # the last block, recomputed, is freed while its gradients are computed: this is a little too much
-    there = gradients if config.accumulate > 1 else block * config.checkpointing
-    for index, call in reversed(list(enumerate(call for call in part.calls if call.grad))):
-        yield moment(saved[: index + 1], caches, costs(call).returning, there)
-        there = gradients
-        yield moment(saved[:index], caches, costs(call).returning, there)  # the end of this call's backward
+    there = there or block * config.checkpointing
+    for (unit, calls), start, (saved, caches) in reversed(list(zip(units, before, before[1:], strict=False))):
+        if unit is not None:
+            saved, caches = yield from run(calls, *start, there)
+        for call in reversed([call for call in calls if call.grad]):
+            yield moment(saved, caches, costs(call).returning, there)
+            there, saved = gradients, saved[:-1]
+            yield moment(saved, caches, costs(call).returning, there)  # the end of this call's backward
 
 
 # What to change

@@ -31,7 +31,8 @@ class Plan:
     run: its architecture, stage, base, steps and batch. memory: bytes on one GPU by part, at the peak. flop: model FLOP
     of one GPU per step; flop_with_recompute: with what checkpointing recomputes. slowest: time of the slowest process
     over the mean. evaluations: {role: (forwards, backwards)} per sample. roles: FLOP by role. changes: if the run does
-    not fit, pairs ({option: value}, bytes of the peak); every set of options is complete.
+    not fit, pairs ({option: value}, bytes of the peak); every set of options is complete. work: of a step,
+    over that without recomputed rollouts; hours grow by it.
     """
 
     run: dict
@@ -45,6 +46,7 @@ class Plan:
     evaluations: dict
     roles: dict
     changes: list = field(default_factory=list)
+    work: float = 1.0
 
     @property
     def peak(self) -> float:
@@ -58,7 +60,7 @@ class Plan:
 
     def seconds(self, share: float = 0.5) -> float:
         """Seconds per step if model FLOP reach `share` of the GPU's rate."""
-        return self.slowest * self.flop / (share * self.gpu.rate)
+        return self.work * self.slowest * self.flop / (share * self.gpu.rate)
 
     def hours(self, share: float = 0.5) -> float:
         """Hours for all steps."""
@@ -94,6 +96,8 @@ def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: 
         f"  {in_all:42}{plan.peak / 1e9:9.2f}   of {gpu.memory / 1e9:g}: {'fits' if plan.fits else 'does not fit'}"
         f" ({SPARE:.0%} are left for what is not counted)",
     ]
+    if plan.work > 1:
+        lines.append(f"  memory=small: rollouts are recomputed, {plan.work:.2f} times the work")
     lines += ["  what to change; each line is complete:"] if plan.changes else []
     for changes, peak in plan.changes:
         enough = GPUS.get(changes.get("gpu"), gpu).holds(peak)

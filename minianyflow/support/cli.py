@@ -1,14 +1,28 @@
 """The command line's own parts: a parser and a runner whose complaints are one line each. Needs nothing but Python."""
 
 import argparse
+import os
 import signal
 import sys
+import traceback
 
 from minianyflow.support.errors import InputError
 
+LONGEST = 1000  # characters of an error
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like all others."""
+    """An argument parser whose complaints are one line, like all others; `run` takes --traceback."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.add_argument("--traceback", action="store_true", help="show where an error comes from")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """The arguments without --traceback."""
+        found, others = super().parse_known_args(args, namespace)
+        vars(found).pop("traceback", None)
+        return found, others
 
     def error(self, message):
         """Raise instead of printing the usage."""
@@ -27,22 +41,72 @@ def experiment_parser(command, output, seeds=None):
     return parser
 
 
-def run(command):
-    """command(), whose exit status is returned: bad input, a missing package and an interruption are one line each."""
+def run(command, argv=None):
+    """command(), whose exit status is returned: every error is one line on stderr, every interruption too.
+
+    A stack trace is printed if --traceback is among the arguments, argv.
+    """
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interruption, too
-        return command()
-    except InputError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as missing:
+        status = command()
+        if sys.stdout:
+            sys.stdout.flush()  # a full disk is told of here, not while Python ends
+        return status
+    except BaseException as problem:  # a panic of a library in Rust is no Exception
+        if isinstance(problem, SystemExit | GeneratorExit):
+            raise
+        status, line = _explained(problem)
+        _drop_unwritten()
+        if "--traceback" in (sys.argv if argv is None else argv):
+            traceback.print_exc()
+        if line:
+            print(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...", file=sys.stderr)
+        return status
+
+
+def _explained(problem):
+    """(exit status, one line or none) of what ended a command."""
+    kinds = {kind.__name__ for kind in type(problem).__mro__}
+    words = " ".join((getattr(problem, "strerror", None) or str(problem)).split())
+    if isinstance(problem, KeyboardInterrupt):
+        return 130, "\ninterrupted: what is unfinished does not count; run the same command again"
+    if isinstance(problem, InputError):
+        return 2, f"error: {words}"
+    if isinstance(problem, ModuleNotFoundError):
         where = "`.venv/bin/python` (on Windows `.venv\\Scripts\\python`), or `make`"
-        problem = f"{missing.name} is not installed here; run `python -m minianyflow setup`, then use {where}"
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is unfinished does not count; run the same command again", file=sys.stderr)
-        return 130
+        return 2, f"error: {problem.name} is not installed here; run `python -m minianyflow setup`, then use {where}"
+    if isinstance(problem, BrokenPipeError):
+        return 141, ""  # who reads the output has left, as `| head` does
+    if isinstance(problem, MemoryError) or "OutOfMemoryError" in kinds or "allocate memory" in words:
+        return (
+            2,
+            f"error: out of memory ({words or 'no details'}); ask for less at a time: smaller sizes, fewer workers",
+        )
+    if isinstance(problem, OSError):
+        place = problem.filename2 or problem.filename or "the output"
+        return 2, f"error: {place}: {words}; expected a place to read and write with room left: mend it, run again"
+    if isinstance(problem, RecursionError):
+        return 2, "error: an input is nested too deeply; expected a few levels: look at the files that were given"
+    return 1, f"error: {type(problem).__name__}: {words}; that was not foreseen: --traceback shows where"
+
+
+def _drop_unwritten():
+    """Let nothing that stdout could not take come up again while Python ends."""
+    try:
+        sys.stdout.flush()
+    except (AttributeError, ValueError):  # no stdout, or a closed one
+        pass
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def utf8(text):
+    """A text as the type of an argument; bytes that are not UTF-8 are refused."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!a} is not UTF-8; expected a text that is") from None
+    return text
 
 
 def whole_numbers(text):

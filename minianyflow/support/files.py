@@ -29,26 +29,26 @@ def lock_folder(folder):
         file = (folder / LOCK).open("w")
     except OSError as problem:
         raise InputError(f"cannot write to {folder} ({problem.strerror}); name one that you may write to") from None
-    if not _lock(file):
+    if _lock(file) is False:
         raise InputError(f"another run is at work in {folder}; wait for it, or name another folder")
     return file
 
 
 def _lock(file):
-    """Lock an open file for this process alone; False if another has. Some file systems have no locks: then True."""
+    """Lock an open file for this process alone; False if another has. Some file systems have no locks: then None."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
-        return problem.errno != errno.EWOULDBLOCK
-    return True
+        return False if problem.errno == errno.EWOULDBLOCK else None
+    return True if fcntl else None
 
 
 @contextlib.contextmanager
 def staging_folder(output):
     """A temporary folder to write files into; they are moved to `output` at the end, if no error was raised."""
     output = Path(output)
-    with _unfinished_folder(output, output) as folder:
+    with unfinished_folder(output, output) as folder:
         yield folder
         for file in sorted(folder.iterdir()):  # run.json and null.safetensors come last: they mark a complete folder
             place = output / file.name
@@ -63,7 +63,7 @@ def new_folder(folder):
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; expected a new one: name another")
-    with _unfinished_folder(folder.parent, folder) as parent:
+    with unfinished_folder(folder.parent, folder) as parent:
         inside = parent / folder.name
         inside.mkdir()
         yield inside
@@ -75,18 +75,24 @@ def new_folder(folder):
 
 
 @contextlib.contextmanager
-def _unfinished_folder(parent, target):
-    """A locked folder in `parent`, removed at the end. An OSError becomes an InputError that names the file."""
+def unfinished_folder(parent, target):
+    """A locked folder in `parent`, removed at the end. Errors of the disk become an InputError with the file."""
+    from safetensors import SafetensorError  # its full disk is no OSError
+
     folder = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
-        with _locked(folder):
+        remove_leftovers(parent, surely=True)
+        with contextlib.ExitStack() as stack:
+            while not (folder and folder.exists()):  # another process may remove it before it is locked
+                folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
+                stack.enter_context(_locked(folder))
             yield folder
-    except OSError as problem:
-        place = (folder and (problem.filename2 or problem.filename)) or target
+    except (OSError, SafetensorError) as problem:
+        place = (folder and (getattr(problem, "filename2", None) or getattr(problem, "filename", None))) or target
         expected = "make room and run the same again, or name a folder you may write to"
-        raise InputError(f"cannot write to {place} ({problem.strerror}); {expected}") from None
+        why = getattr(problem, "strerror", None) or problem
+        raise InputError(f"cannot write to {place} ({why}); {expected}") from None
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,27 +102,32 @@ def read_json(path, expected):
     """The content of a JSON file. Raises InputError, which says what is `expected`, for one that cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply; {expected}") from None
     except (OSError, ValueError) as problem:
         raise InputError(f"{path} is not JSON ({problem}); {expected}") from None
 
 
-def remove_leftovers(folder):
-    """Remove the unfinished folders of killed processes from `folder`; those of living processes stay."""
+def remove_leftovers(folder, surely=False):
+    """Remove the unfinished folders of killed processes from `folder`; those of living processes stay.
+
+    surely: where there are no locks, remove none.
+    """
     for leftover in Path(folder).glob(f"{UNFINISHED}*"):
         with _locked(leftover) as free:
-            if free:
+            if free or (free is None and not surely):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Lock a folder, if no other process has, as long as this context lasts; yields whether it is so."""
+    """Lock a folder, if no other process has, as long as this context lasts; yields what `_lock` says."""
     try:
         number = os.open(folder, os.O_RDONLY) if fcntl else None
     except OSError:  # removed meanwhile
         number = None
     try:
-        yield number is None or _lock(number)
+        yield number and _lock(number)
     finally:
         if number is not None:
             os.close(number)

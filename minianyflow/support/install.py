@@ -25,9 +25,9 @@ def lowest_python():
     """The Python of .venv-lowest: every package but torch in the lowest version that pyproject.toml allows."""
     import tomllib
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = [project["optional-dependencies"][name] for name in ("video", "distill", "course", "site", "test")]
-    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch==")]
+    pins = [line for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if line.startswith("torch==")]
     pins += [line.replace(">=", "==") for line in sum(extras, project["dependencies"]) if not line.startswith("torch>")]
     listed = ROOT / "build" / "lowest.txt"
     listed.parent.mkdir(exist_ok=True)
@@ -40,7 +40,7 @@ def _environment(name, requirements):
     folder = ROOT / name
     python, stamp = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"), folder / "installed"
     wanted = hashlib.sha256(requirements.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == wanted:
+    if stamp.exists() and stamp.read_text("utf-8") == wanted:
         return python
     print(f"setting up {name} with the packages of {requirements.name} (once; a few minutes)", flush=True)
     try:

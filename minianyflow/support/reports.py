@@ -23,7 +23,7 @@ def rounded(value, digits: int = 6):
 
 def write_report(report: dict, path: Path) -> None:
     """Write a report as JSON."""
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def mean(values) -> float:

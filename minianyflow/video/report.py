@@ -233,7 +233,7 @@ def comparison(folder: str | Path, workers: int = 2, quiet: bool = False, nfes: 
 
     Returns text: sliced W2 x 1000, the mean over seeds, and what one seed cost.
     """
-    before = {path.stem: json.loads(path.read_text())["figures"] for path in Path(WEIGHTS).glob("*-?.json")}
+    before = {path.stem: json.loads(path.read_text("utf-8"))["figures"] for path in Path(WEIGHTS).glob("*-?.json")}
     report = run(folder, Path(folder) / "report", nfes=nfes, workers=workers, quiet=quiet, extras=False)
     _note_figures(path_of(folder, "codec"), report["floors"]["codec"])
     header = "".join(f"{f'NFE {nfe}':>8}{'before':>8}" for nfe in nfes)
@@ -254,4 +254,4 @@ def _note_figures(path, figures):
     """Write what was measured into the JSON beside the weights at `path`, their provenance."""
     path = path.with_suffix(".json")
     with staging_folder(path.parent) as folder:
-        write_report(json.loads(path.read_text()) | {"figures": figures}, folder / path.name)
+        write_report(json.loads(path.read_text("utf-8")) | {"figures": figures}, folder / path.name)

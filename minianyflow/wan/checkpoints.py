@@ -48,21 +48,21 @@ class Broken(Exception):
 
 @dataclass
 class Checkpoints:
-    """What `trainer.train_run` saves every `every` steps and at the end, in `folder`; the last `keep` stay.
+    """What `trainer.train_run` saves in `folder` every `every` steps, or so much time, and at the end; `keep` stay.
 
     settings: {name: value} of the run; a run with other settings may not resume. stateful: {name: object} of what
     else is saved and restored, by `state_dict()`, plain enough for JSON, and `load_state_dict(state)`.
     """
 
     folder: Path
-    every: int = 500
+    every: int | str = "30 min"
     keep: int = 3
     settings: dict = field(default_factory=dict)
     stateful: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.folder = Path(self.folder)
-        if self.every < 1 or self.keep < 1:
+        if self.every == 0 or self.keep < 1:
             raise InputError(f"checkpoints every {self.every} steps, {self.keep} kept; expected at least 1 of each")
 
     def folders(self) -> list[Path]:

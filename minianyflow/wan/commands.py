@@ -1,8 +1,9 @@
 """The commands for Wan2.1: distill, sample, export, evaluate, make_tiny_wan. Each takes argv and returns a status."""
 
+import math
 import sys
 
-from minianyflow.support.cli import Parser
+from minianyflow.support.cli import Parser, utf8
 from minianyflow.support.errors import InputError
 
 SOURCES = "run folder, exported pipeline, or name on the hub like nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers"
@@ -15,16 +16,20 @@ def distill(argv: list[str]) -> int:
     minianyflow distill --config wan-1.3b causal forward [key=value ...]
 
     On several GPUs: accelerate launch --config_file FILE -m minianyflow distill ..., with a file of scripts/accelerate.
-    SIGTERM saves after the current step and exits with 143; the same command then resumes.
+    SIGTERM (exit status 143) and Ctrl-C (130) save after the current step; the same command then resumes.
     """
     parser = Parser("minianyflow distill", description=distill.__doc__.splitlines()[0])
     words = "overlays of minianyflow/wan/configs in order: model, architecture, stage; or paths of your own"
     parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help=words)
     parser.add_argument("--print-config", action="store_true", help="print every option with its value, and stop")
+    words = "save and end (status 143) before the process is so old: before a scheduler ends it"
+    parser.add_argument("--minutes", type=float, metavar="N", help=words)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options; --print-config shows them all")
     arguments = parser.parse_args(argv)
     from minianyflow.wan.config import as_yaml, load_config
 
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise InputError(f"--minutes {arguments.minutes:g}; expected more than 0, like 55")
     files = [name for name in arguments.config if "=" not in name]
     pairs = [name for name in arguments.config if "=" in name]  # those that follow --config
     config = load_config(files, [*pairs, *arguments.overrides])
@@ -37,13 +42,17 @@ def distill(argv: list[str]) -> int:
     from minianyflow.wan.stages import distil
 
     try:
-        run = distil(config)
+        run = distil(config, arguments.minutes)
     except Preempted as stopped:
         if PartialState().is_main_process:
             print(f"\n{stopped}; the same command resumes from there", file=sys.stderr)
-        return exit_at_once()  # ends the process with status 143
+        return exit_at_once(stopped.status)
     if run:  # on the main process
-        print(f"\nwritten: {config.output}, after {run['seconds']} seconds")
+        pace = f"{60 * run['steps'] / run['seconds']:.3g} steps/min"
+        print(f"\nwritten: {config.output}, after {run['seconds']} seconds, {pace}")
+        for name, value in run["history"][-1].items():
+            if name != "step":
+                print(f"{name:24} {run['history'][0].get(name, math.nan):10.4g} at first, {value:10.4g} at the end")
         if waited := run["waiting_for_data"]:
             print(f"waiting for data: {waited['median']:.2%} of a step (median), {waited['all']:.2%} of all")
         for role, count in run["evaluations_a_sample"].items():
@@ -59,7 +68,7 @@ def sample(argv: list[str]) -> int:
     """
     parser = Parser("minianyflow sample", description=sample.__doc__)
     parser.add_argument("source", metavar="SOURCE", help=SOURCES + ", or the causal nvidia/AnyFlow-FAR-...")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
+    parser.add_argument("--prompt", nargs="+", type=utf8, metavar="TEXT", help="prompts")
     parser.add_argument("--prompts", metavar="FILE", help="or a file of them, one per line")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 4, 32], help="step counts (default: 1 4 32)")
     parser.add_argument("--image", metavar="FILE", help="the first frame")
@@ -120,7 +129,9 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--videos", type=int, default=5, help="clips per prompt (default: 5, as VBench wants)")
     parser.add_argument("--batch", type=int, default=1, help="clips sampled and decoded together (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale, for teachers alone (default: 1, none)")
-    parser.add_argument("--negative", metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)")
+    parser.add_argument(
+        "--negative", type=utf8, metavar="TEXT", help="its null prompt (default: that of --data, or Wan2.1's)"
+    )
     _sampling_options(parser, "outputs/evaluation")
     options = vars(parser.parse_args(argv))
     from accelerate import PartialState

@@ -18,21 +18,23 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from minianyflow.support.errors import InputError, choose
+from minianyflow.wan.intervals import WORDS, seconds_of
 
 CONFIGS = Path(__file__).parent / "configs"
 LAYERS = {  # at most one of each, in this order: a later layer may set what an earlier one has set
     "model": ("wan-1.3b", "wan-14b"),
     "architecture": ("bidirectional", "causal"),
     "stage": ("teacher", "forward", "on_policy", "forward-published", "on_policy-published"),
-    "size": ("tiny",),
+    "size": ("tiny", "first-week"),
 }
 FREE = (  # what may change when a run resumes: on sound data, what a step computes is the same but for rounding
     *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
-    *("checkpoints", "resume", "on_nan", "log", "samples"),
+    *("memory", "checkpoints", "resume", "on_nan", "log", "samples"),
 )
 PROMPTS = [
     "A red panda eats bamboo in a misty forest, close up, soft morning light.",
@@ -42,6 +44,16 @@ typed = dataclass(config=ConfigDict(strict=True, allow_inf_nan=False, coerce_num
 Text = Annotated[str, Strict(False)]  # a folder may be called 2024
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _interval(value):
+    try:
+        return value if isinstance(value, int) and value >= 0 else f"{value}" * bool(seconds_of(f"{value}"))
+    except ValueError as problem:
+        raise PydanticCustomError("interval", f"{problem}") from None
+
+
+Interval = Annotated[int | str, BeforeValidator(_interval)]
 Objective = Literal["eulerian", "lagrangian", "semigroup", "mixed"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -91,7 +103,7 @@ class OnPolicy:
 class Checkpoints:
     """The folder checkpoints/ of the run; removed when the run is finished."""
 
-    every: Count = option(500, "steps between checkpoints; also saved at the end, and at SIGTERM")
+    every: Interval = option("30 min", "steps, or time, between checkpoints; saved at the end, SIGTERM and Ctrl-C, too")
     keep: Count = option(3, "number of newest checkpoints on disk")
 
 
@@ -105,17 +117,17 @@ class OnNan:
 
 @typed
 class Log:
-    """Losses as entries of the history."""
+    """Losses, learning rates and gradient norms as entries of the history; trackers see time and memory, too."""
 
-    every: Count = option(10, "steps between entries")
-    tracker: Literal["tensorboard", "none"] = option("tensorboard", "where entries go, beside run.json")
+    every: Interval = option("1 min", "steps, or time, between entries")
+    tracker: Literal["tensorboard", "wandb", "none"] = option("tensorboard", "where entries and samples go as well")
 
 
 @typed
 class Samples:
     """Clips that are sampled while training."""
 
-    every: int = option(500, "steps between samples; 0: never", ge=0)
+    every: Interval = option("2 h", "steps, or time, between samples; first and last step, too; 0: never")
     steps: list[Count] = option([1, 4, 32], "step counts of the samples", min_length=1)
     last: bool = option(False, "whether the last weights are sampled beside their average, too")
     prompts: list[Text] = option(PROMPTS, "prompts of the samples")
@@ -168,6 +180,9 @@ class Config:
     checkpointing: bool = option(True, "recompute activations in the backward pass")
     keep_attention: bool = option(False, "but not those of self-attention: less work, twice the memory per block")
     compiled: bool = option(False, "torch.compile each block: minutes at the start, then fewer passes over memory")
+    memory: Literal["auto", "fast", "small"] = option(
+        "auto", "of a rollout, small keeps states and recomputes all jumps but the last; auto: where fast does not fit"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one")
 
     causal: Causal = Field(default_factory=Causal)
@@ -265,6 +280,8 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
     yield c.ema_after >= c.steps, "ema_after steps", "the average would never begin; set ema_after lower"
     yield c.ema == 1, "ema", "the average would never move; set ema lower, like 0.999"
     yield c.on_nan.skip and c.clip is None, "on_nan.skip clip", "a gradient that is not finite would pass; set clip=1"
+    for name in ("checkpoints", "log"):
+        yield getattr(c, name).every == 0, f"{name}.every", f"it should be {WORDS}, at least 1"
     yield c.samples.every and no_prompt, "samples.every samples.prompts", "give prompts, or set samples.every=0"
 
 
@@ -276,6 +293,9 @@ def _check_order(files):
             raise InputError(f"{one} before {other}; expected one of each at most, in the order {', '.join(LAYERS)}")
 
 
+DEEPEST = 50  # levels of YAML
+
+
 def _read(name):
     """(file name, options) of an overlay or a path."""
     path, overlays = Path(name), {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
@@ -284,8 +304,9 @@ def _read(name):
     elif not path.is_file():
         raise InputError(f"no file {name}; expected one, or one of {', '.join(overlays)}")
     try:
+        _check_depth(path.read_text(encoding="utf-8"))
         layer = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as problem:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as problem:
         why = " ".join(str(problem).split())
         raise InputError(f"{path} is not YAML ({why}); expected lines like `steps: 6000`") from None
     if not OmegaConf.is_dict(layer):
@@ -293,11 +314,22 @@ def _read(name):
     return path.name, layer
 
 
+def _check_depth(text):
+    """Raise ValueError for YAML that is nested too deeply: the library would end the whole process."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} levels deep")
+
+
 def _parse(overrides):
     for pair in overrides:
         if not re.match(r" *[\w.]+ *=", pair):
             raise InputError(f"{pair!r} on the command line; expected key=value, like steps=100 or guidance.scale=2")
     try:
+        for pair in overrides:
+            _check_depth(pair.partition("=")[2])
         return OmegaConf.from_dotlist(overrides)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as problem:
         why = str(problem).splitlines()[0]
@@ -321,6 +353,7 @@ def _nearest(name):
     """What may have been meant: options of the section, of that name elsewhere, or spelt nearly so."""
     last = name.rpartition(".")[2]
     near = [full for full in OPTIONS if name == full.partition(".")[0] or last == full.rpartition(".")[2]]
+    near = near or ["lr"] * (last in ("learning_rate", "learningrate"))
     near = near or difflib.get_close_matches(name, OPTIONS, n=2, cutoff=0.6)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(OPTIONS)}"
 

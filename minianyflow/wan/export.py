@@ -140,10 +140,10 @@ def notes(config: Config) -> str:
     return f"{TEACHER}\n\n{licence}" if config.stage == "teacher" else licence
 
 
-def _origins(config):
-    """All that a run started from, its base included, as far as its folders are there."""
+def _origins(config, seen=frozenset()):
+    """All that a run started from, its base included, as far as its folders are there; each once."""
     yield config.base
-    for name in filter(None, (config.student, config.teacher)):
+    for name in {config.student, config.teacher} - {None, *seen}:
         yield name
         if (Path(name) / "config.yaml").is_file():
-            yield from _origins(read_run(name)[0])
+            yield from _origins(read_run(name)[0], seen | {name})

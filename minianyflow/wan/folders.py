@@ -9,12 +9,14 @@ from safetensors alone: nothing is unpickled. Shapes:
 
 import contextlib
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import diffusers
+import ftfy  # noqa: F401  without it diffusers cleans prompts otherwise than Wan's own code
 import torch
 import transformers
 from diffusers import (
@@ -151,8 +153,8 @@ def _load_part(source, name, dtype):
     if name == "scheduler":
         found = class_name(load(source, name, lambda: kind.load_config(**place)))
         kind = getattr(diffusers, str(found), None)
-        if kind is None:
-            raise InputError(f"the scheduler in {source} is a {found}, which diffusers does not have")
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise InputError(f"the scheduler in {source} is a {found}, which is no scheduler of diffusers")
     if name in ("tokenizer", "scheduler"):
         return load(source, name, lambda: kind.from_pretrained(**place))
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
@@ -274,6 +276,11 @@ def decode_latents(vae: nn.Module, latents: Tensor, batch: int = 1) -> Tensor:
 
 def _scale(vae):
     """Mean and spread of raw latents, (1, C, 1, 1, 1) each."""
+    for name in ("latents_mean", "latents_std"):
+        numbers, count = vae.config.get(name), vae.config.z_dim
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != count:
+            found = f"{len(numbers)} numbers" if isinstance(numbers, (list, tuple)) else json.dumps(numbers)
+            raise InputError(f"{name} in the codec's config.json is {found}; expected {count}: fetch it again")
     pair = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
     return pair.view(2, 1, -1, 1, 1, 1)
 

@@ -1,6 +1,8 @@
-"""What can go wrong in a run of days and need not end it: bad batches, SIGTERM, a tracker that fails."""
+"""What can go wrong in a run of days and need not end it: bad batches, signals, a tracker that fails."""
 
 import contextlib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -16,14 +18,19 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from minianyflow.support.errors import InputError
+from minianyflow.wan.data.write_video import as_gif
 
-EXIT_SIGTERM = 143  # what a shell reports after SIGTERM: to a scheduler the run is not finished
+EXIT_SIGTERM, EXIT_CTRL_C = 143, 130  # what a shell reports after SIGTERM: to a scheduler the run is not finished
 LAUNCHED = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
 LAUNCHER = os.getppid()  # read at import: later it may be gone
 
 
 class Preempted(Exception):
-    """SIGTERM came, or the launcher is gone; a checkpoint was saved."""
+    """A signal came, the launcher is gone or the time is over; a checkpoint was saved. status: to exit with."""
+
+    def __init__(self, text: str, status: int = EXIT_SIGTERM):
+        super().__init__(text)
+        self.status = status
 
 
 @dataclass
@@ -62,7 +69,7 @@ class Guard:
         if self.folder is not None and accelerator.is_main_process:
             try:
                 Path(self.folder).mkdir(parents=True, exist_ok=True)
-                with (Path(self.folder) / "bad_batch.json").open("a") as file:
+                with (Path(self.folder) / "bad_batch.json").open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
             except OSError as problem:
                 warn(f"{line} cannot be written down ({problem.strerror})", accelerator)
@@ -84,9 +91,15 @@ class Guard:
 
 def any_process(flag: bool, accelerator) -> bool:
     """Whether `flag` is true on any process."""
+    return agree([flag], accelerator)[0]
+
+
+def agree(flags: list[bool], accelerator) -> list[bool]:
+    """Which of the flags are true on any process."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+        return flags
+    counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return [count > 0 for count in accelerator.reduce(counts, "sum").tolist()]
 
 
 def warn(text: str, accelerator) -> None:
@@ -95,19 +108,27 @@ def warn(text: str, accelerator) -> None:
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-# SIGTERM
+# Signals
 
 
 @contextlib.contextmanager
-def catch_sigterm(wanted: bool):
-    """A list that is not empty once SIGTERM has come; the process lives on."""
+def catch_signals(wanted: bool):
+    """A list of the signals SIGTERM and SIGINT (Ctrl-C) that came; the process lives on. A second Ctrl-C ends it."""
     received = []
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True)) if wanted else None
+
+    def note(number, _):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nCtrl-C: finishing this step, then saving; Ctrl-C again ends at once\n")
+        received.append(number)
+
+    caught = (signal.SIGTERM, signal.SIGINT) if wanted and threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for number in caught}
     try:
         yield received
     finally:
-        if wanted:
-            signal.signal(signal.SIGTERM, before)
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 def launcher_gone() -> bool:
@@ -118,11 +139,11 @@ def launcher_gone() -> bool:
     return LAUNCHED and os.getppid() != LAUNCHER
 
 
-def exit_at_once():
-    """End this process after SIGTERM without the usual clean-up, in which process groups may wait for ever."""
+def exit_at_once(status: int = EXIT_SIGTERM):
+    """End this process after a signal without the usual clean-up, in which process groups may wait for ever."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_SIGTERM)
+    os._exit(status)
 
 
 # Trackers
@@ -130,8 +151,17 @@ def exit_at_once():
 FAILURES = []  # errors that ended a thread of a tracker
 
 
-def start_trackers(accelerator) -> None:
-    """Start the trackers. An error that ends a thread of theirs becomes the one warning, as an error of a call does."""
+def check_tracker(name: str) -> None:
+    """Raise InputError for a tracker that is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise InputError(f"log.tracker={name} is not installed here: pip install {name}, or set log.tracker=none")
+
+
+def start_trackers(accelerator, folder: str | Path = ".") -> None:
+    """Start the trackers; wandb's files go to `folder`.
+
+    An error that ends a thread of theirs becomes the one warning, as an error of a call does.
+    """
     before, after, usual_hook = {*threading.enumerate()}, None, threading.excepthook
 
     def hook(failure):
@@ -142,7 +172,10 @@ def start_trackers(accelerator) -> None:
 
     FAILURES.clear()
     threading.excepthook = hook
-    _call_tracker(accelerator, accelerator.init_trackers, "log")
+    names = [getattr(kind, "value", kind) for kind in accelerator.log_with]
+    settings = {"dir": str(folder), "name": Path(folder).name}
+    project = "minianyflow" if "wandb" in names else "log"  # of tensorboard: its folder
+    _call_tracker(accelerator, accelerator.init_trackers, project, init_kwargs={"wandb": settings})
     after = {*threading.enumerate()}
 
 
@@ -154,10 +187,37 @@ def log_figures(entry: dict, accelerator) -> None:
 
 def end_trackers(accelerator) -> None:
     """End the trackers and, whether they fail or not, the group of processes."""
+    finish_trackers(accelerator)
+    accelerator.end_training()
+
+
+def log_clips(clips: dict, step: int, accelerator) -> None:
+    """Pass {label: videos (B, T, 3, H, W) in [0, 1]} to tensorboard and wandb as GIFs."""
+    for tracker in accelerator.trackers if accelerator.is_main_process else ():
+        if tracker.name in ("tensorboard", "wandb"):
+            _call_tracker(accelerator, _log_clips, tracker, clips, step)
+
+
+def _log_clips(tracker, clips, step):
+    videos = {f"samples/{label}-{k}": as_gif(clip) for label, batch in clips.items() for k, clip in enumerate(batch)}
+    if tracker.name == "wandb":
+        import wandb
+
+        return tracker.log(
+            {name: wandb.Video(io.BytesIO(gif), format="gif") for name, gif in videos.items()}, step=step
+        )
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for name, gif in videos.items():
+        values = [Summary.Value(tag=name, image=Summary.Image(encoded_image_string=gif))]
+        tracker.writer._get_file_writer().add_summary(Summary(value=values), step)
+
+
+def finish_trackers(accelerator) -> None:
+    """End the trackers: what they hold is written."""
     for tracker in accelerator.trackers:
         _call_tracker(accelerator, tracker.finish)
     accelerator.trackers = []
-    accelerator.end_training()
 
 
 def _call_tracker(accelerator, action, *arguments, **options):

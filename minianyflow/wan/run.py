@@ -32,7 +32,7 @@ from minianyflow.training import Role
 from minianyflow.wan.checkpoints import Checkpoints
 from minianyflow.wan.config import Config, as_yaml, find_device, identity, load_config
 from minianyflow.wan.data.latents import LatentSet
-from minianyflow.wan.guard import Guard, end_trackers, start_trackers
+from minianyflow.wan.guard import Guard, check_tracker, end_trackers, start_trackers
 from minianyflow.wan.prefetch import waiting_share
 from minianyflow.wan.run_networks import RunNetworks, transformer_of, weights_in
 
@@ -78,6 +78,7 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet, Checkpoints]:
     """
     output = Path(config.output)
     _check_unfinished(output)
+    check_tracker(config.log.tracker)
     data = LatentSet(config.data, config.data_skip)
     options = config.checkpoints
     checkpoints = Checkpoints(output / "checkpoints", options.every, options.keep, run_identity(config, data))
@@ -102,7 +103,7 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet, Checkpoints]:
     if accelerator.is_main_process:
         for folder in (output, *output.glob("samples/*")):
             remove_leftovers(folder)
-    start_trackers(accelerator)
+    start_trackers(accelerator, output)
     return accelerator, data, checkpoints
 
 
@@ -161,8 +162,8 @@ def save_run(
         "versions": {package: version(package) for package in ("torch", "diffusers", "peft", "accelerate")},
     }
     with staging_folder(folder) as unfinished:
-        (unfinished / "config.yaml").write_text(as_yaml(config))
-        (unfinished / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+        (unfinished / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+        (unfinished / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if hasattr(os, "sync"):
         os.sync()  # on the disk itself, before the checkpoints go
     Checkpoints(folder / "checkpoints").remove()

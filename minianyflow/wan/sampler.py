@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -21,6 +22,7 @@ from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.data.options import DTYPES
 from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.folders import decode_latents, embed, load_parts
+from minianyflow.wan.guard import log_clips
 
 SAMPLES = 5  # key (seed, key) of random numbers, beside those of the data and of stages.py
 
@@ -66,41 +68,48 @@ def guided_network(u: Callable, config: Config, null: Tensor, scale: float) -> C
 def sample_while_training(
     config: Config, data: LatentSet, student: Role, accelerator: Accelerator
 ) -> Callable[[int], None] | None:
-    """`on_step(step)` for `train_run`: every samples.every steps, clips of the averaged student in samples/.
+    """`sample(done)` for `train_run`: clips of the averaged student in samples/, and in the trackers.
 
-    With samples.last also those of its last weights, from the same noise.
+    With samples.last also those of its last weights, from the same noise. Processes share the clips by weights, step
+    count and prompt; the main one decodes and writes them.
     """
     if not config.samples.every:
         return None
-    prompts, device = config.samples.prompts, accelerator.device
+    prompts, device, prompt = config.samples.prompts, accelerator.device, None
     if accelerator.is_main_process:
-        prompt = embed(config.base, prompts, data.null.shape[1], DTYPES[config.precision], device).float()
+        prompt = embed(config.base, prompts, data.null.shape[1], DTYPES[config.precision], device).float().cpu()
         (vae,) = load_parts(config.base, "vae")  # now, or a missing one would be found hours later
-        noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
+    prompt = broadcast_object_list([prompt])[0].to(device)
+    noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
 
-    def on_step(step):
-        if (step + 1) % config.samples.every:
-            return
-        averaged = student.average is not None and step >= student.ema_after
+    def on_sample(done):
+        averaged = student.average is not None and done > student.ema_after
         sources = {"": student.average.module} if averaged else {}
         if config.samples.last or not averaged:
             sources["last, " * averaged] = student.network
         for network in sources.values():
             if isinstance(network, FSDPModule):
-                network.unshard()  # on all processes, though one samples
+                network.unshard()  # on all processes: some may have no clip
+        jobs = product(sorted(config.samples.steps, reverse=True), sources, range(len(prompts)))
+        latents = {
+            (name, n, k): sample(config, sources[name].network, noise[k, None], prompt[k, None], n).cpu()  # uncounted
+            for n, name, k in [*jobs][accelerator.process_index :: accelerator.num_processes]
+        }
+        latents = {job: clip for some in gather_object([latents]) for job, clip in some.items()}
         if accelerator.is_main_process:
             vae.to(device)
             clips = {}
-            for (name, network), n in product(sources.items(), config.samples.steps):
-                latents = sample(config, network.network, noise, prompt, n)  # uncounted
-                clips[f"{name}{step_label(n)}"] = decode_latents(vae, latents).cpu()
+            for name, n in product(sources, config.samples.steps):
+                videos = [decode_latents(vae, latents[name, n, k].to(device)).cpu() for k in range(len(prompts))]
+                clips[f"{name}{step_label(n)}"] = torch.cat(videos)
             vae.cpu()
-            write_clips(Path(config.output) / "samples" / f"{step + 1:06}", clips, prompts)
+            write_clips(Path(config.output) / "samples" / f"{done:06}", clips, prompts)
+            log_clips(clips, done, accelerator)
         for network in sources.values():
             if isinstance(network, FSDPModule):
                 network.reshard()
 
-    return on_step
+    return on_sample
 
 
 def step_label(steps: int) -> str:

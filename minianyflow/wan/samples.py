@@ -13,7 +13,6 @@ import gc
 import hashlib
 import os
 import re
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import read_json
+from minianyflow.support.files import read_json, unfinished_folder
 from minianyflow.support.reports import write_report
 from minianyflow.times import generator
 from minianyflow.wan.data.options import DTYPES
@@ -143,14 +142,10 @@ class Samples:
 
     def _put(self, path, write):
         """write(path), so that the file is there whole or not at all; never a second one beside it."""
-        try:
+        with unfinished_folder(self.folder, path) as inside:
+            write(inside / path.name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.folder) as inside:
-                write(Path(inside) / path.name)
-                os.replace(Path(inside) / path.name, path)
-        except OSError as problem:
-            why = f"cannot write {path} ({problem.strerror or problem})"
-            raise InputError(f"{why}; make room, or name another folder for the output") from None
+            os.replace(inside / path.name, path)
 
 
 def motion(video: torch.Tensor) -> dict[str, float]:

@@ -120,7 +120,7 @@ def read_prompts(texts: list[str] | None = None, file: str | Path | None = None)
     """The prompts that are not empty, of a list or one per line of a file. Raises InputError if there are none."""
     if file is not None:
         try:
-            texts = Path(file).read_text(encoding="utf-8").splitlines()
+            texts = Path(file).read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
         except (OSError, UnicodeDecodeError) as problem:
             why = getattr(problem, "strerror", None) or "not UTF-8"
             raise InputError(f"cannot read {file} ({why}); expected a text file, one prompt per line") from None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import psutil
 import torch
 
 from minianyflow.flow_map import pick_rows, velocity
@@ -27,6 +28,7 @@ from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
 from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.memory import choose_memory
 from minianyflow.wan.prefetch import prefetch
 from minianyflow.wan.run import Stopwatch, guard, prepare, save_run
 from minianyflow.wan.run_networks import RunNetworks
@@ -68,15 +70,20 @@ def on_policy(config: Config, networks: RunNetworks, null: dict) -> dict[str, Ro
 STAGES = {"teacher": teacher, "forward": forward, "on_policy": on_policy}
 
 
-def distil(config: Config) -> dict | None:
+def distil(config: Config, minutes: float | None = None) -> dict | None:
     """Train the stage of `config`, from the newest checkpoint of its run if there is one; returns run.json.
 
-    Leaves a run folder. On other processes than the main one: None. Raises `guard.Preempted` after SIGTERM.
+    Leaves a run folder. On other processes than the main one: None. Raises `guard.Preempted` after SIGTERM or Ctrl-C,
+    and before this process is `minutes` old.
     """
     accelerator, data, checkpoints = prepare(config)
     networks = RunNetworks(config, data.shape[0], accelerator.device)
     null = {"prompt": data.null.to(accelerator.device)}
-    roles = STAGES[config.stage](config, networks, null)
+    size = networks.base and networks.base.config
+    memory, why = choose_memory(config, size, data.shape, accelerator.device, accelerator.num_processes)
+    if config.stage == "on_policy" and accelerator.is_main_process:
+        print(f"memory={memory}: {why}", flush=True)
+    roles = STAGES[config.stage](replace(config, memory=memory), networks, null)
     stopwatch, watch, waits = Stopwatch(), guard(config, data), []
     checkpoints.stateful = {"networks": networks, "clock": stopwatch, "guard": watch}
     part = accelerator.process_index, accelerator.num_processes
@@ -87,11 +94,14 @@ def distil(config: Config) -> dict | None:
         config.accumulate,
         accelerator,
         {"desc": f"{config.architecture} {config.stage}"},
-        sample_while_training(config, data, roles["student"], accelerator),
+        None,
         config.log.every,
         checkpoints,
         watch,
         own_rows=True,
+        samples=(config.samples.every, sample_while_training(config, data, roles["student"], accelerator)),
+        deadline=None if minutes is None else psutil.Process().create_time() + 60 * minutes,
+        waits=waits,
     )
     return save_run(config, data, networks, roles, history, stopwatch.seconds, accelerator, waits)
 
@@ -122,10 +132,10 @@ def forward_loss(config: Config, networks: RunNetworks, null: dict) -> Callable:
 
 def simulation(config: Config) -> Callable:
     """Backward simulation for the architecture."""
+    recomputed, chunks = config.memory == "small", config.causal
     if config.architecture == "bidirectional":
-        return backward_simulation
-    chunks = config.causal
-    return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, ragged=True)
+        return partial(backward_simulation, recomputed=recomputed)
+    return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, True, recomputed)
 
 
 def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:

@@ -16,7 +16,7 @@ ROWS = {
 
 def evaluations_per_sample() -> str:
     """Forwards and backwards per sample of every stage, as scripts/wan_tiny.py counted them."""
-    counts = json.loads((ROOT / "docs/wan/evaluations.json").read_text())
+    counts = json.loads((ROOT / "docs/wan/evaluations.json").read_text("utf-8"))
     rows = [
         [stage, *("{forwards:.2f}, {backwards:.2f}".format(**roles[role]) if role in roles else "" for role in ROLES)]
         for stage, roles in counts.items()
@@ -26,7 +26,7 @@ def evaluations_per_sample() -> str:
 
 def evaluation() -> str:
     """The small video's teacher and flow map at a few step counts, beside held-out clips."""
-    report = json.loads((ROOT / "docs/video/evaluation.json").read_text())
+    report = json.loads((ROOT / "docs/video/evaluation.json").read_text("utf-8"))
     steps, rows = [1, 2, 4, 8, 64, 128], []
     for name, words in ROWS.items():
         for label, method in report["methods"].items():

@@ -4,17 +4,36 @@ The step is the small loop's own: `training.accumulate_gradient`, then `Role.upd
 from its step number alone and every process trains on its rows of it, so that one process and many see the same rows.
 """
 
+import signal
+import time
+from functools import partial
+
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minianyflow.batch import deal
+from minianyflow.flow_map import current_unit
 from minianyflow.support.errors import InputError
 from minianyflow.training import accumulate_gradient, check_gradients, mean_figures
-from minianyflow.wan.guard import Guard, Preempted, any_process, catch_sigterm, launcher_gone, log_figures
+from minianyflow.wan.guard import (
+    EXIT_CTRL_C,
+    EXIT_SIGTERM,
+    Guard,
+    Preempted,
+    agree,
+    catch_signals,
+    finish_trackers,
+    launcher_gone,
+    log_figures,
+)
+from minianyflow.wan.intervals import Every
+from minianyflow.wan.prefetch import waiting_share
 
 
 def train_run(
@@ -29,16 +48,21 @@ def train_run(
     checkpoints=None,
     guard=None,
     own_rows=False,
+    samples=(0, None),
+    deadline=None,
+    waits=(),
 ):
     """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/NAME": error}.
 
     draw(step): the global batch; with own_rows, the rows of this process alone, as `deal` has them.
     accumulate: number of micro-batches per process (gradient accumulation). progress: a bar, none, or a dict of tqdm's
     options. on_step(step) is called after each step. The history is gathered from all processes every `log_every`
-    steps and at the end, and passed to the accelerator's trackers, if it has any.
-    checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to. With it, after SIGTERM or the end of its
-    launcher, the run finishes its step, saves, and raises `guard.Preempted`. guard: a `guard.Guard` for bad batches;
-    None stops at the first.
+    steps, or so much time, and at the end, and passed to the accelerator's trackers, if it has any.
+    samples: (interval, sample); sample(done) is called before the first step, every so often, and after the last.
+    checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to. With it, after SIGTERM, Ctrl-C or the end
+    of its launcher, or where another step may end after the `deadline` (seconds of time.time), the run finishes its
+    step, saves, and raises `guard.Preempted`. guard: a `guard.Guard` for bad batches; None stops at the first.
+    waits: a list as `prefetch` has it, for the trackers.
     Raises InputError if a loss is not finite, a weight that should learn gets no gradient, or one is frozen.
     """
     accelerator, guard = accelerator or Accelerator(), guard or Guard()
@@ -50,33 +74,85 @@ def train_run(
         checkpoints.check_room(roles)
     if done > steps:
         raise InputError(f"a checkpoint of {done} steps; expected at most steps={steps}: set more")
-    bar = {"desc": "training", "unit": "step", "mininterval": 0.5, "initial": done, "total": steps}
+    bar = {"desc": "training", "mininterval": 0.5, "initial": done, "total": steps, "bar_format": BAR}
     bar |= progress if isinstance(progress, dict) else {"disable": not progress}
     bar |= {} if accelerator.is_main_process else {"disable": True}
-    with catch_sigterm(checkpoints is not None) as received:
-        for step in tqdm(range(done, steps), **bar):
-            batch, figures, last = draw(step), {"step": step}, step == steps - 1
+    if samples[0] and not done:
+        samples[1](0)
+    every = [Every(interval) for interval in (log_every, checkpoints.every if checkpoints else 0, samples[0])]
+    pace, longest = Pace(done, waits, accelerator.device), 0.0
+    with catch_signals(checkpoints is not None) as received, Bar(range(done, steps), **bar) as shown:
+        for step in shown:
+            began, last = time.time(), step == steps - 1
+            batch, figures = draw(step), {"step": step}
             batch = batch if whole else deal(batch, *process)
             for name, role in roles.items():
                 raw = _step(name, role, *wrapped[name], batch, step, steps, accumulate, accelerator, guard)
                 if raw is None:  # a bad batch
                     break
                 figures |= {f"{name}/{kind}": error for kind, error in raw.items()}
-            else:
-                if step % log_every == 0 or last:
-                    numbers = {kind: float(value) for kind, value in figures.items()}
-                    history.append(mean_figures(gather_object([numbers])))
-                    log_figures(history[-1], accelerator)
-            if checkpoints:
-                preempted = any_process(bool(received) or launcher_gone(), accelerator)
-                if preempted or last or (step + 1) % checkpoints.every == 0:
-                    checkpoints.save(roles, step + 1, history, accelerator)
-                if preempted:
-                    why = "its launcher is gone" if launcher_gone() else "SIGTERM"
-                    raise Preempted(f"{why}: saved after {step + 1} of {steps} steps")
+            good = raw is not None
+            if good:
+                shown.set_postfix_str(f"loss {float(next(v for k, v in figures.items() if '/loss' in k)):.4g}", False)
+            done, over = step + 1, deadline is not None and time.time() + max(longest, time.time() - began) > deadline
+            stop, log, save, show = agree(
+                [
+                    bool(received) or launcher_gone() or over,
+                    *(
+                        accelerator.is_main_process and one.due(n)
+                        for one, n in zip(every, (step, done, done), strict=True)
+                    ),
+                ],
+                accelerator,
+            )
+            if good and (log or last or step == 0):
+                numbers = {kind: float(value) for kind, value in figures.items()}
+                history.append(mean_figures(gather_object([numbers])))
+                log_figures(history[-1] | pace.figures(done), accelerator)
+            if checkpoints and (save or last or stop):
+                checkpoints.save(roles, done, history, accelerator)
+            if checkpoints and stop and not last:
+                reason = "its launcher is gone" if launcher_gone() else "its time is over" if over else "SIGTERM"
+                reason = "Ctrl-C" if signal.SIGINT in received else reason
+                finish_trackers(accelerator)
+                status = EXIT_CTRL_C if reason == "Ctrl-C" else EXIT_SIGTERM
+                raise Preempted(f"{reason}: saved after {done} of {steps} steps", status)
+            if samples[0] and (show or last):
+                samples[1](done)
             if on_step:
                 on_step(step)
+            longest = max(longest, time.time() - began)
     return history
+
+
+class Bar(tqdm):
+    """A progress bar in steps per minute."""
+
+    @property
+    def format_dict(self):
+        """Tqdm's figures, and `pace`."""
+        figures = super().format_dict
+        rate = figures["rate"] or (figures["n"] - figures["initial"]) / max(figures["elapsed"], 1e-9)
+        return figures | {"pace": f"{60 * rate:.3g} steps/min"}
+
+
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {pace}{postfix}]"
+
+
+class Pace:
+    """What trackers see of time and memory, since the entry before: seconds per step, share of waiting, memory."""
+
+    def __init__(self, done, waits, device):
+        self.done, self.waits, self.device, self.start, self.seen = done, waits, device, time.perf_counter(), 0
+
+    def figures(self, done):
+        """The figures after `done` steps, by name."""
+        now, waited = time.perf_counter(), waiting_share(self.waits[self.seen :])
+        cuda = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) if cuda else psutil.Process().memory_info().rss
+        figures = {"seconds_per_step": (now - self.start) / max(done - self.done, 1), "memory_gb": memory / 1e9}
+        self.done, self.start, self.seen = done, now, len(self.waits)
+        return figures | ({"waiting_for_data": waited["all"]} if waited else {})
 
 
 def _wrap(role, accelerator):
@@ -111,10 +187,18 @@ def _reduce_once(network):
     network.register_forward_pre_hook(show, with_kwargs=True)
 
 
+def _forward(network):
+    """The network as a loss calls it: DDP's own forward prepares a reduction, and one that is repeated must not."""
+    if not isinstance(network, DistributedDataParallel):
+        return network
+    return lambda *inputs, **condition: (network.module if current_unit()[1] else network)(*inputs, **condition)
+
+
 def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard):
     """One step of one role: its figures by name, or None for a bad batch, which changes nothing."""
     before = loss_state(role.loss)
-    losses, figures = accumulate_gradient(role, batch, accumulate, network, lambda: accelerator.no_sync(network))
+    no_sync = partial(accelerator.no_sync, network)
+    losses, figures = accumulate_gradient(role, batch, accumulate, _forward(network), no_sync)
     check_gradients(name, role, first=step == 0)
     norm = 0.0
     if role.clip:  # accelerate's own function fails with two sharded networks
@@ -127,7 +211,8 @@ def _step(name, role, network, optimizer, batch, step, steps, accumulate, accele
             role.loss.load_state_dict(before)
         return None
     role.update(step, steps, optimizer)
-    return figures
+    figures = figures | {"lr": role.schedule(step, steps)}
+    return figures | {"gradient_norm": norm} if role.clip else figures
 
 
 def loss_state(loss) -> dict:

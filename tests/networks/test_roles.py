@@ -422,7 +422,9 @@ def test_a_layer_trained_whole_is_a_copy_for_each_role(tmp_path, dtype):
     save_role(tmp_path / "r.safetensors", transformer, "student")
     load_role(tmp_path / "r.safetensors", transformer, "again")
     assert close(coarse(RoleNetwork(CausalNetwork(transformer), "again")), out, 0)
-    with pytest.raises(InputError, match=r"trains far_patch_embedding\.bias; expected targets that cover"):
+    with pytest.raises(
+        InputError, match=r"trains far_patch_embedding\.bias, this one does not: set causal.coarse_patches=whole"
+    ):
         add_role(transformer, "s", RANK, targets=TARGETS + FAR, start="student")
     merged = copy.deepcopy(plain)
     load_role(tmp_path / "r.safetensors", merged, "student")

@@ -152,6 +152,8 @@ def test_every_arm_teaches_its_student_and_counts_what_it_costs(arm):
 def test_the_report_is_whole_and_its_arms_cost_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(exposure, "CLIPS", 64)
     monkeypatch.setattr(exposure, "TRUE", 32)
+    monkeypatch.setattr(exposure, "LONG", (16, 20))
+    monkeypatch.setattr(exposure, "LONG_CLIPS", 32)
     monkeypatch.setattr(exposure, "run_jobs", lambda jobs, workers: {n: f(*args) for n, (f, args) in jobs.items()})
     arms, written = ("teacher forcing", "on-policy"), tmp_path / "students.safetensors"
     report = exposure.run((0, 1), TINY, arms, tmp_path, quiet=True)

@@ -121,8 +121,9 @@ RESIDENT = ("base weights", "adapters", "trained weights", "averages", "optimise
 FAST = ["bidirectional forward lora true"]
 SLOW = ["causal on_policy lora true", "causal forward full true", "bidirectional on_policy full false"]
 SLOW += ["bidirectional teacher lora false", "bidirectional forward lora true accumulate=2"]
+SMALL = [f"{kind} on_policy lora true memory=small" for kind in ("bidirectional", "causal")]
 CASES = product(("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false"))
-CASES = [" ".join(case) for case in CASES] + [SLOW[-1], "bidirectional forward lora false accumulate=4"]
+CASES = [" ".join(case) for case in CASES] + [SLOW[-1], "bidirectional forward lora false accumulate=4", *SMALL]
 
 
 def marked(cases, slow, fast=()):
@@ -131,7 +132,7 @@ def marked(cases, slow, fast=()):
     return [pytest.param(case, marks=mark) for case, mark in marks.items()]
 
 
-@pytest.mark.parametrize("case", marked(CASES, SLOW, FAST))
+@pytest.mark.parametrize("case", marked(CASES, SLOW + SMALL, FAST))
 def test_a_real_step_takes_what_was_planned(settings, case):
     architecture, stage, trained, checkpointing, *more = case.split()
     config = settings(architecture, stage, f"trained={trained}", f"checkpointing={checkpointing}", *more)

@@ -40,6 +40,12 @@ def test_an_error_leaves_nothing(tmp_path, kind):
     assert not [path for path in tmp_path.rglob("*") if path.name != "new"]
 
 
+def test_a_rerun_sweeps_what_a_killed_process_left(tmp_path):
+    (tmp_path / ".unfinished-killed").mkdir()
+    with staging_folder(tmp_path) as living, staging_folder(tmp_path) as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {living.name, folder.name}
+
+
 def test_one_process_locks_a_folder_where_there_are_locks(tmp_path, monkeypatch):
     lock = lock_folder(tmp_path)
     with refused("another run is at work"):

@@ -9,7 +9,8 @@ from minianyflow.support.install import ROOT
 from minianyflow.support.reports import mean
 
 REPORT = json.loads((ROOT / "docs/video/any_step.json").read_text())
-EXPOSURE = json.loads((ROOT / "docs/video/exposure.json").read_text())["arms"]
+CIRCLE = json.loads((ROOT / "docs/video/exposure.json").read_text())
+EXPOSURE, LONG = CIRCLE["arms"], CIRCLE["long"]
 
 
 def at(name, nfe, measure="sliced_w2"):
@@ -121,3 +122,29 @@ def test_an_exact_teacher_ends_ahead():
     for arm in EXPOSURE:
         assert exact[1] <= mean(exposed(arm, 2, 1))
         assert exact[4] <= mean(exposed(arm, 2, 4)) + 0.002
+
+
+def long_clips(arm, nfe, name, frame=160):
+    """Of every seed: what clips of the circle keep at this frame."""
+    return [figures[name][LONG["frames"].index(frame)] for figures in LONG["arms"][arm][str(nfe)]]
+
+
+def test_on_policy_training_on_whole_clips_leaves_one_speed_and_teacher_forcing_forgets():
+    assert min(long_clips("on-policy", 1, "tv", 16)) > 0.7
+    assert min(long_clips("on-policy", 4, "tv")) > 0.7
+    assert max(long_clips("teacher forcing", 4, "sliced_w2")) < 0.2 < min(long_clips("on-policy", 4, "sliced_w2"))
+    assert max(long_clips("teacher forcing", 4, "kept")) < 0.5
+    assert max(long_clips("teacher forcing", 4, "whole")) < 0.1
+    floor = {name: values[LONG["frames"].index(160)] for name, values in LONG["exact"].items()}
+    assert floor["tv"] < 0.1
+    assert min(floor["kept"], floor["whole"]) > 0.85
+
+
+def test_a_student_that_turns_with_its_past_keeps_the_law_and_no_stage_does():
+    turned = "teacher forcing, turned student"
+    spent = [points[-1]["cost"]["evaluations"] for points in (CIRCLE["turned"], CIRCLE["start"])]
+    assert spent[0] < 1.1 * (spent[1] + EXPOSURE["on-policy"][-1]["cost"]["evaluations"])
+    assert max(long_clips(turned, 1, "lost", 640)) == 0
+    for arm in set(LONG["arms"]) - {turned}:
+        assert min(long_clips(turned, 4, "whole")) > 3 * max(long_clips(arm, 4, "whole"))
+        assert max(long_clips(turned, 4, "sliced_w2")) < max(long_clips(arm, 4, "sliced_w2"))

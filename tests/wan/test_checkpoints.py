@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, complete, and what is refused. Several processes and kills: test_processes.py."""
 
 import json
+import signal
 from itertools import count
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from minianyflow.objectives import FlowMapLoss
 from minianyflow.training import Role
 from minianyflow.wan import checkpoints as module
 from minianyflow.wan.checkpoints import Broken, Checkpoints, check
-from minianyflow.wan.guard import Guard
+from minianyflow.wan.guard import Guard, Preempted
+from minianyflow.wan.intervals import Every
 from minianyflow.wan.trainer import train_run
 from tests.refused import refused
 from toy_data import plane
@@ -213,6 +215,41 @@ def test_an_error_of_the_disk_is_one_line_and_older_checkpoints_stay(tmp_path, w
     assert contents(tmp_path) == before
     assert not list(tmp_path.glob(".*"))
     assert equal(run(tmp_path), whole)
+
+
+@pytest.mark.parametrize(("count", "ending", "saved"), [(1, Preempted, "000004"), (2, KeyboardInterrupt, "000002")])
+def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(tmp_path, whole, count, ending, saved):
+    draws = noisy(3)
+
+    def draw(step):
+        for _ in range(count if step == 3 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return draws(step)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ending) as stopped:
+        run(tmp_path, draw=draw, every="1 h" if count == 1 else 2)
+    assert getattr(stopped.value, "status", 130) == 130
+    assert (Checkpoints(tmp_path).folders()[0].name, signal.getsignal(signal.SIGINT)) == (saved, before)
+    assert equal(run(tmp_path), whole)
+
+
+def test_a_run_ends_saved_before_its_deadline(tmp_path, whole):
+    arguments = {"accelerator": Accelerator(cpu=True), "progress": False, "log_every": 1}
+    with pytest.raises(Preempted, match="its time is over: saved after 1 of 8 steps") as stopped:
+        train_run(roles(), noisy(3), 8, checkpoints=Checkpoints(tmp_path, "1 h"), deadline=0.0, **arguments)
+    assert stopped.value.status == 143
+    assert equal(run(tmp_path), whole)
+
+
+def test_a_time_is_due_once_it_has_passed(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    every, due = Every("1.5 min"), []
+    for now in (10.0, 89.0, 91.0, 100.0, 182.0):  # noqa: B007
+        due.append(every.due(1))
+    assert due == [False, False, True, False, True]
+    assert [Every(2).due(done) for done in (1, 2, 3)] == [False, True, False]
 
 
 def test_ctrl_c_while_saving_is_no_failure(tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ UNKNOWN = {
     "lr": "'lr' on the command line; expected key=value",
     "samples.prompts=[a, b": "cannot be read .*; quote values",
 }
+UNKNOWN["learning_rate=1"] = "unknown option 'learning_rate' .*did you mean 'lr'"
 TYPES = {
     "steps=many": r"steps=many in the command line; it should be a valid integer \(optimiser steps\)",
     "lr=fast": "^lr=fast .*valid number",
@@ -119,13 +120,16 @@ TYPES = {
 }
 RANGES = {  # one of each kind
     "steps=0": "steps=0 .*greater than or equal to 1",
-    "checkpoints.every=0": "checkpoints.every=0 .*or equal to 1",
+    "checkpoints.every=0": "checkpoints.every=0: it should be a number of steps, or a time like '30 min'",
     "lr=0": "^lr=0 .*greater than 0",
     "drop=1.5": "drop=1.5 .*less than or equal to 1",
     "betas=[0.9]": r"betas=\[0.9\] .*at least 2 items",
     "samples.steps=[0]": r"samples.steps=\[0\] .*or equal to 1",
     "stage=techer": "unknown stage 'techer'; known: teacher, forward, on_policy; did you mean 'teacher'",
-    "log.tracker=wandb": "unknown log.tracker 'wandb'; known: tensorboard, none",
+    "log.tracker=wandby": "unknown log.tracker 'wandby'; known: tensorboard, wandb, none; did you mean 'wandb'",
+    "checkpoints.every=soon": "checkpoints.every=soon in the command line; it should be a number of steps, or a time",
+    "samples.every=-1": "samples.every=-1 .*a time like",
+    "log.every=3 weeks": "log.every=3 weeks .*a time like",
     "velocity=teacher": "unknown velocity 'teacher'; known: data, base",
 }
 
@@ -166,8 +170,8 @@ CONTRADICTIONS = {
     ("warmup=0", "steps=1000"): "ema_after=1000, steps=1000: the average would never begin",
     ("ema=1",): "ema=1.0: the average would never move",
     ("on_nan.skip=2", "clip=null"): "on_nan.skip=2, clip=None: ",
-    ("samples.prompts=[]",): r"samples.every=500, samples.prompts=\[\]: give prompts",
-    ("samples.prompts=['  ']",): "samples.every=500, samples.prompts=.*: give prompts",
+    ("samples.prompts=[]",): r"samples.every=2 h, samples.prompts=\[\]: give prompts",
+    ("samples.prompts=['  ']",): "samples.every=2 h, samples.prompts=.*: give prompts",
 }
 HARMLESS = [
     ("objective=eulerian", "guidance.published=true"),

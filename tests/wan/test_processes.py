@@ -91,7 +91,7 @@ def run_once(kind, *words):
         patch.setattr(trainer, "_step", step)
         patch.setattr(stages, "draws", watched_draws)
         patch.setattr(runs, "Accelerator", Sharding if kind == "shard" else Accelerator)
-        patch.setattr(guard, "exit_at_once", lambda: guard.EXIT_SIGTERM)  # the next run needs this process
+        patch.setattr(guard, "exit_at_once", lambda status: status)  # the next run needs this process
         status = run(lambda: distill(words[preempt.isdecimal() :]))
     return seen | {"kinds": [*seen["kinds"]], "sharded": [*seen["sharded"]], "status": status}
 
@@ -151,6 +151,7 @@ def arguments(folder, name, output, steps):
         stage,
         "tiny",
         *words,
+        "memory=small",
         "samples.every=0",
         "log.tracker=none",
         "checkpoints.every=100",

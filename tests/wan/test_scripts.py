@@ -302,6 +302,8 @@ def test_licences_are_followed_to_where_a_run_began(runs, tmp_path):
     text = (first / "config.yaml").read_text()
     (first / "config.yaml").write_text(re.sub(r"^student: .*$", "student: nvidia/AnyFlow-X", text, flags=re.M))
     assert "non-commercial" in notes(replace(config, student=str(first)))
+    (first / "config.yaml").write_text(re.sub(r"^student: .*$", f"student: {first}", text, flags=re.M))
+    assert "licence of" in notes(replace(config, student=str(first)))  # a run that names itself: the search ends
 
 
 # ---- the first frames known

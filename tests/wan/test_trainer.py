@@ -116,7 +116,10 @@ def test_every_entry_of_the_history_goes_to_the_trackers():
     draw = batches(RING.sample, 16)
     history = train_run({"student": student()}, draw, 5, accelerator=accelerator, progress=False, log_every=2)
     assert [step for step, _ in notes.kept] == [0, 2, 4]
-    assert [{"step": step} | values for step, values in notes.kept] == history
+    for entry, (step, values) in zip(history, notes.kept, strict=True):
+        assert values.keys() - entry.keys() == {"seconds_per_step", "memory_gb"}
+        assert entry.items() <= ({"step": step} | values).items()
+        assert min(values["memory_gb"], values["seconds_per_step"], values["student/lr"]) > 0
 
 
 def poisoned(steps, field="eps"):

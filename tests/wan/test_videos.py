@@ -70,7 +70,8 @@ def test_a_video_on_its_side_is_read_upright(tmp_path):
     write_clips(tmp_path, {"x": VIDEO[:1, ..., :48]}, ["x"])
     subprocess.run([*ffmpeg, "-i", str(tmp_path / "x-0.mp4"), "-c", "copy", str(turned)], check=True)
     upright = read_frames(tmp_path / "x-0.mp4", 17, 64, 48)
-    assert torch.equal(read_frames(turned, 17, 48, 64), upright.rot90(1, (1, 2)))
+    apart = (read_frames(turned, 17, 48, 64).float() - upright.rot90(1, (1, 2)).float()).abs()
+    assert float(apart.mean()) < 1  # colours have half as many samples, and lie at the left of theirs
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
         raise InputError(f"limit={limit}; expected at least 1")
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
-            rows = list(_csv_rows(lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
+            rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
         raise InputError(f"captions {path} cannot be read ({problem}); expected jsonl or csv in UTF-8") from None
     first_lines, clips = {}, []
@@ -35,6 +36,9 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
         if not isinstance(name, str) or not isinstance(caption, str) or not name:
             columns = ", ".join(map(str, row)) or "nothing"
             raise InputError(f"line {number} of {path} has {columns}; expected texts named file and caption")
+        name = os.path.normpath(name)
+        if os.path.isabs(name) or Path(name).parts[0] == "..":
+            raise InputError(f"{name} in line {number} of {path} is outside --videos; expected a file inside")
         if name in first_lines:
             raise InputError(f"{name} is in lines {first_lines[name]} and {number} of {path}; expected each file once")
         first_lines[name] = number
@@ -44,10 +48,17 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
     return clips[:limit]
 
 
-def _csv_rows(lines):
-    reader = csv.DictReader(lines)
-    for row in reader:
-        yield reader.line_num, row
+def _csv_rows(path, lines):
+    reader, start = csv.DictReader(lines, strict=True), 2
+    expected = "expected quotation marks round a caption with commas, and each doubled inside"
+    try:
+        for row in reader:
+            if None in row:
+                raise InputError(f"line {reader.line_num} of {path} has more fields than columns; {expected}")
+            yield reader.line_num, row
+            start = reader.line_num + 1
+    except csv.Error as problem:
+        raise InputError(f"the row that starts in line {start} of {path} is broken ({problem}); {expected}") from None
 
 
 def _jsonl_rows(path, lines):

@@ -243,5 +243,5 @@ def verify(folder: str | Path) -> list[str]:
                 problems.append(f"{path} has another SHA-256 than when it was written")
         except InputError as problem:
             problems.append(str(problem))
-    extra = {*data.folder.glob("[0-9]*/*.safetensors")} - {*clips}
+    extra = {*data.folder.glob("[0-9]*/[!.]*.safetensors")} - {*clips}
     return problems + [f"{path} is not in {MANIFEST}" for path in sorted(extra)]

@@ -39,6 +39,7 @@ from minianyflow.wan.folders import encode_prompts, encode_video, is_folder, loa
 from minianyflow.wan.prefetch import prefetch
 
 SKIPPED = "skipped.jsonl"  # which clips were skipped, and why
+CLEANED = "ftfy, HTML entities, blanks"  # what diffusers' prompt_clean does to a caption, as Wan's own code
 ROUND = 1024  # prompts that are in memory while their videos are encoded
 TIMED = 8  # clips that are encoded to estimate the disk and the time for all
 HEADER = 500  # bytes of a clip's file beside its numbers, about
@@ -58,7 +59,7 @@ def fetch(base: str) -> Path:
 def model_identity(folder: Path) -> dict[str, str]:
     """Which model a pipeline's folder holds: a text per part that changes with its configuration, weights or files."""
     digest = hashlib.sha256()
-    for path in sorted((folder / "tokenizer").glob("*")):
+    for path in sorted(path for path in (folder / "tokenizer").glob("[!.]*") if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     parts = {name: fingerprint(folder / name) for name in ("vae", "text_encoder")}
     return parts | {"tokenizer": digest.hexdigest()[:12]}
@@ -104,7 +105,7 @@ class Preparation:
         lines = "\n".join(json.dumps(clip, ensure_ascii=False) for clip in self.clips)
         captions = f"{len(self.clips)} clips, {hashlib.sha256(lines.encode()).hexdigest()[:12]}"
         made = {"captions": captions} | asdict(self.options) | model_identity(self.source)
-        self.head = {"clips": len(self.clips), "base": str(self.base), "made": made}
+        self.head = {"clips": len(self.clips), "base": str(self.base), "cleaned": CLEANED, "made": made}
         found = read_manifest(self.output, unfinished=True)
         for name, value in made.items() if found else ():
             before = found.get("made", {}).get(name)
@@ -118,7 +119,7 @@ class Preparation:
 
     def pending(self) -> list[int]:
         """The numbers of the clips that have no file: skipped ones too, since their videos may be better by now."""
-        existing = {f"{path.parent.name}/{path.name}" for path in self.output.glob("[0-9]*/*.safetensors")}
+        existing = {f"{path.parent.name}/{path.name}" for path in self.output.glob("[0-9]*/[!.]*.safetensors")}
         return [number for number in range(len(self.clips)) if clip_name(number) not in existing]
 
     def estimate(self, pending: list[int]) -> tuple[float, float, int]:

@@ -1,6 +1,8 @@
 """Videos and pictures as frames: where a clip is read, by ffmpeg."""
 
 import logging
+import re
+import subprocess
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -13,6 +15,14 @@ from minianyflow.support.errors import InputError
 from minianyflow.wan.data.options import FPS
 
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
+HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}  # ffmpeg's names of the transfer functions
+# BT.2408: 203 cd/m2 is the white of ordinary video. Up to 0.8 of it light is kept, what is brighter is compressed.
+TONE_MAP = "tonemap=mobius:param=0.8:desat=0"
+TO_BT709 = f"zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,{TONE_MAP},zscale=t=bt709:m=gbr:r=pc,format=gbrp"
+ALPHA = re.compile(r"yuva|rgba|bgra|argb|abgr|gbrap|ya\d+|pal8|ayuv|vuya")
+FLAGS = "lanczos+accurate_rnd+full_chroma_int"  # without these two colours are up to two levels too dark
+OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
+LATE = 0.1  # of an output frame's time: a frame that begins so little after its instant counts, as containers round
 
 
 def read_video(path: str | Path, frames: int, height: int, width: int) -> Tensor:
@@ -34,26 +44,76 @@ def read_video(path: str | Path, frames: int, height: int, width: int) -> Tensor
 
 
 def read_frames(path: str | Path, frames: int, height: int, width: int, fps: float = FPS) -> Tensor:
-    """The first frames of a video, bytes (T, H, W, 3): cut in the centre and resized by ffmpeg.
+    """The frames of `read_clip` alone."""
+    return read_clip(path, frames, height, width, fps)[0]
 
-    They are the frames shown at 0, 1 / fps, 2 / fps, ... seconds. Raises InputError as `read_video`.
+
+def read_clip(
+    path: str | Path, frames: int, height: int, width: int, fps: float = FPS
+) -> tuple[Tensor, dict[str, int | str]]:
+    """The first frames of a video, bytes (T, H, W, 3), cut in the centre and resized by ffmpeg; and what was changed.
+
+    They are the frames shown 0, 1 / fps, 2 / fps, ... seconds after the first, upright, in square pixels and in BT.709
+    (untagged: BT.601 up to 576 lines): HDR and BT.2020 are tone-mapped, transparency lies over black, interlaced
+    frames are deinterlaced. The changes: {"repeated": frames that equal the one before, "colours", "transparent",
+    "interlaced": why}, as far as they happened. Raises InputError as `read_video`.
     """
-    size = f"{width}:{height}"
-    filters = f"fps={fps}:round=up,scale={size}:force_original_aspect_ratio=increase:flags=lanczos,crop={size}"
-    options = ["-vf", filters, "-frames:v", str(frames), "-an"]
+    expected = "expected a picture, or a video as ffmpeg reads it"
+    about, decoder = _describe(path)
+    filters = [f"settb=AVTB,setpts=(PTS-STARTPTS)-{LATE / fps}/TB,fps={fps}:round=up"]
+    changes = _changes(about)
+    if "interlaced" in changes:
+        filters.insert(0, "bwdif=deint=interlaced:mode=send_frame")
+    scale = f"scale=w=max({width}\\,round({height}*dar)):h=max({height}\\,round({width}/dar)):flags={FLAGS}"
+    untagged = about.get("color_space") in ("unknown", None)
+    matrix = ":in_color_matrix=" + ("bt709" if int(about.get("s", "0x0").split("x")[1]) > 576 else "bt601")
+    alpha = [OVER_BLACK] if "transparent" in changes else []
+    colours = [TO_BT709] if "colours" in changes else []
+    scale += matrix * (untagged and not colours and not alpha)
+    filters += [*colours, *alpha, scale, "format=gbrp", f"crop={width}:{height}"]
+    options = ["-vf", ",".join(filters), "-frames:v", str(frames), "-an", "-sn", "-dn"]
     video, count = torch.empty(frames, height, width, 3, dtype=torch.uint8), 0
     try:
-        pictures = imageio_ffmpeg.read_frames(str(path), output_params=options)
+        pictures = imageio_ffmpeg.read_frames(str(path), input_params=decoder, output_params=options)
         next(pictures)  # the first value describes the file
         for picture in pictures:
             video[count] = torch.frombuffer(bytearray(picture), dtype=torch.uint8).view(video[0].shape)
             count += 1
     except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration) as problem:
         why = next((line.strip() for line in reversed(str(problem).splitlines()) if line.strip()), "no video in it")
-        raise InputError(f"{path} cannot be read ({why}); expected a picture, or a video as ffmpeg reads it") from None
+        raise InputError(f"{path} cannot be read ({why}); {expected}") from None
     if count < frames:
         raise InputError(f"{path} has {count} frames at {fps:g} per second; expected at least {frames}")
-    return video
+    repeated = sum(map(torch.equal, video[1:], video[:-1]))
+    return video, ({"repeated": repeated} if repeated else {}) | changes
+
+
+def _describe(path):
+    """What ffmpeg says of a video's first frame, {name: value}, and the options that decode its transparency."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-i", str(path), "-vf", "showinfo"]
+    try:
+        done = subprocess.run([*command, "-frames:v", "1", "-an", "-f", "null", "-"], capture_output=True, check=False)
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path} cannot be read ({problem}); expected a picture or a video") from None
+    text = done.stderr.decode(errors="replace")
+    about = dict(re.findall(r"(\w+):\s*(\S+)", " ".join(re.findall(r"showinfo.*\] (?:n:|color).*", text))))
+    codec = re.search(r"Video: (vp[89])\b", text)
+    if codec and re.search(r"alpha_mode\s*:\s*1", text):  # the usual decoders do not see it
+        return about | {"fmt": "yuva420p"}, ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]]]
+    return about, []
+
+
+def _changes(about):
+    """What must be done to a video that is `about` so: {what: why}."""
+    transfer, primaries = about.get("color_trc"), about.get("color_primaries")
+    changes = {}
+    if transfer in HDR or primaries == "bt2020":
+        changes["colours"] = HDR.get(transfer, "BT.2020")
+    if ALPHA.match(about.get("fmt", "")):
+        changes["transparent"] = about["fmt"]
+    if about.get("i") in ("T", "B"):
+        changes["interlaced"] = about["i"]
+    return changes
 
 
 def to_float(video: Tensor) -> Tensor:
@@ -62,11 +122,14 @@ def to_float(video: Tensor) -> Tensor:
 
 
 def _read_picture(path):
-    """The picture, or None where the file is none. An animation is a video."""
+    """The picture, transparency over black, or None where the file is none. An animation is a video."""
     try:
         with Image.open(path) as picture:
-            return None if getattr(picture, "is_animated", False) else ImageOps.exif_transpose(picture).convert("RGB")
+            if getattr(picture, "is_animated", False):
+                return None
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("RGB")
     except UnidentifiedImageError:
         return None
-    except (OSError, ValueError, Image.DecompressionBombError) as problem:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         raise InputError(f"{path} cannot be read ({problem}); expected a whole picture or video") from None

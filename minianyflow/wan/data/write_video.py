@@ -44,6 +44,13 @@ def write_clip(path: str | Path, clip: Tensor, fps: float = FPS) -> None:
     _write(Path(path), _to_bytes(Path(path).name, clip[None], 1)[0], fps)
 
 
+def as_gif(clip: Tensor, fps: float = FPS) -> bytes:
+    """One clip (T, 3, H, W) as a GIF, which trackers show."""
+    return imageio.mimwrite(
+        "<bytes>", [*_to_bytes("clip", clip[None], 1)[0]], format="GIF", duration=1000 / fps, loop=0
+    )
+
+
 def clip_sheet(clips: dict[str, Tensor], prompts: list[str], stills: int = 3, columns: int | None = None) -> Figure:
     """A picture of {label: video (B, T, 3, H, W)}: a block per prompt and in it a row per label."""
     rows = {label: _to_bytes(label, video, len(prompts)) / 255 for label, video in clips.items()}
@@ -65,5 +72,8 @@ def _write(path, clip, fps):
     """An mp4 of bytes (T, H, W, 3). H.264 shares colours between 2 x 2 pixels: an odd side grows by its edge."""
     odd = [(0, side % 2) for side in clip.shape[1:3]]
     options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
+    tags = [text for name in ("colorspace", "color_primaries", "color_trc") for text in (f"-{name}", "bt709")]
+    convert = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
+    options["output_params"] = ["-vf", convert, *tags, "-color_range", "tv"]
     frames = np.pad(clip, [(0, 0), *odd, (0, 0)], mode="edge")
     imageio.mimwrite(path, frames, format="FFMPEG", **options)

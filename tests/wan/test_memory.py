@@ -1,0 +1,87 @@
+"""Options that save memory change nothing that is computed: gradients, evaluations; what a run chooses by itself."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from minianyflow.batch import part_of
+from minianyflow.training import accumulate_gradient
+from minianyflow.wan.config import load_config
+from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.folders import make_tiny_wan
+from minianyflow.wan.memory import choose_memory
+from minianyflow.wan.run_networks import RunNetworks
+from minianyflow.wan.shapes import SHAPES, latent_shape
+from minianyflow.wan.stages import STAGES, draws
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """`settings(architecture, *changes)`: the configuration of a tiny on-policy run."""
+    folder = tmp_path_factory.mktemp("wan")
+    make_tiny_wan(folder / "wan")
+    where = [
+        f"runs={folder}",
+        f"base={folder}/wan",
+        f"data={folder}/wan/latents",
+        "log.tracker=none",
+        "samples.every=0",
+    ]
+
+    def configuration(architecture, *changes):
+        config = load_config([architecture, "on_policy", "tiny"], [*where, *changes])
+        return replace(config, student=None, teacher=None)  # as if they were there
+
+    return configuration
+
+
+def gradient_and_counts(config, whole=False):
+    """The gradients of both roles, and what was evaluated; whole: one backward of the sum of a loss's terms."""
+    data = LatentSet(config.data)
+    networks, null = RunNetworks(config, data.shape[0]), {"prompt": data.null}
+    roles = STAGES[config.stage](config, networks, null)
+    torch.manual_seed(1)
+    for weight in [weight for role in roles.values() for weight in role.network.parameters() if weight.requires_grad]:
+        weight.data += 0.05 * torch.randn_like(weight)  # adapters that do something
+    batch, gradients = draws(config, data)(3), []
+    for role in roles.values():
+        if whole:
+            role.loss(role.network, part_of(batch, 0, 1))[0].mean().backward()
+        else:
+            accumulate_gradient(role, batch)
+        gradients += [w.grad.flatten() for w in role.network.parameters() if w.grad is not None]
+    return torch.cat(gradients), networks.counts()
+
+
+FAST, SLOW = ("bidirectional", "lora", "bf16"), ("causal", "lora", "fp32")
+CASES = [
+    pytest.param(*case, marks=() if case == FAST else pytest.mark.slow if case == SLOW else pytest.mark.long)
+    for case in product(("bidirectional", "causal"), ("lora", "full"), ("fp32", "bf16"))
+]
+
+
+@pytest.mark.parametrize(("architecture", "trained", "precision"), CASES)
+def test_memory_schedules_have_the_gradient_of_one_backward(settings, architecture, trained, precision):
+    """And a repeated evaluation counts once. Read: at most 8e-8; small has bitwise the gradient of fast."""
+    config = settings(architecture, f"trained={trained}", f"precision={precision}")
+    config.on_policy.context_gradient = precision == "fp32"
+    plain, counts = gradient_and_counts(config, whole=True)
+    gradients = []
+    for schedule in ("fast", "small"):
+        gradient, counted = gradient_and_counts(replace(config, memory=schedule))
+        assert float((gradient - plain).norm() / plain.norm()) < 1e-6
+        assert counted == counts
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(("architecture", "free", "chosen"), [("bidirectional", 80, "small"), ("causal", 200, "fast")])
+def test_auto_keeps_rollouts_where_they_fit(monkeypatch, architecture, free, chosen):
+    """14B, one clip at a time; free: GB of GPU memory beside the base."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9 * free, 1e9 * free))
+    config = load_config(["wan-14b", architecture, "on_policy"], ["accumulate=16"])
+    memory, why = choose_memory(config, SHAPES["14b"], latent_shape(), torch.device("cuda"))
+    assert memory == chosen
+    assert f"{free}.0 are free" in why

@@ -1,0 +1,204 @@
+"""Odd files that people have: each is read as it is meant, or refused in one line; nothing is wrong in silence."""
+
+import subprocess
+from types import SimpleNamespace
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minianyflow.networks.weights import fingerprint
+from minianyflow.wan.data.captions import read_captions
+from minianyflow.wan.data.prepare import model_identity
+from minianyflow.wan.data.read_video import read_clip, read_frames, read_video
+from minianyflow.wan.data.write_video import write_clip
+from minianyflow.wan.folders import decode_latents
+from minianyflow.wan.sources import read_prompts
+from tests.refused import refused
+
+GREY = "nullsrc=size=64x64:rate={}:duration={},geq=lum='20+N*3':cb=128:cr=128,format=yuv420p"
+LOSSLESS, VP8 = ("-c:v", "libx264", "-qp", "0"), ("-c:v", "libvpx", "-b:v", "8M")
+BARS = "testsrc2=size=128x96:rate=16:duration=0.5,format=yuv420p"
+CLEAR = (
+    "color=red@0.0:size=64x64:rate=16:duration=0.5,format=rgba,drawbox=x=20:y=20:w=24:h=24:c=lime@1:t=fill:replace=1"
+)
+
+
+def ffmpeg(*arguments):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True)
+
+
+def make(path, source, *options):
+    ffmpeg("-f", "lavfi", "-i", source, *options, path)
+    return path
+
+
+def numbers(path, frames=13):
+    """Which frames of GREY were read."""
+    light = read_frames(path, frames, 64, 64).float().mean((1, 2, 3))
+    return ((light * 219 / 255 - 4) / 3).round().int().tolist()
+
+
+@pytest.mark.parametrize(("rate", "step"), [(16, 1), (32, 2), (48, 3)])
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "remuxed.mp4"])
+def test_frames_are_those_shown_whatever_the_container_rounds_times_to(tmp_path, rate, step, kind):
+    path = make(
+        tmp_path / f"a.{kind.replace('remuxed.mp4', 'mkv')}",
+        GREY.format(rate, 1),
+        *(VP8 if kind == "webm" else LOSSLESS),
+    )
+    if kind == "remuxed.mp4":
+        ffmpeg("-i", path, "-c", "copy", tmp_path / kind)
+        path = tmp_path / kind
+    assert numbers(path) == [step * k for k in range(13)]
+    assert read_clip(path, 13, 64, 64)[1] == {}
+
+
+def test_a_gif_at_16_frames_a_second_is_read_frame_by_frame(tmp_path):
+    shades = [Image.fromarray(np.full((64, 64), 20 + 12 * k, np.uint8)) for k in range(13)]
+    times = [10 * (round(6.25 * (k + 1)) - round(6.25 * k)) for k in range(13)]  # of hundredths of a second
+    shades[0].save(tmp_path / "a.gif", save_all=True, append_images=shades[1:], duration=times)
+    light = read_frames(tmp_path / "a.gif", 13, 64, 64).float().mean((1, 2, 3))
+    assert ((light - 20) / 12).round().int().tolist() == list(range(13))
+
+
+def test_a_late_start_an_edit_list_and_a_variable_rate(tmp_path):
+    path = make(tmp_path / "a.mp4", GREY.format(16, 1), *LOSSLESS)
+    ffmpeg("-itsoffset", 2, "-i", path, "-f", "lavfi", "-i", "sine=duration=3", "-c:v", "copy", tmp_path / "late.mp4")
+    assert numbers(tmp_path / "late.mp4") == list(range(13))
+    ffmpeg("-ss", 0.125, "-i", path, "-c", "copy", tmp_path / "edited.mp4")  # an edit list hides two frames
+    assert numbers(tmp_path / "edited.mp4") == list(range(2, 15))
+    ffmpeg("-i", path, "-vf", "select='not(between(n,3,5))'", "-fps_mode", "vfr", *LOSSLESS, tmp_path / "gap.mkv")
+    assert numbers(tmp_path / "gap.mkv") == [0, 1, 2, 2, 2, 2, *range(6, 13)]
+    assert read_clip(tmp_path / "gap.mkv", 13, 64, 64)[1] == {"repeated": 3}
+
+
+@pytest.mark.parametrize(("transfer", "name"), [("arib-std-b67", "HLG"), ("smpte2084", "PQ"), ("bt709", "BT.2020")])
+def test_hdr_and_wide_colours_become_bt709(tmp_path, transfer, name):
+    tagged = BARS + ",setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+    wide = f"zscale=t=linear:npl=203,format=gbrpf32le,zscale=t={transfer}:p=bt2020:m=bt2020nc:r=tv:npl=203"
+    wide += ",format=yuv444p10le"
+    x265 = f"log-level=error:lossless=1:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
+    expected = read_frames(make(tmp_path / "sdr.mp4", tagged, *LOSSLESS), 1, 96, 128)
+    found, changes = read_clip(
+        make(tmp_path / "hdr.mp4", f"{tagged},{wide}", "-c:v", "libx265", "-x265-params", x265), 1, 96, 128
+    )
+    assert changes == {"colours": name}
+    assert float((found.float() - expected.float()).abs().mean()) < 12  # what is brightest is compressed
+
+
+@pytest.mark.parametrize(
+    ("tags", "size", "matrix"), [("", "64x64", "bt601"), ("", "1280x720", "bt709"), ("pc", "64x64", "bt601")]
+)
+def test_untagged_and_full_range_colours(tmp_path, tags, size, matrix):
+    source = f"color=0xD02040:size={size}:rate=16:duration=0.2,format=gbrp"
+    source += f",scale=out_color_matrix={matrix}:out_range={tags or 'tv'}"
+    path = make(
+        tmp_path / "a.mp4", source + ",format=yuv444p", "-bsf:v", "h264_metadata=matrix_coefficients=2", *LOSSLESS
+    )
+    pixel = read_frames(path, 1, 32, 32)[0, 16, 16].int().tolist()
+    assert max(abs(a - b) for a, b in zip(pixel, (0xD0, 0x20, 0x40), strict=True)) <= 4
+
+
+@pytest.mark.parametrize("size", [(480, 832), (720, 1280)])
+def test_what_we_write_keeps_its_colours(tmp_path, size):
+    colour = torch.tensor([208, 32, 64])
+    write_clip(tmp_path / "a.mp4", colour.view(1, 3, 1, 1).expand(2, 3, *size) / 255)
+    assert (read_frames(tmp_path / "a.mp4", 1, *size)[0, 100, 100].int() - colour).abs().max() <= 4
+
+
+def test_pixels_become_square_and_odd_sizes_fit(tmp_path):
+    disc = "color=black:size=64x96:rate=16:duration=0.2,format=gray"
+    disc += ",geq=lum='255*lt(hypot(2*(X-31.5),Y-47.5),40)',setsar=2/1"
+    frame = read_frames(make(tmp_path / "wide.mkv", disc, *LOSSLESS), 1, 96, 128)[0, ..., 0] > 128  # shown as 128 x 96
+    assert abs(int(frame[48].sum()) - int(frame[:, 64].sum())) <= 2
+    odd = make(tmp_path / "odd.mkv", "testsrc2=size=67x51:rate=16:duration=0.2,format=yuv444p", *LOSSLESS)
+    assert read_frames(odd, 1, 48, 48).shape == (1, 48, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.mov", ("-c:v", "png")),
+        ("b.mov", ("-c:v", "prores_ks", "-profile:v", 4444, "-pix_fmt", "yuva444p10le")),
+        ("a.webm", ("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p")),
+        ("b.webm", ("-c:v", "libvpx", "-auto-alt-ref", 0, "-pix_fmt", "yuva420p")),
+    ],
+)
+def test_transparency_lies_over_black(tmp_path, name, options):
+    frames, changes = read_clip(make(tmp_path / name, CLEAR, *options), 1, 64, 64)
+    assert "transparent" in changes
+    assert int(frames[0, 2, 2].max()) < 6
+    assert (frames[0, 32, 32].int() - torch.tensor([0, 255, 0])).abs().max() < 6
+    Image.fromarray(np.full((8, 8, 4), (255, 0, 0, 0), np.uint8)).save(tmp_path / "clear.png")
+    assert float(read_video(tmp_path / "clear.png", 1, 16, 16).max()) == 0
+
+
+# Captions and prompts
+
+ROWS = {
+    "comma": ("a.mp4,a ball, moving\n", "line 2 of .*c.csv has more fields than columns"),
+    "open quote": ('a.mp4,"a ball\nb.mp4,a disc\n', "the row that starts in line 2 of .* is broken"),
+    "quote closed later": (
+        'a.mp4,x\nb.mp4,"a ball\nc.mp4,a "big" disc\n',
+        "the row that starts in line 3 of .* is broken",
+    ),
+    "above": ("../a.mp4,x\n", "outside --videos"),
+    "above, inside": ("a/../../b.mp4,x\n", "outside --videos"),
+    "absolute": ("/a.mp4,x\n", "outside --videos"),
+    "twice": ("a.mp4,x\n./a.mp4,y\n", "a.mp4 is in lines 2 and 3"),
+    "twice, deeper": ("b//a.mp4,x\nb/./a.mp4,y\n", "b/a.mp4 is in lines 2 and 3"),
+}
+
+
+@pytest.mark.parametrize("how", ROWS)
+def test_captions_that_would_be_misread_are_named(tmp_path, how):
+    rows, message = ROWS[how]
+    (tmp_path / "c.csv").write_text("file,caption\n" + rows)
+    with refused(message):
+        read_captions(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_captions_and_prompts_are_read_as_they_were_meant(tmp_path, encoding, end):
+    text = "a “red”, ball\u2028rolls \x85 on"
+    lines = ["file,caption", f'a.mp4,"{text}"', "", '..b.mp4,"say ""x""\nand y"']
+    (tmp_path / "c.csv").write_bytes(end.join(lines).encode(encoding))
+    assert read_captions(tmp_path / "c.csv") == [("a.mp4", text), ("..b.mp4", 'say "x"\nand y')]
+    (tmp_path / "p.txt").write_bytes(f"{text}{end}{end}two".encode(encoding))
+    assert read_prompts(None, tmp_path / "p.txt") == [text, "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252", "latin-1"])
+def test_other_encodings_are_one_line(tmp_path, encoding):
+    for name, read in (("c.csv", read_captions), ("p.txt", lambda file: read_prompts(None, file))):
+        (tmp_path / name).write_bytes("file,caption\na.mp4,café\n".encode(encoding))
+        with refused("UTF-8"):
+            read(tmp_path / name)
+
+
+# Model folders
+
+
+def test_hidden_files_change_nothing(tmp_path):
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    before = model_identity(tmp_path), fingerprint(tmp_path / "vae")
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / name / ".ipynb_checkpoints").mkdir()
+        for hidden in ("._model.safetensors", ".DS_Store"):
+            (tmp_path / name / hidden).write_bytes(b"\0\5\x16\7Mac OS X")
+    assert (model_identity(tmp_path), fingerprint(tmp_path / "vae")) == before
+
+
+@pytest.mark.parametrize("mean", [None, [0.0] * 48, 0.0])
+def test_a_codec_without_its_mean_is_one_line(mean):
+    config = {"latents_mean": mean, "latents_std": [1.0] * 16}
+    vae = SimpleNamespace(config=SimpleNamespace(z_dim=16, get=config.get, **config))
+    with refused("latents_mean in the codec's config.json is .*; expected 16"):
+        decode_latents(vae, torch.zeros(1, 1, 16, 2, 2))
