@@ -182,7 +182,7 @@ def test_it_needs_nothing_of_ours(folder):
 def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     target = tmp_path / "new"
     for shift in (0, -1):
-        with refused("time shift .* is not positive"):
+        with refused("time shift .* finite positive number"):
             save_pipeline(target, network, *parts, shift=shift)
 
     def full(*arguments):
