@@ -87,14 +87,15 @@ class Scene(anywidget.AnyWidget):
         pack = Pack()
         try:
             with one_thread():
-                shown = self.draw(pack, **self.state)
+                drawn = self.draw(pack, **self.state)
         except Exception as problem:
             self.errors.append(problem)
             self.shown = {"error": f"{type(problem).__name__}: {problem}"}
             traceback.print_exc(file=sys.stderr)
             raise
         with self.hold_sync():
-            self.picture, self.shown = pack.payload, shown
+            self.picture = pack.payload
+            self.shown = drawn | {"number": self.shown.get("number", 0) + 1}  # two pictures may have the same figures
 
     def offline_page(self) -> tuple[dict, bytes]:
         """The page that needs no kernel, and the bytes of its arrays: of `draw`, every choice in `offline`."""
