@@ -96,7 +96,7 @@ def video_padding(report: dict) -> str:
 
 def exposure_long_table(report: dict) -> str:
     """What free-running clips of the saved students keep, far beyond the frames of training: means over seeds."""
-    long, rows = report["long"], []
+    long = report["long"]
     frames = [long["frames"].index(frame) for frame in (16, 64, 160)]
     names = {name: arm for arm, name in ARMS.items()} | {"teacher forcing, turned student": TURNED}
 

@@ -99,12 +99,8 @@ def make_arm(arm: str, network: CausalMLP, process: CircleProcess, seeds: Sequen
         if FORCING.get(arm, True):
             exact, counters["exact"] = counted(conditional_velocity(process))
         loss = FrameLoss(FlowMapLoss(mixed, exact, adaptive=0.5 if exact else 0.0))
-        muon = budget.muon if arm == TURNED else None
-        return (
-            {"student": Role(student, loss, lr=budget.lr, muon=muon)},
-            draw_clips(process, budget.rows, seeds),
-            counters,
-        )
+        role = Role(student, loss, lr=budget.lr, muon=budget.muon if arm == TURNED else None)
+        return {"student": role}, draw_clips(process, budget.rows, seeds), counters
     forward_weight, detach = ON_POLICY[arm]
     real, counter = counted(lambda z, t, copy=None: process.clips.velocity(z, t))
     fake = EvaluationCounter(ClipScore(real, (process.frames, 2), seeds=seeds))
