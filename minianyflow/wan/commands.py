@@ -1,6 +1,5 @@
 """The commands for Wan2.1: distill, sample, export, evaluate, make_tiny_wan. Each takes argv and returns a status."""
 
-import math
 import sys
 
 from minianyflow.support.cli import Parser, utf8
@@ -52,7 +51,8 @@ def distill(argv: list[str]) -> int:
         print(f"\nwritten: {config.output}, after {run['seconds']} seconds, {pace}")
         for name, value in run["history"][-1].items():
             if name != "step":
-                print(f"{name:24} {run['history'][0].get(name, math.nan):10.4g} at first, {value:10.4g} at the end")
+                first = next(entry[name] for entry in run["history"] if name in entry)  # a kind of row may be absent
+                print(f"{name:24} {first:10.4g} at first, {value:10.4g} at the end")
         if waited := run["waiting_for_data"]:
             print(f"waiting for data: {waited['median']:.2%} of a step (median), {waited['all']:.2%} of all")
         for role, count in run["evaluations_a_sample"].items():
@@ -147,7 +147,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def make_tiny_wan(argv: list[str]) -> int:
-    """Make a tiny Wan: a pipeline folder in Wan2.1's layout, of random weights, with captioned latents in it."""
+    """Make a tiny Wan: a pipeline folder in Wan2.1's layout, of random weights, with captioned videos and latents."""
     parser = Parser("minianyflow make-tiny-wan", description=make_tiny_wan.__doc__)
     parser.add_argument("output", metavar="OUT", help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other weights and clips (default: 0)")
@@ -155,10 +155,11 @@ def make_tiny_wan(argv: list[str]) -> int:
     from minianyflow.wan import folders
     from minianyflow.wan.data.latents import LatentSet
 
-    folders.make_tiny_wan(arguments.output, arguments.seed)
+    folders.make_tiny_wan(arguments.output, arguments.seed, videos=True)
     data = LatentSet(f"{arguments.output}/latents")
     print(f"written: {arguments.output}, a WanPipeline of random weights")
-    print(f"written: {arguments.output}/latents, {len(data)} captioned clips of {data.shape} (frames, channels, h, w)")
+    print(f"written: {arguments.output}/videos and captions.jsonl, {len(data)} captioned clips")
+    print(f"written: {arguments.output}/latents, the same as latents {data.shape} (frames, channels, h, w)")
     return 0
 
 

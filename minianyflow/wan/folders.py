@@ -37,6 +37,7 @@ from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import new_folder, read_json
 from minianyflow.times import generator
 from minianyflow.wan.data.latents import write_latents
+from minianyflow.wan.data.write_video import write_clip
 
 LENGTH = 512  # tokens of a prompt, in Wan's pipelines and its training
 CLASSES = {"bidirectional": AnyFlowTransformer3DModel, "causal": AnyFlowFARTransformer3DModel}
@@ -296,11 +297,12 @@ COLOURS = {"red": (1, 0.2, 0.2), "green": (0.2, 1, 0.2), "blue": (0.2, 0.2, 1), 
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
-def make_tiny_wan(folder: str | Path, seed: int = 0, clips: int = 16, null: str = "") -> None:
+def make_tiny_wan(folder: str | Path, seed: int = 0, clips: int = 16, null: str = "", videos: bool = False) -> None:
     """Write a pipeline folder in Wan2.1's layout, tiny and random, and `latents/` in it: `clips` captioned clips.
 
     Every caption works; TINY_LENGTH is the prompt length of the latents. null: the text of the null prompt, which for
-    Wan itself is its long negative prompt. `folder` must not exist or be empty; whole or not at all.
+    Wan itself is its long negative prompt. videos: the clips as mp4 files, too, in `videos/`, and `captions.jsonl`.
+    `folder` must not exist or be empty; whole or not at all.
     """
     with new_folder(folder) as inside, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -318,6 +320,12 @@ def make_tiny_wan(folder: str | Path, seed: int = 0, clips: int = 16, null: str 
             WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(inside)
         prompts = encode_prompts(tokenizer, text_encoder, [*captions, null], TINY_LENGTH)
         write_latents(inside / "latents", latents, prompts[:-1], prompts[-1:], captions, null)
+        if videos:
+            (inside / "videos").mkdir()
+            lines = [{"file": f"{number:02}.mp4", "caption": caption} for number, caption in enumerate(captions)]
+            (inside / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            for line, clip in zip(lines, video, strict=True):
+                write_clip(inside / "videos" / line["file"], clip)
 
 
 def moving_shapes(count: int, source: torch.Generator, frames: int = 17, size: int = 64) -> tuple[list[str], Tensor]:

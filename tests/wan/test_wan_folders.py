@@ -16,6 +16,7 @@ from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
 from minianyflow.wan.commands import make_tiny_wan as command
+from minianyflow.wan.data.captions import read_captions
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.folders import (
     TINY_LENGTH,
@@ -473,7 +474,8 @@ def test_parts_keep_their_dtype_rules_and_are_whole(copied):
 def test_the_command_makes_one_or_says_why_not(tmp_path, capsys, monkeypatch):
     out = tmp_path / "made"
     assert run(lambda: command([str(out), "--seed", "2"])) == 0
-    assert f"written: {out}/latents, 16 captioned clips of (5, 16, 8, 8)" in capsys.readouterr().out
+    assert f"written: {out}/videos and captions.jsonl, 16 captioned clips" in capsys.readouterr().out
+    assert all((out / "videos" / clip.file).is_file() for clip in read_captions(out / "captions.jsonl"))
     assert load_transformer(out, "causal").config.num_layers == 2
     for arguments, message in (
         ([str(out)], f"error: {out} exists and is not an empty folder"),
