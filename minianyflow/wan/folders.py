@@ -249,6 +249,11 @@ def encode_prompts(tokenizer: Callable, text_encoder: nn.Module, prompts: list[s
     return text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
 
 
+def count_tokens(tokenizer: Callable, prompt: str) -> int:
+    """The tokens that a prompt takes, as `encode_prompts` cuts them."""
+    return len(tokenizer(prompt_clean(prompt)).input_ids)
+
+
 def embed(source: str | Path, prompts: list[str], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`encode_prompts` by the parts of `source`, which do not stay in memory: UMT5 is larger than the 1.3B model."""
     tokenizer, text_encoder = load_parts(source, "tokenizer", "text_encoder", dtype=dtype)

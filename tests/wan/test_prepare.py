@@ -10,8 +10,11 @@ import sys
 import time
 from types import SimpleNamespace
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from minianyflow.support.install import ROOT
@@ -19,17 +22,24 @@ from minianyflow.times import generator
 from minianyflow.wan.data import commands, prepare
 from minianyflow.wan.data.captions import Clip, read_captions
 from minianyflow.wan.data.commands import prepare_latents
-from minianyflow.wan.data.latents import LatentSet, clip_name
+from minianyflow.wan.data.latents import LatentSet, clip_name, read_file
 from minianyflow.wan.data.options import WAN_NULL, Options
 from minianyflow.wan.data.prepare import Preparation
 from minianyflow.wan.data.read_video import read_frames, to_float
 from minianyflow.wan.data.write_video import write_clips
-from minianyflow.wan.folders import encode_prompts, encode_video, load_parts, make_tiny_wan, moving_shapes
+from minianyflow.wan.folders import (
+    decode_latents,
+    encode_prompts,
+    encode_video,
+    load_parts,
+    make_tiny_wan,
+    moving_shapes,
+)
 from tests.refused import refused
 
 COUNT, LENGTH = 9, 32
 TINY = {"frames": 9, "height": 32, "width": 48, "length": LENGTH}
-BAD = {"junk.mp4": "cannot be read (", "short.mp4": "has 7 frames at 16 per second; expected at least 9"}
+BAD = {"junk.mp4": "cannot be read (", "short.mp4": "is too short (7 frames at 16 per second); expected at least 9"}
 BAD |= {"gone.mp4": "cannot be read (", "silent.mp4": "empty caption"}
 SKIPPED = [1, 9, 10, 11]  # their numbers
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
@@ -87,8 +97,9 @@ def finish(job):
 
 
 def contents(folder):
-    """{name: bytes} of all files, hidden ones too; of a manifest all but where the model was."""
+    """{name: bytes} of all files but the sheet, hidden ones too; of a manifest all but where the model was."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files.pop("sheet.png", None)
     return files | {"manifest.json": {**json.loads(files["manifest.json"]), "base": None}}
 
 
@@ -98,7 +109,7 @@ def times(folder):
 
 def vanish(monkeypatch, folder, name, left=()):
     """The folder of the videos is renamed when the video `name` is read; `left` is made in its place."""
-    videos, read = folder / "videos", prepare.read_frames
+    videos, read = folder / "videos", prepare.read_clip
 
     def gone(path, *options):
         frames = read(path, *options)
@@ -108,7 +119,7 @@ def vanish(monkeypatch, folder, name, left=()):
                 (folder / place).mkdir()
         return frames
 
-    monkeypatch.setattr(prepare, "read_frames", gone)
+    monkeypatch.setattr(prepare, "read_clip", gone)
 
 
 @pytest.fixture
@@ -185,6 +196,43 @@ def test_text_encoder_and_codec_take_turns_and_nothing_is_encoded_twice(here, tm
     assert finish(job) == 13
     assert texts == [WAN_NULL, *(clip.caption for clip in job.clips)]
     assert contents(tmp_path / "out") == contents(here / "whole")
+
+
+@pytest.mark.slow
+def test_what_was_changed_is_counted_in_the_summary_and_the_manifest(own, tmp_path, capsys):
+    shades = [Image.fromarray(np.full((32, 48), 20 * k, np.uint8)) for k in range(9)]
+    for name, frames, times in (("a.gif", shades, 60), ("b.gif", shades[:5], 120)):
+        frames[0].save(own / "videos" / name, save_all=True, append_images=frames[1:], duration=times)
+    shutil.copy(own / "videos/a.gif", own / "videos/d.gif")
+    hdr = ["-bsf:v", "h264_metadata=transfer_characteristics=18", "-c", "copy", own / "videos/e.mp4"]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", own / "videos/clip-0.mp4", *hdr], check=True)
+    names = ["a.gif", "b.gif", "d.gif", "e.mp4", "junk.mp4", "short.mp4", "gone.mp4"]
+    rows = [{"file": name, "caption": "x" * (40 if name == "d.gif" else 5)} for name in names]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(own, own / "out", f"--captions={tmp_path}/rows.jsonl") == 0
+    expected = {"captions cut at 32 tokens": 1, "clips with repeated frames": 1, "colours converted from HLG": 1}
+    expected |= {"frames repeated": 4, "skipped: cannot be read": 2, "skipped: is too short": 1}
+    assert json.loads((own / "out/manifest.json").read_text())["report"] == expected
+    out = capsys.readouterr().out
+    assert all(f"  {what}: {count}\n" in out for what, count in expected.items())
+
+
+@pytest.mark.slow
+def test_the_contact_sheet_shows_random_clips_as_they_decode(here, monkeypatch):
+    monkeypatch.setattr(prepare, "SHOWN", 3)
+    shown, draw = [], prepare.clip_sheet
+    monkeypatch.setattr(
+        prepare, "clip_sheet", lambda clips, titles, **k: shown.append((clips[""], titles)) or draw(clips, titles, **k)
+    )
+    sheets = [work(here, here / "whole").draw_sheet(seed).read_bytes() for seed in (0, 0, 1)]
+    assert sheets[0] == sheets[1] != sheets[2]
+    (vae,) = load_parts(here / "wan", "vae")
+    for videos, titles in shown:
+        for video, title in zip(videos, titles, strict=True):
+            path = here / "whole" / clip_name(int(title.split(":")[0]))
+            latents = load_file(path)["latents"][None].float()
+            assert torch.equal(video, decode_latents(vae, latents)[0])
+            assert read_file(path)[1]["text"] in title
 
 
 # Any number of processes, and any interruption

@@ -32,6 +32,7 @@ def prepare_latents(argv) -> int:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--limit", type=int, metavar="N", help="the first N clips only")
     add("--skip", type=float, default=0.1, metavar="SHARE", help="stop if more is skipped (default: 0.1 of the clips)")
+    add("--seed", type=int, default=0, help="which clips the contact sheet shows (default: 0)")
     add("--dry-run", action="store_true", help="say how much disk and time it takes, and stop")
     add("--verify", action="store_true", help="check a finished OUT")
     arguments = parser.parse_args(argv)
@@ -80,9 +81,12 @@ def _prepare(arguments):
         start = time.perf_counter()
         skipped = gather_object(work.encode(pending))
         if main:
-            work.finish(skipped)
+            report = work.finish(skipped)["report"]
             took, count = _duration(time.perf_counter() - start), len(clips) - len(skipped)
             print(f"written: {arguments.output}, {count} clips, in {took}", flush=True)
+            for what, number in report.items():
+                print(f"  {what}: {number}", flush=True)
+            print(f"look at {work.draw_sheet(arguments.seed)}: clips as encoded and decoded again", flush=True)
         if main and skipped:
             why = f"{arguments.output}/skipped.jsonl says why; the same command tries them again"
             print(f"skipped: {len(skipped)} of {len(clips)} clips; {why}", flush=True)

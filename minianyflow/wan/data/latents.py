@@ -2,9 +2,11 @@
 
 `write_latents` and the command prepare-latents (prepare.py) write a folder of latents:
     00000/00000123.safetensors   clip 123: `latents` (F, C, H, W), normalised, and `prompt` (L', D) without its padding;
-                                 the metadata holds its caption and a SHA-256 of the tensors and the caption
+                                 the metadata holds its caption, a SHA-256 of the tensors and the caption, and what
+                                 was changed: frames repeated, caption cut, colours converted
     null.safetensors             `prompt` (1, L, D): the null prompt with its padding; the metadata holds its text
-    manifest.json                the number of clips, which of them were skipped, their shape, how they were made
+    manifest.json                the number of clips, which of them were skipped, their shape, how they were made, and
+                                 a report of what was changed or skipped, {what: how many}
 Clips are numbered as in the captions file, 1000 in a folder. A file takes its place when it is whole, the manifest
 last. Rows are read when a batch needs them: a large set is never in memory.
 """
@@ -185,10 +187,11 @@ def without_padding(prompt: Tensor) -> Tensor:
     return prompt[: int(tokens[-1]) + 1 if len(tokens) else 1].clone()
 
 
-def file_bytes(tensors: dict[str, Tensor], text: str | None) -> bytes:
-    """A safetensors file with a text, if it is known, and a SHA-256 in its metadata."""
+def file_bytes(tensors: dict[str, Tensor], text: str | None, changes: dict | None = None) -> bytes:
+    """A safetensors file; its metadata hold a text, if it is known, what was changed, if it was, and a SHA-256."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"sha256": _digest(tensors, text)} | ({} if text is None else {"text": text})
+    metadata |= {"changes": changes} if changes else {}
     return save(tensors, {"minianyflow": json.dumps(metadata, ensure_ascii=False)})  # one entry: they have no order
 
 

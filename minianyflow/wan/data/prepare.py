@@ -6,11 +6,16 @@ neither on the number of processes nor on interruptions.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+import random
+import re
 import shutil
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +23,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from minianyflow.networks.weights import fingerprint
@@ -30,18 +36,36 @@ from minianyflow.wan.data.latents import (
     clip_name,
     file_bytes,
     manifest_bytes,
+    read_file,
     read_manifest,
     without_padding,
 )
 from minianyflow.wan.data.options import DTYPES, Options
-from minianyflow.wan.data.read_video import read_frames, to_float
-from minianyflow.wan.folders import encode_prompts, encode_video, is_folder, load, load_parts
+from minianyflow.wan.data.read_video import read_clip, to_float
+from minianyflow.wan.data.write_video import clip_sheet
+from minianyflow.wan.folders import (
+    count_tokens,
+    decode_latents,
+    encode_prompts,
+    encode_video,
+    is_folder,
+    load,
+    load_parts,
+)
 from minianyflow.wan.prefetch import prefetch
 
 SKIPPED = "skipped.jsonl"  # which clips were skipped, and why
+SHEET, SHOWN, SIDE = "sheet.png", 16, 160  # the contact sheet, clips on it, pixels of a still's longer side
 CLEANED = "ftfy, HTML entities, blanks"  # what diffusers' prompt_clean does to a caption, as Wan's own code
 ROUND = 1024  # prompts that are in memory while their videos are encoded
 TIMED = 8  # clips that are encoded to estimate the disk and the time for all
+CHANGES = {  # {what: the words of the report}
+    "repeated": "clips with repeated frames",
+    "cut": "captions cut at {} tokens",
+    "colours": "colours converted from {}",
+    "transparent": "transparency over black",
+    "interlaced": "deinterlaced",
+}
 HEADER = 500  # bytes of a clip's file beside its numbers, about
 SKIP, FEW = 0.1, 20  # this share of the clips may be skipped, or a few; more means that videos are gone
 
@@ -158,21 +182,26 @@ class Preparation:
             for numbers in (own[start : start + ROUND] for start in range(0, len(own), ROUND)):
                 bar.set_description("prompts")
                 prompts = {number: self._encode_prompt(number) for number in numbers}
+                cut = {number for number in numbers if self._is_cut(number)}
                 self.text_parts = None
                 bar.set_description("videos")
-                for number, latents in self._encode_videos(numbers):
+                for number, latents, changes in self._encode_videos(numbers):
                     if isinstance(latents, str):
                         skipped.append({"number": number, "file": self.clips[number].file, "reason": latents})
                         self._check_skipped(skipped, -(-(number + 1) // parts))
                     else:
                         tensors = {"latents": latents, "prompt": prompts[number]}
-                        self._write(clip_name(number), file_bytes(tensors, self.clips[number].caption))
+                        changes |= {"cut": self.options.length} if number in cut else {}
+                        self._write(clip_name(number), file_bytes(tensors, self.clips[number].caption, changes))
                     bar.update()
         return skipped
 
     def _encode_prompt(self, number):
         """A clip's prompt (L', D)."""
         return without_padding(self._encode_text(self.clips[number].caption)[0])
+
+    def _is_cut(self, number):
+        return count_tokens(self.text_parts[0], self.clips[number].caption) > self.options.length
 
     def _encode_text(self, text):
         """A prompt (1, L, D) on the CPU."""
@@ -181,33 +210,37 @@ class Preparation:
             self.text_parts = tokenizer, text_encoder.to(self.device)
         return encode_prompts(*self.text_parts, [text], self.options.length).to(self.dtype).cpu()
 
-    def _encode_videos(self, numbers) -> Iterator[tuple[int, Tensor | str]]:
-        """(number, latents (F, C, h, w) or the reason why there are none); the next clip is read meanwhile."""
+    def _encode_videos(self, numbers) -> Iterator[tuple[int, Tensor | str, dict]]:
+        """(number, latents (F, C, h, w) or why there are none, changes); the next clip is read meanwhile."""
         read = prefetch(lambda index: self._read(self.clips[numbers[index]]), len(numbers))
         for index, number in enumerate(numbers):
-            yield number, self._encode_video(read(index))
+            frames, changes = read(index)
+            yield number, self._encode_video(frames), changes
 
     def _read(self, clip):
-        """Bytes (T, H, W, 3), or the reason why there are none."""
+        """Bytes (T, H, W, 3), or the reason why there are none; and what was changed."""
         path, options = self.videos / clip.file, self.options
         if not clip.caption:
-            return "empty caption"
+            return "empty caption", {}
         try:
-            return read_frames(path, options.frames, options.height, options.width, options.fps)
+            return read_clip(path, options.frames, options.height, options.width, options.fps)
         except InputError as problem:
             if not self.videos.is_dir():  # a disk that went away is no reason to skip the clips on it
                 again = "put it back and run the same command again"
                 raise InputError(f"the folder of videos {self.videos} is gone; {again}") from None
-            return str(problem).removeprefix(f"{path} ")
+            return str(problem).removeprefix(f"{path} "), {}
 
     def _encode_video(self, frames):
         if isinstance(frames, str):
             return frames
+        latents = encode_video(self._codec(), to_float(frames.to(self.device)))[0].to(self.dtype).cpu()
+        return latents if latents.isfinite().all() else "its latents are not finite"
+
+    def _codec(self):
         if self.vae is None:
             (vae,) = load_parts(self.source, "vae")
             self.vae = vae.to(self.device)
-        latents = encode_video(self.vae, to_float(frames.to(self.device)))[0].to(self.dtype).cpu()
-        return latents if latents.isfinite().all() else "its latents are not finite"
+        return self.vae
 
     def _check_skipped(self, skipped, total):
         """Raise InputError if too many of `total` clips, those encoded before included, were skipped."""
@@ -226,11 +259,43 @@ class Preparation:
         if len(skipped) == len(self.clips):
             raise InputError(f"none of {len(self.clips)} clips could be read; {self.output / SKIPPED} says why")
         self._check_skipped(skipped, len(self.clips))
-        manifest = self.head | {"skipped": self.pending(), "shape": self.shape}
+        manifest = self.head | {"skipped": self.pending(), "shape": self.shape, "report": self._report(skipped)}
         self._write(MANIFEST, manifest_bytes(manifest, finished=True))
         for folder in (self.output, *self.output.glob("[0-9]*")):
             remove_leftovers(folder)
         return manifest
+
+    def _done(self):
+        """The numbers of the clips that have a file."""
+        return sorted({*range(len(self.clips))} - {*self.pending()})
+
+    def _report(self, skipped):
+        """What was changed in the clips that have a file, and why others have none: {what: how many}."""
+        counts = Counter()
+        for number in self._done():
+            for what, value in read_file(self.output / clip_name(number))[1].get("changes", {}).items():
+                if what == "repeated":
+                    counts["frames repeated"] += value
+                counts[CHANGES[what].format(value)] += 1
+        for line in skipped:
+            counts["skipped: " + re.split(" ?[(;]", line["reason"])[0]] += 1
+        return dict(sorted(counts.items()))
+
+    def draw_sheet(self, seed: int = 0) -> Path:
+        """Write the contact sheet: clips drawn with `seed`, as their latents decode. Returns its path."""
+        numbers = sorted(random.Random(seed).sample(done := self._done(), min(SHOWN, len(done))))
+        videos, titles = [], []
+        for number in numbers:
+            tensors, metadata = read_file(self.output / clip_name(number), "latents")
+            codec = self._codec()
+            video = decode_latents(codec, tensors["latents"][None].to(codec.device))[0].float().cpu()  # (T, 3, H, W)
+            scale = min(1, SIDE / max(video.shape[2:]))
+            videos.append(functional.interpolate(video, scale_factor=scale, mode="area"))
+            titles.append(f"{number}: {textwrap.shorten(metadata['text'], 60)}")
+        sheet, data = clip_sheet({"": torch.stack(videos)}, titles, columns=4), io.BytesIO()
+        sheet.savefig(data, format="png", dpi=60)
+        self._write(SHEET, data.getvalue())
+        return self.output / SHEET
 
     def _write(self, name, data):
         """A file of the output, whole or not at all, and on the disk itself."""

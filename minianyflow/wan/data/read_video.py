@@ -19,6 +19,7 @@ HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}  # ffmpeg's names of the transf
 # BT.2408: 203 cd/m2 is the white of ordinary video. Up to 0.8 of it light is kept, what is brighter is compressed.
 TONE_MAP = "tonemap=mobius:param=0.8:desat=0"
 TO_BT709 = f"zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,{TONE_MAP},zscale=t=bt709:m=gbr:r=pc,format=gbrp"
+WIDE = {"color_primaries": "bt2020", "color_space": "bt2020nc", "color_trc": "bt709"}  # what a file may leave out
 ALPHA = re.compile(r"yuva|rgba|bgra|argb|abgr|gbrap|ya\d+|pal8|ayuv|vuya")
 FLAGS = "lanczos+accurate_rnd+full_chroma_int"  # without these two colours are up to two levels too dark
 OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
@@ -59,7 +60,7 @@ def read_clip(
     "interlaced": why}, as far as they happened. Raises InputError as `read_video`.
     """
     expected = "expected a picture, or a video as ffmpeg reads it"
-    about, decoder = _describe(path)
+    about, decoder = _describe(path, frames / fps)
     filters = [f"settb=AVTB,setpts=(PTS-STARTPTS)-{LATE / fps}/TB,fps={fps}:round=up"]
     changes = _changes(about)
     if "interlaced" in changes:
@@ -68,7 +69,12 @@ def read_clip(
     untagged = about.get("color_space") in ("unknown", None)
     matrix = ":in_color_matrix=" + ("bt709" if int(about.get("s", "0x0").split("x")[1]) > 576 else "bt601")
     alpha = [OVER_BLACK] if "transparent" in changes else []
-    colours = [TO_BT709] if "colours" in changes else []
+    missing = [
+        f"{name.replace('_space', 'space')}={value}"
+        for name, value in WIDE.items()
+        if about.get(name) in ("unknown", None)
+    ]
+    colours = [*(["setparams=" + ":".join(missing)] if missing else []), TO_BT709] if "colours" in changes else []
     scale += matrix * (untagged and not colours and not alpha)
     filters += [*colours, *alpha, scale, "format=gbrp", f"crop={width}:{height}"]
     options = ["-vf", ",".join(filters), "-frames:v", str(frames), "-an", "-sn", "-dn"]
@@ -83,24 +89,36 @@ def read_clip(
         why = next((line.strip() for line in reversed(str(problem).splitlines()) if line.strip()), "no video in it")
         raise InputError(f"{path} cannot be read ({why}); {expected}") from None
     if count < frames:
-        raise InputError(f"{path} has {count} frames at {fps:g} per second; expected at least {frames}")
+        raise InputError(f"{path} is too short ({count} frames at {fps:g} per second); expected at least {frames}")
     repeated = sum(map(torch.equal, video[1:], video[:-1]))
     return video, ({"repeated": repeated} if repeated else {}) | changes
 
 
-def _describe(path):
-    """What ffmpeg says of a video's first frame, {name: value}, and the options that decode its transparency."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-i", str(path), "-vf", "showinfo"]
-    try:
-        done = subprocess.run([*command, "-frames:v", "1", "-an", "-f", "null", "-"], capture_output=True, check=False)
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{path} cannot be read ({problem}); expected a picture or a video") from None
-    text = done.stderr.decode(errors="replace")
+def _describe(path, seconds):
+    """What ffmpeg says of a video's first frame, {name: value}, and the options that decode its transparency.
+
+    `transparent` is there, the format, if any of the first `seconds` is.
+    """
+    text, decoder = _info(path, [], "showinfo", "-frames:v", "1"), []
     about = dict(re.findall(r"(\w+):\s*(\S+)", " ".join(re.findall(r"showinfo.*\] (?:n:|color).*", text))))
     codec = re.search(r"Video: (vp[89])\b", text)
     if codec and re.search(r"alpha_mode\s*:\s*1", text):  # the usual decoders do not see it
-        return about | {"fmt": "yuva420p"}, ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]]]
-    return about, []
+        about["fmt"], decoder = "yuva420p", ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]]]
+    if ALPHA.match(about.get("fmt", "")):  # every GIF has an alpha channel; most are opaque
+        alpha = _info(path, decoder, "alphaextract,format=gray,showinfo", "-t", f"{seconds}")
+        if set(re.findall(r" mean:\[(.*?)\] stdev:\[(.*?)\]", alpha)) != {("255", "0.0")}:
+            about["transparent"] = about["fmt"]
+    return about, decoder
+
+
+def _info(path, decoder, filters, *options):
+    """What ffmpeg says of a video that passes `filters`."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *decoder, "-i", str(path), "-vf", filters]
+    try:
+        done = subprocess.run([*command, *options, "-an", "-f", "null", "-"], capture_output=True, check=False)
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path} cannot be read ({problem}); expected a picture or a video") from None
+    return done.stderr.decode(errors="replace")
 
 
 def _changes(about):
@@ -109,8 +127,8 @@ def _changes(about):
     changes = {}
     if transfer in HDR or primaries == "bt2020":
         changes["colours"] = HDR.get(transfer, "BT.2020")
-    if ALPHA.match(about.get("fmt", "")):
-        changes["transparent"] = about["fmt"]
+    if "transparent" in about:
+        changes["transparent"] = about["transparent"]
     if about.get("i") in ("T", "B"):
         changes["interlaced"] = about["i"]
     return changes
