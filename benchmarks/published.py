@@ -37,7 +37,7 @@ from minianyflow.networks.teacher_forcing import (
 )
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import load_codec
-from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.plane.race import POINTS, references
 from minianyflow.plane.students import STUDENTS, read_copy
@@ -54,6 +54,7 @@ from minianyflow.wan import stages as wan_stages
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.folders import make_tiny_wan
+from minianyflow.wan.published import anyflow_weight
 from minianyflow.wan.run_networks import RunNetworks
 from toy_data import blobs, plane
 

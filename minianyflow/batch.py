@@ -68,7 +68,7 @@ def deal(batch: Batch, index: int = 0, processes: int = 1) -> Batch:
     """The rows of process `index`: those of the batch by kind, r = t first, then by objective, dealt out like cards.
 
     So every process gets the same mix, and no row r < t is in an earlier micro-batch (`part_of`) than a row r = t,
-    whichever processes have them: `objectives.rebalanced` needs that. Raises InputError for unequal parts.
+    whichever processes have them: `wan.published.Rebalanced` needs that. Raises InputError for unequal parts.
     """
     size = _rows(batch)
     if size % processes or not 0 <= index < processes:

@@ -42,7 +42,6 @@ def continuous_target(
     t: Times,
     v: State,
     warm: float = 1.0,
-    derivative: str = "difference",
     delta: float = DELTA,
     now: State | None = None,
 ) -> State:
@@ -52,7 +51,7 @@ def continuous_target(
     """
     end = torch.zeros_like(t)
     now = u(z, t, end) if now is None else now
-    tangent = (1 - warm) * v + warm * eulerian_target(u, z, t, end, v, derivative, delta) - now
+    tangent = (1 - warm) * v + warm * eulerian_target(u, z, t, end, v, delta) - now
     size = tangent.flatten(1).norm(dim=1) / tangent[0].numel() ** 0.5  # (B,), root mean square where sCM has the norm
     return now + tangent / broadcast_time(size + 0.1, z)
 

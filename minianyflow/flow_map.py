@@ -5,20 +5,16 @@ The probability-flow ODE dz/dt = v(z, t) carries a state z at time t to Phi(z; t
 A small MLP on the plane is such a `u`, and so is a Wan2.1 transformer. Letters and types: notation.py.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
-from itertools import count, pairwise
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
 from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
 from minianyflow.notation import Condition, FrameTimes, Grid, Network, Rows, State, Trajectory
 from minianyflow.support.errors import InputError
+from minianyflow.support.recompute import recompute
 from minianyflow.times import check_grid
 
 
@@ -74,33 +70,6 @@ def rollout(u: Network, z: State, times: Grid, recomputed: bool = False, **condi
             z = z.index_copy(0, rows, displace(z[rows], u_rows, t[rows], r[rows]))
         trajectory.append(z)
     return torch.stack(trajectory)
-
-
-def recompute(function: Callable, *arguments: Any, **condition: Any) -> Any:
-    """function(*arguments, **condition), of which autograd keeps the arguments alone: the backward runs it again."""
-    if not torch.is_grad_enabled():
-        return function(*arguments, **condition)
-    unit = next(_UNITS)
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # no network draws random numbers
-    options["context_fn"] = lambda: (_running(unit, False), _running(unit, True))
-    return checkpoint(function, *arguments, **options, **condition)
-
-
-def current_unit() -> tuple[int | None, bool]:
-    """The number of the call of `recompute` that runs now, if one does; and whether it is a backward that runs it."""
-    return _RUNNING.get()
-
-
-@contextmanager
-def _running(unit: int, again: bool) -> Iterator[None]:
-    token = _RUNNING.set((unit, again))
-    try:
-        yield
-    finally:
-        _RUNNING.reset(token)
-
-
-_RUNNING, _UNITS = ContextVar("unit", default=(None, False)), count()
 
 
 def pick_rows(condition: dict[str, Condition], rows: Rows) -> dict[str, Condition]:

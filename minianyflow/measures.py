@@ -56,17 +56,6 @@ def path_error(end: Samples, exact_end: Samples) -> float:
     return float((end - exact_end).norm(dim=1).mean())
 
 
-def histogram_kl(truth: Tensor, samples: Tensor, bins: int = 60, limit: float = 2.5) -> float:
-    """KL of the histogram of `truth` (n, 2) from that of `samples` (m, 2), bins x bins over +-limit.
-
-    1e-10 is added to every share. Needs many samples: with 100,000 in 60 x 60 bins, two independent sets of the
-    checkerboard read .02.
-    """
-    edges = [np.linspace(-limit, limit, bins + 1)] * 2
-    p, q = (np.histogram2d(*points.numpy().T, edges)[0] / len(points) + 1e-10 for points in (truth, samples))
-    return float((p * np.log(p / q)).sum())
-
-
 def frechet_distance(a: Tensor, b: Tensor, least: int = 2048) -> float:
     """Frechet distance of the Gaussians fitted to samples a, b (n, *shape), n at least `least`; in squared data units.
 

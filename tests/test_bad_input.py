@@ -79,7 +79,6 @@ LOSSES = [
     (lambda: m.Guidance(0.5, {}), "at least 1"),
     (lambda: m.Guidance(INF, {}), "finite"),
     (lambda: m.FlowMapLoss({})(still, BELOW), "no objective for them"),
-    (lambda: m.eulerian_target(still, Z, ONES, HALF, Z, "backward"), "jvp"),
     (lambda: FORWARD(still, BELOW | {"r": ONES}), "r > t"),
     (lambda: FORWARD(still, BELOW | {"t": 2 * ONES}), r"\[0, 1\]"),
     (lambda: m.FlowMapLoss({}, narrow)(still, DIAGONAL), "the velocity has shape"),

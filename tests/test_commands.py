@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minianyflow.__main__ import COMMANDS, command, main
-from minianyflow.support.cli import run
+from minianyflow.support.cli import COMMANDS, command, main, run
 
 ROOT = Path(__file__).resolve().parent.parent
 

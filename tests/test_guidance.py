@@ -40,11 +40,11 @@ def test_the_published_loss_is_that_of_the_paper():
     label[dropped] = 0
     batch = {"x": x, "eps": eps, "t": t, "r": r, "objective_draw": 0 * t, "dropped": dropped}
     guidance = Guidance(3.0, {"label": torch.zeros(1)}, published=True)
-    loss = FlowMapLoss({"eulerian": 1.0}, guidance=guidance, weight=torch.ones_like, derivative="jvp")
+    loss = FlowMapLoss({"eulerian": 1.0}, guidance=guidance, weight=torch.ones_like, delta=0)
     losses, _ = loss(u, batch | {"condition": {"label": label}})
     z, v = interpolate(x, eps, t), eps - x
     out = u(z, t, r, label)
-    shift = v - eulerian_target(lambda *now: u(*now, label), z, t, r, v, derivative="jvp")  # (t - r) du/dt
+    shift = v - eulerian_target(lambda *now: u(*now, label), z, t, r, v, delta=0)  # (t - r) du/dt
     g = 3.0
     expected = ((out - (1 - g) * u(z, t, r, 0 * label)) / g - (v - shift / g)).square().mean(1)
     assert torch.allclose(losses, expected)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minianyflow.measures import directions, histogram_kl, off_share, path_error, sliced_w2, sobol_noise
+from minianyflow.measures import directions, off_share, path_error, sliced_w2, sobol_noise
 from minianyflow.samplers import sample_euler
 from minianyflow.times import generator, time_grid
 from toy_data import plane
@@ -61,12 +61,3 @@ def test_off_share():
     exact = clips.sample_stratified(4000, generator(1))  # 16 frames: 32 dimensions
     assert off_share(exact, clips) < 2e-3
     assert off_share(1.3 * exact, clips) > 0.3  # all, in 32 dimensions
-
-
-def test_histogram_kl_is_that_of_its_shares():
-    """Two bins, shares 1/2 and 1/2 against 1/4 and 3/4; zero of samples from themselves."""
-    left, right = torch.tensor([[-1.0, -1.0]]), torch.tensor([[1.0, 1.0]])
-    truth, samples = torch.cat([left, right]), torch.cat([left, right, right, right])
-    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    assert histogram_kl(truth, samples, bins=2) == pytest.approx(expected, abs=1e-8)
-    assert histogram_kl(truth, truth) == 0

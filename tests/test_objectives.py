@@ -1,5 +1,7 @@
 """Targets, pairs, weights and the forward loss: derivatives, edges, gradients, empty kinds, evaluation counts."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,23 +11,22 @@ from minianyflow.interpolant import interpolate
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import (
     FLOW_MAPS,
-    TARGETS,
+    OBJECTIVES,
     FlowMapLoss,
     adaptive_weight,
-    anyflow_weight,
     eulerian_target,
     lagrangian_target,
-    rebalanced,
     teacher_step_target,
 )
 from minianyflow.samplers import sample_flow_map
 from minianyflow.times import draw_pairs, generator, time_grid
+from minianyflow.wan.published import Rebalanced, anyflow_weight
 from tests.refused import refused
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
-ZERO = torch.zeros(4, 2)
-ALL = dict.fromkeys(TARGETS, 1.0)
+ONES, NONE = torch.ones(4), torch.zeros(4, dtype=torch.bool)
+ALL = dict.fromkeys(OBJECTIVES, 1.0)
 
 
 def batch_of(count, shape=(2,), dtype=torch.float32, **pairs):
@@ -38,7 +39,7 @@ def test_forward_mode_equals_central_difference_for_a_network():
     z, v = torch.randn(2, 40, 3, dtype=torch.float64)
     t, r = torch.rand(2, 40, dtype=torch.float64).sort(0, descending=True).values
     for target, where in ((eulerian_target, v), (lagrangian_target, lambda z, t: z * t[:, None] - 0.3)):
-        exact, gaps = target(u, z, t, r, where, derivative="jvp"), []
+        exact, gaps = target(u, z, t, r, where, delta=0), []
         for delta in (4e-4, 1e-4):
             inside = (t + delta <= 1) & (t - delta >= r) & (r - delta >= 0)
             gaps.append(float((target(u, z, t, r, where, delta=delta) - exact)[inside].abs().max()))
@@ -67,7 +68,7 @@ def gradients(losses, u):
     return torch.cat([gradient.flatten() for gradient in found])
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", {*OBJECTIVES} - {"lagrangian_through_end"})
 def test_no_gradient_through_a_target_and_one_to_every_weight(name):
     """The gradient is that of plain regression on the target of a copy."""
     u, copy, teacher = MLP(), MLP(), nn.Linear(2, 2)  # a teacher with weights of its own
@@ -78,7 +79,7 @@ def test_no_gradient_through_a_target_and_one_to_every_weight(name):
     t, z = batch["t"], interpolate(batch["x"], batch["eps"], batch["t"])
     target = torch.empty_like(z)
     for kind, rows in loss.kinds(batch).items():
-        target[rows] = loss._target(kind, copy, batch, rows, z[rows])[0]
+        target[rows] = loss.target(kind, copy, batch, rows, z[rows])[0]
     plain = (1 - t).sqrt() * (u(z, t, batch["r"]) - target.detach()).square().mean(1)
     assert torch.allclose(gradients(plain, u), gradients(loss(u, batch)[0], u), atol=1e-6)
 
@@ -87,8 +88,8 @@ def test_weights_pass_no_gradient_and_reach_the_loss():
     """Rebalanced or adaptive, the gradient of a row is its plain one times a constant."""
     batch, u = batch_of(32), MLP()
     plain, adaptive, level = (
-        FlowMapLoss({"eulerian": 1.0}, GAUSSIAN.velocity, **options)(u, batch)[0]
-        for options in ({}, {"adaptive": 0.5}, {"rebalance": True})
+        wrap(FlowMapLoss({"eulerian": 1.0}, GAUSSIAN.velocity, adaptive=power))(u, batch)[0]
+        for power, wrap in ((0.0, partial), (0.5, partial), (0.0, Rebalanced))
     )
     fixed, diagonal = plain.detach(), batch["t"] == batch["r"]
     pull = (fixed / (1 - batch["t"]).sqrt() + 5e-3) ** -0.5
@@ -147,18 +148,18 @@ def test_times_are_uniform_and_shifted_and_rows_dropped(shift):
 @pytest.mark.parametrize(
     "pairs", [{"diagonal": 0.0}, {"end": 0.0}, {"diagonal": 1.0, "end": 0.0}, {"diagonal": 0.0, "end": 1.0}]
 )
-@pytest.mark.parametrize("rebalance", [False, True])
-def test_any_kind_of_row_may_be_absent(pairs, rebalance):
+@pytest.mark.parametrize("wrap", [partial, Rebalanced])
+def test_any_kind_of_row_may_be_absent(pairs, wrap):
     for count in (1, 2, 7):
         u = MLP()
-        loss, raw = FlowMapLoss(ALL, GAUSSIAN.velocity, rebalance=rebalance, adaptive=0.5)(u, batch_of(count, **pairs))
+        loss, raw = wrap(FlowMapLoss(ALL, GAUSSIAN.velocity, adaptive=0.5))(u, batch_of(count, **pairs))
         loss.mean().backward()
         assert loss.shape == (count,)
         assert all(map(torch.isfinite, raw.values()))
         assert bool(nn.utils.get_total_norm([weight.grad for weight in u.parameters()]).isfinite())
 
 
-@pytest.mark.parametrize("name", [*FLOW_MAPS, "teacher_step", "through_end"])
+@pytest.mark.parametrize("name", [*FLOW_MAPS, "teacher_step", "lagrangian_through_end"])
 def test_evaluations_are_counted_and_none_is_wasted(name):
     """One with gradient per row, two without per row r < t, none more per row r = t. The teacher's are counted too.
 
@@ -170,14 +171,12 @@ def test_evaluations_are_counted_and_none_is_wasted(name):
         EvaluationCounter(lambda z, t, r: GAUSSIAN.velocity(z, t)),
         batch_of(64),
     )
-    shares = FLOW_MAPS.get(name, {"lagrangian" if name == "through_end" else name: 1.0})
-    loss = FlowMapLoss(shares, lambda z, t: teacher(z, t, t), through_end=name == "through_end")
-    loss(u, batch)
-    longer = int((batch["t"] - batch["r"] > loss.step).sum())
-    student = {"teacher_step": (64, 64 + longer), "through_end": (64 + 32, 64 + 32)}.get(name, (64, 64 + 2 * 32))
+    FlowMapLoss(FLOW_MAPS.get(name, {name: 1.0}), lambda z, t: teacher(z, t, t))(u, batch)
+    longer = int((batch["t"] - batch["r"] > FlowMapLoss.longest_step).sum())
+    of_student = {"teacher_step": (64, 64 + longer), "lagrangian_through_end": (64 + 32, 64 + 32)}
+    student = of_student.get(name, (64, 64 + 2 * 32))
     assert (u.with_grad, u.rows) == student
-    of_jumps = {"eulerian": 1, "lagrangian": 1, "semigroup": 0, "mixed": 0.5, "teacher_step": 2, "through_end": 1}
-    assert teacher.rows == 32 + 32 * of_jumps[name]
+    assert teacher.rows == 32 + 32 * {"semigroup": 0, "mixed": 0.5, "teacher_step": 2}.get(name, 1)
 
 
 def test_a_teachers_step_errs_by_its_cube_and_ends_at_r():
@@ -190,9 +189,10 @@ def test_a_teachers_step_errs_by_its_cube_and_ends_at_r():
         gaps.append(float(((target - u(z, t, r)) * (t - r)[:, None]).abs().max()))
     assert gaps[0] / gaps[1] == pytest.approx(8, rel=0.2)
     assert gaps[0] < 4e-4  # 1.3e-4
-    loss = FlowMapLoss({"teacher_step": 1.0}, GAUSSIAN.velocity, step=0.5)
+    loss = FlowMapLoss({"teacher_step": 1.0}, GAUSSIAN.velocity)
+    loss.longest_step = 0.5
     batch = {"t": t, "r": r, "x": z, "eps": z}
-    whole = loss._target("teacher_step", pytest.fail, batch, torch.arange(20), z[:20])[0]  # t - r < .5: no student
+    whole = loss.target("teacher_step", pytest.fail, batch, torch.arange(20), z[:20])[0]  # t - r < .5: no student
     half = GAUSSIAN.velocity(z - (t - r)[:, None] * GAUSSIAN.velocity(z, t), r)
     assert torch.allclose(whole, ((GAUSSIAN.velocity(z, t) + half) / 2)[:20])
 
@@ -202,8 +202,8 @@ def test_through_the_end_a_lagrangian_row_is_the_residual_of_its_derivative():
     u, batch = MLP().double(), batch_of(32, dtype=torch.float64)
     batch |= {"t": 0.2 + 0.8 * batch["t"], "r": 0.1 + 0.05 * batch["r"]}
     plain, through = (
-        FlowMapLoss({"lagrangian": 1.0}, GAUSSIAN.velocity, weight=torch.ones_like, through_end=on, derivative="jvp")
-        for on in (False, True)
+        FlowMapLoss({name: 1.0}, GAUSSIAN.velocity, weight=torch.ones_like, delta=0)
+        for name in ("lagrangian", "lagrangian_through_end")
     )
     assert torch.allclose(through(u, batch)[0], plain(u, batch)[0])
     t, r, z = batch["t"], batch["r"], interpolate(batch["x"], batch["eps"], batch["t"])
@@ -221,26 +221,32 @@ def test_data_velocity_is_the_default():
 
 
 def test_rebalancing_levels_the_rows_and_leaves_the_errors():
-    loss = torch.tensor([1.0, 3.0, 10.0, 0.1])
-    level, known = rebalanced(loss, torch.tensor([True, True, False, False]))
-    assert level.tolist() == pytest.approx([1, 3, 2, 2])
-    assert known.tolist() == [4, 2, 2]
-    none = torch.zeros(4, dtype=torch.bool)
-    assert torch.equal(rebalanced(loss, none)[0], loss)
-    for goes_on in (False, True):  # without rows r = t, the mean of the step before, or of this one so far
-        assert rebalanced(loss, none, known, goes_on)[0].tolist() == pytest.approx([2, 2, 2, 2])
+    losses = torch.tensor([1.0, 3.0, 10.0, 0.1])
+    level = Rebalanced(lambda u, batch: (losses, {}))
+
+    def step(diagonal, part=0):
+        return level(None, {"t": ONES, "r": diagonal.float(), "part": torch.full((4,), part)})[0].tolist()
+
+    assert step(NONE) == losses.tolist()
+    level.totals = None
+    assert step(torch.tensor([True, True, False, False])) == pytest.approx([1, 3, 2, 2])
+    assert level.totals.tolist() == [4, 2, 2]
+    known = level.totals
+    for part in (0, 1):  # without rows r = t, the mean of the step before, or of this one so far
+        level.totals = known
+        assert step(NONE, part) == pytest.approx([2, 2, 2, 2])
     with refused("rows r = t after rows r < t of the same step"):
-        rebalanced(loss, ~none, known, goes_on=True)
+        step(~NONE, part=1)
     batch, u = batch_of(32), MLP()
-    plain, even = (FlowMapLoss({"eulerian": 1.0}, rebalance=on)(u, batch)[1] for on in (False, True))
-    assert plain == even
+    plain = FlowMapLoss({"eulerian": 1.0})
+    assert plain(u, batch)[1] == Rebalanced(plain)(u, batch)[1]
 
 
-def test_derivative_and_delta_reach_the_target():
+def test_delta_reaches_the_target():
     batch, u = batch_of(64, dtype=torch.float64), MLP().double()
     coarse, fine, exact = (
-        FlowMapLoss({"eulerian": 1.0}, GAUSSIAN.velocity, **options)(u, batch)[0].detach()
-        for options in ({"delta": 0.05}, {"delta": 1e-4}, {"derivative": "jvp"})
+        FlowMapLoss({"eulerian": 1.0}, GAUSSIAN.velocity, delta=delta)(u, batch)[0].detach()
+        for delta in (0.05, 1e-4, 0)
     )
     assert float((fine - exact).abs().max()) < 1e-3 * float((coarse - exact).abs().max())
 
@@ -248,13 +254,13 @@ def test_derivative_and_delta_reach_the_target():
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 4)])
 def test_a_state_has_any_shape(shape):
     """Losses, rollouts and samplers know nothing of the plane; on an exact map they are exact."""
-    u, batch = GAUSSIAN.average_velocity, batch_of(16, shape, torch.float64)
+    u, batch = GAUSSIAN.average_velocity, batch_of(24, shape, torch.float64)
     losses, raw = FlowMapLoss(ALL, GAUSSIAN.velocity, delta=1e-4)(u, batch)
-    assert losses.shape == (16,)
-    assert len(raw) == 5
+    assert losses.shape == (24,)
+    assert len(raw) == 6
     assert max(map(float, raw.values())) < 1e-6
     ends = [sample_flow_map(u, batch["eps"], time_grid(steps).double())[-1] for steps in (1, 3)]
-    assert ends[0].shape == (16, *shape)
+    assert ends[0].shape == (24, *shape)
     assert torch.allclose(*ends, atol=1e-6)
 
 
@@ -267,7 +273,7 @@ def test_guidance_replaces_what_it_names():
     condition = {"label": torch.ones(8, dtype=torch.long), "shift": torch.arange(8.0)}
     batch = batch_of(8, diagonal=1.0, end=0.0) | {"condition": condition}
     loss = FlowMapLoss({}, lambda z, t, label, shift: 0 * z, guidance)
-    target, *_ = loss._target("tangent", u, batch | {"dropped": torch.arange(8) >= 6}, torch.arange(8), batch["x"])
+    target, *_ = loss.target("tangent", u, batch | {"dropped": torch.arange(8) >= 6}, torch.arange(8), batch["x"])
     assert torch.allclose(target[:6, 0], -condition["shift"][:6])  # v + (g - 1) (v - u_null), with v = 0 and label 0
     assert not target[6:].any()
 
@@ -280,7 +286,7 @@ def test_a_condition_follows_its_row():
         return z * 0 + shift[:, None]
 
     _, raw = FlowMapLoss(ALL, u)(u, batch)
-    assert len(raw) == 5
+    assert len(raw) == 6
     assert max(map(float, raw.values())) < 1e-6
 
 

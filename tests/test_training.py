@@ -15,6 +15,7 @@ from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
 from minianyflow.training import Role, accumulate_gradient, train
+from minianyflow.wan.published import Rebalanced
 from minianyflow.wan.trainer import train_run
 from tests.refused import refused
 from toy_data import plane
@@ -43,7 +44,7 @@ def same(a, b, tolerance=0.0):
 def test_the_loop_of_long_runs_on_one_process_is_this_loop_bit_for_bit(accumulate):
     draw, options = batches(RING.sample, 16), {"accumulate": accumulate, "progress": False, "log_every": 3}
     small, long = (student(clip=0.1, ema_after=2) for _ in range(2))
-    small.loss.rebalance = long.loss.rebalance = True
+    small.loss, long.loss = Rebalanced(small.loss), Rebalanced(long.loss)
     history = train({"student": small}, draw, 12, **options)
     found = train_run({"student": long}, draw, 12, accelerator=Accelerator(cpu=True), **options)
     assert [{name: entry[name] for name in own} for entry, own in zip(found, history, strict=True)] == history
@@ -107,7 +108,7 @@ def test_processes_and_micro_batches_make_up_the_gradient_of_the_step_rebalanced
     assert [int((step["t"] == step["r"]).sum()) for step in steps] == [12, 0, 11]
 
     def gradients(process, processes=processes, parts=parts):
-        role = Role(MLP().double(), FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5}, rebalance=True))
+        role = Role(MLP().double(), Rebalanced(FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5})))
         for step in steps:
             accumulate_gradient(role, deal(step, process, processes), parts)
             yield torch.cat([weight.grad.flatten() for weight in role.network.parameters()])
@@ -191,7 +192,7 @@ def test_training_learns():
 
 @pytest.mark.parametrize("wrap", [False, True])
 def test_a_loss_saves_and_restores_its_state(wrap):
-    flow_map, consistency = FlowMapLoss({}, rebalance=True), ConsistencyLoss(velocity, form="continuous")
+    flow_map, consistency = Rebalanced(FlowMapLoss({})), ConsistencyLoss(velocity, form="continuous")
     for inner, name, value in ((flow_map, "totals", torch.ones(3)), (consistency, "calls", 7)):
         loss = OnPolicyLoss(velocity, MLP(), inner) if wrap else inner
         setattr(inner, name, value)

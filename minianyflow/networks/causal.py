@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minianyflow.flow_map import recompute, rollout
+from minianyflow.flow_map import rollout
 from minianyflow.interpolant import check_same_shape
 from minianyflow.networks.causal_attention import CausalAttention, causal_mask, chunk_partition, compressed_chunks
 from minianyflow.networks.known_frames import Known, keep_known, known_times
@@ -25,6 +25,7 @@ from minianyflow.networks.wan import TINY, check_latents, copy_time_embedder, to
 from minianyflow.notation import Grid, Network, Trajectory
 from minianyflow.on_policy import backward_simulation_times
 from minianyflow.support.errors import InputError
+from minianyflow.support.recompute import recompute
 
 Clean = Float[Tensor, "batch clean_frames channels height width"]
 Rows = Float[Tensor, "batch"]
@@ -181,7 +182,7 @@ def causal_rollout(
     context_gradient: whether gradient reaches earlier chunks, and the weights through the cache. cached=False computes
     the context at every evaluation: the same states and, with `context_gradient`, gradients, for more work.
     recomputed: of each chunk but the last only its ends are kept; its cache and its jumps are computed again in the
-    backward (`flow_map.recompute`).
+    backward (`support.recompute`).
     Raises InputError for frames that do not make chunks, or a prefix that is not whole chunks of the clip's shape.
     """
     partition = chunk_partition(z.shape[1], first, rest, ragged)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from minianyflow.flow_map import current_unit
 from minianyflow.notation import FrameTimes, Network, State, Times
 from minianyflow.support.errors import InputError
+from minianyflow.support.recompute import current_unit
 from minianyflow.times import generator
 
 

@@ -1,4 +1,4 @@
-"""The commands of the plane: demo (the race), ablate, exposure. Each takes argv and returns an exit status."""
+"""The commands of the plane: demo (the race) and exposure. Each takes argv and returns an exit status."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,24 +8,13 @@ from minianyflow.support.cli import experiment_parser
 
 def demo(argv: list[str]) -> int:
     """Race every method against the exact answer; writes any_step.json and any_step.png."""
-    options = _race_options(demo, argv, "outputs/demo")
+    options = race_options(demo, argv, "outputs/demo")
     from minianyflow.plane.race import run, table
 
     report = run(**options)
     print(f"\n{report['dataset']}, in units {report['units']}; the truth: {report['flow']}\n\n{table(report)}")
     print(f"\n{table(report, 'path_error')}")
     print(f"\nwritten: {options['output']}/any_step.json, {options['output']}/any_step.png")
-    return 0
-
-
-def ablate(argv: list[str]) -> int:
-    """Change one thing at a time, at a third of the demo's budget, twenty minutes; writes ablation.json."""
-    options = _race_options(ablate, argv, "outputs/ablation", 2_000_000)
-    from minianyflow.plane.ablation import run
-    from minianyflow.plane.race import table
-
-    report = run(**options)
-    print(f"\n{table(report)}\n\n{table(report, 'path_error')}\n\nwritten: {options['output']}/ablation.json")
     return 0
 
 
@@ -39,7 +28,7 @@ def exposure(argv: list[str]) -> int:
     return 0
 
 
-def _race_options(command, argv, output, evaluations=6_000_000):
+def race_options(command, argv: list[str], output: str, evaluations: int = 6_000_000) -> dict:
     """The arguments of `race.run` from those of a command."""
     parser = experiment_parser(command, output, seeds="0,1,2")
     target = parser.add_mutually_exclusive_group()

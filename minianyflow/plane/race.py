@@ -53,8 +53,8 @@ def make_student(
 ) -> tuple[Role, Callable, dict[str, EvaluationCounter]]:
     """The role of one method, `draw(step)`, the batches that it trains on, and the counters of its evaluations.
 
-    changes: for the ablation, to SETTINGS, which are options of the loss and of the pairs of times drawn, and `ema`.
-    wrap(loss): a loss around it. average_teaches: targets are made by the averaged student.
+    changes: for the ablation, to SETTINGS, which are options of the loss and of the pairs of times drawn, and `ema`;
+    or another class as `loss`. A loss that has an `average` gets the averaged student.
     """
     mixture = plane.load(dataset)
     choose("method", method, dict.fromkeys(METHODS[1:]))
@@ -62,12 +62,10 @@ def make_student(
     network = EvaluationCounter(MLP(mixture.shape, budget.width, budget.depth, seeds))
     settings = {"velocity": velocity} | SETTINGS.get(method, {"shares": FLOW_MAPS.get(method)}) | changes
     pairs = {"diagonal": settings.pop("diagonal", 0.5), "end": settings.pop("end", 0.25)}
-    ema, wrap = settings.pop("ema", budget.ema), settings.pop("wrap", None)
-    student = Role(network, lr=budget.lr, muon=budget.muon, ema=ema)
-    if method == "consistency" or settings.pop("average_teaches", False):
-        settings["average"] = student.average
-    student.loss = (ConsistencyLoss if method == "consistency" else FlowMapLoss)(**{"adaptive": 0.5} | settings)
-    student.loss = wrap(student.loss) if wrap else student.loss
+    student = Role(network, lr=budget.lr, muon=budget.muon, ema=settings.pop("ema", budget.ema))
+    kind = settings.pop("loss", ConsistencyLoss if method == "consistency" else FlowMapLoss)
+    settings |= {"average": student.average} if hasattr(kind, "average") else {}
+    student.loss = kind(**{"adaptive": 0.5} | settings)
     counters = {"student": network, "average": student.average.module, "teacher": teacher}
     return student, batches(mixture.sample, budget.rows, seeds, **pairs), counters
 

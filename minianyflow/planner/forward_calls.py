@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from minianyflow.batch import deal, part_of
-from minianyflow.flow_map import current_unit
 from minianyflow.on_policy import draw_on_policy
 from minianyflow.planner.counters import LiveBytes, tensors_in
+from minianyflow.support.recompute import current_unit
 from minianyflow.times import draw_pairs, generator
 from minianyflow.wan.config import Config
 from minianyflow.wan.data.latents import TIMES
@@ -31,7 +31,7 @@ class ForwardCall:
     grad: whether a backward follows. state_grad: whether gradient reaches the state z. kind: "plain"; of a causal
     network "one_chunk", "teacher_forced" (all chunks at once, beside clean ones), "fill_cache" or "read_cache".
     frames: of z. context: number of earlier frames, clean or in the cache. cache: the id of the one used. unit: the
-    number of the part of a rollout that is recomputed as a whole (flow_map.recompute), if it is in one.
+    number of the part of a rollout that is recomputed as a whole (support.recompute), if it is in one.
     """
 
     role: str

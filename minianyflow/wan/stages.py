@@ -22,7 +22,7 @@ from minianyflow.networks.teacher_forcing import (
     single_chunk_batch,
     teacher_forcing_batch,
 )
-from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, anyflow_weight, sqrt_weight
+from minianyflow.objectives import FLOW_MAPS, FlowMapLoss, sqrt_weight
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role
@@ -30,6 +30,7 @@ from minianyflow.wan.config import Config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.memory import choose_memory
 from minianyflow.wan.prefetch import prefetch
+from minianyflow.wan.published import Rebalanced, anyflow_weight
 from minianyflow.wan.run import Stopwatch, guard, prepare, save_run
 from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.sampler import sample_while_training
@@ -123,11 +124,10 @@ def forward_loss(config: Config, networks: RunNetworks, null: dict) -> Callable:
         weight={"none": torch.ones_like, "sqrt": sqrt_weight, "anyflow": anyflow_weight(config.shift)}[config.weight],
         adaptive=config.adaptive,
         delta=config.delta,
-        rebalance=config.rebalance,
     )
-    if config.architecture == "bidirectional":
-        return loss
-    return TeacherForced(loss, replace(loss, shares={}, weight=torch.ones_like, adaptive=0.0, rebalance=False))
+    whole = replace(loss, shares={}, weight=torch.ones_like, adaptive=0.0)
+    loss = Rebalanced(loss) if config.rebalance else loss
+    return loss if config.architecture == "bidirectional" else TeacherForced(loss, whole)
 
 
 def simulation(config: Config) -> Callable:

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minianyflow.batch import deal
-from minianyflow.flow_map import current_unit
 from minianyflow.support.errors import InputError
+from minianyflow.support.recompute import current_unit
 from minianyflow.training import accumulate_gradient, check_gradients, mean_figures
 from minianyflow.wan.guard import (
     EXIT_CTRL_C,

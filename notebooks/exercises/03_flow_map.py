@@ -56,7 +56,7 @@ def only_the_velocity(z, t, r):
 
 
 v = spiral.velocity(z, t)
-expected = eulerian_target(only_the_velocity, z, t, r, v, "jvp") - v
+expected = eulerian_target(only_the_velocity, z, t, r, v, delta=0) - v
 check(
     "3",
     lambda: eulerian_residual(only_the_velocity, z, t, r, v, 1e-5),

@@ -100,7 +100,7 @@ def eulerian(u, z, t, r, v):
 check(
     "4",
     lambda: eulerian(network, z, t, r, v),
-    eulerian_target(network, z, t, r, v, derivative="jvp"),
+    eulerian_target(network, z, t, r, v, delta=0),
     "0 = v - u - (t - r) du/dt; the directions are v for z and 1 for t, and r stays as it is",
 )
 

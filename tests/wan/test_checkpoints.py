@@ -17,6 +17,7 @@ from minianyflow.wan import checkpoints as module
 from minianyflow.wan.checkpoints import Broken, Checkpoints, check
 from minianyflow.wan.guard import Guard, Preempted
 from minianyflow.wan.intervals import Every
+from minianyflow.wan.published import Rebalanced
 from minianyflow.wan.trainer import train_run
 from tests.refused import refused
 from toy_data import plane
@@ -30,7 +31,7 @@ class Interrupt(Exception):
 
 
 def roles(width=128, muon=None):
-    loss = FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5}, RING.velocity, rebalance=True)
+    loss = Rebalanced(FlowMapLoss({"eulerian": 0.5, "semigroup": 0.5}, RING.velocity))
     return {"student": Role(MLP(width=width), loss, warmup=3, ema_after=2, muon=muon)}
 
 

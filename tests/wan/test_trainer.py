@@ -18,6 +18,7 @@ from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.training import Role, train
 from minianyflow.wan.guard import Guard, end_trackers, log_figures, start_trackers
+from minianyflow.wan.published import Rebalanced
 from minianyflow.wan.trainer import train_run
 from tests.refused import refused
 from toy_data import plane
@@ -157,7 +158,7 @@ def test_bad_batches_are_skipped_within_a_bound_and_change_nothing(tmp_path, cap
 def test_what_a_loss_remembers_survives_a_skipped_batch():
     for steps, bad in ((12, 11), (1, 0)):
         role = student()
-        role.loss.rebalance = True
+        role.loss = Rebalanced(role.loss)
         run(role, poisoned([bad]), steps, guard=Guard(1))
         assert all(bool(value.isfinite().all()) for value in role.loss.state_dict().values())
 

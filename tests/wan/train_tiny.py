@@ -10,6 +10,7 @@ from minianyflow.batch import batches
 from minianyflow.networks.mlp import MLP
 from minianyflow.objectives import FlowMapLoss
 from minianyflow.training import Role
+from minianyflow.wan.published import Rebalanced
 from minianyflow.wan.trainer import train_run
 from toy_data import plane
 
@@ -18,7 +19,8 @@ def main(output, option):
     torch.set_num_threads(1)
     accelerator, mixture = Accelerator(cpu=True), plane.ring8()
     shares = {"eulerian": 0.5, "semigroup": 0.5}
-    loss = FlowMapLoss(shares, lambda z, t, copy: mixture.velocity(z, t), rebalance=option == "rebalance")
+    loss = FlowMapLoss(shares, lambda z, t, copy: mixture.velocity(z, t))
+    loss = Rebalanced(loss) if option == "rebalance" else loss
     student = Role(MLP(seeds=(0, 1)), loss, warmup=5)
     draw = batches(mixture.sample, 1 if option == "one row" else 24, (0, 1))  # then processes differ in what they do
     parts = 6 if option == "rebalance" and accelerator.num_processes == 2 else 1

@@ -1,14 +1,23 @@
-"""What limits the flow map on the plane, what moves it, how the baseline was tuned; the choice on seeds of its own."""
+"""What limits the flow map on the plane, what moves it, how the baseline was tuned; the choice on seeds of its own.
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+`python -m benchmarks.ablation`: twenty minutes on two cores, at a third of the demo's budget. Options: --help.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from minianyflow.batch import Batch
-from minianyflow.measures import histogram_kl, sliced_w2
+from minianyflow.measures import sliced_w2
+from minianyflow.notation import Network
+from minianyflow.objectives import FlowMapLoss
+from minianyflow.plane.commands import race_options
 from minianyflow.plane.race import (
     BUDGET,
     PIECE,
@@ -19,9 +28,11 @@ from minianyflow.plane.race import (
     in_report,
     references,
     run_method,
+    table,
     train_method,
 )
 from minianyflow.samplers import sample_flow_map
+from minianyflow.support import cli
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.support.reports import rounded, write_report
@@ -41,17 +52,33 @@ def more_ends(batch: Batch, progress: float, start: float = 0.7, share: float = 
     return batch | {"r": torch.where(free, 0.0, batch["r"])}
 
 
-class LearntWeights:
+class ShortSteps(FlowMapLoss):
+    """With a shorter step of the teacher."""
+
+    longest_step = 1 / 32
+
+
+@dataclass
+class AverageJumps(FlowMapLoss):
+    """With targets made by the averaged student."""
+
+    average: Network | None = None
+
+    def target(self, name, network, *rows):
+        """As FlowMapLoss."""
+        return super().target(name, self.average, *rows)
+
+
+class LearntWeights(FlowMapLoss):
     """The loss of each row over the running mean of those of like t and t - r, in 8 x 8 cells: the learnt weight of
     EDM2 (arXiv 2312.02696, section 3.3) at its own minimum. Rows r = t are cells of their own.
     """
 
-    def __init__(self, inner: Callable):
-        self.inner, self.means = inner, torch.ones(9 * 8)
+    means = torch.ones(9 * 8)
 
     def __call__(self, u, batch):
-        """As the loss `inner`."""
-        losses, errors = self.inner(u, batch)
+        """As FlowMapLoss."""
+        losses, errors = super().__call__(u, batch)
         t, length = batch["t"], batch["t"] - batch["r"]
         cell = (8 * t).long().clamp(max=7) + 8 * torch.where(length > 0, 1 + (8 * length).long().clamp(max=7), 0)
         count = torch.bincount(cell, minlength=72)
@@ -61,7 +88,7 @@ class LearntWeights:
 
 
 # Factors on the budget, or None, and settings of the method (race.SETTINGS); all else as in the demo.
-ADAMW, AVERAGE = ({"muon": None}, {}), ({}, {"average_teaches": True})
+ADAMW = ({"muon": None}, {})
 CHANGES = {
     "teacher_step": {
         "": ({}, {}),
@@ -70,19 +97,19 @@ CHANGES = {
         "Muon x 2": ({"muon": 2}, {}),
         "256 rows": ({"rows": 2}, {}),
         "half the rows on r = t": ({}, {"diagonal": 0.5, "end": 0.25}),
-        "steps of 1/32": ({}, {"step": 1 / 32}),
+        "steps of 1/32": ({}, {"loss": ShortSteps}),
         "half semigroup": ({}, {"shares": {"teacher_step": 0.5, "semigroup": 0.5}}),
         "short jumps first": ({}, {"warp": short_first}),
         "r = 0 for more rows, late": ({}, {"end": 0.375, "warp": more_ends}),
-        "learnt weights": ({}, {"wrap": LearntWeights, "adaptive": 0.0}),
+        "learnt weights": ({}, {"loss": LearntWeights, "adaptive": 0.0}),
         "weight 1": ({}, {"weight": torch.ones_like}),
         "squares": ({}, {"adaptive": 0.0}),
         "width x 2": ({"width": 2}, {}),
         "evaluations x 2": ({"evaluations": 2}, {}),
     },
     "mixed": {"": ({}, {}), "AdamW": ADAMW, "data velocity": ({}, {"velocity": None, "adaptive": 0.0})},
-    "semigroup": {"": ({}, {}), "the average jumps": AVERAGE},
-    "lagrangian": {"": ({}, {}), "gradient through the end": ({}, {"through_end": True})},
+    "semigroup": {"": ({}, {}), "the average jumps": ({}, {"loss": AverageJumps})},
+    "lagrangian": {"": ({}, {}), "gradient through the end": ({}, {"shares": {"lagrangian_through_end": 1.0}})},
     "consistency": {
         "": ({}, {}),
         "AdamW": ADAMW,
@@ -124,6 +151,17 @@ def run(
     return report
 
 
+def histogram_kl(truth: Tensor, samples: Tensor, bins: int = 60, limit: float = 2.5) -> float:
+    """KL of the histogram of `truth` (n, 2) from that of `samples` (m, 2), bins x bins over +-limit.
+
+    1e-10 is added to every share. Needs many samples: with 100,000 in 60 x 60 bins, two independent sets of the
+    checkerboard read .02.
+    """
+    edges = [np.linspace(-limit, limit, bins + 1)] * 2
+    p, q = (np.histogram2d(*points.numpy().T, edges)[0] / len(points) + 1e-10 for points in (truth, samples))
+    return float((p * np.log(p / q)).sum())
+
+
 def checkerboard_kl(
     seeds: Sequence[int] = range(10, 15), budget: Budget = BUDGET, points: int = 100_000, counts: Sequence[int] = SHOWN
 ) -> dict:
@@ -159,3 +197,15 @@ def fresh(seeds: Sequence[int] = range(10, 15), output: str | Path = "outputs/fr
         report = rounded({"seeds": list(seeds), "methods": methods, "floors": floors})
         write_report(report, folder / "fresh.json")
     return report
+
+
+def ablation(argv: list[str]) -> int:
+    """Change one thing at a time, at a third of the demo's budget; writes ablation.json."""
+    options = race_options(ablation, argv, "outputs/ablation", 2_000_000)
+    report = run(**options)
+    print(f"\n{table(report)}\n\n{table(report, 'path_error')}\n\nwritten: {options['output']}/ablation.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(lambda: ablation(sys.argv[1:])))
