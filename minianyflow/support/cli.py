@@ -33,7 +33,7 @@ COMMANDS = {  # name: where its function of argv is
     "evaluate": "wan.commands:evaluate",
     "course": "course.commands:course",
     "exercises": "course.commands:exercises",
-    "docs": "course.docs:docs",
+    "docs": "support.commands:docs",
     "check": "support.commands:check",
     "test": "support.commands:test",
     "test-all": "support.commands:test_all",

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
@@ -38,6 +39,17 @@ def check(argv):
     steps = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["minianyflow", "docs", "--check"])
     failed = [step for step in steps if subprocess.call([sys.executable, "-m", *step], cwd=ROOT)]
     return bool(failed) or _pytest("-m", FAST, "tests")
+
+
+def docs(argv):
+    """Write the tables of README.md and docs/ from the committed reports; --check only compares."""
+    parser = Parser("minianyflow docs", description=docs.__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
+    check = parser.parse_args(argv).check
+    _needs_checkout("docs")
+    stale = import_module("benchmarks.docs").write(check)
+    print("\n".join(f"{page}: {'not current' if check else 'written'}" for page in stale) or "all tables are current")
+    return int(check and bool(stale))
 
 
 FAST = "not slow and not long"

@@ -7,7 +7,6 @@ from importlib import import_module
 from itertools import product
 from operator import getitem
 
-from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
@@ -15,7 +14,7 @@ MARKED = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def table(function: str, report: str | None = None, *keys: str) -> str:
-    """What "module:name" makes of report[key][key]... in docs/, or of nothing. Benchmarks are above this module."""
+    """What "module:name" makes of report[key][key]... in docs/, or of nothing."""
     module, name = function.split(":")
     arguments = [reduce(getitem, keys, json.loads((ROOT / "docs" / report).read_text("utf-8")))] if report else []
     return getattr(import_module(module), name)(*arguments)
@@ -27,7 +26,7 @@ def _peers(report, *targets):
     return {name + end: (made_by[end], report, "targets", name) for name, end in product(targets, made_by)}
 
 
-_TABLES, _VIDEO = "minianyflow.course.tables:", "video/any_step.json"
+_TABLES, _VIDEO = "benchmarks.tables:", "video/any_step.json"
 TABLES = {  # {page: {name: arguments of `table`}}
     "README.md": {"any_step": (_TABLES + "text_block", "plane/any_step.json")},
     "docs/plane.md": {
@@ -46,10 +45,10 @@ TABLES = {  # {page: {name: arguments of `table`}}
         "padding": (_TABLES + "video_padding", _VIDEO),
     },
     "docs/wan.md": {
-        "evaluations": ("minianyflow.wan.tables:evaluations_per_sample",),
+        "evaluations": (_TABLES + "evaluations_per_sample",),
         "choices": ("benchmarks.published:table", "wan/choices.json"),
     },
-    "docs/evaluation.md": {"evaluation": ("minianyflow.wan.tables:evaluation",)},
+    "docs/evaluation.md": {"evaluation": (_TABLES + "evaluation",)},
     "docs/plan.md": {
         "bill": ("minianyflow.planner.report:bill_table", "plan/plans.json"),
         "plan": ("minianyflow.planner.report:stage_table", "plan/plans.json"),
@@ -76,15 +75,3 @@ def write(check: bool = False) -> list[str]:
 
 def _marked(tables, match):
     return f"<!-- table {match[1]} -->\n{table(*tables[match[1]])}\n<!-- end -->"
-
-
-def docs(argv: list[str]) -> int:
-    """Write the tables of README.md and docs/ from the committed reports; --check only compares."""
-    parser = Parser("minianyflow docs", description=docs.__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
-    check = parser.parse_args(argv).check
-    if not (ROOT / "docs").is_dir():
-        raise InputError(f"no docs in {ROOT}; expected a checkout of the project, not an installed package")
-    stale = write(check)
-    print("\n".join(f"{page}: {'not current' if check else 'written'}" for page in stale) or "all tables are current")
-    return int(check and bool(stale))

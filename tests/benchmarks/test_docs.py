@@ -2,7 +2,8 @@
 
 import pytest
 
-from minianyflow.course import docs
+from benchmarks import docs
+from minianyflow.support import commands
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
@@ -24,11 +25,11 @@ def test_a_stale_table_is_found_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr(docs, "TABLES", {"page.md": {"law": (r"| \2 |",)}})
     monkeypatch.setattr(docs, "table", str)
-    assert docs.docs(["--check"]) == 1
+    assert commands.docs(["--check"]) == 1
     assert "| 1 |" in page.read_text()
-    assert docs.docs([]) == 0
+    assert commands.docs([]) == 0
     assert page.read_text() == "before\n<!-- table law -->\n| \\2 |\n<!-- end -->\nafter\n"
-    assert docs.docs(["--check"]) == 0
+    assert commands.docs(["--check"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == ["page.md: not current", "page.md: written", "all tables are current"]
     page.write_text("<!-- table laws -->\n<!-- end -->\n")
