@@ -118,7 +118,7 @@ def test_nothing_in_a_checkpoint_could_be_left_out(tmp_path, whole, lost, monkey
     if lost == "random":
         monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
     if lost == "loss":
-        monkeypatch.setattr(FlowMapLoss, "load_state_dict", lambda self, state: None)
+        monkeypatch.setattr(Rebalanced, "load_state_dict", lambda self, state: None)
     assert not equal(run(tmp_path, seed=6, every=6), whole)
 
 
