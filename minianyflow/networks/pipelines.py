@@ -6,12 +6,23 @@ A WanNetwork becomes an AnyFlowPipeline, a CausalNetwork an AnyFlowFARPipeline. 
 
 import copy
 import json
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from shutil import copyfile
 
 import diffusers
-from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, DiffusionPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import (
+    AnyFlowFARPipeline,
+    AnyFlowFARTransformer3DModel,
+    AnyFlowPipeline,
+    DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+)
+from huggingface_hub import ModelCardData
+from torch import nn
 
+from minianyflow.networks import far_pipeline
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.causal_attention import CausalAttention, chunk_partition
 from minianyflow.networks.codec import Codec
@@ -24,28 +35,28 @@ FRAMES = 5  # latent frames of a clip of 17
 BLOBS = {"height": 16, "width": 16, "num_frames": 17, "num_inference_steps": 4, "max_sequence_length": PROMPT_LENGTH}
 README = """# {name}
 
-{what}, trained with minianyflow: any number of steps will do.
-It is a complete `{pipeline}`: diffusers ({version} or newer) loads it as it is.
+{what}, trained with minianyflow: any number of steps will do. diffusers ({version} or newer{peft}) is all it needs:
 
 ```python
-from diffusers import {pipeline}
-{imports}
-pipeline = {pipeline}.from_pretrained("{name}")
-{attention}video = pipeline(
-    {prompt}, {options}
-).frames[0]
+{lines}
 ```
-{causal}"""
-CAUSAL = {  # what the README of a causal pipeline adds
-    "imports": "from minianyflow.networks.causal_attention import CausalAttention\n",
-    "attention": """for block in pipeline.transformer.blocks:
-    block.attn1.set_processor(CausalAttention())
-""",
-    "causal": """
-Without minianyflow leave out its import and the loop over blocks: diffusers' own attention then pads the keys of a
-chunk with zeros and lets the chunk see them, which the network was not trained with.
-""",
-}
+
+`video=` takes first frames to start from, (1, T, 3, H, W) in [0, 1]. `minianyflow sample --seed 0` makes these latents.
+{padding}"""
+LINES = """import torch
+from diffusers import {imports}
+from diffusers.utils import export_to_video
+{before}
+pipeline = {loader}.from_pretrained({source}, torch_dtype={dtype}{custom})
+{after}pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+video = pipeline(
+    {prompt}, {options}, generator=torch.Generator().manual_seed(0)
+).frames[0]
+export_to_video(video, "video.mp4", fps=16)"""
+PADDING = """
+`pipeline.py` is part of this folder: diffusers' own attention pads the keys of a chunk with zeros and lets the chunk
+see them, which the network was not trained with. For another `num_frames` give `chunk_partition=` of its latents.
+"""
 
 
 def save_pipeline(
@@ -80,33 +91,76 @@ def write_pipeline(
     provenance: dict | None = None,
     notes: str = "",
     files: dict[str, str] | None = None,
+    **card: object,
 ) -> None:
     """Write a pipeline of diffusers to `folder`, with a README that loads it; whole or not at all.
 
     what: one line on what it generates. prompt, options: of the call in the README. notes: more text for the README.
-    files: {name: text} to write beside. Raises InputError as `save_pipeline`.
+    files: {name: text} to write beside. card: as `write_readme` takes it. Raises InputError as `save_pipeline`.
     """
     with new_folder(folder) as inside:
         pipeline.save_pretrained(inside)
         for name, text in (files or {}).items():
             (inside / name).write_text(text, "utf-8")
-        kind = type(pipeline).__name__
-        text = README.format(
-            name=Path(folder).name,
-            pipeline=kind,
-            what=what,
-            version=diffusers.__version__,
-            prompt=json.dumps(prompt, ensure_ascii=False),
-            options=", ".join(f"{name}={value}" for name, value in options.items()),
-            **(CAUSAL if kind == AnyFlowFARPipeline.__name__ else dict.fromkeys(CAUSAL, "")),
-        )
-        write_readme(inside, text, notes, provenance)
+        kind, name = type(pipeline), Path(folder).name
+        dtype = str(pipeline.transformer.dtype)
+        write_readme(inside, kind, what, stock_lines(kind, name, prompt, options, dtype), notes, provenance, **card)
 
 
-def write_readme(folder: Path, text: str, notes: str = "", provenance: dict | None = None) -> None:
-    """Write README.md: the text, the notes, and how it was made."""
+def stock_lines(
+    kind: type, name: str, prompt: str, options: dict, dtype: str, before: str = "", imports: Sequence[str] = ()
+) -> str:
+    """The lines that sample the export `name`, an AnyFlow(FAR)Pipeline as `kind` says, in diffusers alone.
+
+    options: of the call. before: of a LoRA, lines that make `transformer` and `scheduler` of its `base`.
+    """
+    causal = kind is AnyFlowFARPipeline
+    loader = "DiffusionPipeline" if causal else kind.__name__
+    return LINES.format(
+        imports=", ".join(sorted([loader, *imports])),
+        before=before,
+        loader=loader,
+        source="base, transformer=transformer, scheduler=scheduler" if before else json.dumps(name),
+        dtype=dtype if dtype == "torch.float32" else f'{{"default": {dtype}, "vae": torch.float32}}',
+        custom=f', custom_pipeline="{name}", trust_remote_code=True' if causal else "",
+        after=f'pipeline.load_lora_weights("{name}")\n' if before else "",
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        options=", ".join(f"{option}={value}" for option, value in options.items()),
+    )
+
+
+def write_readme(
+    folder: Path,
+    kind: type,
+    what: str,
+    lines: str,
+    notes: str = "",
+    provenance: dict | None = None,
+    sheet: Path | None = None,
+    **card: object,
+) -> None:
+    """Write README.md, a model card, and what its lines load.
+
+    lines: `stock_lines`. sheet: a picture of samples. card: its metadata, as huggingface_hub.ModelCardData takes it.
+    """
+    causal = kind is AnyFlowFARPipeline
+    if causal:
+        copyfile(far_pipeline.__file__, folder / "pipeline.py")
+    text = README.format(
+        name=folder.name,
+        what=what,
+        version=diffusers.__version__,
+        peft=", with peft" if "load_lora" in lines else "",
+        lines=lines,
+        padding=PADDING if causal else "",
+    )
     made = f"How it was made:\n\n```json\n{json.dumps(provenance, indent=1)}\n```" if provenance else ""
-    (folder / "README.md").write_text("\n\n".join(filter(None, (text.strip(), notes, made))) + "\n")
+    if sheet:
+        copyfile(sheet, folder / "sheet.png")
+    picture = "![Samples: a block per prompt, a row per number of steps](sheet.png)" if sheet else ""
+    parts = filter(None, (text.strip(), picture, notes, made))
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", **card)
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n", "utf-8")
 
 
 def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
@@ -126,6 +180,16 @@ def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
         for block in pipeline.transformer.blocks:
             block.attn1.set_processor(CausalAttention())
     return pipeline
+
+
+def load_lora(transformer: nn.Module, folder: str | Path) -> None:
+    """Put the adapter in `folder` on a transformer, as diffusers does. Raises InputError for one that does not fit."""
+    kind = AnyFlowFARPipeline if isinstance(transformer, AnyFlowFARTransformer3DModel) else AnyFlowPipeline
+    try:
+        kind(None, None, transformer, None, None).load_lora_weights(folder)
+    except Exception as problem:  # diffusers and peft raise any kind of error for a file they cannot use
+        why = " ".join(str(problem).split())[:200]
+        raise InputError(f"the adapter in {folder} does not load ({why}); name the base that it was made for") from None
 
 
 def _scheduler(network, shift):

@@ -61,8 +61,9 @@ def distill(argv: list[str]) -> int:
 
 
 def sample(argv: list[str]) -> int:
-    """Sample at any step counts: a run of distill, a pipeline of export, or NVIDIA's released AnyFlow weights.
+    """Sample at any step counts: a run of distill, an export, or NVIDIA's released AnyFlow weights.
 
+    Prompt k has the noise that diffusers makes with torch.Generator().manual_seed(seed + k), k = 0, 1, ...
     The released weights carry a non-commercial licence. Wan2.1 itself and other teachers are sampled without guidance
     here; evaluate has --guidance.
     """
@@ -74,6 +75,9 @@ def sample(argv: list[str]) -> int:
     parser.add_argument("--image", metavar="FILE", help="the first frame")
     parser.add_argument("--video", metavar="FILE", help="the first frames, at 16 per second")
     parser.add_argument("--context", type=int, help="how many frames of --video (default: the first two chunks)")
+    words = "beside the mp4 files: latents (safetensors, frames first), png (frames without loss)"
+    parser.add_argument("--write", nargs="+", choices=("latents", "png"), default=[], help=words)
+    parser.add_argument("--base", metavar="FOLDER", help="of an exported LoRA (default: where it was trained)")
     _sampling_options(parser, "outputs/samples")
     options = vars(parser.parse_args(argv))
     texts, file, image, video = (options.pop(name) for name in ("prompt", "prompts", "image", "video"))
@@ -100,16 +104,28 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--lora", action="store_true", help="the adapter alone, for pipeline.load_lora_weights(OUT)")
     parser.add_argument("--role", choices=("student", "student-last"), default="student", help="averaged, or last")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: the run's precision)")
+    words = "with --lora, a second file by the names of the original Wan code or of kohya"
+    parser.add_argument("--layout", choices=("wan", "kohya"), help=words)
+    parser.add_argument("--push", metavar="OWNER/MODEL", help="upload it to the hub, as a private repository")
+    parser.add_argument("--dry-run", action="store_true", help="with --push: list what would be uploaded")
     arguments = parser.parse_args(argv)
     if arguments.lora and arguments.dtype:
         raise InputError("--dtype with --lora; an adapter is written in float32, as trained: leave out --dtype")
-    from minianyflow.wan.export import export_lora, export_pipeline
+    if arguments.layout and not arguments.lora:
+        raise InputError("--layout without --lora; it names the layers of an adapter: add --lora")
+    if arguments.dry_run and not arguments.push:
+        raise InputError("--dry-run without --push OWNER/MODEL; nothing else is uploaded")
+    from minianyflow.wan.export import check_hub_name, export_lora, export_pipeline, push_to_hub
 
+    if arguments.push:
+        check_hub_name(arguments.push)
     if arguments.lora:
-        export_lora(arguments.run, arguments.output, arguments.role)
+        export_lora(arguments.run, arguments.output, arguments.role, arguments.layout)
     else:
         export_pipeline(arguments.run, arguments.output, arguments.role, arguments.dtype)
     print(f"written: {arguments.output}; its README.md says how to load it")
+    if arguments.push:
+        push_to_hub(arguments.output, arguments.push, arguments.dry_run)
     return 0
 
 

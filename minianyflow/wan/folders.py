@@ -78,10 +78,8 @@ def load_transformer(
     for weights that lack or add more than a new embedder and coarse patches, and for files that contradict each other.
     """
     kind, place = choose("architecture", architecture, CLASSES), _place(source, "transformer")
-    config = load(source, "transformer", lambda: kind.load_config(**place))
+    config = _transformer_config(source)
     name = class_name(config)
-    if name not in SOURCES:
-        raise InputError(f"{source} holds a {name}; expected one of {', '.join(SOURCES)}")
     if config.get("image_dim"):
         raise InputError(f"{source} takes an image beside the text; expected a text-to-video model")
     source_kind = SOURCES[name]
@@ -100,6 +98,19 @@ def load_transformer(
     options = {*inspect.signature(kind.__init__).parameters, "_class_name", "_diffusers_version"}
     transformer._internal_dict = FrozenDict({k: value for k, value in transformer.config.items() if k in options})
     return transformer.to(device) if device else transformer
+
+
+def _transformer_config(source):
+    place = _place(source, "transformer")
+    config = load(source, "transformer", lambda: WanTransformer3DModel.load_config(**place))
+    if class_name(config) not in SOURCES:
+        raise InputError(f"{source} holds a {class_name(config)}; expected one of {', '.join(SOURCES)}")
+    return config
+
+
+def base_class(source: str | Path) -> str:
+    """What the transformer in `source` is: "Wan", "bidirectional" or "causal"."""
+    return SOURCES[class_name(_transformer_config(source))]
 
 
 def class_name(config: Mapping) -> str | None:

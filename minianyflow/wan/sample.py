@@ -1,18 +1,18 @@
 """Clips of one source at any step counts, as videos and a contact sheet."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minianyflow.support.errors import InputError
-from minianyflow.times import generator
 from minianyflow.wan.config import find_device
 from minianyflow.wan.data.options import DTYPES
 from minianyflow.wan.data.read_video import read_video
 from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.folders import decode_latents, embed, encode_video, load_parts
-from minianyflow.wan.sampler import sample, step_label
+from minianyflow.wan.sampler import sample, step_label, stock_noise
 from minianyflow.wan.sources import check_clip, check_numbers, find_source
 
 
@@ -27,19 +27,23 @@ def sample_clips(
     context: int | None = None,
     device: str = "auto",
     precision: str | None = None,
+    write: Sequence[str] = (),
+    base: str | None = None,
 ) -> None:
     """Sample every prompt at every step count; write the clips and sheet.png to `output`.
 
-    clip: changes to the source's frames, height, width and length (tokens per prompt). start: a picture or a video to
-    start from, and `context` how many of its frames; None: the first two chunks. precision: "bf16" or "fp32"; None:
-    bf16 on a GPU. Raises InputError for a source, a clip or a start that does not fit.
+    The noise of prompt k is that of diffusers' pipelines for the seed `seed` + k. write: "latents" (F, C, h, w) and
+    "png", frames without loss, beside the mp4 files. base: of an exported LoRA, where it is now. clip:
+    changes to the source's frames, height, width and length (tokens per prompt). start: a picture or a video to start
+    from, and `context` how many of its frames; None: the first two chunks. precision: "bf16" or "fp32"; None: bf16 on
+    a GPU. Raises InputError for a source, a clip or a start that does not fit.
     """
     check_numbers(steps, frames=(clip or {}).get("frames"), context=context)
     if start and not Path(start).is_file():
         raise InputError(f"no file {start}; expected a picture or a video")
     device = find_device(device)
     dtype = DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
-    loaded = find_source(source, dtype, device)
+    loaded = find_source(source, dtype, device, base)
     config, clip = loaded.config, loaded.clip | (clip or {})
     context = (context or 4 * (config.causal.first + config.causal.rest) - 3) if start else 0
     check_clip(loaded, clip, context)
@@ -51,12 +55,13 @@ def sample_clips(
     embedded = embed(config.base, prompts, clip["length"], dtype, device)
     vae = load_parts(config.base, "vae")[0].to(device)
     prefix = encode_video(vae, frames.to(device)) if start else None
-    clips = {count: [] for count in steps}
-    with tqdm(total=len(prompts) * sum(clips), unit="step", desc="sampling") as bar:
+    made = {step_label(count): [] for count in steps}
+    with tqdm(total=len(prompts) * sum(set(steps)), unit="step", desc="sampling") as bar:
         for number, prompt in enumerate(embedded.split(1)):
-            noise = torch.randn(1, *loaded.shape(clip), generator=generator(seed, number)).to(device)
-            for count, videos in clips.items():
-                latents = sample(config, loaded.network, noise, prompt, count, prefix)
-                videos.append(decode_latents(vae, latents).cpu())
+            noise = stock_noise(loaded.shape(clip), seed + number).to(device)
+            for count in dict.fromkeys(steps):
+                made[step_label(count)].append(sample(config, loaded.network, noise, prompt, count, prefix))
                 bar.update(count)
-    write_clips(output, {step_label(count): torch.cat(videos) for count, videos in clips.items()}, prompts)
+    latents = {label: torch.cat(some) for label, some in made.items()}
+    clips = {label: decode_latents(vae, some).cpu() for label, some in latents.items()}
+    write_clips(output, clips, prompts, latents=latents if "latents" in write else None, png="png" in write)

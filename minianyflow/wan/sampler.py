@@ -49,6 +49,13 @@ def sample(
     return sample_flow_map(u, start, times, prompt=prompt, known=known)[-1]
 
 
+def stock_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """The noise (1, F, C, h, w) that diffusers' pipelines make with `torch.Generator().manual_seed(seed)`."""
+    frames, channels, *size = shape
+    noise = torch.randn(1, channels, frames, *size, generator=torch.Generator().manual_seed(seed))
+    return noise.transpose(1, 2)
+
+
 def guided_network(u: Callable, config: Config, null: Tensor, scale: float) -> Callable:
     """A teacher under guidance: `u` with the prompt and with the null prompt, one cache for each if causal."""
     if config.architecture == "bidirectional":

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from minianyflow.networks.causal_attention import chunk_partition, compressed_chunks
+from minianyflow.networks.pipelines import load_lora
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import read_json
-from minianyflow.wan.config import Config, load_config
+from minianyflow.wan.config import Causal, Config, load_config
 from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.folders import PIPELINES, class_name, codec_factor, is_folder, load, load_parts, load_transformer
 from minianyflow.wan.run import load_run, read_run
-from minianyflow.wan.run_networks import network_of
+from minianyflow.wan.run_networks import network_of, transformer_of
 
 EXPECTED = "the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
 
@@ -38,15 +40,26 @@ class Source:
         return frames, channels, clip["height"] // self.factor, clip["width"] // self.factor
 
 
-def find_source(name: str, dtype: torch.dtype, device: torch.device | str) -> Source:
-    """The `Source` called `name`, a folder or a name on the hub. Raises InputError for another name."""
+def find_source(name: str, dtype: torch.dtype, device: torch.device | str, base: str | None = None) -> Source:
+    """The `Source` called `name`, a folder or a name on the hub. Raises InputError for another name.
+
+    base: where the base of an exported LoRA is now; None: where it was.
+    """
     config, clip = identify(name)
+    lora = (Path(name) / LORA_WEIGHT_NAME_SAFE).is_file()
+    if base and not lora:
+        raise InputError(f"--base with {name}, which holds its own; expected it with an exported LoRA alone")
+    config = replace(config, base=base) if base else config
     if any(str(start).startswith("nvidia/") for start in (config.base, config.student, config.teacher)):
         licence = "NVIDIA's released AnyFlow weights carry a non-commercial licence; see their page on the hub"
         print(f"note: {licence}", file=sys.stderr)
     if _is_run(name):
         transformer, config = load_run(name, "student", dtype, device)
         return Source(network_of(transformer, config), config, clip)
+    if lora:
+        transformer = transformer_of(config, config.base, dtype, device)
+        load_lora(transformer, name)
+        return Source(network_of(transformer, config), config, clip, codec_factor(config.base))
     transformer = load_transformer(name, config.architecture, dtype, device=device)
     (scheduler,) = load_parts(name, "scheduler")
     shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))  # flow_shift is Wan's own
@@ -66,6 +79,11 @@ def identify(name: str) -> tuple[Config, dict[str, int]]:
     if _is_run(name):
         config, run = read_run(name)
         return config, run["clip"]
+    exported = read_json(beside, "export the run again") if beside.is_file() else {}
+    if "lora_of" in exported:
+        chunks, told = Causal(**exported["causal"]), load_config([exported["architecture"]])
+        values = {name: exported[name] for name in ("stage", "shift")} | {"base": exported["lora_of"]}
+        return replace(told, causal=chunks, **values), WAN_CLIP | exported["clip"]
     if local and not index.is_file():
         raise InputError(f"neither run.json nor model_index.json in {folder}; expected {EXPECTED}")
     index = load(name, "pipeline", lambda: DiffusionPipeline.load_config(name))
@@ -73,7 +91,6 @@ def identify(name: str) -> tuple[Config, dict[str, int]]:
     if kind not in PIPELINES or more:
         raise InputError(f"{name} holds a {kind}{' of Wan2.2' if more else ''}; expected {EXPECTED}")
     architecture, stage = ("bidirectional", "teacher") if PIPELINES[kind] == "Wan" else (PIPELINES[kind], "forward")
-    exported = read_json(beside, "export the run again") if beside.is_file() else {}
     config = replace(load_config([architecture]), base=name, stage=exported.get("stage", stage))
     return config, WAN_CLIP | exported.get("clip", {})
 

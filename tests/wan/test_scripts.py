@@ -3,16 +3,23 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import imageio.v2 as imageio
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from minianyflow.networks.causal_attention import CausalAttention
+from minianyflow.networks.lora_layouts import from_layout
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
@@ -22,13 +29,14 @@ from minianyflow.wan.commands import sample as sampling
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.data.write_video import write_clips
-from minianyflow.wan.export import notes
-from minianyflow.wan.folders import encode_prompts, load_parts, load_transformer, moving_shapes
+from minianyflow.wan.export import notes, push_to_hub
+from minianyflow.wan.folders import TINY_TRANSFORMER, encode_prompts, load_parts, load_transformer, moving_shapes
 from minianyflow.wan.run import load_run, read_run, save_run
 from minianyflow.wan.run_networks import RunNetworks, network_of
 from minianyflow.wan.sampler import sample
 from minianyflow.wan.sources import find_source
 from minianyflow.wan.stages import optimiser
+from tests.refused import refused as refused_directly
 
 pytestmark = pytest.mark.slow
 ARCHITECTURES = {"bidirectional": AnyFlowPipeline, "causal": AnyFlowFARPipeline}
@@ -161,14 +169,6 @@ def test_the_export_says_what_it_is(runs, exported, architecture):
     assert ("pads the keys" in readme) == (architecture == "causal")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_readme_samples_as_it_says(exported, architecture, monkeypatch):
-    monkeypatch.chdir(exported)
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", (exported / architecture / "README.md").read_text(), re.S)[1], names)
-    assert names["video"].shape == (17, 64, 64, 3)
-
-
 def test_a_short_last_chunk_is_written(runs, embedded, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     make_run(runs, "causal", "forward", run, "causal.rest=3")
@@ -233,13 +233,53 @@ def test_the_adapter_does_in_a_stock_pipeline_what_it_does_here(runs, adapters, 
     assert distance(theirs(pipeline, 2), plain) == 0
 
 
-def test_its_readme_loads_it(runs, adapters, monkeypatch):
-    monkeypatch.chdir(adapters)
-    for architecture in ARCHITECTURES:
-        names = {}
-        exec(re.search(r"```python\n(.*?)```", (adapters / architecture / "README.md").read_text(), re.S)[1], names)
-        assert isinstance(names["pipeline"], ARCHITECTURES[architecture])
-        assert names["pipeline"].get_list_adapters() == {"transformer": ["default_0"]}
+STOCK = """
+import json, re, sys
+sys.modules["minianyflow"] = None  # any import of it fails
+import torch
+from diffusers.utils import load_image
+for folder in sys.argv[1:]:
+    lines = re.search(r"```python\\n(.*?)```", open(f"{folder}/README.md").read(), re.S)[1]
+    exec(lines)
+    assert video.shape == (17, 64, 64, 3), video.shape
+    call = lines[lines.index("video = pipeline(") : lines.index(".frames[0]")].replace("video =", "made =")
+    start = torch.tensor([[*load_image("start.png").getdata()]], dtype=torch.float32)
+    start = start.view(1, 1, 64, 64, 3).permute(0, 1, 4, 2, 3) / 255
+    latents = {}
+    for name, known, steps in (("1", "", 1), ("32", "", 32), ("image", "video=start, ", 4)):
+        exec(call.replace("num_inference_steps=4", f'{known}num_inference_steps={steps}, output_type="latent"'))
+        latents[name] = made.frames[0].transpose(0, 1)
+    torch.save(latents, f"{folder}.pt")
+"""
+
+
+def test_the_readmes_lines_sample_the_same_without_this_project(runs, exported, adapters, tmp_path, capsys):
+    """In stock diffusers, and by `minianyflow sample` on the same folder: the same seed, the same latents."""
+    folders = {}
+    for kind, made in (("whole", exported), ("lora", adapters)):
+        for architecture in ARCHITECTURES:
+            folders[f"{kind}-{architecture}"] = made / architecture
+            (tmp_path / f"{kind}-{architecture}").symlink_to(made / architecture)
+            text = (
+                (made / architecture / "README.md").read_text().replace(f'"{architecture}"', f'"{kind}-{architecture}"')
+            )
+            (made / architecture / "README.md").write_text(text)  # both under one roof
+    write_clips(tmp_path / "in", {"x": moving_shapes(1, generator(0))[1]}, ["x"], png=True)
+    shutil.copy(tmp_path / "in/x-0/00000.png", tmp_path / "start.png")
+    command = [sys.executable, "-I", "-c", STOCK, *folders]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "video.mp4").exists()
+    for name, folder in folders.items():
+        theirs, prompt = torch.load(tmp_path / f"{name}.pt"), load_config(["tiny"]).samples.prompts[0]
+        asked = [folder, "--prompt", prompt, "--write", "latents", "--output", tmp_path / name / "none"]
+        for start, steps in (([], [1, 32]), (["--image", tmp_path / "start.png"], [4])):
+            asked[-1] = out = tmp_path / f"out-{name}-{len(start)}"
+            assert run_main(sampling, list(map(str, [*asked, *start, "--steps", *steps]))) == 0
+            for count in steps:
+                mine = load_file(out / f"{count}_step{'s' * (count > 1)}-0.safetensors")["latents"]
+                assert distance(mine, theirs["image" if start else str(count)]) < 1e-5, (name, start, count)
+    assert distance(theirs["1"], theirs["32"]) > 1e-3
 
 
 def test_an_adapter_that_is_lost_on_the_way_is_seen(runs, tmp_path, monkeypatch, capsys):
@@ -304,6 +344,77 @@ def test_licences_are_followed_to_where_a_run_began(runs, tmp_path):
     assert "non-commercial" in notes(replace(config, student=str(first)))
     (first / "config.yaml").write_text(re.sub(r"^student: .*$", f"student: {first}", text, flags=re.M))
     assert "licence of" in notes(replace(config, student=str(first)))  # a run that names itself: the search ends
+
+
+@pytest.mark.parametrize("layout", ["wan", "kohya"])
+def test_other_layouts_and_back(runs, adapters, tmp_path, layout, capsys):
+    """Names as the tools have them; diffusers reads those that Wan's own code has; all come back, and are sampled."""
+    out = tmp_path / layout
+    assert run_main(export, [str(runs / "causal"), str(out), "--lora", "--layout", layout]) == 0
+    assert "knows no\nlayers `delta_embedding`" in (out / "README.md").read_text()
+    told, plain = (load_file(file) for file in (out / layout / "lora.safetensors", out / LORA_WEIGHT_NAME_SAFE))
+    scale = 0.5  # alpha over rank, see make_run
+    back = from_layout(told)
+    assert back.keys() == from_layout(plain).keys()
+    for name, value in from_layout(plain).items():
+        assert distance(back[name], value * (scale if "lora_B" in name else 1)) < 1e-6
+    if layout == "wan":  # kohya's reader wants every layer of a block
+        theirs = _convert_non_diffusers_wan_lora_to_diffusers({k: v for k, v in told.items() if "blocks" in k})
+        assert len(theirs) == sum("blocks" in name for name in told)
+        for name, value in theirs.items():
+            assert distance(value, back[name.removeprefix("transformer.")]) < 1e-6
+    key = {
+        "wan": "diffusion_model.blocks.1.self_attn.o.lora_A.weight",
+        "kohya": "lora_unet_blocks_1_ffn_2.lora_up.weight",
+    }
+    assert key[layout] in told
+    with refused_directly("x.lora_A.weight is no layer of a LoRA for Wan"):
+        from_layout({f"{'diffusion_model.' if layout == 'wan' else 'lora_unet_'}x.lora_A.weight": torch.zeros(1)})
+
+
+def test_an_adapter_for_another_base_is_one_line(runs, adapters, tmp_path, capsys):
+    other = shutil.copytree(runs / "wan", tmp_path / "other")
+    narrow = WanTransformer3DModel(**TINY_TRANSFORMER | {"ffn_dim": 64}, text_dim=32, freq_dim=64)
+    narrow.save_pretrained(other / "transformer")
+    asked = [adapters / "bidirectional", "--prompt", "x", "--output", tmp_path / "out"]
+    refused(capsys, sampling, [*asked, "--base", other], "the adapter in .*bidirectional does not load .*size mismatch")
+    refused(capsys, sampling, [*asked, "--base", tmp_path / "none"], "no folder .*none")
+    refused(
+        capsys, sampling, [runs / "causal", *asked[1:], "--base", other], "--base with .*causal, which holds its own"
+    )
+
+
+def test_a_push_can_be_looked_at_first(runs, tmp_path, monkeypatch, capsys):
+    """The card has base, licence, recipe, figures and the sheet; nothing reaches for the hub until it is meant."""
+    calls = []
+    monkeypatch.setattr("minianyflow.wan.export.HfApi.create_repo", lambda *args, **kwargs: calls.append(args))
+    run = shutil.copytree(runs / "bidirectional", tmp_path / "run")
+    text = re.sub(r"^output: .*$", f"output: {run}", (run / "config.yaml").read_text(), flags=re.M)
+    (run / "config.yaml").write_text(text)
+    write_clips(run / "samples/000010", {"1 step": torch.rand(1, 5, 3, 16, 16)}, ["x"])
+    assert run_main(export, [*map(str, [run, tmp_path / "out"]), "--lora", "--push", "me/blobs", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert not calls
+    assert re.search(r"0\.\d+ MB  pytorch_lora_weights.safetensors", said)
+    assert "sheet.png" in said
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-video")
+    assert "![Samples" in card.text
+    made = json.loads(re.search(r"```json\n(.*?)```", card.text, re.S)[1])
+    assert {"recipe", "losses", "evaluations_a_sample", "base"} <= made.keys()
+    assert made["recipe"]["rank"] == 4
+    for name in ("blobs", "a/b/c", "me/.."):
+        refused(capsys, export, [run, tmp_path / "no", "--push", name], "--push takes owner/model")
+    refused(capsys, export, [run, tmp_path / "no", "--dry-run"], "--dry-run without --push")
+    refused(capsys, export, [run, tmp_path / "no", "--layout", "wan"], "--layout without --lora")
+    assert not (tmp_path / "no").exists()
+
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("minianyflow.wan.export.HfApi.create_repo", offline)
+    with refused_directly(r"cannot push to me/blobs \(no network\)"):
+        push_to_hub(tmp_path / "out", "me/blobs")
 
 
 # ---- the first frames known

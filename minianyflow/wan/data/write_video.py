@@ -9,6 +9,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minianyflow.support.errors import InputError
@@ -19,10 +20,18 @@ from minianyflow.wan.data.options import FPS
 STILL, LARGEST = 2.4, 60_000  # inches: its longer side; pixels: of a sheet, for matplotlib draws no more than 2^16
 
 
-def write_clips(folder: str | Path, clips: dict[str, Tensor], prompts: list[str], fps: float = FPS) -> None:
+def write_clips(
+    folder: str | Path,
+    clips: dict[str, Tensor],
+    prompts: list[str],
+    fps: float = FPS,
+    latents: dict[str, Tensor] | None = None,
+    png: bool = False,
+) -> None:
     """Write {label: video (B, T, 3, H, W)}, one clip per prompt, and a sheet of stills; all files or none.
 
     Clip k of the label "4 steps" is `4_steps-k.mp4`; `sheet.png` has a block per prompt and in it a row per label.
+    latents: {label: (B, F, C, h, w)} to write beside, `4_steps-k.safetensors`. png: also `4_steps-k/00000.png`, ...
     Raises InputError for videos that do not fit the prompts, and for a folder that cannot be written.
     """
     if not clips or not prompts:
@@ -35,6 +44,13 @@ def write_clips(folder: str | Path, clips: dict[str, Tensor], prompts: list[str]
         for label, video in videos.items():
             for number, clip in enumerate(video):
                 _write(inside / f"{names[label]}-{number}.mp4", clip, fps)
+                if latents:
+                    state = {"latents": latents[label][number].float().cpu().contiguous()}
+                    save_file(state, inside / f"{names[label]}-{number}.safetensors")
+                if png:
+                    (inside / f"{names[label]}-{number}").mkdir()
+                    for index, frame in enumerate(clip):
+                        imageio.imwrite(inside / f"{names[label]}-{number}/{index:05}.png", frame)
         sheet = clip_sheet(clips, prompts, stills=5, columns=1)
         sheet.savefig(inside / "sheet.png", dpi=min(100, LARGEST / max(sheet.get_size_inches())))
 
