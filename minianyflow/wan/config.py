@@ -18,7 +18,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -40,8 +40,8 @@ PROMPTS = [
     "A red panda eats bamboo in a misty forest, close up, soft morning light.",
     "A sailing boat crosses a stormy sea at dusk, seen from above.",
 ]
-typed = dataclass(config=ConfigDict(strict=True, allow_inf_nan=False, coerce_numbers_to_str=True))
-Text = Annotated[str, Strict(False)]  # a folder may be called 2024
+typed = dataclass(config=ConfigDict(strict=True, allow_inf_nan=False))
+Text = Annotated[str, "text"]  # taken as it is written: a folder may be called 007
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -200,6 +200,7 @@ OPTIONS = {  # {full name: field}, in order
     for name, field in Config.__pydantic_fields__.items()
     for inner, leaf in (SECTIONS[name].__pydantic_fields__ if name in SECTIONS else {"": field}).items()
 }
+TEXTS = {name for name, field in OPTIONS.items() if "'text'" in f"{field.annotation} {field.metadata}"}
 
 
 def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -212,9 +213,9 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
     defaults = {name: {} if name in SECTIONS else OPTIONS[name].default for name in Config.__pydantic_fields__}
     for name, kind in SECTIONS.items():
         defaults[name] = {inner: field.default for inner, field in kind.__pydantic_fields__.items()}
-    layers, origin = [*map(_read, files), ("the command line", _parse(list(overrides)))], {}
+    layers, origin = [*map(_read, files), *_parse(overrides)], {}
     for where, layer in layers:
-        origin |= {name: f" in {where}" for name, _ in _flat(OmegaConf.to_container(layer), where)}
+        origin |= {name: f" in {where}" for name, _ in _flat(layer, where)}
     try:
         values = OmegaConf.to_container(OmegaConf.merge(defaults, *(layer for _, layer in layers)), resolve=True)
     except OmegaConfBaseException as problem:
@@ -294,6 +295,7 @@ def _check_order(files):
 
 
 DEEPEST = 50  # levels of YAML
+JSON_VALUE = re.compile(r"[-+]?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?|true|false", re.IGNORECASE)
 
 
 def _read(name):
@@ -304,36 +306,70 @@ def _read(name):
     elif not path.is_file():
         raise InputError(f"no file {name}; expected one, or one of {', '.join(overlays)}")
     try:
-        _check_depth(path.read_text(encoding="utf-8"))
-        layer = OmegaConf.load(path)
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as problem:
+        layer = _value(_compose(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as problem:
         why = " ".join(str(problem).split())
-        raise InputError(f"{path} is not YAML ({why}); expected lines like `steps: 6000`") from None
-    if not OmegaConf.is_dict(layer):
+        raise InputError(f"{path} is not YAML ({why}); expected lines like `steps: 6000`, texts in quotes") from None
+    if not isinstance(layer, dict):
         raise InputError(f"{path} holds no options; expected lines like `steps: 6000`")
     return path.name, layer
 
 
-def _check_depth(text):
-    """Raise ValueError for YAML that is nested too deeply: the library would end the whole process."""
+def _parse(overrides):
+    """A layer per "key=value"."""
+    for pair in overrides:
+        if not re.match(r" *[\w.]+ *=", pair):
+            raise InputError(f"{pair!r} on the command line; expected key=value, like steps=100 or guidance.scale=2")
+        name, text = (part.strip() for part in pair.split("=", 1))
+        try:
+            node = _compose(text)
+            if node is None or (isinstance(node, yaml.ScalarNode) and not node.style):
+                node = yaml.ScalarNode(None, text)  # `a #1` has no comment
+            layer = _value(node, name)
+        except (yaml.YAMLError, ValueError) as problem:
+            why = str(problem).splitlines()[0]
+            raise InputError(f"{pair} cannot be read ({why}); quote values") from None
+        for part in reversed(name.split(".")):
+            layer = {part: layer}
+        yield "the command line", layer
+
+
+def _compose(text):
+    """The tree of YAML. Raises ValueError for what is nested too deeply, for an alias and for a tag."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} levels deep")
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise ValueError(f"a value begins with {'*' if isinstance(event, yaml.AliasEvent) else '!'}")
+    return yaml.compose(text, yaml.SafeLoader)
 
 
-def _parse(overrides):
-    for pair in overrides:
-        if not re.match(r" *[\w.]+ *=", pair):
-            raise InputError(f"{pair!r} on the command line; expected key=value, like steps=100 or guidance.scale=2")
-    try:
-        for pair in overrides:
-            _check_depth(pair.partition("=")[2])
-        return OmegaConf.from_dotlist(overrides)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as problem:
-        why = str(problem).splitlines()[0]
-        raise InputError(f"{' '.join(overrides)} cannot be read ({why}); quote values") from None
+def _value(node, name=""):
+    """The value of the option `name` that a tree of YAML holds: a text stays what was written, 007 or 12:30 or on.
+
+    Numbers are those of JSON, and may begin with +. Raises ValueError for a name that comes twice, and for a text that
+    YAML takes for a section.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, name) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        if name in TEXTS:
+            raise ValueError(f"{name} holds a text with ': ' in it, or braces")
+        names = [key.value for key, _ in node.value]
+        if len({*map(str, names)}) < len(names):
+            raise ValueError(f"duplicate names among {', '.join(map(str, names))}")
+        return {
+            f"{key}": _value(inner, f"{name}.{key}".strip("."))
+            for key, (_, inner) in zip(names, node.value, strict=True)
+        }
+    text, quoted = (node.value, bool(node.style)) if node else ("", False)
+    if text.lower() in ("null", "~", "") and not quoted:
+        return None
+    if quoted or name in TEXTS or not JSON_VALUE.fullmatch(text):
+        return text
+    return json.loads(text.lower().lstrip("+"))
 
 
 def _flat(given, where="", prefix=""):

@@ -87,6 +87,41 @@ def test_later_layers_win(tmp_path):
     assert load_config(["wan-14b", mine]).guidance.scale == 2.0
 
 
+TEXTS = [
+    "2025_11_25",
+    "12:30",
+    "007",
+    "on",
+    "0600",
+    "1e3",
+    "1.10",
+    "true",
+    "2026-11-26",
+    "0x1F",
+    "+5",
+    ".5",
+    "=",
+    "a:b",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_stays_what_was_written(tmp_path, text):
+    """Whatever YAML takes it for, on the command line and in a file, and once more after the run wrote it down."""
+    mine, again = tmp_path / "mine.yaml", tmp_path / "again.yaml"
+    mine.write_text(f"output: {text}\nstudent: {text}\nsamples:\n  prompts:\n  - {text}\n  - '{text}: x'\n")
+    line = [f"output={text}", f"student={text}", f"samples.prompts=[{text}, '{text}: x']"]
+    for config in (load_config([mine]), load_config((), line)):
+        again.write_text(as_yaml(config))
+        for read in (config, load_config([again])):
+            assert (read.output, read.student, read.samples.prompts) == (text, text, [text, f"{text}: x"])
+
+
+def test_on_the_command_line_nothing_is_a_comment():
+    config = load_config((), ["output=a #1", "data=#1", "student=null", "lr=+1E-3"])
+    assert (config.output, config.data, config.student, config.lr) == ("a #1", "#1", None, 1e-3)
+
+
 def one_line(files=(), overrides=()):
     with pytest.raises(InputError) as problem:
         load_config(files, overrides)
@@ -110,7 +145,19 @@ TYPES = {
     "steps=many": r"steps=many in the command line; it should be a valid integer \(optimiser steps\)",
     "lr=fast": "^lr=fast .*valid number",
     "lr=": "^lr=None .*valid number",
-    "lr=.inf": "^lr=inf .*finite number",
+    "lr=.inf": "^lr=.inf .*valid number",
+    "lr=1e999": "^lr=inf .*finite number",
+    "steps=0600": "^steps=0600 .*valid integer",
+    "warmup=1_000": "^warmup=1_000 .*valid integer",
+    "seed=12:30": "^seed=12:30 .*valid integer",
+    "log.every=0600": "^log.every=0600 .*a number of steps, or a time",
+    "compiled=on": "^compiled=on .*valid boolean",
+    "samples.prompts=[A cat: it jumps]": "samples.prompts holds a text with ': ' in it.*; quote values",
+    "samples.prompts=A cat": "^samples.prompts=A cat .*valid array",
+    "output=a: b": "output holds a text with ': ' in it",
+    "data=*a": r"a value begins with .\); quote values",
+    "data=!!int 3": r"a value begins with !\); quote values",
+    "output=~": "^output=None .*valid string",
     "clip=no way": "clip=no way .*valid number .*null",
     "rebalance=perhaps": "rebalance=perhaps .*valid boolean",
     "betas=3": "betas=3 .*valid array",
@@ -147,6 +194,10 @@ def test_a_wrong_option_in_a_file_names_the_file(tmp_path):
         "steps: soon\n": r"steps=soon in mine\.yaml; it should be a valid integer",
         "steps: 1\nsteps: 2\n": r"mine\.yaml is not YAML .*duplicate",
         "steps: [\n": r"mine\.yaml is not YAML",
+        "samples:\n  prompts:\n  - A cat: it jumps\n": "samples.prompts holds a text with ': ' in it, .* quotes",
+        "student: A cat: it jumps\n": "mapping values are not allowed here.*texts in quotes",
+        "student: {a}\n": "student holds a text with ': ' in it, or braces",
+        "data: &a x\nbase: *a\n": "a value begins with",
         "- a\n- b\n": r"mine\.yaml holds no options",
     }.items():
         mine.write_text(text)
