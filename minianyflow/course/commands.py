@@ -13,7 +13,7 @@ from minianyflow.support.install import ROOT
 def course(argv: list[str]) -> int:
     """Run the notebooks in fresh kernels and save them with their outputs, or compare them with what is saved."""
     parser = Parser("minianyflow course", description=course.__doc__)
-    parser.add_argument("--only", help="the number of one notebook, say 03")
+    parser.add_argument("--only", help="the number of one notebook, say 03 or 07a")
     parser.add_argument("--compare", action="store_true", help="write nothing; print where claims differ from saved")
     parser.add_argument("--figures", metavar="FOLDER", help="write every figure there too, for slides")
     arguments = parser.parse_args(argv)
@@ -25,7 +25,7 @@ def course(argv: list[str]) -> int:
 
     chosen = [path for path in notebooks() if not arguments.only or path.name.startswith(arguments.only)]
     if not chosen:
-        known = ", ".join(path.name[:2] for path in notebooks())
+        known = ", ".join(path.name.split("_")[0] for path in notebooks())
         raise InputError(f"no notebook begins with {arguments.only!r}; expected one of {known}")
     differences = []
     with staging_folder(arguments.figures) if arguments.figures else nullcontext() as figures:

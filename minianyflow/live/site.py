@@ -235,11 +235,16 @@ def notebook_source(path: Path, pages: dict) -> dict:
     listed = [
         row
         for row in (ROOT / "docs/references.md").read_text("utf-8").splitlines()
-        if re.search(rf"notebooks?.*\b{int(path.name[:2])}\b|whole", row)
+        if re.search(rf"notebooks?.*\b{number_of(path)}\b|whole", row)
     ]
     table = "\n".join(["## References", "", "| | paper | here |", "|---|---|---|", *listed])
     cells.append({"cell_type": "markdown", "metadata": {}, "source": table, "id": "references"})
     return notebook
+
+
+def number_of(path: Path) -> str:
+    """A notebook's number in words: "3" of 03_flow_map.ipynb, "7a" of 07a_circle.ipynb."""
+    return path.name.split("_")[0].removeprefix("0")
 
 
 def alternative(heading: str, code: str, after: str) -> str:
@@ -253,7 +258,6 @@ def alternative(heading: str, code: str, after: str) -> str:
 def exercise_source(path: Path) -> str:
     """The page of an exercise file: the file, and what each check compares, with its hint to unfold."""
     text = path.read_text(encoding="utf-8")
-    number = int(path.name[:2])
     checks = re.findall(
         r"check\(\s*\"([^\"]+)\",.*?(\"[^\"]+\"(?:\s*\"[^\"]+\")*),?\s*(?:tolerance=[^)]*)?\)\n", text, re.S
     )
@@ -265,7 +269,8 @@ def exercise_source(path: Path) -> str:
     words += " Run the file in your copy; the lines to write are marked."
     solution = f'<a href="../../code/notebooks/solutions/{path.name}.html">A solution</a>, when you have tried.'
     back = f"[Back to the notebook](../{path.stem}.ipynb)"
-    return f"# Exercises to notebook {number}\n\n{words}\n\n```python\n{text}```\n\n{hints}\n{solution}\n\n{back}\n"
+    title = f"# Exercises to notebook {number_of(path)}"
+    return f"{title}\n\n{words}\n\n```python\n{text}```\n\n{hints}\n{solution}\n\n{back}\n"
 
 
 def site(argv: list[str]) -> int:

@@ -41,7 +41,7 @@ check("1", all_sizes, expected, "1 + (frames - 1) / 4 latent frames, 4 channels,
 
 
 # 2. A jump for videos (10 minutes), without the library's. Times are one a clip, (B,), or one a frame, (B, F): both must
-# work. A time for every frame is what notebook 7 needs.
+# work. A time for every frame is what notebook 7b needs.
 def jump(u, z, t, r, prompt):
     """Return z at r: (B, F, C, H, W), from z at t; t and r are both (B,) or both (B, F)."""
     # SOLUTION

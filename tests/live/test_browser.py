@@ -20,7 +20,7 @@ PLAYER, RANGE, CHOICES, HAND = ".lm-player", ".lm-bar input[type=range]", ".lm-c
 CONTROLS = ".lm-choices label"
 LABELS = "print(*(control['label'] for control in _.controls.values()), sep='|')"  # _: what the cell before showed
 MARK = "document.querySelector('.lm-player').dataset.old = '1'"
-PLACES = {"race": "00", "triangle": "03", "backward_simulation": "05", "video": "06", "exposure": "07"}
+PLACES = {"race": "00", "triangle": "03", "backward_simulation": "05", "video": "06", "exposure": "07a"}
 
 # Nothing more is coming: all is computed, and the screen was drawn three times, ours not once; a kernel is idle.
 SETTLED = f"""async () => {{

@@ -1,4 +1,4 @@
-"""Exercises to notebook 7. Fill the gaps, then run this file: %run exercises/07_causal.py"""
+"""Exercises to notebook 7b. Fill the gaps, then run this file: %run exercises/07b_video.py"""
 
 import torch
 
@@ -20,7 +20,10 @@ noise = torch.randn(2, 5, 4, 4, 4, generator=generator(0))
 # `tokens` tokens each, none is compressed, there are no clean copies.
 def mask(partition, tokens):
     """Return a (Q, K) tensor, 1 where query sees key. For (1, 2, 2) and 4 tokens it is 20 x 20."""
-    ...  # your lines here
+    # SOLUTION
+    chunk = torch.arange(len(partition)).repeat_interleave(torch.tensor(partition) * tokens)  # of every token
+    return (chunk[:, None] >= chunk[None, :]).float()
+    # END
 
 
 check(
@@ -33,7 +36,9 @@ check(
 # How often is the network asked?
 def evaluations(chunks, N, g):
     """Return a whole number."""
-    ...  # your lines here
+    # SOLUTION
+    return chunks * (1 + (g > 0) + (g < N - 1)) + chunks - 1
+    # END
 
 
 def counted(chunks, N, g):
@@ -58,7 +63,12 @@ check(
 # student(x, None, None, prompt, fill_cache=True) gives a cache; rollout(student, z, times, prompt=..., cache=...).
 def next_frames(image, z, times):
     """image (2, 1, 16, 16), z (2, 2, 4, 4, 4) noise of the chunk; return the video (2, 9, 16, 16), image first."""
-    ...  # your lines here
+    # SOLUTION
+    first = codec.encode(image)
+    cache = student(first, None, None, prompt, fill_cache=True)
+    chunk = rollout(student, z, times, prompt=prompt, cache=cache)[-1]
+    return codec.decode(torch.cat([first, chunk], 1))
+    # END
 
 
 def light(video):
@@ -77,7 +87,10 @@ with torch.no_grad():
 # zeros, with values of zero. Write what attention gives now as a factor times what it gave before.
 def factor(logits, M):
     """Return the factor for each query, (Q,), from logits (Q, K)."""
-    ...  # your lines here
+    # SOLUTION
+    weight = logits.exp().sum(1)  # a zero key has logit 0 and weighs exp(0) = 1
+    return weight / (weight + M)
+    # END
 
 
 def from_attention(M):
@@ -96,7 +109,9 @@ check("4", lambda: factor(logits, 122), expected, hint)
 # to the keys, whatever their number.
 def zeros_added(queries):
     """Return a whole number."""
-    ...  # your lines here
+    # SOLUTION
+    return -queries % 128
+    # END
 
 
 def both(count):
