@@ -108,7 +108,7 @@ def test_both_derivatives_see_the_jump(made):
     v = torch.randn_like(z)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
         exact = eulerian_target(u, z, T, R, v, delta=0)
-        difference = eulerian_target(u, z, T, R, v, "difference", 1e-2)
+        difference = eulerian_target(u, z, T, R, v, 1e-2)
         network.jump.linear_2.weight.data.zero_()
         without = eulerian_target(u, z, T, R, v, delta=0)
     assert float((difference - exact).norm()) < 0.1 * float((without - exact).norm())
