@@ -7,13 +7,22 @@ softmax counts them; a network that was trained with minianyflow has never seen 
 import torch
 from diffusers import AnyFlowFARPipeline
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalAttnProcessor, apply_rotary_emb
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 
 class CachedAttention(AnyFlowCausalAttnProcessor):
     """As the class above where a cache is written; a chunk that reads it sees earlier chunks and itself, no more."""
 
-    def __call__(self, attn, hidden_states, attention_mask=None, rotary_emb=None, kv_cache=None, kv_cache_flag=None):
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        attention_mask: object = None,
+        rotary_emb: dict | None = None,
+        kv_cache: dict | None = None,
+        kv_cache_flag: dict | None = None,
+    ) -> Tensor:
         """As diffusers' processor."""
         if attention_mask is not None:
             options = {"attention_mask": attention_mask, "rotary_emb": rotary_emb}
@@ -36,7 +45,9 @@ class CachedAttention(AnyFlowCausalAttnProcessor):
 class UnpaddedFARPipeline(AnyFlowFARPipeline):
     """AnyFlowFARPipeline with CachedAttention in its transformer."""
 
-    def __init__(self, tokenizer, text_encoder, transformer, vae, scheduler):
+    def __init__(
+        self, tokenizer: object, text_encoder: nn.Module, transformer: nn.Module, vae: nn.Module, scheduler: object
+    ):
         super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
         for block in transformer.blocks:
             block.attn1.set_processor(CachedAttention())

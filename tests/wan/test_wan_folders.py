@@ -391,7 +391,7 @@ def test_the_hub_is_asked_only_for_names_and_its_failure_is_one_line(monkeypatch
         asked.append((pretrained_model_name_or_path, subfolder))
         raise OSError("We could not connect\nat all")
 
-    monkeypatch.setattr(AnyFlowTransformer3DModel, "load_config", refuse)
+    monkeypatch.setattr(WanTransformer3DModel, "load_config", refuse)
     with pytest.raises(InputError, match=r"of nobody/nothing does not load \(We could not connect\); check the name"):
         load_transformer("nobody/nothing", "bidirectional")
     assert asked == [("nobody/nothing", "transformer")]
