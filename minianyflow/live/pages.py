@@ -83,8 +83,11 @@ def write_pictures(pages: Sequence[Path], folder: Path = STATIC / "pictures") ->
     folder.mkdir(exist_ok=True)
     with sync_playwright() as playwright, chromium(playwright) as browser:
         for page in pages:
-            path = folder / f"{SCENES[Path(page).stem][1].lower()}.png"
-            seek(opened(browser, page), 1.0).quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+            path, tab = folder / f"{SCENES[Path(page).stem][1].lower()}.png", opened(browser, page)
+            for button in tab.get_by_role("button", name="Learn").all():
+                button.click()
+                tab.wait_for_selector(DONE)
+            seek(tab, 1.0).quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     return sorted(folder.glob("*.png"))
 
 

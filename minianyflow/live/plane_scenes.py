@@ -1,4 +1,4 @@
-"""Scenes on the plane: the race, the triangle of times, backward simulation, computed in the page."""
+"""Scenes on the plane: the race, the triangle of times, backward simulation, a target that one draws; all in the page."""
 
 from functools import cache
 
@@ -20,6 +20,7 @@ SEEDS, DRAWS = range(10), 16  # of the noise; of each floor
 DATASETS = ("spiral", "ring8")  # those with committed students
 RACE = (1, 2, 4, 8, 16, 32, 64, 128)
 LABELS = {method: label.replace("\n", " ") for method, label in LABELS.items()}
+LEARNERS = ("eulerian", "semigroup", "mixed", "consistency")  # of what is drawn
 MAPS = {LABELS[method]: method for method in ("teacher_step", *FLOW_MAPS)}  # the students that are flow maps
 
 
@@ -125,4 +126,25 @@ class BackwardSimulation(PlaneScene):
             "g": slider("g, the step kept", range(max(STEPS)), 3, below="steps"),
             "method": dropdown("map", MAPS),
             "dataset": dropdown("data", DATASETS),
+        }
+
+
+class Draw(PlaneScene):
+    """A target drawn by hand, and four networks that learn it in the page."""
+
+    title, kind, particles = "Draw your own target, and watch it learn", "draw", 400
+
+    def data(self, pack):
+        """Noises, and the seed of the networks' start."""
+        directions, shift = sobol_states(2)
+        sobol = {"directions": pack.add_exact(directions), "shift": pack.add_exact(shift)}
+        return {"sobol": sobol, "start": generator(0).initial_seed(), "learners": LEARNERS}
+
+    def make_controls(self):
+        """What is drawn, who learns, and the steps that are shown."""
+        learners = {"all four": "all"} | {LABELS[method]: method for method in LEARNERS}
+        return {
+            "target": dropdown("target", ("heart", "two rings", "figure eight", "your own")),
+            "learners": dropdown("learn", learners),
+            "steps": slider("steps shown", (1, 2, 4, 8, 16), 1),
         }

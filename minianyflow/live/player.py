@@ -5,6 +5,7 @@ static/player.js draws; in a notebook it is a widget's code, in a page it needs 
     triangle    a chain of times, its jumps as dots; with `drag` a user can move them
     chart       lines over time, or bars
     curve       a measure against the number of steps
+    pen         paper to draw on; ghosts (n 2): what was made of the drawing
     video       clips (n, T, H, W) of greys
 """
 
@@ -18,21 +19,25 @@ from numpy.typing import ArrayLike
 from minianyflow.support.errors import InputError, choose
 
 STATIC = Path(__file__).parent / "static"
-KINDS = dict.fromkeys(("plane", "triangle", "chart", "curve", "video"))
+KINDS = dict.fromkeys(("plane", "triangle", "chart", "curve", "pen", "video"))
 LARGEST = 8.0  # the largest coordinate that is drawn, in data units: 16 bits give steps of 1/4096 up to there
 GREYS = 15  # shades of a video; so few compress well
 
 
 def script() -> str:
-    """All of the page's code as one module: compute.js and scenes.js, each in a scope of its own, then player.js."""
-    text = {name: (STATIC / f"{name}.js").read_text(encoding="utf-8") for name in ("compute", "scenes", "player")}
+    """All of the page's code as one module: player.js after the others, each in a function that a worker runs too."""
+    text = {name: (STATIC / f"{name}.js").read_text("utf-8") for name in ("compute", "learn", "scenes", "player")}
     text = {name: re.sub(r"^import .*\n", "", code, flags=re.M) for name, code in text.items()}
-    names = {name: re.findall(r"^export (?:const|class|function\*?) (\w+)", text[name], re.M) for name in text}
-    inner = {
-        name: re.sub(r"^export (?=const|class|function)", "", text[name], flags=re.M) for name in ("compute", "scenes")
-    }
-    inner = {name: f"(() => {{\n{code}\nreturn {{ {', '.join(names[name])} }};\n}})();" for name, code in inner.items()}
-    return f"const math = {inner['compute']}\nconst {{ COMPUTED, World }} = {inner['scenes']}\n{text['player']}"
+    names = {name: ", ".join(re.findall(r"^export (?:const|class|function\*?) (\w+)", text[name], re.M)) for name in text}
+    inner = {name: re.sub(r"^export (?=const|class|function)", "", text[name], flags=re.M) for name in text}
+    compute, learn, scenes = (f"() => {{\n{inner[name]}\nreturn {{ {names[name]} }};\n}}" for name in list(text)[:3])
+    return f"""const compute = {compute};
+const math = compute();
+const learn = {learn};
+const learning = learn();
+const WORKER = `const math = (${{compute}})(); onmessage = (${{learn}})().answer;`;
+const {{ COMPUTED, World }} = ({scenes})();
+{text["player"]}"""
 
 
 class Pack:

@@ -1,4 +1,4 @@
-"""The five scenes of the course, one line per scene: `from minianyflow.live import scenes`, then `scenes.race()`.
+"""The six scenes of the course, one line per scene: `from minianyflow.live import scenes`, then `scenes.race()`.
 
 Arguments set the controls at the start: `scenes.race(steps=16, dataset="ring8")`. Only the module of the scene that is
 opened is imported.
@@ -15,6 +15,7 @@ SCENES = {  # name: (module, class, title in the app)
     "triangle": ("plane_scenes", "Triangle", "The triangle"),
     "backward_simulation": ("plane_scenes", "BackwardSimulation", "Backward simulation"),
     "exposure": ("exposure_scene", "Exposure", "Exposure bias"),
+    "draw": ("plane_scenes", "Draw", "Draw and learn"),
     "video": ("video_scene", "Video", "Video"),
 }
 
@@ -29,4 +30,5 @@ race = partial(open_scene, "race")
 triangle = partial(open_scene, "triangle")
 backward_simulation = partial(open_scene, "backward_simulation")
 exposure = partial(open_scene, "exposure")
+draw = partial(open_scene, "draw")
 video = partial(open_scene, "video")

@@ -1,34 +1,48 @@
 // The library's mathematics for the page: the same functions u(z, t, r), from the same weights, without a kernel.
 //
-// A network is { sizes, weights, turns } with weights [W (out x in), b] per layer, in float64; states are rows of numbers,
-// one after another. Everything here is held against torch by tests/live/test_compute.py.
+// A network is { sizes, flat, weights, turns }: its weights as `makeNetwork` gets them, and [W (out x in), b] per layer, in
+// float64; states are rows of numbers, one after another. tests/live/test_compute.py holds all of this against torch.
 
 // kernel.wat, compiled: one layer of four rows and four outputs at a time. Where WebAssembly is switched off, `dense` below.
-const ROWS = 256, WIDEST = 96, BUFFER = 4 * ROWS * WIDEST; // rows per call; three buffers lie before the weights
+const ROWS = 256, WIDEST = 96, BUFFER = 4 * ROWS * WIDEST, ZERO = 3 * BUFFER; // rows per call; four buffers, one of zeros, lie before the weights
 const kernel = (() => {
   try {
-    return new WebAssembly.Instance(new WebAssembly.Module(Uint8Array.from(atob("AGFzbQEAAAABEQJgAXsBe2AIf39/f39/f38AAwMCAAEFAwEAQAcSAgZtZW1vcnkCAAVsYXllcgABCokGAvgCAQJ7IAD9DGFXE8BhVxPAYVcTwGFXE8D95gH9DAAAgD8AAIA/AACAPwAAgD/9DBMnNz0TJzc9Eyc3PRMnNz0gACAA/eYB/eYB/eQB/eYBIQH9DAAA/MIAAPzCAAD8wgAA/ML9DAAA/EIAAPxCAAD8QgAA/EIgAf3oAf3pASEBIAH9aiECIAEgAv3lASEBIAD9DAAAgD8AAIA/AACAPwAAgD8gAv34Af0MfwAAAH8AAAB/AAAAfwAAAP2uAUEX/asB/QwAAIA/AACAPwAAgD8AAIA/IAH9DBhyMT8YcjE/GHIxPxhyMT8gAf0M8P11PvD9dT7w/XU+8P11PiAB/QxHWGM9R1hjPUdYYz1HWGM9IAH9DFyVHTxclR08XJUdPFyVHTwgAf0MI8SuOiPErjojxK46I8SuOiAB/QxINCI5SDQiOUg0IjlINCI5/eYB/eQB/eYB/eQB/eYB/eQB/eYB/eQB/eYB/eQB/eYB/eQB/eYB/eQB/ecBC4wDAgh/BXsgBEECdCEPIAVBAnQhDgNAQQAhCQNAIAMgCWr9AAQAIREgESESIBEhEyARIRQgACAIIA9saiEKIAIgCWohCyAEIQwDQCAL/QAEACEQIBEgECAK/QkCAP3mAf3kASERIBIgECAKIA9q/QkCAP3mAf3kASESIBMgECAKIA9BAXRq/QkCAP3mAf3kASETIBQgECAKIA9BA2xq/QkCAP3mAf3kASEUIApBBGohCiALIA5qIQsgDEEBayIMDQALIAAgCCAPbGogCWohCiAGIAggDmxqIAlqIQ0gBwRAIBEQACERIBIQACESIBMQACETIBQQACEUIAQgBUYEQCARIAr9AAQA/eQBIREgEiAKIA9q/QAEAP3kASESIBMgCiAPQQF0av0ABAD95AEhEyAUIAogD0EDbGr9AAQA/eQBIRQLCyANIBH9CwQAIA0gDmogEv0LBAAgDSAOQQF0aiAT/QsEACANIA5BA2xqIBT9CwQAIAlBEGoiCSAOSQ0ACyAIQQRqIgggAUkNAAsL"), (letter) => letter.charCodeAt(0)))).exports;
+    return new WebAssembly.Instance(new WebAssembly.Module(Uint8Array.from(atob("AGFzbQEAAAABGQNgAXsBe2AIf39/f39/f38AYAV/f39/fwADBAMAAQIFAwEAQAcZAwZtZW1vcnkCAAVsYXllcgABBGJlbmQAAgraBwOIAwECeyAA/QxhVxPAYVcTwGFXE8BhVxPA/eYB/QwAAIA/AACAPwAAgD8AAIA//QwTJzc9Eyc3PRMnNz0TJzc9IAAgAP3mAf3mAf3kAf3mASEB/QwAAPzCAAD8wgAA/MIAAPzC/QwAAPxCAAD8QgAA/EIAAPxCIAH96AH96QEhASAB/WohAiABIAL95QEhAf0MAACAPwAAgD8AAIA/AACAP/0MAACAPwAAgD8AAIA/AACAPyAC/fgB/Qx/AAAAfwAAAH8AAAB/AAAA/a4BQRf9qwH9DAAAgD8AAIA/AACAPwAAgD8gAf0MGHIxPxhyMT8YcjE/GHIxPyAB/Qzw/XU+8P11PvD9dT7w/XU+IAH9DEdYYz1HWGM9R1hjPUdYYz0gAf0MXJUdPFyVHTxclR08XJUdPCAB/QwjxK46I8SuOiPErjojxK46IAH9DEg0IjlINCI5SDQiOUg0Ijn95gH95AH95gH95AH95gH95AH95gH95AH95gH95AH95gH95AH95gH95AH95wELoAMCCH8FeyAEQQJ0IQ8gBUECdCEOA0BBACEJA0AgAyAJav0ABAAhESARIRIgESETIBEhFCAAIAggD2xqIQogAiAJaiELIAQhDANAIAv9AAQAIRAgESAQIAr9CQIA/eYB/eQBIREgEiAQIAogD2r9CQIA/eYB/eQBIRIgEyAQIAogD0EBdGr9CQIA/eYB/eQBIRMgFCAQIAogD0EDbGr9CQIA/eYB/eQBIRQgCkEEaiEKIAsgDmohCyAMQQFrIgwNAAsgACAIIA9saiAJaiEKIAYgCCAObGogCWohDSAHBEAgESAREAD95gEhESASIBIQAP3mASESIBMgExAA/eYBIRMgFCAUEAD95gEhFCAEIAVGBEAgESAK/QAEAP3kASERIBIgCiAPav0ABAD95AEhEiATIAogD0EBdGr9AAQA/eQBIRMgFCAKIA9BA2xq/QAEAP3kASEUCwsgDSAR/QsEACANIA5qIBL9CwQAIA0gDkEBdGogE/0LBAAgDSAOQQNsaiAU/QsEACAJQRBqIgkgDkkNAAsgCEEEaiIIIAFJDQALC6sBAgN7AX8DQCAAIAhq/QAEACEFIAUQACEGIAUgBv3mASEHIAIgCGogByABIAhq/QAEAP3kAf0LBAAgAyAIaiAGIAf9DAAAgD8AAIA/AACAPwAAgD8gBv3lAf3mAf0MKkLMPypCzD8qQsw/KkLMP/0MtTNbPrUzWz61M1s+tTNbPiAFIAX95gH95gH95AH95gH95AH9CwQAIAhBEGohCCAEQQRrIgRBAEoNAAsL"), (letter) => letter.charCodeAt(0)))).exports;
   } catch {
     return null;
   }
 })();
-let free = 3 * BUFFER; // the next address in the kernel's memory
+let free = 4 * BUFFER; // the next address in the kernel's memory
 export const fast = kernel !== null;
 
-/** The MLP of networks/mlp.py from one copy of its weights. flat: Float32Array of W0 (in x out), b0, W1, b1, ... */
+/** The MLP of networks/mlp.py from one copy of its weights. flat: W0 (in x out), b0, W1, b1, ... */
 export function makeNetwork(flat, sizes, turns = [0.125, 0.25, 0.5]) {
-  const weights = [], count = sizes.slice(1).reduce((sum, out, k) => sum + (sizes[k] + 1) * out, 0), places = [];
+  const weights = [], places = [], count = countOf(sizes);
   if (flat.length !== count) throw new Error(`${flat.length} weights for layers of ${sizes}; expected ${count}: weights of another version`);
-  let at = 0;
   for (let k = 0; k + 1 < sizes.length; k++) {
-    const [fanIn, fanOut] = [sizes[k], sizes[k + 1]], W = new Float64Array(fanIn * fanOut), wide = (fanOut + 3) & ~3;
-    const place = kernel && new Float32Array(kernel.memory.buffer, free, (fanIn + 1) * wide);
-    if (kernel) places.push([free, free + 4 * fanIn * wide]), (free += place.byteLength);
-    for (let i = 0; i <= fanIn; i++) place?.set(flat.subarray(at + i * fanOut, at + (i + 1) * fanOut), i * wide);
-    for (let i = 0; i < fanIn; i++) for (let o = 0; o < fanOut; o++) W[o * fanIn + i] = flat[at++];
-    weights.push([W, Float64Array.from(flat.subarray(at, (at += fanOut)))]);
+    const [fanIn, fanOut] = [sizes[k], sizes[k + 1]], wide = whole(fanOut);
+    weights.push([new Float64Array(fanIn * fanOut), new Float64Array(fanOut)]);
+    if (kernel) places.push([free, free + 4 * fanIn * wide]), (free += 4 * (fanIn + 1) * wide);
   }
-  return { sizes, weights, turns, places };
+  const lacking = kernel ? free - kernel.memory.buffer.byteLength : 0;
+  if (lacking > 0) kernel.memory.grow(Math.ceil(lacking / 65536));
+  return setWeights({ sizes, weights, turns, places }, flat);
+}
+
+export const countOf = (sizes) => sizes.slice(1).reduce((sum, out, k) => sum + (sizes[k] + 1) * out, 0);
+const whole = (number) => (number + 3) & ~3;
+
+/** Give a network other weights, of the form of `makeNetwork`. */
+export function setWeights(network, flat) {
+  const { sizes, weights, places } = network, floats = kernel && new Float32Array(kernel.memory.buffer);
+  let at = 0;
+  weights.forEach(([W, b], k) => {
+    const [fanIn, fanOut] = [sizes[k], sizes[k + 1]];
+    for (let i = 0; i <= fanIn; i++) floats?.set(flat.subarray(at + i * fanOut, at + (i + 1) * fanOut), places[k][0] / 4 + i * whole(fanOut));
+    for (let i = 0; i < fanIn; i++) for (let o = 0; o < fanOut; o++) W[o * fanIn + i] = flat[at++];
+    b.set(flat.subarray(at, (at += fanOut)));
+  });
+  return Object.assign(network, { flat });
 }
 
 /** out = h W + b in float64, four rows at a time. */
@@ -69,54 +83,82 @@ function inputs({ sizes: [first], turns }, z, begin, end, t, r, h) {
 }
 
 /** u(z, t, r) of n rows: z (n D), t and r numbers or one per row; the first `numbers` outputs of each row into `out`.
- *  kept: an array that then holds what `backward` needs. */
+ *  kept: an array that then holds what `backward` needs, { h, slope } per layer; at most 256 rows. */
 export function evaluate(network, z, n, t, r, out, numbers = network.sizes.at(-1), kept = null) {
   const { sizes, weights, places } = network, last = weights.length - 1;
   const copy = (from, wide, begin, end) => {
     for (let row = begin, at = 0; row < end; row++, at += wide) for (let i = 0; i < numbers; i++) out[row * numbers + i] = from[at + i];
   };
-  if (kernel && places && !kept) {
-    for (let begin = 0; begin < n; begin += ROWS) {
-      const end = Math.min(n, begin + ROWS), floats = new Float32Array(kernel.memory.buffer, 0, free / 4);
-      inputs(network, z, begin, end, t, r, floats);
-      places.forEach(([W, b], k) => kernel.layer(k && BUFFER * (1 + (k % 2)), (end - begin + 3) & ~3, W, b, sizes[k], (sizes[k + 1] + 3) & ~3, BUFFER * (2 - (k % 2)), k < last));
-      copy(floats.subarray((BUFFER / 4) * (2 - (last % 2))), (sizes.at(-1) + 3) & ~3, begin, end);
+  for (let begin = 0; kernel && begin < n; begin += ROWS) {
+    const end = Math.min(n, begin + ROWS), rows = whole(end - begin), floats = new Float32Array(kernel.memory.buffer, 0, free / 4), wide = whole(sizes.at(-1));
+    inputs(network, z, begin, end, t, r, floats);
+    if (!kept) {
+      places.forEach(([W, b], k) => kernel.layer(k && BUFFER * (1 + (k % 2)), rows, W, b, sizes[k], whole(sizes[k + 1]), BUFFER * (2 - (k % 2)), k < last));
+      copy(floats.subarray((BUFFER / 4) * (2 - (last % 2))), wide, begin, end);
+      continue;
     }
-    return out;
+    places.forEach(([W, b], k) => {
+      const [fanIn, fanOut] = [sizes[k], whole(sizes[k + 1])];
+      kept.push({ h: floats.slice(0, n * fanIn) });
+      kernel.layer(0, rows, W, b, fanIn, fanOut, BUFFER, 0);
+      if (k === last) return;
+      kernel.bend(BUFFER, fanIn === fanOut ? 0 : ZERO, 0, 2 * BUFFER, rows * fanOut);
+      kept[k].slope = floats.slice(BUFFER / 2, BUFFER / 2 + n * fanOut);
+    });
+    copy(floats.subarray(BUFFER / 4), wide, begin, end);
   }
+  if (kernel) return out;
   const memory = (name, size) => (kept ? new Float64Array(size) : scratch(name, size));
   let h = memory("in", n * sizes[0]);
   inputs(network, z, 0, n, t, r, h);
   for (let k = 0; k <= last; k++) {
-    const [fanIn, fanOut] = [sizes[k], sizes[k + 1]], a = memory(k % 2 ? "odd" : "even", n * fanOut);
+    const [fanIn, fanOut] = [sizes[k], sizes[k + 1]], a = memory(k % 2 ? "odd" : "even", n * fanOut), slope = kept && k < last && new Float64Array(n * fanOut);
     dense(h, n, weights[k], fanIn, fanOut, a);
-    kept?.push([h, a]);
+    kept?.push({ h, slope });
     if (k === last) copy(a, fanOut, 0, n);
-    const next = kept ? new Float64Array(n * fanOut) : a;
-    for (let i = 0; k < last && i < n * fanOut; i++) next[i] = a[i] / (1 + Math.exp(-GELU * (a[i] + 0.044715 * a[i] * a[i] * a[i]))) + (fanIn === fanOut ? h[i] : 0);
-    h = next;
+    for (let i = 0; k < last && i < n * fanOut; i++) {
+      const x = a[i], gate = 1 / (1 + Math.exp(-GELU * (x + 0.044715 * x * x * x)));
+      if (slope) slope[i] = gate + x * gate * (1 - gate) * GELU * (1 + 0.134145 * x * x);
+      a[i] = x * gate + (fanIn === fanOut ? h[i] : 0);
+    }
+    h = a;
   }
   return out;
 }
 
+/** A (n x inner) B (inner x outer), rows of numbers. */
+function product(A, n, inner, B, outer) {
+  const wide = whole(outer), out = new (kernel ? Float32Array : Float64Array)(n * outer);
+  if (kernel) {
+    const floats = new Float32Array(kernel.memory.buffer, 0, free / 4);
+    floats.set(A);
+    for (let i = 0; i < inner; i++) for (let o = 0; o < outer; o++) floats[BUFFER / 4 + i * wide + o] = B[i * outer + o];
+    kernel.layer(0, whole(n), BUFFER, ZERO, inner, wide, 2 * BUFFER, 0);
+    for (let row = 0; row < n; row++) for (let o = 0; o < outer; o++) out[row * outer + o] = floats[BUFFER / 2 + row * wide + o];
+    return out;
+  }
+  for (let row = 0; row < n; row++)
+    for (let i = 0; i < inner; i++) for (let o = 0, a = A[row * inner + i]; o < outer; o++) out[row * outer + o] += a * B[i * outer + o];
+  return out;
+}
+
+const transposed = (A, rows, columns) => {
+  const out = new A.constructor(rows * columns);
+  for (let row = 0, at = 0; row < rows; row++) for (let i = 0; i < columns; i++) out[i * rows + row] = A[at++];
+  return out;
+};
+
 /** Reverse mode through `evaluate`: from d loss / d out (n x outputs) the gradients of the weights, added to `grads` (of
- *  the form of `weights`), and d loss / d z (n D). */
-export function backward({ sizes, weights, turns }, kept, n, dOut, grads) {
-  let d = dOut;
-  for (let k = weights.length - 1; k >= 0; k--) {
-    const [fanIn, fanOut] = [sizes[k], sizes[k + 1]], [h, a] = kept[k], [W] = weights[k], [dW, db] = grads[k], dh = new Float64Array(n * fanIn);
-    const residual = k + 1 < weights.length && fanIn === fanOut;
-    for (let row = 0; row < n; row++)
-      for (let o = 0, p = row * fanIn; o < fanOut; o++) {
-        let g = d[row * fanOut + o];
-        if (residual) dh[p + o] += g;
-        if (k + 1 < weights.length) {
-          const x = a[row * fanOut + o], gate = 1 / (1 + Math.exp(-GELU * (x + 0.044715 * x * x * x)));
-          g *= gate + x * gate * (1 - gate) * GELU * (1 + 0.134145 * x * x);
-        }
-        db[o] += g;
-        for (let i = 0, w = o * fanIn; i < fanIn; i++, w++) (dW[w] += g * h[p + i]), (dh[p + i] += g * W[w]);
-      }
+ *  the form of `flat`), and d loss / d z (n D). */
+export function backward({ sizes, flat, turns }, kept, n, dOut, grads) {
+  let d = dOut, end = flat.length;
+  for (let k = sizes.length - 2; k >= 0; k--) {
+    const [fanIn, fanOut] = [sizes[k], sizes[k + 1]], { h, slope } = kept[k], da = slope ? d.map((value, i) => value * slope[i]) : d, biases = end - fanOut;
+    for (let row = 0, at = 0; row < n; row++) for (let o = 0; o < fanOut; o++) grads[biases + o] += da[at++];
+    end = biases - fanIn * fanOut;
+    product(transposed(h, n, fanIn), fanIn, n, da, fanOut).forEach((value, i) => (grads[end + i] += value));
+    const dh = product(da, n, fanOut, transposed(flat.subarray(end, biases), fanIn, fanOut), fanIn);
+    for (let i = 0; slope && fanIn === fanOut && i < dh.length; i++) dh[i] += d[i];
     d = dh;
   }
   const D = sizes[0] - 4 * turns.length - 2, dz = new Float64Array(n * D);
@@ -124,10 +166,11 @@ export function backward({ sizes, weights, turns }, kept, n, dOut, grads) {
   return dz;
 }
 
-/** v(z, t) of a mixture of equal Gaussians on the plane (mixtures.py), rows z (n 2): { means (K 2), sigma }. */
+/** v(z, t) of a mixture of equal Gaussians on the plane (mixtures.py), rows z (n 2): { means (K 2), sigma }; t: one, or one per row. */
 export function velocity({ means, sigma }, z, n, t, out) {
-  const K = means.length / 2, keep = 1 - t, variance = (keep * sigma) ** 2 + t * t, slope = (t - keep * sigma * sigma) / variance, apart = scratch("apart", K);
+  const K = means.length / 2, apart = scratch("apart", K);
   for (let row = 0; row < n; row++) {
+    const time = typeof t === "number" ? t : t[row], keep = 1 - time, variance = (keep * sigma) ** 2 + time * time, slope = (time - keep * sigma * sigma) / variance;
     const x = z[2 * row], y = z[2 * row + 1];
     let least = Infinity;
     for (let k = 0; k < K; k++) {

@@ -372,11 +372,55 @@ class Triangle extends Sketch {
   }
 }
 
-// Lines or bars over time, with a cursor where we are.
+// Paper to draw on. A stroke [x, y, x, y, ...] is handed on when the pen is lifted; `ghosts` are what was made of the strokes.
+class Pen extends Sketch {
+  static aspect = 1;
+
+  constructor(spec, player, before) {
+    super(spec, player);
+    this.hand = before?.hand ?? {};
+    if (!this.hand.down) this.hand.stroke = [];
+  }
+
+  prepare(...arguments_) {
+    super.prepare(...arguments_);
+    const { hand, spec, player } = this, { canvas } = this.context;
+    const add = (event) => {
+      const box = canvas.getBoundingClientRect(), value = (at, from, size) => clamp((at - from) / size - 0.5, -0.49, 0.49) * 2 * spec.limit;
+      const [x, y] = [value(event.clientX, box.left, box.width), -value(event.clientY, box.top, box.height)];
+      if (hand.stroke.length && Math.hypot(x - hand.stroke.at(-2), y - hand.stroke.at(-1)) < 0.03) return;
+      hand.stroke.push(x, y);
+      player.dirty();
+    };
+    canvas.classList.add("lm-pen");
+    canvas.onpointerdown = (event) => {
+      if (event.button) return;
+      canvas.setPointerCapture(event.pointerId);
+      Object.assign(hand, { down: true, stroke: [] });
+      add(event);
+    };
+    canvas.onpointermove = (event) => hand.down && add(event);
+    canvas.onpointerup = canvas.onpointercancel = () => hand.down && ((hand.down = false), player.stroke(hand.stroke));
+  }
+
+  draw(at, progress, hash) {
+    this.begin();
+    const { context, spec, width, hand } = this, place = (value, sign) => width / 2 + (sign * value * width) / (2 * spec.limit);
+    const points = (line) => Array.from({ length: line.length / 2 }, (_, k) => [place(line[2 * k], 1), place(line[2 * k + 1], -1)]);
+    context.strokeStyle = this.player.ink("#cccccc");
+    context.strokeRect(0.5, 0.5, width - 1, width - 1);
+    for (const [x, y] of points(spec.ghosts)) this.dot(x, y, 3.5, "#777777"), hash.add(Math.round(16 * x) * 65536 + Math.round(16 * y));
+    this.path(points(hand.stroke), "#000000", 3);
+    if (!spec.ghosts.length && !hand.stroke.length) this.text("draw a line here", width / 2, width / 2, "center", "#555555");
+    hash.add(hand.stroke.length);
+  }
+}
+
+// Lines or bars over time, with a cursor where we are; or, with a `span`, over what else there is.
 class Chart extends Sketch {
   prepare(...arguments_) {
     super.prepare(...arguments_);
-    const { spec, width, height } = this, [low, high] = spec.limits, [from, to] = [this.player.axis.from, this.player.axis.to];
+    const { spec, width, height } = this, [low, high] = spec.limits, [from, to] = spec.span ?? [this.player.axis.from, this.player.axis.to];
     const left = 64, right = 12, top = 12 + 20 * (spec.lines || []).filter((line) => line.label).length, bottom = 46;
     const squash = spec.log ? Math.log : (value) => value;
     this.box = [left, top, width - right, height - bottom];
@@ -411,8 +455,7 @@ class Chart extends Sketch {
         this.text(label, left + 48, 14 + 20 * row++, "left");
       }
     }
-    this.path([[x(at), top], [x(at), bottom]], "#000000", 1.5, [4, 4]);
-    hash.add(Math.round(x(at)));
+    if (!spec.span) this.path([[x(at), top], [x(at), bottom]], "#000000", 1.5, [4, 4]), hash.add(Math.round(x(at)));
   }
 }
 
@@ -469,7 +512,7 @@ class Video extends Sketch {
   }
 }
 
-const KINDS = { plane: Plane, triangle: Triangle, chart: Chart, curve: Curve, video: Video };
+const KINDS = { plane: Plane, pen: Pen, triangle: Triangle, chart: Chart, curve: Curve, video: Video };
 
 class Hash {
   constructor() {
@@ -493,7 +536,7 @@ const DARK = { // what a colour becomes on dark paper
 };
 
 /** Draw a scene into `element`. options: onPick(chain), a dot of the triangle was moved; onMove(i, place), a noise; onSettle(),
- *  it was let go. Returns { update(scene), seek(position), play(), pause(), destroy(), again(), guarded(work), root }. */
+ *  it was let go; onStroke(line), a line was drawn; onPress(values), a button of the scene. Returns { update(scene), seek(position), play(), pause(), destroy(), again(), guarded(work), root }. */
 export function mountPlayer(element, content, options = {}) {
   const root = make("div", element, "lm-player");
   root.tabIndex = 0;
@@ -501,7 +544,7 @@ export function mountPlayer(element, content, options = {}) {
   root.dataset.frames = "0";
   const problem = make("div", root, "lm-error");
   problem.hidden = true;
-  const panels = make("div", root, "lm-panels"), bar = make("div", root, "lm-bar");
+  const actions = make("div", root, "lm-bar"), panels = make("div", root, "lm-panels"), bar = make("div", root, "lm-bar");
   const button = make("button", bar, "", "Play"), range = make("input", bar), clock = make("output", bar), note = make("p", root, "lm-note");
   button.type = "button";
   Object.assign(range, { type: "range", min: 0, max: 1, step: "any", value: 1 });
@@ -519,6 +562,7 @@ export function mountPlayer(element, content, options = {}) {
     drags: () => Boolean(scene?.drag),
     moved: (i, place) => options.onMove?.(i, place),
     settled: () => options.onSettle?.(),
+    stroke: (line) => options.onStroke?.(line),
     ink: (colour) => (theme === "dark" ? (DARK[colour.slice(0, 7).toLowerCase()] ?? colour.slice(0, 7)) + colour.slice(7) : colour),
     again: () => (parts.forEach((part) => (part.size = 0)), player.dirty()),
   };
@@ -569,7 +613,9 @@ export function mountPlayer(element, content, options = {}) {
     player.axis = next.axis;
     const old = parts, same = old.length === next.panels.length && old.every((part, k) => part.kind === next.panels[k].kind);
     if (!same) panels.replaceChildren();
-    root.style.setProperty("--lm-columns", next.columns || next.panels.length);
+    const columns = next.columns || next.panels.length;
+    root.style.setProperty("--lm-columns", columns);
+    root.style.setProperty("--lm-rows", Math.ceil(next.panels.length / columns));
     parts = next.panels.map((spec, k) => {
       const Kind = KINDS[spec.kind];
       if (!Kind) throw new Error(`a panel of kind ${spec.kind}; known: ${Object.keys(KINDS).join(", ")}`);
@@ -587,6 +633,12 @@ export function mountPlayer(element, content, options = {}) {
       const drawing = new Kind(spec, player, same ? old[k].drawing : null);
       return { kind: spec.kind, figure, canvas, drawing, aspect };
     });
+    const wanted = next.buttons ?? [];
+    actions.hidden = !wanted.length;
+    if (String([...actions.children].map((old) => old.textContent)) !== String(wanted.map(([words]) => words))) {
+      actions.replaceChildren();
+      wanted.forEach(([words], k) => Object.assign(make("button", actions, "", words), { type: "button", onclick: () => options.onPress?.(scene.buttons[k][1]) }));
+    }
     note.textContent = next.note || "";
     note.hidden = !next.note;
     if (scene === null) position = next.position ?? 0;
@@ -662,7 +714,7 @@ export function mountPlayer(element, content, options = {}) {
 export function mountScene(element, page, payload, ask = () => {}, changed = () => {}) {
   const root = make("div", element, "lm-scene"), row = make("div", root, "lm-choices"), state = { ...page.state }, inputs = {};
   let work = null, shown = null, world = null;
-  const player = mountPlayer(root, null, { onPick: pick, onMove: (i, place) => (world.drag(i, place, new Set(shown.paths)), player.again()), onSettle: refresh });
+  const player = mountPlayer(root, null, { onPick: pick, onMove: (i, place) => (world.drag(i, place, new Set(shown.paths)), player.again()), onSettle: refresh, onStroke, onPress: set });
   for (const { name, label, values, labels, slider } of page.controls) {
     const box = make("label", row, "", label), input = make(slider ? "input" : "select", box), shows = slider ? make("output", box) : null;
     input.name = name;
@@ -680,9 +732,15 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
       refresh();
     };
   }
-  function pick(chain) {
-    Object.assign(state, { chain, start: chain[0], target: chain.at(-1) });
+  function set(values) {
+    Object.assign(state, values);
     refresh();
+  }
+  function onStroke(line) {
+    set({ strokes: [...(state.target === "your own" ? (state.strokes ?? []) : []), line], target: "your own" });
+  }
+  function pick(chain) {
+    set({ chain, start: chain[0], target: chain.at(-1) });
   }
   function refresh() {
     for (const { name, below, values } of page.controls)
@@ -701,6 +759,7 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
       const go = player.guarded(() => {
         if (work !== mine) return;
         const { value, done } = mine.next();
+        if (value instanceof Promise) return void value.then(go); // of what it waits for
         if (value) player.update((shown = world.slow ? { ...value, note: `${value.note} ${world.slow}` } : value));
         player.root.dataset.done = done ? "1" : "";
         if (!done) setTimeout(go);
@@ -717,7 +776,8 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
     if (page.kind in COMPUTED) world = new World({ ...page, data: filled(page.data, unpack(page, payload)) });
     refresh();
   })();
-  return { ...player, show, state, world, shown: () => shown, set: (values) => (Object.assign(state, values), refresh()) };
+  const destroy = () => ((work = null), world?.dismiss(), player.destroy());
+  return { ...player, destroy, show, state, world, shown: () => shown, set };
 }
 
 /** The widget: the kernel is asked for nothing but pictures of scenes that the page cannot compute. */

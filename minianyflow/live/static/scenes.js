@@ -3,6 +3,7 @@
 // A scene is made once from the page's data; `draw(state)` is a generator, since a page answers at once and goes on after:
 // it yields { panels, note, axis }, first with FIRST particles, then with all and their measures.
 import * as math from "./compute.js";
+import * as learning from "./learn.js"; // WORKER: the text of a worker that has it
 
 const FIRST = 96, EXACT = 32, FINE = 64; // particles of a first picture; steps of exact paths; the grid of the triangle
 const STEPS = [1, 2, 4, 8, 16, 32, 64, 128];
@@ -32,7 +33,7 @@ class Paths {
 /** What the scenes on the plane share: targets, students, noises, and the trajectories made so far. */
 export class World {
   constructor({ data, particles, labels, colours }) {
-    Object.assign(this, { data, particles, labels, colours, held: new Map(), networks: {} });
+    Object.assign(this, { math, data, particles, labels, colours, held: new Map(), networks: {} });
     this.slow = math.fast ? "" : "WebAssembly is switched off: this page computes more slowly.";
   }
   noise(seed) {
@@ -93,6 +94,18 @@ export class World {
     const ghosts = { values: exact.end(), shape: [exact.done, 2], scale: 1 };
     const spec = { kind: "plane", title, colour, times, points: { values, shape, scale }, count: done, ghosts, limit: 2.4, trails: 90, followed: [0, 1, 2, 3, 4, 5] };
     return { ...spec, ...(trace ? { exact: array(exact) } : {}), measures };
+  }
+  /** The class that learns `mixture`, or null: another one is sent away. */
+  classOf(key, mixture, methods) {
+    if (this.school?.key !== key) this.dismiss();
+    return (this.school ??= mixture && new School(key, mixture, methods, this.data.start));
+  }
+  dismiss() {
+    this.school?.dismiss();
+    this.school = null;
+  }
+  learner(task) {
+    return new learning.Learner(task);
   }
   /** Move noise i: its row of every shown trajectory is computed again, all others are forgotten. */
   drag(i, place, shown) {
@@ -184,7 +197,7 @@ export function gradients(network, mixture, z, times, generator) {
   const n = z.length / 2, kept = [], path = math.rollout((state, n, t, r, out) => (kept.push([]), math.evaluate(network, state, n, t, r, out, 2, kept.at(-1))), z, n, times);
   const x = path.at(-1), t = generator.rand(n), eps = generator.randn(2 * n), state = x.map((value, i) => (1 - t[i >> 1]) * value + t[i >> 1] * eps[i]);
   const fake = math.evaluate(network, state, n, t, t, new Float64Array(2 * n)), real = new Float64Array(2 * n);
-  for (let row = 0; row < n; row++) math.velocity(mixture, state.subarray(2 * row, 2 * row + 2), 1, t[row], real.subarray(2 * row, 2 * row + 2));
+  math.velocity(mixture, state, n, t, real);
   let d = new Float64Array(2 * n);
   for (let i = 0; i < 2 * n; i += 2) {
     const time = t[i >> 1], away = [0, 1].map((k) => Math.abs(x[i + k] - (state[i + k] - time * real[i + k]))), size = Math.max(1e-6, (away[0] + away[1]) / 2);
@@ -192,10 +205,10 @@ export function gradients(network, mixture, z, times, generator) {
   }
   const norms = [];
   for (let k = times.length - 2; k >= 0; k--) {
-    const grads = network.weights.map((layer) => layer.map((part) => new Float64Array(part.length))), length = times[k] - times[k + 1];
+    const grads = new Float64Array(network.flat.length), length = times[k] - times[k + 1];
     const back = math.backward(network, kept[k], n, d.map((value) => -length * value), grads);
     d = d.map((value, i) => value + back[i]);
-    norms.unshift(Math.sqrt(grads.flat().reduce((sum, part) => sum + part.reduce((total, value) => total + value * value, 0), 0)));
+    norms.unshift(Math.hypot(...grads));
   }
   return norms;
 }
@@ -291,4 +304,89 @@ function* exposure(world, state) {
   }
 }
 
-export const COMPUTED = { race, triangle, backward_simulation: backwardSimulation, exposure };
+/** Networks that learn one target, each in a worker of its own; in the page, slice by slice, where there are no workers. */
+class School {
+  constructor(key, mixture, methods, seed) {
+    Object.assign(this, { key, pupils: methods.map((method) => this.pupil({ mixture, method, seed })), paused: false, open: true });
+    this.look = () => document.hidden || this.pupils.forEach((pupil) => pupil.waits && pupil.ask());
+    document.addEventListener("visibilitychange", this.look);
+  }
+  pupil(task) {
+    const pupil = { method: task.method, network: null, steps: 0, history: [], waits: false }, slice = 120; // milliseconds
+    const alone = () => {
+      const learner = new learning.Learner(task);
+      pupil.ask = () => setTimeout(() => this.open && receive(learner.run(slice / 4)));
+      pupil.ask();
+    };
+    const receive = (report) => {
+      const { weights, steps, seconds } = Object.assign(pupil, report);
+      pupil.network = pupil.network ? math.setWeights(pupil.network, weights) : math.makeNetwork(weights, learning.SIZES);
+      pupil.fresh = true;
+      pupil.waits = document.hidden; // a page in the background rests
+      this.paused ||= pupil.waits;
+      if (steps < learning.STEPS && !pupil.waits) pupil.ask();
+    };
+    try {
+      const worker = (pupil.worker = new Worker((this.address ??= URL.createObjectURL(new Blob([WORKER])))));
+      pupil.ask = () => ((pupil.waits = false), worker.postMessage(slice));
+      worker.onmessage = ({ data }) => receive(data);
+      worker.onerror = (event) => (event.preventDefault(), worker.terminate(), alone());
+      worker.postMessage({ task });
+      pupil.ask();
+    } catch {
+      alone();
+    }
+    return pupil;
+  }
+  dismiss() {
+    this.open = false;
+    for (const { worker } of this.pupils) worker?.terminate();
+    URL.revokeObjectURL(this.address);
+    document.removeEventListener("visibilitychange", this.look);
+  }
+}
+
+const turns = (count, place) => [Array.from({ length: count + 1 }, (_, k) => place((2 * Math.PI * k) / count)).flat()];
+const TARGETS = { // strokes, as a hand would draw them
+  heart: () => turns(60, (a) => [1.7 * Math.sin(a) ** 3, (13 * Math.cos(a) - 5 * Math.cos(2 * a) - 2 * Math.cos(3 * a) - Math.cos(4 * a)) / 9.5]),
+  "two rings": () => [...turns(40, (a) => [0.6 * Math.cos(a), 0.6 * Math.sin(a)]), ...turns(60, (a) => [1.7 * Math.cos(a), 1.7 * Math.sin(a)])],
+  "figure eight": () => turns(80, (a) => [1.8 * Math.sin(a), 1.1 * Math.sin(2 * a)]),
+};
+
+function* draw(world, state) {
+  const { steps, learners, target, seed } = state, z = world.noise(seed), n = world.particles, strokes = TARGETS[target]?.() ?? state.strokes ?? [], { colours, labels } = world;
+  const key = `${JSON.stringify(strokes)} ${learners}`, methods = learners === "all" ? world.data.learners : [learners], mixture = learning.drawn(strokes);
+  if (state.learning !== key || !mixture) world.dismiss();
+  const school = state.learning === key ? world.classOf(key, mixture, methods) : null, cores = navigator.hardwareConcurrency ?? 1;
+  const pen = { kind: "pen", title: "draw here", limit: 2.4, ghosts: mixture?.means ?? strokes.flat() }, clear = ["Clear", { target: "your own", strokes: [], learning: null }];
+  if (!mixture) {
+    const count = strokes.flat().length / 2, note = `${count ? "Too little is drawn: a point or a short line" : "Nothing is drawn yet"}; draw a line, or choose a target above.`;
+    return yield { panels: [pen], columns: 3, note, axis: ahead([1, 0]), position: 1, buttons: [clear] };
+  }
+  const fine = math.timeGrid(EXACT), exact = world.paths(`exact ${key}`, fine, (z, n) => math.flow(mixture, z, n, fine)).extend(n), times = math.timeGrid(steps);
+  const eps = times.slice(2).map((_, k) => new math.Generator(1 + k + 100 * seed).randn(2 * n)), begins = methods.map((method) => new Paths(z, [1, 0], (z) => [z, z]).extend(n));
+  const shown = methods.map((method, k) => world.panel(labels[method], colours[method], begins[k], exact, { measures: { "path error": "…", "steps of training": "0" } }));
+  const scene = () => {
+    for (const [k, pupil] of (school?.pupils ?? []).entries()) {
+      if (!pupil.fresh && shown[k].steps === steps) continue;
+      if (!pupil.network) continue;
+      const u = (z, n, t, r, out) => math.evaluate(pupil.network, z, n, t, r, out), error = (path) => math.pathError(path.end(), exact.end());
+      const renoised = pupil.method === "consistency" && steps > 1, path = new Paths(z, times, (z, n) => math.rollout(u, z, n, times, renoised ? eps : null)).extend(n);
+      if (pupil.fresh) pupil.history.push([pupil.seconds, error(steps === 1 ? path : new Paths(z, [1, 0], (z, n) => math.rollout(u, z, n, [1, 0])).extend(n))]);
+      pupil.fresh = false;
+      shown[k] = { ...world.panel(labels[pupil.method], colours[pupil.method], path, exact, { measures: { "path error": fixed(error(path)), "steps of training": String(pupil.steps) } }), steps };
+    }
+    const lines = (school?.pupils ?? []).map(({ method, history }) => ({ points: { values: history.map(([, error]) => error), scale: 1 }, times: history.map(([seconds]) => seconds), colour: colours[method], dash: method === "eulerian" ? [7, 4] : [] }));
+    const longest = Math.max(5, ...lines.flatMap(({ times }) => times.at(-1) ?? 0)), chart = { kind: "chart", title: "path error of one step", xlabel: "seconds of training", span: [0, longest], aspect: 1, log: true, limits: [0.02, 2], ticks: [0.03, 0.1, 0.3, 1], times: [0, Math.round(longest / 2), Math.round(longest)], lines, measures: { dashed: "Eulerian" } };
+    const shared = cores < methods.length ? ` ${methods.length} methods share ${cores} ${cores > 1 ? "cores" : "core"}: choose one to see it learn faster.` : "";
+    const note = school ? `Grey dots: the ends of the exact flow; thick grey: its paths.${shared}${school.paused ? " The page was in the background: learning paused there." : ""}` : "Draw on the left, lift the pen, press Learn. Predict first: which one is recognisable first, and which keeps the black dots' paths with more steps?";
+    return { panels: [pen, ...shown, chart], columns: methods.length > 1 ? 3 : 0, note, axis: ahead(fine), position: 1, buttons: [school ? ["Stop", { learning: null }] : ["Learn", { learning: key }], clear] };
+  };
+  yield scene();
+  while (school?.pupils.some(({ steps, fresh }) => fresh || steps < learning.STEPS)) {
+    yield new Promise((done) => setTimeout(done, 200));
+    if (school.pupils.some(({ fresh }) => fresh)) yield scene();
+  }
+}
+
+export const COMPUTED = { race, triangle, backward_simulation: backwardSimulation, exposure, draw };
