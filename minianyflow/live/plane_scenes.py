@@ -1,4 +1,4 @@
-"""Scenes on the plane: the race, the triangle of times, backward simulation, a target that one draws; all in the page."""
+"""Scenes on the plane, computed in the page: race, triangle of times, backward simulation, a target that one draws."""
 
 from functools import cache
 

@@ -28,7 +28,8 @@ def script() -> str:
     """All of the page's code as one module: player.js after the others, each in a function that a worker runs too."""
     text = {name: (STATIC / f"{name}.js").read_text("utf-8") for name in ("compute", "learn", "scenes", "player")}
     text = {name: re.sub(r"^import .*\n", "", code, flags=re.M) for name, code in text.items()}
-    names = {name: ", ".join(re.findall(r"^export (?:const|class|function\*?) (\w+)", text[name], re.M)) for name in text}
+    public = r"^export (?:const|class|function\*?) (\w+)"
+    names = {name: ", ".join(re.findall(public, text[name], re.M)) for name in text}
     inner = {name: re.sub(r"^export (?=const|class|function)", "", text[name], flags=re.M) for name in text}
     compute, learn, scenes = (f"() => {{\n{inner[name]}\nreturn {{ {names[name]} }};\n}}" for name in list(text)[:3])
     return f"""const compute = {compute};

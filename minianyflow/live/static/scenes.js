@@ -377,10 +377,10 @@ function* draw(world, state) {
       shown[k] = { ...world.panel(labels[pupil.method], colours[pupil.method], path, exact, { measures: { "path error": fixed(error(path)), "steps of training": String(pupil.steps) } }), steps };
     }
     const lines = (school?.pupils ?? []).map(({ method, history }) => ({ points: { values: history.map(([, error]) => error), scale: 1 }, times: history.map(([seconds]) => seconds), colour: colours[method], dash: method === "eulerian" ? [7, 4] : [] }));
-    const longest = Math.max(5, ...lines.flatMap(({ times }) => times.at(-1) ?? 0)), chart = { kind: "chart", title: "path error of one step", xlabel: "seconds of training", span: [0, longest], aspect: 1, log: true, limits: [0.02, 2], ticks: [0.03, 0.1, 0.3, 1], times: [0, Math.round(longest / 2), Math.round(longest)], lines, measures: { dashed: "Eulerian" } };
+    const longest = Math.max(5, ...lines.flatMap(({ times }) => times.at(-1) ?? 0)), chart = { kind: "chart", title: "error of one step", xlabel: "seconds", span: [0, longest], aspect: 1, log: true, limits: [0.02, 2], ticks: [0.03, 0.1, 0.3, 1], times: [0, Math.round(longest / 2), Math.round(longest)], lines, measures: { dashed: "Eulerian" } };
     const shared = cores < methods.length ? ` ${methods.length} methods share ${cores} ${cores > 1 ? "cores" : "core"}: choose one to see it learn faster.` : "";
     const note = school ? `Grey dots: the ends of the exact flow; thick grey: its paths.${shared}${school.paused ? " The page was in the background: learning paused there." : ""}` : "Draw on the left, lift the pen, press Learn. Predict first: which one is recognisable first, and which keeps the black dots' paths with more steps?";
-    return { panels: [pen, ...shown, chart], columns: methods.length > 1 ? 3 : 0, note, axis: ahead(fine), position: 1, buttons: [school ? ["Stop", { learning: null }] : ["Learn", { learning: key }], clear] };
+    return { panels: [pen, ...shown, chart], columns: methods.length > 1 ? 3 : 0, note, axis: ahead(fine), position: 1, buttons: [school?.pupils.every(({ steps }) => steps === learning.STEPS) ? ["Again", { learning: null }] : school ? ["Stop", { learning: null }] : ["Learn", { learning: key }], clear] };
   };
   yield scene();
   while (school?.pupils.some(({ steps, fresh }) => fresh || steps < learning.STEPS)) {
