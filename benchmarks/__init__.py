@@ -1,1 +1,1 @@
-"""Not part of the wheel: comparisons, timings, and the tables of the docs, written from what they measured."""
+"""Comparisons and timings, not part of the wheel: other libraries, how quickly scenes answer, other transformers."""

@@ -1,14 +1,6 @@
 """minianyflow: any-step generation, from two dimensions to Wan2.1, through one function u(z, t, r).
 
-The files beside this one are the mathematics: begin with notation, interpolant, flow_map. Folders follow the journey:
-    networks/   functions u(z, t, r): an MLP, small video transformers, Wan2.1
-    plane/      the race of methods on two-dimensional targets, exposure bias on the circle
-    video/      small video latents: training stages, measures, report
-    wan/        distillation of Wan2.1 at full size
-    planner/    memory, hours and money of a run, before it starts
-    live/       the player of trajectories and the scenes of the course
-    course/     what notebooks and exercises stand on
-    support/    command line, error messages, files, worker processes
+The files beside this one are the mathematics: begin with notation, interpolant, flow_map. README.md has the folders.
 
 The public names are below. `from minianyflow import rollout` imports its module alone; `import minianyflow` needs
 nothing but Python.

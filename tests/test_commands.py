@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from minianyflow.support.cli import COMMANDS, command, main, run
@@ -142,7 +143,9 @@ def test_an_interrupted_demo_leaves_what_was_there(tmp_path, how):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and its children, ignore it
     demo = [sys.executable, "-m", "minianyflow", "demo", "--output", str(tmp_path)]
     running = subprocess.Popen(demo, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    time.sleep(12)  # in the midst of training
+    children = psutil.Process(running.pid).children
+    while sum(child.cpu_times().user > 4 for child in children()) < 2:  # in the midst of training
+        time.sleep(0.1)
     if how == "Ctrl-C":
         os.killpg(running.pid, signal.SIGINT)  # every process of the group
     else:

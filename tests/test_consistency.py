@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from minianyflow.consistency import ConsistencyLoss, consistency_target, continuous_target
+from minianyflow.consistency import ConsistencyLoss, consistency_target
 from minianyflow.interpolant import interpolate
 from minianyflow.networks.mlp import MLP
-from minianyflow.objectives import eulerian_target
 from toy_data.gaussians import Gaussian
 
 GAUSSIAN = Gaussian(0.6, 0.5)
@@ -27,21 +26,6 @@ def test_the_exact_map_is_its_own_target():
         gaps.append(float(((target - exact) * T[:, None]).abs().max()))
     assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.2)  # one Euler step errs by its square
     assert gaps[2] / gaps[3] == pytest.approx(8, rel=0.4)
-    target = continuous_target(GAUSSIAN.average_velocity, Z, T, GAUSSIAN.velocity(Z, T), delta=0)
-    assert float((target - exact).abs().max()) < 1e-9
-
-
-def test_continuous_tangent_is_normalised_and_warmed_up():
-    u = MLP(shape=(1,)).double()
-    v = GAUSSIAN.velocity(Z, T)
-    with torch.no_grad():
-        here = u(Z, T, 0 * T)
-    cold = continuous_target(u, Z, T, v, warm=0.0) - here
-    assert torch.allclose(cold, (v - here) / ((v - here).abs() + 0.1))
-    warm = continuous_target(u, Z, T, v) - here
-    tangent = eulerian_target(u, Z, T, 0 * T, v) - here
-    assert torch.allclose(warm, tangent / (tangent.abs() + 0.1))
-    assert float(warm.abs().max()) < 1
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -65,18 +49,7 @@ def test_the_discrete_loss_is_what_it_says(solver):
     assert float(raw["consistency"]) == pytest.approx(float(error.detach().mean()), abs=1e-6)
 
 
-def test_the_continuous_loss_warms_up():
-    student, batch = MLP(shape=(1,)).double(), double_batch()
-    loss = ConsistencyLoss(GAUSSIAN.velocity, form="continuous", warmup=4, weight=torch.ones_like)
-    z, t = interpolate(**batch), batch["t"]
-    with torch.no_grad():
-        here, v = student(z, t, 0 * t), GAUSSIAN.velocity(z, t)
-    for warm in (0.25, 0.5, 0.75, 1.0, 1.0):
-        expected = (here - continuous_target(student, z, t, v, warm)).square().mean(1)
-        assert torch.allclose(loss(student, batch)[0], expected, atol=1e-9)
-
-
-@pytest.mark.parametrize("form", ["discrete", "continuous"])
+@pytest.mark.parametrize("form", ["discrete", "step"])
 def test_gradient_reaches_the_student_alone(form):
     student, average = MLP(shape=(1,)).double(), MLP(shape=(1,), seeds=(1,)).double()
     losses, raw = ConsistencyLoss(lambda z, t: z, average, form)(student, double_batch(16))

@@ -21,7 +21,7 @@ from minianyflow.networks.causal_attention import CausalAttention, causal_mask, 
 from minianyflow.networks.known_frames import Known, keep_known, known_times
 from minianyflow.networks.kv_cache import Cache, cached_frames, read_cache, write_cache
 from minianyflow.networks.video import TIMESTEPS, Latents, Partition, Prompt, VideoTimes, to_timesteps
-from minianyflow.networks.wan import TINY, check_latents, copy_time_embedder, to_compute_dtype
+from minianyflow.networks.wan import check_latents, to_compute_dtype
 from minianyflow.notation import Grid, Network, Trajectory
 from minianyflow.on_policy import backward_simulation_times
 from minianyflow.support.errors import InputError
@@ -223,15 +223,6 @@ def causal_backward_simulation(
         return causal_rollout(u, z, times, **chunks, recomputed=recomputed, **condition)
 
     return simulate
-
-
-def tiny_causal(seed: int = 0, **changes: object) -> AnyFlowFARTransformer3DModel:
-    """A fresh causal transformer of the size in TINY, for latents (5, 4, 4, 4) in chunks 1, 2, 2."""
-    torch.manual_seed(seed)
-    chunks = {"full_chunk_limit": 2, "chunk_partition": (1, 2, 2)}
-    transformer = AnyFlowFARTransformer3DModel(**TINY | chunks | changes)
-    copy_time_embedder(transformer)
-    return transformer
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ COMMANDS = {  # name: where its function of argv is
     "lab": "course.commands:lab",
     "live": "live.commands:live",
     "live-html": "live.commands:live_html",
-    "site": "live.site:site",
+    "site": "live.commands:site",
     "make-tiny-wan": "wan.commands:make_tiny_wan",
     "prepare-latents": "wan.data.commands:prepare_latents",
     "plan": "planner.commands:plan",

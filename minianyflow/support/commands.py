@@ -46,8 +46,7 @@ def docs(argv):
     parser = Parser("minianyflow docs", description=docs.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
     check = parser.parse_args(argv).check
-    _needs_checkout("docs")
-    stale = import_module("benchmarks.docs").write(check)
+    stale = from_checkout("docs.pages").write(check)
     print("\n".join(f"{page}: {'not current' if check else 'written'}" for page in stale) or "all tables are current")
     return int(check and bool(stale))
 
@@ -68,6 +67,14 @@ def _install_browser():
         browser(install=True)
     except InputError as problem:
         print(f"{problem}; the tests that need it will fail", file=sys.stderr)
+
+
+def from_checkout(module):
+    """A module of the checkout that is in no wheel."""
+    _needs_checkout(module)
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    return import_module(module)
 
 
 def _needs_checkout(command):

@@ -1,11 +1,12 @@
 """What the tests of networks share: random latents, times and prompts; transformers shaped as Wan's, with adapters."""
 
 import torch
+from diffusers import AnyFlowFARTransformer3DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.lora_roles import EMBEDDERS, TARGETS, Adapter, RoleNetwork, add_role
-from minianyflow.networks.wan import TINY, WanNetwork
+from minianyflow.networks.wan import TINY, WanNetwork, copy_time_embedder
 from minianyflow.times import generator
 from minianyflow.wan.shapes import SHARED, build_transformer
 
@@ -43,6 +44,15 @@ def adapted(architecture, dtype=torch.float32, start=None):
             weight.data = 0.1 * torch.randn(weight.shape, generator=generator(number))
     if start is not None:
         transformer.load_state_dict({name: value.to(dtype) for name, value in start.state_dict().items()})
+    return transformer
+
+
+def tiny_causal(seed=0, **changes):
+    """A fresh causal transformer of the size in TINY, for latents (5, 4, 4, 4) in chunks 1, 2, 2."""
+    torch.manual_seed(seed)
+    chunks = {"full_chunk_limit": 2, "chunk_partition": (1, 2, 2)}
+    transformer = AnyFlowFARTransformer3DModel(**TINY | chunks | changes)
+    copy_time_embedder(transformer)
     return transformer
 
 

@@ -5,14 +5,14 @@ import torch
 
 from minianyflow.guidance import Guidance
 from minianyflow.interpolant import broadcast_time
-from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_rollout, tiny_causal
+from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_rollout
 from minianyflow.networks.known_frames import know_first_frames
 from minianyflow.networks.teacher_forcing import TeacherForced, teacher_forcing_batch
 from minianyflow.networks.wan import TINY_TIMESTEPS, WanNetwork, tiny_transformer
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulation, draw_on_policy
 from minianyflow.times import draw_pairs, generator, time_grid
-from tests.networks.inputs import draw
+from tests.networks.inputs import draw, tiny_causal
 
 ARCHITECTURES, DELTA, SCALE = ("bidirectional", "causal"), 5e-3, 2.0
 ROWS = {"t": torch.tensor([0.7, 0.7, 0.9, 0.6]), "r": torch.tensor([0.7, 0.2, 0.3, 0.6])}

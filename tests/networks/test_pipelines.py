@@ -11,14 +11,14 @@ from diffusers import AnyFlowFARPipeline, AnyFlowPipeline
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalAttnProcessor
 from PIL import Image
 
-from minianyflow.networks.causal import CausalNetwork, causal_rollout, tiny_causal
+from minianyflow.networks.causal import CausalNetwork, causal_rollout
 from minianyflow.networks.causal_attention import CausalAttention
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.pipelines import load_pipeline, save_pipeline
 from minianyflow.networks.wan import PROMPT_LENGTH, TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.samplers import sample_flow_map
 from minianyflow.times import time_grid
-from tests.networks.inputs import clip
+from tests.networks.inputs import clip, tiny_causal
 from tests.refused import refused
 
 Z, PROMPTS = clip(5), ["one ball", "two balls"]

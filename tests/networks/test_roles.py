@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 from minianyflow.flow_map import velocity
 from minianyflow.networks import lora_roles as roles
 from minianyflow.networks.blocks import checkpoint_blocks
-from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, tiny_causal
+from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation
 from minianyflow.networks.lora_roles import EMBEDDERS, TARGETS, RoleNetwork, active_role, add_role, merge_role, roles_of
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.patches import set_active_adapter
@@ -28,7 +28,7 @@ from minianyflow.support.errors import InputError
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role
 from minianyflow.wan.trainer import train_run
-from tests.networks.inputs import PROMPT, R, T, clip, close
+from tests.networks.inputs import PROMPT, R, T, clip, close, tiny_causal
 from tests.refused import refused
 
 RANK, FAR = 3, roles.COARSE_PATCHES

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minianyflow.networks.video import VideoTransformer, rotary_angles, rotate, sinusoids
+from minianyflow.networks.video import VideoTransformer
 from minianyflow.networks.wan import TINY, TextEncoder
 from minianyflow.networks.weights import load_network
 from minianyflow.times import generator
@@ -42,19 +42,3 @@ def test_gradients_are_those_of_diffusers():
     for name, expected in gradients[0].items():
         atol = 1e-5 + 1e-4 * float(expected.abs().max())
         assert torch.allclose(gradients[1][name], expected, rtol=0, atol=atol), name
-
-
-def test_rotary_positions_depend_on_distance_alone():
-    """A query at one place and a key at another: their product does not change if both move alike."""
-    angles = rotary_angles(4, 3, 3, 12).unflatten(0, (4, 3, 3))
-    query, key = torch.randn(2, 1, 1, 1, 12, generator=generator(3))
-
-    def product(at, other):
-        return (rotate(query, angles[at][None]) * rotate(key, angles[other][None])).sum()
-
-    assert torch.allclose(product((0, 0, 1), (2, 1, 0)), product((1, 1, 2), (3, 2, 1)), atol=1e-5)
-    assert not torch.allclose(product((0, 0, 1), (2, 1, 0)), product((0, 0, 1), (2, 0, 0)), atol=1e-3)
-
-
-def test_sinusoids_start_at_one_and_zero():
-    assert torch.equal(sinusoids(torch.zeros(2, 3), 4), torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(2, 3, 4))

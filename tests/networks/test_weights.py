@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minianyflow.networks import weights
-from minianyflow.networks.causal import CausalNetwork, tiny_causal
+from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.networks.weights import describe, load_codec, load_into, load_network, read_weights, save_weights
-from tests.networks.inputs import PROMPT, R, T, clip
+from tests.networks.inputs import PROMPT, R, T, clip, tiny_causal
 from tests.refused import refused
 
 COST = {"forwards": 3, "backwards": 1, "seconds": 0.5}

@@ -21,6 +21,7 @@ from minianyflow.wan.guard import Guard, end_trackers, log_figures, start_tracke
 from minianyflow.wan.published import Rebalanced
 from minianyflow.wan.trainer import train_run
 from tests.refused import refused
+from tests.wan import train_tiny
 from toy_data import plane
 
 RING = plane.ring8()
@@ -62,32 +63,29 @@ def test_a_step_draws_one_batch_for_all_roles(loop):
         assert torch.equal(torch.cat(rows), torch.cat([deal(draw(step))["x"] for step in range(3)]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("option", ["plain", "rebalance", "one row"])
-def test_two_processes_equal_one(tmp_path, option):
-    """Real processes; the number and the kind are asserted, for a launcher may start one without a word."""
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """Folders of what train_tiny.py leaves, by one process and by two."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    train_tiny.main(one)
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent), "CUDA_VISIBLE_DEVICES": ""}
-    launch = {
-        1: [sys.executable],
-        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    }
-    reports = {}
-    for count, command in launch.items():
-        file = tmp_path / f"{count}.json"
-        done = subprocess.run(
-            [*command, str(HERE / "train_tiny.py"), str(file), option],
-            capture_output=True,
-            text=True,
-            env=os.environ | environment,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        reports[count] = json.loads(file.read_text())
-    assert (reports[1]["processes"], reports[2]["processes"]) == (1, 2)
-    assert "MULTI_CPU" in reports[2]["kind"]
-    for name, one in reports[1]["weights"].items():
-        assert torch.allclose(torch.tensor(one), torch.tensor(reports[2]["weights"][name]), rtol=0, atol=1e-5), name
-    for one, two in zip(reports[1]["history"], reports[2]["history"], strict=True):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command, options = [*launch, train_tiny.__file__, str(two)], {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, env=os.environ | environment, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return one, two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", train_tiny.OPTIONS)
+def test_two_processes_equal_one(twice, option):
+    """Real processes; the number and the kind are asserted, for a launcher may start one without a word."""
+    alone, both = (json.loads((folder / f"{option}.json").read_text()) for folder in twice)
+    assert (alone["processes"], both["processes"]) == (1, 2)
+    assert "MULTI_CPU" in both["kind"]
+    for name, one in alone["weights"].items():
+        assert torch.allclose(torch.tensor(one), torch.tensor(both["weights"][name]), rtol=0, atol=1e-5), name
+    for one, two in zip(alone["history"], both["history"], strict=True):
         assert one.keys() == two.keys()
         if option == "plain":  # of equal parts, the mean of the parts' means
             assert two["student/loss"] == pytest.approx(one["student/loss"], rel=1e-4)

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from benchmarks.browser import watched
-from minianyflow.live import site
+from docs import site
 from minianyflow.live.pages import chromium
 from minianyflow.support.install import ROOT
 

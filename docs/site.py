@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from minianyflow.live.pages import write_pages
 from minianyflow.live.player import STATIC
 from minianyflow.live.scenes import SCENES
-from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
 from minianyflow.support.install import ROOT
@@ -69,7 +68,7 @@ def build(output="outputs/site", quiet: bool = False) -> Path:
 
 SETTINGS = {
     "project": "minianyflow",
-    "extensions": ["myst_nb", "minianyflow.live.site"],
+    "extensions": ["myst_nb", "docs.site"],
     "html_theme": "sphinx_book_theme",
     "html_title": "minianyflow: any-step generation",
     "html_css_files": ["site.css"],
@@ -271,15 +270,3 @@ def exercise_source(path: Path) -> str:
     back = f"[Back to the notebook](../{path.stem}.ipynb)"
     title = f"# Exercises to notebook {number_of(path)}"
     return f"{title}\n\n{words}\n\n```python\n{text}```\n\n{hints}\n{solution}\n\n{back}\n"
-
-
-def site(argv: list[str]) -> int:
-    """Build the course as a site, offline: one folder for any static host or a USB stick."""
-    parser = Parser("minianyflow site", description=site.__doc__)
-    parser.add_argument("--output", default="outputs/site", help="its folder (default: outputs/site)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    arguments = parser.parse_args(argv)
-    first = build(arguments.output, arguments.quiet)
-    size = sum(path.stat().st_size for path in first.parent.rglob("*") if path.is_file())
-    print(f"written: {first}, {size / 1e6:.1f} MB in all")
-    return 0

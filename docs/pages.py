@@ -26,7 +26,7 @@ def _peers(report, *targets):
     return {name + end: (made_by[end], report, "targets", name) for name, end in product(targets, made_by)}
 
 
-_TABLES, _VIDEO = "benchmarks.tables:", "video/any_step.json"
+_TABLES, _VIDEO = "docs.tables:", "video/any_step.json"
 TABLES = {  # {page: {name: arguments of `table`}}
     "README.md": {"any_step": (_TABLES + "text_block", "plane/any_step.json")},
     "docs/plane.md": {

@@ -1,4 +1,4 @@
-"""Tables of the pages, as text, from the committed reports. docs.py says which page has which."""
+"""Tables of the pages, as text, from the committed reports. pages.py says which page has which."""
 
 import json
 

@@ -2,29 +2,29 @@
 
 import pytest
 
-from benchmarks import docs
+from docs import pages
 from minianyflow.support import commands
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
 
 def test_the_tables_of_all_pages_are_current():
-    assert docs.write(check=True) == []
+    assert pages.write(check=True) == []
 
 
 def test_every_table_of_every_page_is_registered():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         name = str(page.relative_to(ROOT))
-        assert ("<!-- table " in page.read_text()) == bool(docs.TABLES.get(name)), name
+        assert ("<!-- table " in page.read_text()) == bool(pages.TABLES.get(name)), name
 
 
 def test_a_stale_table_is_found_and_written(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     (tmp_path / "docs").mkdir()
     page.write_text("before\n<!-- table law -->\n| 1 |\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(docs, "ROOT", tmp_path)
-    monkeypatch.setattr(docs, "TABLES", {"page.md": {"law": (r"| \2 |",)}})
-    monkeypatch.setattr(docs, "table", str)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "TABLES", {"page.md": {"law": (r"| \2 |",)}})
+    monkeypatch.setattr(pages, "table", str)
     assert commands.docs(["--check"]) == 1
     assert "| 1 |" in page.read_text()
     assert commands.docs([]) == 0
@@ -34,4 +34,4 @@ def test_a_stale_table_is_found_and_written(tmp_path, monkeypatch, capsys):
     assert said == ["page.md: not current", "page.md: written", "all tables are current"]
     page.write_text("<!-- table laws -->\n<!-- end -->\n")
     with pytest.raises(InputError, match=r"page.md has the tables \['laws'\]; expected each of \['law'\]"):
-        docs.write()
+        pages.write()
