@@ -4,7 +4,7 @@ They are the scripts in `notebooks/solutions/` without the lines between `# SOLU
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -20,18 +20,21 @@ GAP = "...  # your lines here"
 _solved = {}  # {exercise: whether it is solved}; an exercise that is checked again counts once
 
 
-def check(exercise: str, yours: Callable, expected, hint: str, tolerance: float = 1e-4) -> bool:
-    """Compare `yours()` with `expected`, print both side by side, and the hint if they differ.
+def check(
+    exercise: str, yours: Callable, expected, hint: str, tolerance: float = 1e-4, rows: Sequence[str] = ()
+) -> bool:
+    """Compare `yours()` with `expected`: print both side by side, of arrays the rows that differ, and the hint.
 
     yours: a function without arguments, so that an error in it can be explained. expected: a number, a text, a list or
-    a tensor. tolerance: relative to the largest expected number. Returns whether it is solved; `finish` counts.
+    a tensor; it is shown once there is an answer. tolerance: relative to the largest expected number. rows: what the
+    axes of the answer count, all but the last, e.g. ("time", "noise"). Returns whether it is solved; `finish` counts.
     """
-    solved, shown, problem = _judge(yours, expected, tolerance)
+    solved, value, problem = _judge(yours, expected, tolerance)
     print(f"{exercise}: {'solved' if solved else problem}")
-    rows = [("yours", "expected"), *zip_longest(_lines(shown), _lines(expected), fillvalue="")]
-    width = max(len(left) for left, _ in rows)
-    for left, right in rows:
-        print(f"    {left.ljust(width)}   {right}")
+    table = [] if value is None else _table(value, expected, tolerance, rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print(("    " + "   ".join(map(str.ljust, line, widths))).rstrip())
     if not solved:
         print(f"    hint: {hint}")
     _solved[exercise] = solved
@@ -54,13 +57,13 @@ def _numbers(value):
 
 
 def _judge(yours, expected, tolerance):
-    """(whether it is solved, what to show, the problem)."""
+    """(whether it is solved, the answer or None, the problem)."""
     try:
         value = yours()
     except Exception as problem:
-        return False, f"{type(problem).__name__}: {problem}", "your lines raise an error"
+        return False, None, f"your lines raise an error, {type(problem).__name__}: {problem}"
     if value is None or value is ...:
-        return False, "nothing", "not solved yet"
+        return False, None, "not solved yet"
     if isinstance(expected, str):
         return str(value).strip().lower() == expected.strip().lower(), value, "not the answer expected"
     answer, truth = _numbers(value), _numbers(expected)
@@ -74,12 +77,35 @@ def _judge(yours, expected, tolerance):
     return bool(gap <= tolerance * max(1.0, np.abs(truth).max(initial=0))), value, f"off by {gap:.3g} at most"
 
 
+def _table(yours, expected, tolerance, names, most=6):
+    """A head and lines (yours, expected), before them the place, if arrays have one shape: then those that differ."""
+    answer, truth = _numbers(yours), _numbers(expected)
+    if isinstance(expected, str) or answer is None or answer.shape != truth.shape or truth.ndim == 0:
+        lines = zip_longest(_lines(yours), _lines(expected), fillvalue="")
+        return [("yours", "expected"), *lines]
+    answer, truth = (array[:, None] if array.ndim == 1 else array for array in (answer, truth))
+    allowed = tolerance * max(1.0, np.abs(truth).max(initial=0))
+    differ = ~(np.abs(answer - truth) <= allowed).all(-1)
+    places = np.argwhere(differ if differ.any() else ~differ)
+    names = names or ["row", *[""] * (differ.ndim - 1)]
+    table = [(f"{differ.sum()} of {differ.size} differ" if differ.any() else "", "yours", "expected")]
+    for place in map(tuple, places[:most]):
+        words = ", ".join(f"{name} {index}".strip() for name, index in zip(names, place, strict=True))
+        table.append((words, _shown(answer[place]), _shown(truth[place])))
+    return table
+
+
+def _shown(row):
+    """A row of numbers as a short text."""
+    return np.array2string(row, precision=4, suppress_small=True, threshold=8).replace("\n", "")
+
+
 def _lines(value, most=6):
     """A value as a few short lines."""
-    several = isinstance(value, torch.Tensor | np.ndarray | list | tuple)
-    if several and (numbers := _numbers(value)) is not None:
+    numbers = _numbers(value) if isinstance(value, torch.Tensor | np.ndarray | list | tuple) else None
+    if numbers is not None:
         rows = numbers.reshape(-1, numbers.shape[-1]) if numbers.ndim > 1 else np.atleast_1d(numbers)
-        return [np.array2string(row, precision=4, suppress_small=True, threshold=8) for row in rows[:most]]
+        return [_shown(row) for row in rows[:most]]
     return str(f"{value:.6g}" if isinstance(value, float) else value).splitlines()[:most] or [""]
 
 

@@ -9,7 +9,7 @@ from toy_data import plane
 spiral, z = plane.load("spiral"), sobol_noise(64, (2,))
 
 
-# 1. Warm-up (2 minutes). Which of these gets worse with more steps: "euler", "flow map" or "consistency"?
+# 1. Warm-up (2 minutes). Whose path error gets worse with more steps: that of "euler", "flow map" or "consistency"?
 def gets_worse():
     """Return one of the three names."""
     # SOLUTION
@@ -56,6 +56,7 @@ check(
     lambda: walk(spiral.average_velocity, z, times),
     expected,
     "with the exact u, every state of your walk lies on the exact flow from the noise, whatever the times",
+    rows=("time", "noise"),
 )
 
 finish()

@@ -125,11 +125,24 @@ def broken():
     raise ZeroDivisionError("division by zero")
 
 
+def nothing(): ...
+
+
+def test_rows_that_differ_are_shown_with_their_place(capsys, monkeypatch):
+    monkeypatch.setattr(exercises, "_solved", {})
+    expected = torch.arange(12.0).reshape(3, 2, 2)
+    wrong = expected.clone()
+    wrong[2, 1] = 0
+    assert not exercises.check("1", lambda: wrong, expected, "think", rows=("time", "noise"))
+    head, row, _ = capsys.readouterr().out.splitlines()[1:]
+    assert head.split() == ["1", "of", "6", "differ", "yours", "expected"]
+    assert row.split("   ")[1:] == [" time 2, noise 1", "[0. 0.]", "[10. 11.]"]
+
+
 @pytest.mark.parametrize(
     ("yours", "words"),
     [
-        (lambda: None, "not solved yet"),
-        (lambda: ..., "not solved yet"),
+        (nothing, "not solved yet"),
         (lambda: torch.zeros(3, 2), "shape (3, 2), where (2, 2) was expected"),
         (lambda: "a guess", "a str, where numbers were expected"),
         (lambda: {1: 2}, "a dict, where numbers were expected"),
@@ -143,8 +156,11 @@ def test_a_wrong_answer_is_explained(yours, words, capsys, monkeypatch):
     monkeypatch.setattr(exercises, "_solved", {})
     assert not exercises.check("1", yours, torch.zeros(2, 2), "think")
     shown = capsys.readouterr().out
-    for expected in (words, "hint: think", "yours", "expected"):
-        assert expected in shown
+    assert words in shown
+    assert "hint: think" in shown
+    assert ("yours" in shown) == (
+        yours not in (broken, nothing)
+    )  # what is expected is held back until there is an answer
     with pytest.raises(SystemExit):
         exercises.finish()
 
