@@ -20,7 +20,6 @@ from minianyflow.support.errors import InputError, choose
 
 STATIC = Path(__file__).parent / "static"
 KINDS = dict.fromkeys(("plane", "triangle", "chart", "curve", "pen", "video"))
-LARGEST = 8.0  # the largest coordinate that is drawn, in data units: 16 bits give steps of 1/4096 up to there
 GREYS = 15  # shades of a video; so few compress well
 
 
@@ -47,14 +46,6 @@ class Pack:
     def __init__(self):
         self.names, self.arrays, self.data = {}, {}, bytearray()
 
-    def add_points(self, values: ArrayLike, largest: float = LARGEST) -> str:
-        """Coordinates of any shape as 16-bit numbers, clipped to `largest`."""
-        values = np.asarray(values, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise InputError(f"an array {values.shape} to draw holds NaN or infinity; expected finite numbers")
-        scale = largest / 32767
-        return self._add(np.clip(np.rint(values / scale), -32767, 32767).astype("<i2"), "int16", scale)
-
     def add_exact(self, values: ArrayLike) -> str:
         """Numbers of any shape as they are: float32, or int32 for whole ones."""
         values = np.asarray(values)
@@ -76,14 +67,6 @@ class Pack:
             self.data += data + bytes(-len(data) % 4)  # the browser reads 32-bit numbers at such offsets only
         return name
 
-    def plane(
-        self, title: str, colour: str, path: ArrayLike, times: Iterable, exact=None, ghosts=None, **style
-    ) -> dict:
-        """A panel of particles on the plane, path (T, n, 2) at T `times`; the module's docstring names the rest."""
-        shown = {"points": path, "exact": exact, "ghosts": ghosts}
-        names = {key: self.add_points(values) for key, values in shown.items() if values is not None}
-        return {"kind": "plane", "title": title, "colour": colour, "times": [float(t) for t in times]} | names | style
-
     @property
     def payload(self) -> bytes:
         """All arrays, one after another."""
@@ -101,14 +84,6 @@ class Pack:
         used = {part.get(key) for part in parts for key in ("points", "ghosts", "exact", "clips")}
         arrays = {name: array for name, array in self.arrays.items() if name in used}
         return {"title": title, "panels": panels, "axis": axis, "arrays": arrays, **more}
-
-
-def unpack(scene: dict, payload: bytes, name: str) -> np.ndarray:
-    """The array of that name as the browser reads it, in data units."""
-    array = choose("array", name, scene["arrays"])
-    kind = {"int16": "<i2", "uint8": "u1", "float32": "<f4", "int32": "<i4"}[array["type"]]
-    values = np.frombuffer(payload, kind, int(np.prod(array["shape"])), array["offset"])
-    return values.reshape(array["shape"]) * np.float32(array["scale"])
 
 
 def time_axis(stops: Iterable, label: str = "t", digits: int = 2) -> dict:

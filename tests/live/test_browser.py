@@ -269,7 +269,9 @@ def test_the_plane_is_drawn_where_the_data_says(browser, tmp_path):
     pack = Pack()
     path = np.array([[[-1.0, 1.5], [1.0, -0.5]], [[1.0, 0.5], [-1.0, -1.5]]])  # (T, n, 2): to the right, to the left
     exact = np.array([[[-1.5, 0.25], [0.0, 0.0]], [[1.5, 0.25], [0.0, 0.0]]])
-    panel = pack.plane("two", "#0072b2", path, [1, 0], exact, [[0.5, -1.75]], limit=2, followed=[0])
+    shown = {"points": path, "exact": exact, "ghosts": np.array([[0.5, -1.75]])}
+    panel = {"kind": "plane", "title": "two", "colour": "#0072b2", "times": [1, 0], "limit": 2, "followed": [0]}
+    panel |= {name: pack.add_exact(values) for name, values in shown.items()}
     page = {
         "title": "two",
         "controls": [],

@@ -14,8 +14,8 @@ from benchmarks.browser import write_notebook
 from minianyflow import generator
 from minianyflow.course import notebooks as course
 from minianyflow.live import scenes
-from minianyflow.live.player import unpack
 from minianyflow.support.errors import InputError
+from tests.live.unpack import unpack
 
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "video" else ()) for name in scenes.SCENES]
 WIDGET = "application/vnd.jupyter.widget-view+json"
