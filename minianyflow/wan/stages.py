@@ -37,6 +37,7 @@ from minianyflow.wan.sampler import sample_while_training
 from minianyflow.wan.trainer import train_run
 
 ROLLOUTS, CONTEXT, WHOLE = 3, 4, 5  # keys (seed, key, step) of random numbers, beside those of the data
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly: each objective gets its share of any few steps
 
 
 def teacher(config: Config, networks: RunNetworks, null: dict) -> dict[str, Role]:
@@ -148,6 +149,7 @@ def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Ca
 
     def draw(step):
         batch = data.draw(step, config.batch, config.seed, part, **pairs)
+        batch["objective_draw"].fill_(step * GOLDEN % 1)  # one objective a step: rows of one cost on every process
         if "dropped" in batch:
             batch = drop_prompts(batch, data.null, config)
         if config.stage == "on_policy":

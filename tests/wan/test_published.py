@@ -48,6 +48,15 @@ def test_every_option_has_its_row_or_says_why_not():
     assert all(row.get("at") or row.get("why") for row in rows)
 
 
+def test_every_key_of_their_files_is_an_option_or_says_why_not():
+    """And the rows of options name no other key."""
+    keys = SHEET["keys"]
+    assert {name for value in keys.values() if isinstance(value, list) for name in value} <= {*OPTIONS}
+    leaves = {leaf for key in keys for leaf in re.split(r"[., ]+", key)}
+    named = [row["at"].removeprefix("yml ") for row in SHEET["options"] if row.get("at", "").startswith("yml ")]
+    assert {leaf for at in named for leaf in re.split(r"[.,; ]+", at)} <= leaves | {"name"}
+
+
 # ---- draws
 
 
