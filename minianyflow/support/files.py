@@ -98,14 +98,36 @@ def unfinished_folder(parent, target):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_json(path, expected):
-    """The content of a JSON file. Raises InputError, which says what is `expected`, for one that cannot be read."""
+def read_json(path, expected, schema=dict):
+    """The content of a JSON file. schema: a type that `check_json` takes.
+
+    Raises InputError, which says what is `expected`, for a file that cannot be read, and names the field that differs.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise InputError(f"{path} is nested too deeply; {expected}") from None
     except (OSError, ValueError) as problem:
         raise InputError(f"{path} is not JSON ({problem}); {expected}") from None
+    return check_json(content, schema, path, expected)
+
+
+def check_json(content, schema, path, expected):
+    """`content` of the file `path`, if it is of the type `schema`, like a TypedDict; other fields stay as they are.
+
+    Raises InputError, which names file and field, if not.
+    """
+    if schema is dict and isinstance(content, dict):
+        return content
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(schema).validate_python(content, strict=True)
+    except ValidationError as problem:
+        error = problem.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, error["loc"])) or "its content"
+        raise InputError(f"{path}: {field}: {error['msg'].replace('Input', 'it')}; {expected}") from None
+    return content
 
 
 def remove_leftovers(folder, surely=False):

@@ -29,9 +29,10 @@ import torch.distributed.checkpoint as distributed
 from accelerate.utils import gather_object
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
+from typing_extensions import TypedDict
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import LOCK, UNFINISHED, lock_folder, remove_leftovers
+from minianyflow.support.files import LOCK, UNFINISHED, check_json, lock_folder, remove_leftovers
 from minianyflow.wan.guard import any_process, warn
 from minianyflow.wan.trainer import loss_state
 
@@ -40,6 +41,15 @@ BROKEN = "not-whole-"  # before the name of a checkpoint that is set aside
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # any other error of a disk may pass
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves and loads as well
+
+
+class State(TypedDict):
+    """The fields of state.json that are read."""
+
+    step: int
+    history: list[dict]
+    settings: dict
+    stateful: dict
 
 
 class Broken(Exception):
@@ -222,6 +232,10 @@ def check(folder: Path, index: int = 0, count: int = 1) -> None:
     """
     for name in (METADATA, STATE, TENSORS):
         _read(folder, name)
+    try:
+        check_json(json.loads(_read(folder, STATE)), State, folder / STATE, "expected what a run saved")
+    except (ValueError, RecursionError) as problem:
+        raise Broken(f"{problem}") from None
     for place in [*distributed.FileSystemReader(folder).read_metadata().storage_data.values()][index::count]:
         content = io.BytesIO(_bytes(folder / place.relative_path, place.offset, place.length))
         try:

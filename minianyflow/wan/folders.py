@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NotRequired
 
 import diffusers
 import ftfy  # noqa: F401  without it diffusers cleans prompts otherwise than Wan's own code
@@ -31,6 +32,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from typing_extensions import TypedDict
 
 from minianyflow.networks.causal import coarse_patches
 from minianyflow.support.errors import InputError, choose
@@ -49,6 +51,15 @@ RENAMED = {  # names that AnyFlow's first releases have in their metadata; the w
     "FlowMapDiscreteScheduler": "FlowMapEulerDiscreteScheduler",
 }
 RENAMED_TRANSFORMER = "FAR_Wan_Transformer3DModel"  # of either architecture
+
+
+class Index(TypedDict):
+    """The fields of model_index.json that are read here."""
+
+    _class_name: NotRequired[str]
+    transformer: NotRequired[list[str | None] | None]
+
+
 NEW_TIME, NEW_PATCH = "condition_embedder.delta_embedder.", "far_patch_embedding."
 PARTS = {
     "tokenizer": AutoTokenizer,
@@ -125,7 +136,8 @@ def class_name(config: Mapping) -> str | None:
 def _check_neighbours(folder, config):
     """Raise InputError, which names both files, if a file beside a transformer contradicts its configuration."""
     files = [folder / name for name in ("model_index.json", "vae/config.json", "text_encoder/config.json")]
-    index, vae, text = (read_json(file, "fetch or make it again") if file.is_file() else {} for file in files)
+    schemas, again = (Index, dict, dict), "fetch or make it again"
+    index, vae, text = (read_json(f, again, s) if f.is_file() else {} for f, s in zip(files, schemas, strict=True))
     own = class_name(config)
     of_index = class_name(config | {"_class_name": (index.get("transformer") or [None, config["_class_name"]])[1]})
     for file, found, key, mine, fits in (

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from typing_extensions import TypedDict
 
 from minianyflow.networks.lora_roles import merge_role
 from minianyflow.networks.weights import fingerprint, load_role, save_role
@@ -31,10 +32,23 @@ from minianyflow.support.files import read_json, remove_leftovers, staging_folde
 from minianyflow.training import Role
 from minianyflow.wan.checkpoints import Checkpoints
 from minianyflow.wan.config import Config, as_yaml, find_device, identity, load_config
-from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.latents import Count, LatentSet
 from minianyflow.wan.guard import Guard, check_tracker, end_trackers, start_trackers
 from minianyflow.wan.prefetch import waiting_share
 from minianyflow.wan.run_networks import RunNetworks, transformer_of, weights_in
+
+Clip = TypedDict("Clip", dict.fromkeys(("frames", "height", "width", "length"), Count))
+
+
+class Run(TypedDict):
+    """The fields of run.json that are read."""
+
+    stage: str
+    architecture: str
+    steps: Count
+    clip: Clip
+    history: list[dict]
+
 
 TIMEOUT = timedelta(days=1)  # one process samples while the others wait, longer than the ten minutes of NCCL
 
@@ -194,7 +208,7 @@ def read_run(folder: str | Path) -> tuple[Config, dict]:
     for name in ("config.yaml", "run.json"):
         if not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}; expected a run folder, which a finished run leaves")
-    return load_config([folder / "config.yaml"]), read_json(folder / "run.json", "put it back as it was written")
+    return load_config([folder / "config.yaml"]), read_json(folder / "run.json", "put it back as it was written", Run)
 
 
 def load_run(folder: str | Path, role: str = "student", dtype=torch.float32, device="cpu") -> tuple[nn.Module, Config]:

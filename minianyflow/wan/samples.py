@@ -88,13 +88,16 @@ class Samples:
 
     def figures(self, steps: int) -> dict[str, list[float]]:
         """Evaluations, seconds and motion: {name: [one per clip]}."""
-        clips = [read_json(self.latents(steps, number).with_suffix(".json"), AGAIN) for number in range(self.count)]
+        clips = [
+            read_json(self.latents(steps, number).with_suffix(".json"), AGAIN, dict[str, float])
+            for number in range(self.count)
+        ]
         return {name: [clip[name] for clip in clips] for name in clips[0]}
 
     def vbench(self, steps: int) -> dict[str, float]:
         """{dimension: score} of all `*_eval_results.json` in vbench/, {} if VBench was not run."""
         files = sorted((self.folder / "vbench" / f"{steps}_steps").glob("*_eval_results.json"))
-        results = [result for file in files for result in read_json(file, AGAIN).items()]
+        results = [result for file in files for result in read_json(file, AGAIN, dict[str, list]).items()]
         return {f"vbench_{name}": float(score) for name, (score, *_) in results}
 
     def make(self, source: Source, steps: list[int], device: torch.device, batch: int = 1) -> None:

@@ -1,23 +1,43 @@
 """What can be sampled: the folder of a run, an exported pipeline, released AnyFlow weights or Wan2.1 itself."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from typing_extensions import TypedDict
 
 from minianyflow.networks.causal_attention import chunk_partition, compressed_chunks
 from minianyflow.networks.pipelines import load_lora
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import read_json
-from minianyflow.wan.config import Causal, Config, load_config
+from minianyflow.support.files import check_json, read_json
+from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.folders import PIPELINES, class_name, codec_factor, is_folder, load, load_parts, load_transformer
-from minianyflow.wan.run import load_run, read_run
+from minianyflow.wan.run import Clip, load_run, read_run
 from minianyflow.wan.run_networks import network_of, transformer_of
+
+
+class Exported(TypedDict):
+    """The fields of minianyflow.json."""
+
+    stage: Literal["teacher", "forward", "on_policy"]
+    clip: Clip
+
+
+class ExportedLora(TypedDict):
+    """More fields of it, of an adapter alone."""
+
+    architecture: Literal["bidirectional", "causal"]
+    causal: dict
+    lora_of: str
+    shift: float
+
 
 EXPECTED = "the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
 
@@ -79,11 +99,12 @@ def identify(name: str) -> tuple[Config, dict[str, int]]:
     if _is_run(name):
         config, run = read_run(name)
         return config, run["clip"]
-    exported = read_json(beside, "export the run again") if beside.is_file() else {}
+    exported = read_json(beside, "export the run again", Exported) if beside.is_file() else {}
     if "lora_of" in exported:
-        chunks, told = Causal(**exported["causal"]), load_config([exported["architecture"]])
-        values = {name: exported[name] for name in ("stage", "shift")} | {"base": exported["lora_of"]}
-        return replace(told, causal=chunks, **values), WAN_CLIP | exported["clip"]
+        exported = check_json(exported, ExportedLora, beside, "export the run again")
+        given = [f"{name}={json.dumps(exported[name])}" for name in ("shift", "causal")]
+        told = load_config([exported["architecture"]], given)
+        return replace(told, stage=exported["stage"], base=exported["lora_of"]), WAN_CLIP | exported["clip"]
     if local and not index.is_file():
         raise InputError(f"neither run.json nor model_index.json in {folder}; expected {EXPECTED}")
     index = load(name, "pipeline", lambda: DiffusionPipeline.load_config(name))

@@ -1,5 +1,6 @@
 """Odd files that people have: each is read as it is meant, or refused in one line; nothing is wrong in silence."""
 
+import json
 import subprocess
 from types import SimpleNamespace
 
@@ -10,12 +11,15 @@ import torch
 from PIL import Image
 
 from minianyflow.networks.weights import fingerprint
+from minianyflow.wan.config import as_yaml, load_config
 from minianyflow.wan.data.captions import read_captions
+from minianyflow.wan.data.latents import read_manifest
 from minianyflow.wan.data.prepare import model_identity
 from minianyflow.wan.data.read_video import read_clip, read_frames, read_video
 from minianyflow.wan.data.write_video import write_clip
 from minianyflow.wan.folders import decode_latents
-from minianyflow.wan.sources import read_prompts
+from minianyflow.wan.run import read_run
+from minianyflow.wan.sources import identify, read_prompts
 from tests.refused import refused
 
 GREY = "nullsrc=size=64x64:rate={}:duration={},geq=lum='20+N*3':cb=128:cr=128,format=yuv420p"
@@ -202,3 +206,43 @@ def test_a_codec_without_its_mean_is_one_line(mean):
     vae = SimpleNamespace(config=SimpleNamespace(z_dim=16, get=config.get, **config))
     with refused("latents_mean in the codec's config.json is .*; expected 16"):
         decode_latents(vae, torch.zeros(1, 1, 16, 2, 2))
+
+
+# Files of ours that others changed
+
+RUN = {"stage": "forward", "architecture": "causal", "steps": 6, "history": []}
+RUN |= {"clip": {"frames": 9, "height": 32, "width": 48, "length": 32}}
+MANIFEST = {"format": 2, "finished": True, "clips": 3, "skipped": [], "shape": [3, 16, 4, 6]}
+EXPORTED = {"stage": "forward", "clip": RUN["clip"], "lora_of": "x/y", "architecture": "causal", "causal": {"rest": 2}}
+EXPORTED |= {"shift": 5.0}
+CHANGED = [  # file, its content, its reader; a field and its value: None removes it; what is named
+    *(
+        ("run.json", RUN, read_run, *change)
+        for change in (("steps", "6"), ("clip", {}), ("history", {}), ("stage", None))
+    ),
+    ("run.json", RUN, read_run, "clip", RUN["clip"] | {"frames": -81}),
+    *(("manifest.json", MANIFEST, read_manifest, "clips", value) for value in (None, "3", -3, 10**18)),
+    ("manifest.json", MANIFEST, read_manifest, "shape", [3, 16]),
+    ("manifest.json", MANIFEST, read_manifest, "skipped", ["a"]),
+    ("manifest.json", MANIFEST, read_manifest, "finished", 1),
+    *(
+        ("minianyflow.json", EXPORTED, identify, *change)
+        for change in (("stage", "fast"), ("clip", 81), ("shift", "5"))
+    ),
+    ("minianyflow.json", EXPORTED, identify, "causal", {"rest": "2"}),
+    ("minianyflow.json", EXPORTED, identify, "architecture", None),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reader", "field", "value"), CHANGED)
+def test_a_changed_file_is_one_line_that_names_it_and_the_field(tmp_path, name, content, reader, field, value):
+    (tmp_path / "config.yaml").write_text(as_yaml(load_config())) if name == "run.json" else None
+    (tmp_path / name).write_text(json.dumps(content))
+    reader(tmp_path)
+    (tmp_path / name).write_text(json.dumps({k: v for k, v in (content | {field: value}).items() if v is not None}))
+    with refused(field):
+        reader(tmp_path)
+    for other in ([content], None, 3, "text"):
+        (tmp_path / name).write_text(json.dumps(other))
+        with refused(f"{name}: its content: it should be a valid dictionary"):
+            reader(tmp_path)

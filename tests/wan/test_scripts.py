@@ -554,7 +554,7 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
         ([run, *prompt, *video, "--context", "17"], "a start of 17 frames in a clip of 17; expected fewer"),
         ([run, *prompt, *video, "--frames", "9"], "a start of 9 frames in a clip of 9"),
         ([runs / "bidirectional", *prompt, *image, "--frames", "1"], "a start of 1 frames in a clip of 1"),
-        ([run, *prompt, *video, "--frames", "33", "--context", "25"], "x-0.mp4 has 17 frames .* at least 25"),
+        ([run, *prompt, *video, "--frames", "33", "--context", "25"], "x-0.mp4 is too short .17 frames .* at least 25"),
         ([run, *prompt, "--video", tmp_path / "no.mp4"], "no file .*no.mp4"),
         ([run, *prompt, "--image", tmp_path / "empty.txt"], "empty.txt cannot be read"),
     ):

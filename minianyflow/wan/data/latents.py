@@ -17,18 +17,48 @@ import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, NotRequired
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from minianyflow.batch import Batch, deal
 from minianyflow.interpolant import check_finite
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import read_json, staging_folder
+from minianyflow.support.files import check_json, read_json, staging_folder
 from minianyflow.times import draw_pairs, generator
+
+Count = Annotated[int, Field(ge=1, le=10**8)]
+
+
+class Manifest(TypedDict):
+    """The fields of an unfinished folder's manifest."""
+
+    format: int
+    finished: bool
+    clips: Count
+    made: NotRequired[dict]
+
+
+class Metadata(TypedDict):
+    """What a clip's file says beside its tensors."""
+
+    sha256: NotRequired[str]
+    text: NotRequired[str]
+    changes: NotRequired[dict]
+
+
+class FinishedManifest(Manifest):
+    """The fields that are read of a finished folder's manifest."""
+
+    skipped: list[Annotated[int, Field(ge=0)]]
+    shape: Annotated[list[Count], Field(min_length=4, max_length=4)]
+
 
 NULL, MANIFEST, FORMAT = "null.safetensors", "manifest.json", 2
 ORDER, NOISE, TIMES = range(3)  # the second number of a key (seed, purpose, number) of random numbers
@@ -216,7 +246,7 @@ def read_file(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str
     """Tensors of a safetensors file by name, and its metadata. Raises InputError for a broken file."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("minianyflow", "{}"))
+            metadata = check_json(json.loads((file.metadata() or {}).get("minianyflow", "{}")), Metadata, path, AGAIN)
             return {name: file.get_tensor(name) for name in names}, metadata
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {AGAIN}") from None
@@ -228,9 +258,12 @@ def read_manifest(folder: str | Path, unfinished: bool = False) -> dict | None:
     """The manifest of a folder, or None if there is none. unfinished: also that of a folder not yet complete."""
     path = Path(folder) / MANIFEST
     manifest = read_json(path, AGAIN) if path.exists() else None
-    if manifest and manifest.get("format") != FORMAT:
+    if manifest is None:
+        return None
+    if manifest.get("format") != FORMAT:
         raise InputError(f"{folder} was written by an earlier version; prepare the latents again, in a new folder")
-    if manifest and not manifest["finished"] and not unfinished:
+    check_json(manifest, FinishedManifest if manifest.get("finished") is True else Manifest, path, AGAIN)
+    if not manifest["finished"] and not unfinished:
         raise InputError(f"{folder} is unfinished; expected all its clips: run prepare-latents again, it goes on")
     return manifest
 
