@@ -4,6 +4,7 @@ Nothing leaves the machine: a request beyond loopback is blocked and recorded.
 """
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import nbformat
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
+TOKEN = secrets.token_hex()  # or any account of the machine could run code in the kernels meanwhile
 KERNEL = "globalThis.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
 PATIENCE = 180000  # milliseconds until a page is given up: the cores may have other work
 WINDOW = {"width": 1600, "height": 1000}
@@ -57,9 +59,14 @@ def jupyter_lab(folder) -> Iterator[str]:
             port = probe.getsockname()[1]
         address = f"http://127.0.0.1:{port}"
         options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
-        options += ["--IdentityProvider.token=", f"--LabApp.app_settings_dir={ROOT / 'notebooks/.lab'}"]
+        options += [f"--LabApp.app_settings_dir={ROOT / 'notebooks/.lab'}"]
         command = ["-m", "jupyterlab", *options, "--LabApp.expose_app_in_browser=True", folder]
-        settings = {"JUPYTERLAB_SETTINGS_DIR": own, "JUPYTERLAB_WORKSPACES_DIR": own, "IPYTHONDIR": own}
+        settings = {
+            "JUPYTER_TOKEN": TOKEN,
+            "JUPYTERLAB_SETTINGS_DIR": own,
+            "JUPYTERLAB_WORKSPACES_DIR": own,
+            "IPYTHONDIR": own,
+        }
         with serving(command, lambda: answers(f"{address}/api"), Path(own) / "log", settings):
             yield address
 
@@ -76,7 +83,7 @@ def answers(address: str) -> bool:
 
 def open_notebook(page, address: str, name: str) -> None:
     """Open a notebook of that JupyterLab and wait until its kernel is ready."""
-    page.goto(f"{address}/doc/tree/{name}")
+    page.goto(f"{address}/doc/tree/{name}?token={TOKEN}")
     page.wait_for_function(f"{KERNEL}?.status == 'idle'")
 
 

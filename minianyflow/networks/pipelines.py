@@ -28,9 +28,17 @@ from minianyflow.networks.causal_attention import CausalAttention, chunk_partiti
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.wan import PROMPT_LENGTH, TextEncoder, WanNetwork
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import new_folder
+from minianyflow.support.files import new_folder, read_json
 from minianyflow.times import time_grid
 
+CLASSES = (  # that a pipeline's files may name
+    *("WanPipeline", "AnyFlowPipeline", "AnyFlowFARPipeline", "WanAnyFlowPipeline", "FARWanAnyFlowPipeline"),
+    *("WanTransformer3DModel", "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"),
+    *("FAR_Wan_Transformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel", "T5Tokenizer", "T5TokenizerFast"),
+    *("ByT5Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"),
+    *("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler"),
+    *("FlowMapDiscreteScheduler", "DPMSolverMultistepScheduler"),
+)
 FRAMES = 5  # latent frames of a clip of 17
 BLOBS = {"height": 16, "width": 16, "num_frames": 17, "num_inference_steps": 4, "max_sequence_length": PROMPT_LENGTH}
 README = """# {name}
@@ -168,6 +176,9 @@ def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
 
     Raises InputError for a folder without a pipeline, with another one, or with one that diffusers cannot load.
     """
+    for path in (Path(folder) / "model_index.json", Path(folder) / "text_encoder/config.json"):
+        if path.is_file():
+            check_config(read_json(path, "expected a folder that save_pipeline wrote"), path)
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as problem:  # diffusers and transformers raise anything for a broken folder
@@ -182,11 +193,22 @@ def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
     return pipeline
 
 
+def check_config(content: dict, path: str | Path) -> None:
+    """Raise InputError if a configuration, read from `path`, names a class beside CLASSES, or code to fetch and run."""
+    parts = [name for part in content.values() if isinstance(part, list) for name in part if isinstance(name, str)]
+    classes = [content.get("_class_name"), *(parts if Path(path).name == "model_index.json" else [])]
+    wrong = [name for name in classes if name not in (None, "diffusers", "transformers", *CLASSES)]
+    for key in ("_attn_implementation", "attn_implementation", "auto_map", "kernel_config", "quantization_config"):
+        wrong += [f"{key} {content[key]}"] if content.get(key) not in (None, "eager", "sdpa") else []
+    if wrong:
+        raise InputError(f"{path} names {wrong[0]}, which is not loaded; expected Wan2.1 or AnyFlow without own code")
+
+
 def load_lora(transformer: nn.Module, folder: str | Path) -> None:
     """Put the adapter in `folder` on a transformer, as diffusers does. Raises InputError for one that does not fit."""
     kind = AnyFlowFARPipeline if isinstance(transformer, AnyFlowFARTransformer3DModel) else AnyFlowPipeline
     try:
-        kind(None, None, transformer, None, None).load_lora_weights(folder)
+        kind(None, None, transformer, None, None).load_lora_weights(folder, use_safetensors=True, local_files_only=True)
     except Exception as problem:  # diffusers and peft raise any kind of error for a file they cannot use
         why = " ".join(str(problem).split())[:200]
         raise InputError(f"the adapter in {folder} does not load ({why}); name the base that it was made for") from None

@@ -31,10 +31,12 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
-from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, ByT5Tokenizer, PretrainedConfig, UMT5Config, UMT5EncoderModel
 from typing_extensions import TypedDict
 
 from minianyflow.networks.causal import coarse_patches
+from minianyflow.networks.pipelines import CLASSES as NAMED
+from minianyflow.networks.pipelines import check_config
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import new_folder, read_json
 from minianyflow.times import generator
@@ -176,11 +178,13 @@ def _load_part(source, name, dtype):
     kind, place = choose("part", name, PARTS), _place(source, name, bare=False)
     if name == "scheduler":
         found = class_name(load(source, name, lambda: kind.load_config(**place)))
-        kind = getattr(diffusers, str(found), None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise InputError(f"the scheduler in {source} is a {found}, which is no scheduler of diffusers")
-    if name in ("tokenizer", "scheduler"):
+        if found not in NAMED or not issubclass(kind := getattr(diffusers, found), diffusers.SchedulerMixin):
+            raise InputError(f"the scheduler in {source} is a {found}, which is no scheduler of Wan's or AnyFlow's")
         return load(source, name, lambda: kind.from_pretrained(**place))
+    if name == "tokenizer":
+        return load(source, name, lambda: kind.from_pretrained(**place, trust_remote_code=False))
+    if name == "text_encoder":
+        check_config(load(source, name, lambda: PretrainedConfig.get_config_dict(**place)[0]), f"{source}/{name}")
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
     return _load_whole(source, name, kind, options | place, kind.__name__).eval().requires_grad_(False)
 

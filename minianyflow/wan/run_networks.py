@@ -31,12 +31,16 @@ from minianyflow.wan.folders import is_folder, load_transformer
 
 
 class RunNetworks:
-    """The networks of a run. frames: of a clip, in latents.
+    """The networks of a run. frames: of a clip, in latents. sizes: channels of the latents and width of the prompts.
 
     One base is loaded, and every role is an adapter on it; with full weights every role loads its own transformer.
+    Raises InputError for one that takes other sizes.
     """
 
-    def __init__(self, config: Config, frames: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: Config, frames: int, device: torch.device | str = "cpu", sizes: tuple[int, int] | None = None
+    ):
+        self.sizes = sizes
         self.config, self.frames, self.device, self.counters = config, frames, device, {}
         self.base = self._load(config.base) if config.trained == "lora" else None
 
@@ -78,7 +82,13 @@ class RunNetworks:
     def _load(self, source, frozen=False):
         config = self.config
         half = config.precision == "bf16" and (frozen or config.trained == "lora")
-        return prepare_transformer(config, self._transformer(source, torch.bfloat16 if half else torch.float32))
+        transformer = self._transformer(source, torch.bfloat16 if half else torch.float32)
+        takes = transformer.config.in_channels, transformer.config.text_dim
+        if self.sizes not in (None, takes):
+            found = "{} channels and prompts {} wide".format(*self.sizes)
+            expected = "{} and {}, as {} takes: prepare the latents with this base".format(*takes, source)
+            raise InputError(f"the latents in {config.data} have {found}; expected {expected}")
+        return prepare_transformer(config, transformer)
 
     def _transformer(self, source, dtype):
         return transformer_of(self.config, source, dtype, self.device)

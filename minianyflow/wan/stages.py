@@ -79,7 +79,7 @@ def distil(config: Config, minutes: float | None = None) -> dict | None:
     and before this process is `minutes` old.
     """
     accelerator, data, checkpoints = prepare(config)
-    networks = RunNetworks(config, data.shape[0], accelerator.device)
+    networks = RunNetworks(config, data.shape[0], accelerator.device, (data.shape[1], data.null.shape[2]))
     null = {"prompt": data.null.to(accelerator.device)}
     size = networks.base and networks.base.config
     memory, why = choose_memory(config, size, data.shape, accelerator.device, accelerator.num_processes)

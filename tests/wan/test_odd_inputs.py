@@ -1,7 +1,9 @@
 """Odd files that people have: each is read as it is meant, or refused in one line; nothing is wrong in silence."""
 
 import json
+import shutil
 import subprocess
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import imageio_ffmpeg
@@ -9,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from minianyflow.networks.pipelines import load_lora, load_pipeline
 from minianyflow.networks.weights import fingerprint
 from minianyflow.wan.config import as_yaml, load_config
-from minianyflow.wan.data.captions import read_captions
-from minianyflow.wan.data.latents import read_manifest
-from minianyflow.wan.data.prepare import model_identity
+from minianyflow.wan.data.captions import Clip, read_captions
+from minianyflow.wan.data.latents import read_manifest, write_latents
+from minianyflow.wan.data.options import Options
+from minianyflow.wan.data.prepare import Preparation, model_identity
 from minianyflow.wan.data.read_video import read_clip, read_frames, read_video
 from minianyflow.wan.data.write_video import write_clip
-from minianyflow.wan.folders import decode_latents
+from minianyflow.wan.folders import decode_latents, load_parts, load_transformer
 from minianyflow.wan.run import read_run
 from minianyflow.wan.sources import identify, read_prompts
+from minianyflow.wan.stages import distil
 from tests.refused import refused
 
 GREY = "nullsrc=size=64x64:rate={}:duration={},geq=lum='20+N*3':cb=128:cr=128,format=yuv420p"
@@ -246,3 +252,83 @@ def test_a_changed_file_is_one_line_that_names_it_and_the_field(tmp_path, name, 
         (tmp_path / name).write_text(json.dumps(other))
         with refused(f"{name}: its content: it should be a valid dictionary"):
             reader(tmp_path)
+
+
+# Models and videos from elsewhere
+
+NAMED = {
+    "a hub kernel": ("text_encoder/config.json", "_attn_implementation", "kernels-community/flash-attn"),
+    "a local kernel": ("text_encoder/config.json", "attn_implementation", "flash_attention_2"),
+    "code of its own": ("text_encoder/config.json", "auto_map", {"AutoModel": "evil.Model"}),
+    "a tokenizer's code": ("tokenizer/tokenizer_config.json", "auto_map", {"AutoTokenizer": ["evil.T", None]}),
+    "another class": ("scheduler/scheduler_config.json", "_class_name", "StableDiffusionPipeline"),
+    "another scheduler": ("scheduler/scheduler_config.json", "_class_name", "RePaintScheduler"),
+    "a class of another library": ("model_index.json", "vae", ["os", "system"]),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_a_pipeline_that_names_code_is_refused_and_runs_none(tiny, tmp_path, what):
+    file, key, value = NAMED[what]
+    folder = shutil.copytree(tiny, tmp_path / "wan", ignore=shutil.ignore_patterns("latents"))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    shutil.copy(folder / "evil.py", folder / "tokenizer/evil.py")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | {key: value}))
+    with nullcontext() if "tokenizer" in file else refused("names|does not load|is a "):  # ours needs no code
+        if file == "model_index.json":
+            load_pipeline(folder)
+        load_parts(folder, *(["tokenizer"] if "tokenizer" in file else [file.partition("/")[0]]))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "transformer"])
+def test_pickled_weights_are_never_read(tiny, tmp_path, part):
+    folder = shutil.copytree(tiny, tmp_path / "wan", ignore=shutil.ignore_patterns("latents"))
+    for file in (folder / part).glob("*.safetensors"):
+        torch.save(
+            load_file(file), file.with_name("pytorch_model.bin" if part == "text_encoder" else f"{file.stem}.bin")
+        )
+        file.unlink()
+    with refused("does not load"):
+        load_transformer(folder, "bidirectional") if part == "transformer" else load_parts(folder, part)
+
+
+def test_an_adapter_in_a_pickle_is_never_read(tiny, tmp_path):
+    torch.save({}, tmp_path / "pytorch_lora_weights.bin")
+    with refused("does not load"):
+        load_lora(load_transformer(tiny, "bidirectional"), tmp_path)
+
+
+def test_links_out_of_the_videos_are_skipped_unless_asked_for(tiny, tmp_path):
+    videos, away = tmp_path / "videos", tmp_path / "away"
+    videos.mkdir()
+    away.mkdir()
+    make(away / "a.mp4", BARS)
+    make(videos / "b.mp4", BARS)
+    (videos / "a.mp4").symlink_to(away / "a.mp4")
+    (videos / "inside.mp4").symlink_to("b.mp4")
+    (videos / "more").symlink_to(away)
+    clips, options = (
+        [Clip(name, "x") for name in ("a.mp4", "more/a.mp4", "inside.mp4", "b.mp4", "c" * 300)],
+        Options(5, 32, 48),
+    )
+    for links, left_out in ((False, [0, 1, 4]), (True, [4])):
+        work = Preparation(tiny, clips, videos, tmp_path / "out", options, links=links)
+        read = [work._read(clip)[0] for clip in clips]
+        assert [number for number, frames in enumerate(read) if isinstance(frames, str)] == left_out
+        assert "too long" in read[4]
+        assert links or read[0].startswith("is a link out of --videos")
+
+
+@pytest.mark.parametrize(("channels", "width"), [(16, 48), (4, 32)])
+def test_latents_of_another_base_are_one_line(tiny, tmp_path, channels, width):
+    write_latents(
+        tmp_path / "data",
+        torch.zeros(4, 3, channels, 4, 6),
+        torch.ones(4, 8, width),
+        torch.ones(1, 8, width),
+        ["a"] * 4,
+    )
+    options = [f"base={tiny}", f"data={tmp_path}/data", f"runs={tmp_path}", "samples.every=0", "log.tracker=none"]
+    with refused(rf"have {channels} channels and prompts {width} wide; expected 16 and 32, as .* takes: prepare"):
+        distil(load_config(["bidirectional", "forward", "tiny"], options))

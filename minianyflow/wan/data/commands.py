@@ -32,6 +32,7 @@ def prepare_latents(argv) -> int:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--limit", type=int, metavar="N", help="the first N clips only")
     add("--skip", type=float, default=0.1, metavar="SHARE", help="stop if more is skipped (default: 0.1 of the clips)")
+    add("--links", action="store_true", help="take files that are links out of the folder of the videos, too")
     add("--seed", type=int, default=0, help="which clips the contact sheet shows (default: 0)")
     add("--dry-run", action="store_true", help="say how much disk and time it takes, and stop")
     add("--verify", action="store_true", help="check a finished OUT")
@@ -68,7 +69,7 @@ def _prepare(arguments):
     accelerator = Accelerator(cpu=find_device(arguments.device).type == "cpu", kwargs_handlers=[patient])
     part, main = (accelerator.process_index, accelerator.num_processes), accelerator.is_main_process
     where = (arguments.base or BASE, clips, arguments.videos, arguments.output)
-    work = Preparation(*where, options, accelerator.device, part, arguments.skip)
+    work = Preparation(*where, options, accelerator.device, part, arguments.skip, arguments.links)
     if main:
         work.begin(write=not arguments.dry_run)
     accelerator.wait_for_everyone()

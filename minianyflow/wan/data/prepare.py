@@ -97,7 +97,8 @@ class Preparation:
     """Latents of `clips` in `output`: `begin` on the main process, `encode` on all of them, `finish` on the main one.
 
     base: a pipeline's folder or name on the hub. videos: the folder of the clips. part: (index, parts), this process of
-    so many. skip: the share of the clips so far that may be skipped; a few always may.
+    so many. skip: the share of the clips so far that may be skipped; a few always may. links: whether a file
+    may be a link to a place outside `videos`.
     Raises InputError for a folder that other clips, options or weights made.
     """
 
@@ -109,6 +110,7 @@ class Preparation:
     device: str | torch.device = "cpu"
     part: tuple[int, int] = (0, 1)
     skip: float = SKIP
+    links: bool = False
 
     def __post_init__(self):
         self.videos, self.output = Path(self.videos), Path(self.output)
@@ -222,6 +224,8 @@ class Preparation:
         path, options = self.videos / clip.file, self.options
         if not clip.caption:
             return "empty caption", {}
+        if not self.links and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.videos)):
+            return "is a link out of --videos (expected a file inside; --links takes it)", {}
         try:
             return read_clip(path, options.frames, options.height, options.width, options.fps)
         except InputError as problem:
