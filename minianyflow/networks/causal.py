@@ -5,7 +5,7 @@ causal_attention.py says which chunk sees which, kv_cache.py what is kept of ear
     known                           (B, frames) of z, or of the clip that is rolled out: see known_frames.py
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
 
@@ -210,6 +210,36 @@ def causal_rollout(
         trajectory.append(run(context, z[:, start : start + size]))
         context = torch.cat([context, trajectory[-1][-1]], 1)
     return torch.cat(trajectory, 2)
+
+
+@torch.no_grad()
+def causal_stream(
+    u: Network,
+    draw: Callable[[int], Latents],
+    jobs: Iterable[tuple[Tensor, Tensor]],
+    window: int,
+    first: int = 1,
+    rest: int = 2,
+    prefix: Past | None = None,
+) -> Iterator[Latents]:
+    """Clean chunks (B, frames, C, H, W) of a clip without end, one per job; what is kept does not grow.
+
+    u, first, rest, prefix: as of `causal_rollout`, which this is while the clip fits in `window` frames, the new chunk
+    included; then each chunk is the last of a clip of `window` frames: positions count from there, and the cache is
+    made of these frames alone. draw: noise of so many frames. jobs: times and prompt of each chunk; they may change.
+    Raises InputError for a window that is not whole chunks, two or more.
+    """
+    if window <= first or (window - first) % rest:
+        expected = f"{first + rest}, {first + 2 * rest}, ...: whole chunks, two or more"
+        raise InputError(f"a window of {window} frames; expected {expected}")
+    context = None if prefix is None else prefix[:, rest - window :]
+    for times, prompt in jobs:
+        cache = () if context is None else u(context, None, None, prompt=prompt, fill_cache=True)
+        z = draw(first if context is None else rest)
+        chunk = rollout(u, z, times, prompt=prompt, cache=cache)[-1]
+        del cache, z
+        yield chunk
+        context = chunk if context is None else torch.cat([context, chunk], 1)[:, rest - window :]
 
 
 def causal_backward_simulation(

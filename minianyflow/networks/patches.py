@@ -6,6 +6,8 @@ tests/networks/test_patches.py fails if a library renames what stands here, or c
 from functools import partial
 
 import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -133,3 +135,28 @@ def _per_frame(function, x, *vectors, tokens):
             parts.append(function(part, *(vector[:, first:last, None] for vector in vectors)).flatten(1, 2))
             start = end
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+# ---- diffusers: what the codec remembers
+
+
+class StreamDecoder:
+    """A video codec's decoder that goes on where it stopped: raw latents (B, C, F, h, w) to (B, 3, T, H, W) in [-1, 1].
+
+    Reason: `AutoencoderKLWan.decode` forgets at its end what the next frames need. The frames are those of one decode.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan):
+        vae.clear_cache()
+        self.vae, self.features, self.started = vae, vae._feat_map, False
+
+    @torch.no_grad()
+    def __call__(self, raw: Tensor) -> Tensor:
+        """The frames of the next latents: one for the first latent frame, four for each other."""
+        frames = []
+        for x in self.vae.post_quant_conv(raw).split(1, 2):
+            options = {} if self.started else {"first_chunk": True}
+            frames.append(self.vae.decoder(x, feat_cache=self.features, feat_idx=[0], **options))
+            self.started = True
+        patch = self.vae.config.patch_size
+        return (torch.cat(frames, 2) if patch is None else unpatchify(torch.cat(frames, 2), patch)).clamp(-1, 1)

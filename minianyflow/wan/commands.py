@@ -77,6 +77,8 @@ def sample(argv: list[str]) -> int:
     parser.add_argument("--context", type=int, help="how many frames of --video (default: the first two chunks)")
     words = "beside the mp4 files: latents (safetensors, frames first), png (frames without loss)"
     parser.add_argument("--write", nargs="+", choices=("latents", "png"), default=[], help=words)
+    words = "seconds of one clip of a causal source, chunk by chunk into a growing file; prompts and steps take turns"
+    parser.add_argument("--stream", type=float, metavar="SECONDS", help=words)
     parser.add_argument("--base", metavar="FOLDER", help="of an exported LoRA (default: where it was trained)")
     _sampling_options(parser, "outputs/samples")
     options = vars(parser.parse_args(argv))
@@ -91,6 +93,14 @@ def sample(argv: list[str]) -> int:
     from minianyflow.wan.sources import read_prompts
 
     options |= {"context": 1} if image else {}
+    if (seconds := options.pop("stream")) is not None:
+        from minianyflow.wan.stream import stream_clip
+
+        texts = read_prompts(texts, file)
+        made = stream_clip(prompts=texts, seconds=seconds, start=image or video, clip=_clip(options), **options)
+        print(f"first frame after {made['first_frame']:.2f} s, {made['per_second']:.1f} frames per second")
+        print(f"written: {options['output']}/stream.mp4, {made['frames']} frames")
+        return 0
     sample_clips(prompts=read_prompts(texts, file), start=image or video, clip=_clip(options), **options)
     print(f"written: {options['output']}, clips and sheet.png")
     return 0

@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PretrainedConfig, UMT5Con
 from typing_extensions import TypedDict
 
 from minianyflow.networks.causal import coarse_patches
+from minianyflow.networks.patches import StreamDecoder
 from minianyflow.networks.pipelines import CLASSES as NAMED
 from minianyflow.networks.pipelines import check_config
 from minianyflow.support.errors import InputError, choose
@@ -305,6 +306,12 @@ def decode_latents(vae: nn.Module, latents: Tensor, batch: int = 1) -> Tensor:
     mean, std = _scale(vae)
     clips = [vae.decode(clip.transpose(1, 2).to(mean) * std + mean).sample for clip in latents.split(batch)]
     return ((torch.cat(clips) + 1) / 2).clamp(0, 1).transpose(1, 2)
+
+
+def stream_decoder(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`decode_latents` for clips that come in pieces: each call goes on where the one before stopped."""
+    (mean, std), decoder = _scale(vae), StreamDecoder(vae)
+    return lambda latents: ((decoder(latents.transpose(1, 2).to(mean) * std + mean) + 1) / 2).transpose(1, 2)
 
 
 def _scale(vae):

@@ -84,12 +84,50 @@ def _to_bytes(label, video, count):
     return (video.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
 
 
-def _write(path, clip, fps):
-    """An mp4 of bytes (T, H, W, 3). H.264 shares colours between 2 x 2 pixels: an odd side grows by its edge."""
-    odd = [(0, side % 2) for side in clip.shape[1:3]]
+class GrowingClip:
+    """An mp4 that grows by frames (T, 3, H, W) in [0, 1] and can be played meanwhile; a context, closed at its end."""
+
+    def __init__(self, path: str | Path, fps: float = FPS):
+        playable = [
+            "-g",
+            "16",
+            "-tune",
+            "zerolatency",
+            "-flush_packets",
+            "1",
+            "-movflags",
+            "frag_every_frame+empty_moov",
+        ]
+        options = _mp4(fps)
+        options["output_params"] += playable
+        self.name, self.writer = Path(path).name, imageio.get_writer(path, format="FFMPEG", **options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.writer.close()
+
+    def add(self, frames: Tensor) -> np.ndarray:
+        """Write frames; returns them as bytes (T, H, W, 3)."""
+        made = _to_bytes(self.name, frames[None], 1)[0]
+        for frame in _even(made):
+            self.writer.append_data(frame)
+        return made
+
+
+def _mp4(fps):
     options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
     tags = [text for name in ("colorspace", "color_primaries", "color_trc") for text in (f"-{name}", "bt709")]
     convert = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
-    options["output_params"] = ["-vf", convert, *tags, "-color_range", "tv"]
-    frames = np.pad(clip, [(0, 0), *odd, (0, 0)], mode="edge")
-    imageio.mimwrite(path, frames, format="FFMPEG", **options)
+    return options | {"output_params": ["-vf", convert, *tags, "-color_range", "tv"]}
+
+
+def _even(clip):
+    """Bytes (T, H, W, 3). H.264 shares colours between 2 x 2 pixels: an odd side grows by its edge."""
+    return np.pad(clip, [(0, 0), *((0, side % 2) for side in clip.shape[1:3]), (0, 0)], mode="edge")
+
+
+def _write(path, clip, fps):
+    """An mp4 of bytes (T, H, W, 3)."""
+    imageio.mimwrite(path, _even(clip), format="FFMPEG", **_mp4(fps))
