@@ -5,11 +5,13 @@ import torch
 from minianyflow.live.controls import Scene, dropdown, slider
 from minianyflow.live.plane_scenes import SEEDS, flat_weights, sobol_states
 from minianyflow.plane import exposure
+from minianyflow.plane.circle_measures import lawful_distance
 from minianyflow.plane.circle_student import WINDOW
 from minianyflow.times import generator
-from toy_data.circle import CircleProcess
+from toy_data.circle import SPEEDS, CircleProcess
 
-COLOURS = dict(zip(exposure.ARMS, exposure.COLOURS, strict=True))
+STUDENTS, LONG = (*exposure.KEPT, exposure.TURNED), 160  # frames of the longest clips
+COLOURS = dict(zip(exposure.ARMS, exposure.COLOURS, strict=True)) | {exposure.TURNED: "#0072B2"}
 TYPICAL = 1  # of the three training seeds the nearest to their mean in docs/video/exposure.json; errors differ twofold
 COPIES = (0, 1, 2)
 
@@ -23,18 +25,20 @@ class Exposure(Scene):
     def make_controls(self):
         """Which frames are the context, the number of steps per frame, the students."""
         return {
-            "context": dropdown("each frame after", {"its own frames": "own", "true frames": "true"}),
+            "context": dropdown(
+                "each frame after", {"its own frames": "own", "true frames": "true", "its own, 160 frames": "long"}
+            ),
             "steps": slider("steps a frame", [1, 2, 4, 16], 1),
-            "left": dropdown("left", exposure.KEPT),
-            "right": dropdown("right", exposure.KEPT, "on-policy"),
+            "left": dropdown("left", STUDENTS),
+            "right": dropdown("right", STUDENTS, "on-policy"),
             "copy": slider("training seed", COPIES, TYPICAL),
         }
 
     def data(self, pack):
         """Weights of all students and training seeds, noises, true clips."""
         process = CircleProcess()
-        students = {arm: [exposure.load_student(arm, copy).mlp for copy in COPIES] for arm in exposure.KEPT}
-        mlp = students[exposure.KEPT[0]][0]
+        students = {arm: [exposure.load_student(arm, copy).mlp for copy in COPIES] for arm in STUDENTS}
+        mlp = students[STUDENTS[0]][0]
         directions, shift = sobol_states(2 * process.frames)
         truth = torch.stack([process.clips.sample(self.particles, generator(seed, 1)) for seed in SEEDS])
         return {
@@ -45,6 +49,11 @@ class Exposure(Scene):
             "frames": process.frames,
             "window": WINDOW,
             "lost": exposure.LOST,
+            "long": LONG,
+            "speeds": SPEEDS,
+            "lawful": lawful_distance(process),
+            "turned": exposure.TURNED,
+            "fresh": [generator(seed, 2).initial_seed() for seed in SEEDS],
         }
 
     def described(self, *names, **more):

@@ -34,6 +34,11 @@ def fit_speed(clips: Tensor) -> tuple[Tensor, Tensor]:
     return speed, points.abs().square().sum(1) + clips.shape[1] - 2 * size
 
 
+def lawful_distance(process: CircleProcess) -> float:
+    """The 99% quantile of what `fit_speed` leaves over of data."""
+    return float(fit_speed(process.clips.sample(4096, generator(1)))[1].quantile(0.99))
+
+
 def measure_clips(clips: Tensor, process: CircleProcess, frames: Sequence[int]) -> dict[str, list[float]]:
     """Figures of windows of `process.frames` frames that end with each of `frames`, counted from 1, of clips (C, F, 2).
 
@@ -43,8 +48,7 @@ def measure_clips(clips: Tensor, process: CircleProcess, frames: Sequence[int]) 
     the last frame.
     """
     reference = process.clips.sample_stratified(len(clips), generator(0))
-    lawful = fit_speed(process.clips.sample(4096, generator(1)))[1].quantile(0.99)
-    first, figures = fit_speed(clips[:, : process.frames])[0], []
+    lawful, first, figures = lawful_distance(process), fit_speed(clips[:, : process.frames])[0], []
     for frame in frames:
         window = clips[:, frame - process.frames : frame].nan_to_num(FAR).clamp(-FAR, FAR)
         (speed, left), error = fit_speed(window), radius_error(window[:, -1])

@@ -23,6 +23,7 @@ from minianyflow import (
 from minianyflow.live.pages import DONE, chromium, write_pages
 from minianyflow.live.plane_scenes import DATASETS
 from minianyflow.plane import exposure
+from minianyflow.plane.circle_measures import measure_clips
 from minianyflow.plane.students import METHODS, STUDENTS, load_student, sample
 from toy_data import plane
 from toy_data.circle import CircleProcess
@@ -190,3 +191,15 @@ def test_exposure_shows_clips_after_their_own_frames_or_true_ones(tabs, context,
         last = float(exposure.radius_error(clips)[:, -1].mean())
         assert float(panel["measures"]["radius error, last frame"]) == pytest.approx(last, abs=6e-4)
         assert np.isfinite(float(panel["measures"]["over that after true frames"]))
+
+
+def test_exposure_runs_on_for_160_frames_and_says_what_is_kept(tabs):
+    """Chaos separates single clips; their figures, a law of 256, agree. The turned student's clips stay as they are."""
+    process, z = CircleProcess(), torch.randn(256, 160, 2, generator=generator(0, 2))
+    shown = panels(tabs["exposure"], context="long", copy=1, steps=2, left=exposure.TURNED, seed=0)
+    for (path, _), (_, bars), arm in zip(shown[::2], shown[1::2], (exposure.TURNED, "on-policy"), strict=True):
+        clips = exposure.sample_clips(exposure.load_student(arm, 1), z, 2)
+        assert (path.transpose(0, 1) - clips)[:, :16].abs().quantile(0.99) < 1e-3
+        expected = measure_clips(clips, process, (160,))
+        for name, value in zip(("tv", "kept", "whole"), bars["measures"].values(), strict=True):
+            assert float(value) == pytest.approx(expected[name][0], abs=0.08)

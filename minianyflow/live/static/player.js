@@ -438,7 +438,7 @@ class Chart extends Sketch {
     for (const tick of spec.times) this.text(String(tick), x(tick), bottom + 14);
     this.text(spec.xlabel, (left + right) / 2, bottom + 34);
     this.path([[left, top], [left, bottom], [right, bottom]], "#777777", 1);
-    for (const { from, to, height, colour } of spec.bars || []) {
+    for (const { from, to, height, colour } of spec.history?.[Math.round(at)] || spec.bars || []) {
       const [a, b] = [x(from), x(to)].sort((one, other) => one - other);
       Object.assign(context, { fillStyle: this.player.ink(colour), strokeStyle: this.player.ink(colour.slice(0, 7)), lineWidth: 2 }); // a rim shows through others
       context.fillRect(a + 1, y(height), Math.max(2, b - a - 2), bottom - y(height));

@@ -241,28 +241,83 @@ function* backwardSimulation(world, { steps, g, method, dataset, seed }) {
   yield scene();
 }
 
-/** Clips (n F 2) of a causal student, frame by frame: after its own frames, or after those of `truth`. */
-export function clips(network, z, n, frames, window, times, truth = null) {
-  const made = new Float64Array(n * frames * 2), past = truth ?? made, D = 2 + 3 * window;
+/** Clips (n F 2) of a causal student, frame by frame: after its own frames, or after those of `truth`.
+ *  turned: it sees everything turned so that the last frame lies on the first axis, as `CausalMLP` does. */
+export function clips(network, z, n, frames, window, times, truth = null, turned = false) {
+  const made = new Float64Array(n * frames * 2), past = truth ?? made, D = 2 + 3 * window, turn = (x, y, c, s, to, at) => ((to[at] = x * c - y * s), (to[at + 1] = x * s + y * c));
   for (let frame = 0; frame < frames; frame++) {
-    const rows = new Float64Array(n * D), noise = new Float64Array(2 * n);
+    const rows = new Float64Array(n * D), noise = new Float64Array(2 * n), c = new Float64Array(n).fill(1), s = new Float64Array(n);
     for (let row = 0; row < n; row++) {
-      noise.set(z.subarray(2 * (row * frames + frame), 2 * (row * frames + frame) + 2), 2 * row);
+      const here = 2 * (row * frames + frame), size = turned && frame ? Math.hypot(past[here - 2], past[here - 1]) : 0;
+      if (size > 1e-3) (c[row] = past[here - 2] / size), (s[row] = past[here - 1] / size);
+      noise.set(z.subarray(here, here + 2), 2 * row);
       for (let k = Math.max(0, window - frame); k < window; k++) {
-        const from = 2 * (row * frames + frame - window + k);
-        (rows[row * D + 2 + 2 * k] = past[from]), (rows[row * D + 3 + 2 * k] = past[from + 1]), (rows[row * D + 2 + 2 * window + k] = 1);
+        const from = here + 2 * (k - window);
+        turn(past[from], past[from + 1], c[row], -s[row], rows, row * D + 2 + 2 * k), (rows[row * D + 2 + 2 * window + k] = 1);
       }
     }
     const u = (state, n, t, r, out) => {
-      for (let row = 0; row < n; row++) rows.set(state.subarray(2 * row, 2 * row + 2), row * D);
+      for (let row = 0; row < n; row++) turn(state[2 * row], state[2 * row + 1], c[row], -s[row], rows, row * D);
       math.evaluate(network, rows, n, t, r, out, 2);
+      for (let row = 0; turned && row < n; row++) turn(out[2 * row], out[2 * row + 1], c[row], s[row], out, 2 * row);
     };
     math.rollout(u, noise, n, times).at(-1).forEach((value, i) => (made[2 * ((i >> 1) * frames + frame) + (i & 1)] = value));
   }
   return made;
 }
 
+/** As fit_speed of circle_measures.py, of the frames [begin, end) of a clip: the nearest speed, and what is left over. */
+function fitSpeed(clip, begin, end, speeds) {
+  let speed = 0, size = -1, squares = end - begin;
+  for (let k = 2 * begin; k < 2 * end; k++) squares += clip[k] ** 2;
+  speeds.forEach((turn, index) => {
+    let real = 0, imaginary = 0;
+    for (let k = begin; k < end; k++) {
+      const [x, y, c, s] = [clip[2 * k], clip[2 * k + 1], Math.cos(turn * (k - begin)), Math.sin(turn * (k - begin))];
+      (real += x * c + y * s), (imaginary += y * c - x * s);
+    }
+    const found = Math.hypot(real, imaginary);
+    if (found > size) (size = found), (speed = index);
+  });
+  return { speed, left: squares - 2 * size };
+}
+
+/** Two students on their own for many more frames than they were trained on, and beside each how many clips run at which speed. */
+function* endless(world, { steps, copy, seed, left, right }) {
+  const { data, particles: n, colours } = world, { long: frames, frames: window, speeds } = data, times = [...Array(frames).keys()], shown = [];
+  const z = (world.held.get(`long ${seed}`) ?? world.held.set(`long ${seed}`, new math.Generator(data.fresh[seed]).randn(2 * n * frames)).get(`long ${seed}`));
+  for (const arm of [left, right]) {
+    const network = (world.networks[`${arm} ${copy}`] ??= math.makeNetwork(data.students[arm][copy].values, data.sizes)), key = [arm, copy, steps, "long", seed].join("|");
+    const made = world.held.get(key) ?? new Float64Array(z.length), part = 2 * frames * (n / 8);
+    for (let at = 0; at < made.length && !world.held.has(key); at += part, yield null)
+      made.set(clips(network, z.subarray(at, at + part), n / 8, frames, data.window, math.timeGrid(steps), null, arm === data.turned), at);
+    world.held.set(key, made);
+    const laws = times.map(() => new Float64Array(speeds.length)), first = [];
+    let kept = 0, whole = 0;
+    for (let row = 0; row < n; row++) {
+      const clip = made.subarray(2 * frames * row, 2 * frames * (row + 1));
+      for (const frame of times) {
+        const { speed, left } = fitSpeed(clip, Math.max(0, frame + 1 - window), frame + 1, speeds);
+        laws[frame][speed] += 1 / n;
+        if (frame === window - 1) first[row] = speed;
+        if (frame === frames - 1) (kept += (speed === first[row]) / n), (whole += (left <= data.lawful) / n);
+      }
+    }
+    const tv = laws.at(-1).reduce((sum, share) => sum + Math.abs(share - 1 / speeds.length) / 2, 0);
+    const points = { values: Float32Array.from({ length: made.length }, (_, i) => made[2 * ((((i >> 1) % n) * frames) + ((i >> 1) / n | 0)) + (i & 1)]), shape: [frames, n, 2], scale: 1 };
+    const bars = [...laws].map((law) => [...law].map((height, k) => ({ from: speeds[k] - 0.08, to: speeds[k] + 0.08, height, colour: colours[arm] })));
+    shown.push([
+      { kind: "plane", title: arm, colour: colours[arm], times, points, limit: 1.6, trails: 0, ring: 1, followed: [0, 1, 2] },
+      { kind: "chart", title: "its speeds: share of clips", xlabel: "radians a frame", span: [-0.75, 0.75], times: [-0.6, -0.2, 0.2, 0.6], limits: [0, 1], ticks: [0, 0.17, 0.5, 1], history: bars, aspect: 0.8,
+        measures: { "tv: speeds, distance from even": fixed(tv, 2), "kept: still at its first speed": fixed(kept, 2), "whole: last 16 frames lawful": fixed(whole, 2) } },
+    ]);
+  }
+  const note = "Every frame is made after its own frames, ten times as many as in training. Bars: the speeds of the last 16 frames; of data .17 each.";
+  yield { panels: shown.flat(), note, axis: ahead(times, "frame", 0), duration: 12000, position: 1 };
+}
+
 function* exposure(world, state) {
+  if (state.context === "long") return yield* endless(world, state);
   const { context, steps, copy, seed } = state, { data, particles: n, colours } = world, { frames, window, lost } = data, size = 2 * n * frames, held = (key, make) => (world.held.has(key) || world.held.set(key, make()), world.held.get(key));
   const z = held(`noise ${seed}`, () => {
     const D = 2 * frames, { directions, shift } = data.sobol;
@@ -288,7 +343,7 @@ function* exposure(world, state) {
   for (const mode of contexts) {
     for (const arm of [state.left, state.right]) {
       const network = (world.networks[`${arm} ${copy}`] ??= math.makeNetwork(data.students[arm][copy].values, data.sizes));
-      const made = held([arm, copy, steps, mode, seed].join("|"), () => clips(network, z, n, frames, window, math.timeGrid(steps), mode === "true" ? truth : null));
+      const made = held([arm, copy, steps, mode, seed].join("|"), () => clips(network, z, n, frames, window, math.timeGrid(steps), mode === "true" ? truth : null, arm === data.turned));
       known[`${arm} ${mode}`] = { made, ...errors(made) };
       if (arm !== state.right) yield null;
     }
