@@ -222,6 +222,8 @@ def notebook_source(path: Path, pages: dict) -> dict:
             heading = next(iter(re.findall(r"^#+ (.*)$", text, re.M)[::-1]), heading)
             cell["source"] = linked(text, path.parent, pages)
             continue
+        if cell["metadata"].get("jupyter", {}).get("outputs_hidden"):
+            cell["metadata"]["tags"] = ["hide-output"]
         scene = re.search(r"^scenes\.(\w+)\(", text, re.M)
         after = next(("".join(other["source"]) for other in cells[k + 1 :] if other["cell_type"] == "markdown"), "")
         for output in cell["outputs"]:
@@ -249,7 +251,8 @@ def number_of(path: Path) -> str:
 def alternative(heading: str, code: str, after: str) -> str:
     """What a figure shows, in words: its section, the titles and labels in its code, the first sentence after it."""
     named = re.findall(r"(?:set_title|suptitle|set_[xy]?label|label=|title=)\(?\s*f?[\"']([^\"'{}]+)[\"']", code)
-    first = re.split(r"(?<=[.:?!])\s", re.sub(r"^#.*$|[*`$_]|<[^>]*>", "", after, flags=re.M).strip())[0]
+    plain = re.sub(r"^#.*$|[*`$_]|<summary>.*</summary>|<[^>]*>", "", after, flags=re.M)
+    first = re.split(r"(?<=[.:?!])\s", plain.strip())[0]
     parts = [heading.strip("# "), "; ".join(dict.fromkeys(named)), "" if first.startswith("Predict") else first]
     return re.sub(r"\s+", " ", ". ".join(part.strip(" .:") for part in parts if part)).replace('"', "'") + "."
 
@@ -258,7 +261,9 @@ def exercise_source(path: Path) -> str:
     """The page of an exercise file: the file, and what each check compares, with its hint to unfold."""
     text = path.read_text(encoding="utf-8")
     checks = re.findall(
-        r"check\(\s*\"([^\"]+)\",.*?(\"[^\"]+\"(?:\s*\"[^\"]+\")*),?\s*(?:tolerance=[^)]*)?\)\n", text, re.S
+        r"check\(\s*\"([^\"]+)\",.*?(\"[^\"]+\"(?:\s*\"[^\"]+\")*),?\s*(?:(?:tolerance|rows)=[^\n]*\n?)?\)\n",
+        text,
+        re.S,
     )
     hints = {name: html.escape(" ".join(re.findall('"([^"]+)"', hint))) for name, hint in checks}
     hints = "".join(

@@ -71,6 +71,7 @@ def execute(path: Path, figures=None) -> nbformat.NotebookNode:
         raise InputError(f"{path.name} fails: {what}; run it in JupyterLab") from None
     for cell in notebook.cells:
         tidy(cell)
+    fold(notebook.cells)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     return notebook
@@ -114,6 +115,16 @@ def tidy(cell: nbformat.NotebookNode) -> None:
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 output.data.pop(_WIDGET, None)
+
+
+def fold(cells: list[nbformat.NotebookNode]) -> None:
+    """Hide the saved outputs that would answer a prediction on its own screen: a click, or a run, shows them."""
+    asked = False
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            asked = "**Predict" in cell.source
+        elif asked and "scenes." not in cell.source:  # a scene hides its own answer
+            cell.metadata = {"jupyter": {"outputs_hidden": True}}
 
 
 def _small_figures(shell, name):

@@ -1,6 +1,7 @@
 """The course: what the committed notebooks hold, the exercises solved and unsolved, and the answer to a mistake."""
 
 import base64
+import copy
 import io
 import re
 import statistics
@@ -61,7 +62,7 @@ def test_it_ran_in_order_without_error_or_warning(notebook):
 def test_its_cells_are_short(notebook):
     lines = [len(list(filter(str.strip, cell.source.splitlines()))) for cell in code(notebook)]
     plain = [re.sub(r"\$\$.*?\$\$|\$.*?\$|^\|.*$", "", source, flags=re.S | re.M) for source in text(notebook)]
-    words = [len(source.split()) for source in plain]  # without equations and tables
+    words = [len(re.sub(r"<summary>.*</summary>|<.*?>", "", source).split()) for source in plain]  # and without folds
     assert max(lines) <= 30
     assert statistics.median(lines) <= 9
     assert max(words) <= 100
@@ -80,6 +81,13 @@ def test_its_first_cell_says_what_it_takes_and_its_last_claims(notebook):
     assert len(course.claims_of(notebook)) >= 4
     assert "FAILS" not in course.printed(notebook)
     assert "course.claim(" in code(notebook)[-1].source
+
+
+def test_it_answers_no_prediction_on_its_own_screen(notebook):
+    again = copy.deepcopy(notebook.cells)
+    course.fold(again)
+    assert ("05" < notebook.name < "08") or again == notebook.cells
+    assert sum("jupyter" in cell.metadata for cell in again) >= 3
 
 
 def test_its_figures_are_there_and_small(notebook):

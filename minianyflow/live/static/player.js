@@ -71,30 +71,35 @@ class Plane {
     Object.assign(this, { spec, player, paths: spec.points, ghosts: spec.ghosts, exact: spec.exact });
     this.count = spec.count ?? this.paths.shape[1]; // so many particles are known so far
     this.hand = before?.hand ?? { chosen: 0, dragging: false };
+    const same = before && before.paths.values === this.paths.values && before.count === this.count && before.spec.colour === spec.colour;
+    if (same && before.ghosts?.values.length === this.ghosts?.values.length && !player.stirred) // what was drawn once serves again
+      for (const name of ["look", "image", "out", "colour", "small", "large", "rim", "back", "faint", "strong", "base"]) this[name] = before[name];
     if (this.paths.shape[0] !== spec.times.length) throw new Error(`${spec.title}: ${this.paths.shape[0]} states at ${spec.times.length} times`);
   }
 
+  // What stays while a noise is dragged, ghosts and the trails of the others, is drawn once per size and theme.
   prepare(context, size, ratio) {
-    Object.assign(this, { context, size, ratio });
-    this.image = context.createImageData(size, size);
-    this.out = new Uint32Array(this.image.data.buffer);
-    this.colour = rgb(this.player.ink(this.spec.colour));
-    this.back = new Uint32Array(size * size).fill(packed(rgb(this.player.ink("#ffffff"))));
-    this.faint = new Uint16Array(size * size).fill(65535); // when the trail first crosses a pixel
-    this.strong = new Uint16Array(size * size).fill(65535);
-    this.scale = size / (2 * this.spec.limit);
-    this.small = disc(1.7 * ratio);
-    this.large = disc(4 * ratio);
-    this.rim = disc(5.4 * ratio);
-    const { paths, spec } = this, followed = new Set(spec.followed || []);
-    const pen = disc(0.8 * ratio), grey = (colour) => rgb(this.player.ink(colour));
-    if (spec.ring) for (let k = 0; k < 2000; k++) this.onBack(spec.ring * Math.cos(k * 0.0031416), spec.ring * Math.sin(k * 0.0031416), pen, grey("#969696"));
-    if (this.ghosts) {
-      const dot = disc(1.4 * ratio), { values, scale } = this.ghosts;
-      for (let i = 0; i < values.length; i += 2) this.onBack(values[i] * scale, values[i + 1] * scale, dot, grey("#c8c8c8"));
+    const { paths, spec } = this, followed = new Set(spec.followed || []), look = [size, ratio, this.player.ink("#ffffff")].join();
+    Object.assign(this, { context, size, ratio, scale: size / (2 * spec.limit) });
+    if (this.look !== look) {
+      this.look = look;
+      this.image = context.createImageData(size, size);
+      this.out = new Uint32Array(this.image.data.buffer);
+      this.colour = rgb(this.player.ink(spec.colour));
+      [this.small, this.large, this.rim] = [1.7, 4, 5.4].map((radius) => disc(radius * ratio));
+      this.back = new Uint32Array(size * size).fill(packed(rgb(this.player.ink("#ffffff"))));
+      this.faint = new Uint16Array(size * size).fill(65535); // when the trail first crosses a pixel
+      this.strong = new Uint16Array(size * size);
+      const pen = disc(0.8 * ratio), dot = disc(1.4 * ratio), [ring, ghost] = ["#969696", "#c8c8c8"].map((colour) => rgb(this.player.ink(colour)));
+      if (spec.ring) for (let k = 0; k < 2000; k++) this.onBack(spec.ring * Math.cos(k * 0.0031416), spec.ring * Math.sin(k * 0.0031416), pen, ring);
+      for (let i = 0; this.ghosts && i < this.ghosts.values.length; i += 2) this.onBack(this.ghosts.values[i] * this.ghosts.scale, this.ghosts.values[i + 1] * this.ghosts.scale, dot, ghost);
+      for (let i = 0; i < Math.min(spec.trails ?? 100, this.count); i++) if (!followed.has(i)) this.line(paths, i, disc(0.4 * ratio), this.faint);
+      this.base = this.back.slice();
     }
+    this.back.set(this.base);
+    this.strong.fill(65535);
+    const grey = (colour) => rgb(this.player.ink(colour));
     if (this.exact) for (const i of followed) this.line(this.exact, i, disc(2.2 * ratio), null);
-    for (let i = 0; i < Math.min(spec.trails ?? 100, this.count); i++) this.line(paths, i, disc(0.4 * ratio), this.faint);
     for (const i of followed) this.line(paths, i, disc(1.0 * ratio), this.strong, disc(2.6 * ratio));
     if (!this.player.drags()) return;
     const ring = disc(5 * ratio).filter(([x, y]) => Math.hypot(x, y) > 3 * ratio);
@@ -167,9 +172,9 @@ class Plane {
   // The path of particle i into a buffer of first crossings, or (null) in grey onto the background; `knot` marks states.
   line(paths, i, spots, buffer, knot) {
     const { values, shape, scale } = paths, { size } = this, stride = shape[1] * 2;
-    const times = buffer ? this.spec.times : new Array(shape[0]).fill(0);
+    const times = buffer ? this.spec.times : new Array(shape[0]).fill(0), grey = rgb(this.player.ink("#a5a5a5"));
     const mark = (px, py, when, shape) => {
-      if (!buffer) return this.stamp(this.back, px, py, shape, rgb(this.player.ink("#a5a5a5")));
+      if (!buffer) return this.stamp(this.back, px, py, shape, grey);
       for (const [dx, dy, cover] of shape) {
         const x = px + dx, y = py + dy;
         if (cover > 0.4 && x >= 0 && y >= 0 && x < size && y < size && buffer[y * size + x] > when) buffer[y * size + x] = when;
@@ -560,7 +565,8 @@ export function mountPlayer(element, content, options = {}) {
     picked: (chain) => options.onPick?.(chain),
     seen: () => root.dataset.seen === "1",
     drags: () => Boolean(scene?.drag),
-    moved: (i, place) => options.onMove?.(i, place),
+    stirred: false, // a noise was moved since the last scene
+    moved: (i, place) => ((player.stirred = true), options.onMove?.(i, place)),
     settled: () => options.onSettle?.(),
     stroke: (line) => options.onStroke?.(line),
     ink: (colour) => (theme === "dark" ? (DARK[colour.slice(0, 7).toLowerCase()] ?? colour.slice(0, 7)) + colour.slice(7) : colour),
@@ -639,6 +645,7 @@ export function mountPlayer(element, content, options = {}) {
       actions.replaceChildren();
       wanted.forEach(([words], k) => Object.assign(make("button", actions, "", words), { type: "button", onclick: () => options.onPress?.(scene.buttons[k][1]) }));
     }
+    player.stirred = false;
     note.textContent = next.note || "";
     note.hidden = !next.note;
     if (scene === null) position = next.position ?? 0;
