@@ -19,9 +19,9 @@ from minianyflow.times import check_grid
 
 
 def displace(z: State, u: State, t: FrameTimes, r: FrameTimes) -> State:
-    """Follow the average velocity `u` (a tensor) from t to r: z - (t - r) u."""
+    """Follow the average velocity `u` (a tensor) from t to r: z - (t - r) u, in the dtype of z."""
     check_same_shape("the average velocity", u, z)
-    return z - broadcast_time(t - r, z) * u
+    return (z - broadcast_time(t - r, z) * u).to(z.dtype)
 
 
 def velocity(u: Network, z: State, t: FrameTimes, **condition: Condition) -> State:

@@ -87,7 +87,8 @@ def off_share(samples: Samples, mixture: GaussianMixture, rare: float = 3.35e-4)
     from scipy.special import gammainccinv
 
     radius = (2 * gammainccinv(mixture.means.shape[1] / 2, rare)) ** 0.5  # chi-square, D degrees of freedom
-    distance = torch.cdist(samples.flatten(1), mixture.means)
+    samples, _ = _flat(samples, mixture.means, dtype=mixture.means.dtype)
+    distance = torch.cdist(samples, mixture.means)
     return float((distance > radius * mixture.sigma).all(1).float().mean())
 
 

@@ -173,6 +173,8 @@ class FlowMapLoss:
         check_times(t, r)
         if self.guidance and "dropped" not in batch:
             raise InputError("guidance needs `dropped` in the batch, rows without condition: draw_pairs(..., drop=0.1)")
+        if batch["x"].dtype not in (torch.float32, torch.float64):
+            raise InputError(f"data of {batch['x'].dtype}; expected float32 or float64: a loss takes differences")
         z = interpolate(batch["x"], batch["eps"], t)
         kinds = self.kinds(batch)
         out, target = torch.empty_like(z), torch.empty_like(z)

@@ -62,6 +62,8 @@ def sample_ode(
     from torchdiffeq import odeint  # imports much of scipy
 
     check_grid(times, columns=False)
+    if z.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"a state of {z.dtype}; expected float32 or float64 for an ODE solver: z.float()")
     if bool((times[1:] == times[:-1]).any()):
         raise InputError("a time grid with two equal times; expected falling ones for an ODE solver")
 

@@ -15,9 +15,13 @@ from minianyflow.support.errors import InputError, choose
 
 def time_shift(s: Tensor, shift: float = 1.0) -> Tensor:
     """Move times towards the noise: s -> shift s / (1 + (shift - 1) s). AnyFlow uses 5 for Wan2.1; 1 is no shift."""
-    if not 0 < shift < float("inf"):
-        raise InputError(f"time shift {shift}; expected a finite positive number: 1 for none, 5 for Wan2.1")
-    return (shift * s / (1 + (shift - 1) * s)).clamp(max=1)  # a shift below 1 may round up
+    if not 1e-3 <= shift <= 1e3:
+        raise InputError(
+            f"time shift {shift}; expected a positive number from a thousandth to a thousand: 1 for none, 5 for Wan2.1"
+        )
+    if s.dtype.itemsize < 4:
+        return time_shift(s.float(), shift).to(s.dtype)  # a large shift would overflow
+    return torch.where(s == 1, 1, shift * s / (1 + (shift - 1) * s)).clamp(max=1)  # rounding may miss the end
 
 
 def time_grid(steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> Grid:
@@ -52,6 +56,8 @@ def stratified_uniform(count: int, generator: torch.Generator | None = None) -> 
     Shares of [0, 1) then get their exact counts of rows, rounded at random. This is right on average even for a batch
     of one; a share may be empty.
     """
+    if count < 0:
+        raise InputError(f"{count} numbers; expected at least 0")
     jitter = torch.rand(count, generator=generator)
     return ((torch.randperm(count, generator=generator) + jitter) / count).clamp(max=1 - 2**-24)
 

@@ -32,7 +32,7 @@ TIMES = [
     (lambda: m.time_grid(0), "at least 1"),
     (lambda: m.time_grid(2.5), "whole number"),
     (lambda: m.time_shift(ONES, 0.0), "positive"),
-    (lambda: m.time_shift(ONES, INF), "finite"),
+    (lambda: m.time_shift(ONES, INF), "to a thousand"),
     (lambda: m.draw_pairs(8, diagonal=0.8, end=0.5), "at most 1"),
     (lambda: m.draw_pairs(8, diagonal=NAN, end=0.5), "at most 1"),
     (lambda: m.draw_pairs(8, drop=INF), "from 0 to 1"),

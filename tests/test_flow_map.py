@@ -10,10 +10,9 @@ from minianyflow.flow_map import end_point, jump, rollout, velocity
 from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate, score_from_velocity
 from minianyflow.measures import path_error, sobol_noise
 from minianyflow.objectives import eulerian_target, lagrangian_target, semigroup_target
-from minianyflow.on_policy import backward_simulation_times
 from minianyflow.samplers import sample_consistency, sample_euler, sample_flow_map, sample_ode
 from minianyflow.samplers import sample_consistency_deterministic as sample_deterministic
-from minianyflow.times import generator, time_grid, time_shift
+from minianyflow.times import generator, time_grid
 from toy_data.gaussians import Gaussian
 
 
@@ -138,10 +137,3 @@ def test_diffusers_scheduler_takes_the_same_steps(spiral, steps, shift):
         u = spiral.average_velocity(here, t.expand(16), r.expand(16))
         here = scheduler.step(u, now, here).prev_sample
     assert largest(here, trajectory[-1]) < 1e-9
-
-
-def test_time_shift_keeps_the_ends():
-    assert time_shift(torch.tensor([0.0, 0.5, 1.0]), 5.0).tolist() == pytest.approx([0, 5 / 6, 1])
-    for shift in (0.2, 0.4, 0.01):  # in float32, the formula gives more than 1 here
-        assert float(time_grid(2, shift)[0]) == float(time_shift(torch.ones(1), shift)) == 1
-        assert float(backward_simulation_times(torch.tensor([2]), torch.tensor([0]), shift).max()) == 1

@@ -154,7 +154,7 @@ class Config:
     diagonal: Share = option(0.5, "share of rows with r = t")
     diagonal_time: Literal["uniform", "larger", "logit_normal"] = option("uniform", "their t; larger: of two uniforms")
     end: Share = option(0.25, "share of rows with r = 0")
-    shift: float = option(5.0, "time shift s -> shift s / (1 + (shift - 1) s), for t, r and sampling", gt=0)
+    shift: float = option(5.0, "time shift s -> shift s / (1 + (shift - 1) s), for t, r and sampling", ge=1e-3, le=1e3)
     drop: Share = option(0.1, "share of rows with the null prompt")
     i2v_prob: Share = option(0.0, "share of rows that know their first latent frame and learn the rest: image to video")
     guidance: Guidance = Field(default_factory=Guidance)
