@@ -8,13 +8,13 @@ import imageio.v2 as imageio
 import pytest
 import torch
 
-from minianyflow.networks.causal import CausalNetwork, causal_rollout, causal_stream, tiny_causal
+from minianyflow.networks.causal import CausalNetwork, causal_rollout, causal_stream
 from minianyflow.support.cli import run
 from minianyflow.times import generator, time_grid
 from minianyflow.wan.commands import sample
 from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts, make_tiny_wan, stream_decoder
 from minianyflow.wan.stream import Stream, stream_clip
-from tests.networks.inputs import clip
+from tests.networks.inputs import clip, tiny_causal
 from tests.refused import refused
 
 Z, PROMPT = clip(9), torch.randn(2, 4, 16, generator=generator(3))
