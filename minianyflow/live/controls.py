@@ -31,6 +31,7 @@ class Scene(anywidget.AnyWidget):
     particles: ClassVar[int] = 1000
     offline: ClassVar[dict[str, tuple]] = {}  # of a scene with `draw`: {control: the values that a page holds}
 
+    _ipython_display_ = None  # that of ipywidgets 7 (Colab) would leave no picture
     _esm = script()
     _css = (STATIC / "player.css").read_text(encoding="utf-8")
     page = traitlets.Dict().tag(sync=True)

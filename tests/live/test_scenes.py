@@ -4,10 +4,12 @@ import base64
 import io
 import json
 
+import ipywidgets
 import nbformat
 import numpy as np
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
 from benchmarks.browser import write_notebook
@@ -53,6 +55,12 @@ def test_a_scene_leaves_a_small_picture_and_hands_its_page_whole_arrays(name, op
         for array_name in part["arrays"]:
             unpack(part, payload, array_name)  # inside the payload
     assert json.dumps(page)
+
+
+def test_ipywidgets_7_leaves_the_picture_too(opened, monkeypatch):
+    monkeypatch.setattr(ipywidgets.Widget, "_ipython_display_", lambda widget: None, raising=False)  # as 7 has it
+    data, _ = InteractiveShell.instance().display_formatter.format(opened("race"))
+    assert {WIDGET, "image/png"} <= set(data)
 
 
 @pytest.mark.slow
