@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", default=5, type=int, help="of every measurement (default: 5)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args(argv)
-    install.browser(install=True)
+    install.browser()
     figures = run(arguments.repeats, arguments.quiet)
     print(table(figures))
     return 1 if missed(figures) else 0

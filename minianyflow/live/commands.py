@@ -40,7 +40,7 @@ def live_html(argv: list[str]) -> int:
     from minianyflow.live.pages import animate, write_pages, write_pictures
 
     if arguments.animation or arguments.pictures:
-        browser(install=True)
+        browser()
     names = arguments.scene or (["race"] if arguments.animation else None)
     written = pages = write_pages(arguments.output, names, arguments.quiet)
     if arguments.animation:

@@ -12,22 +12,26 @@ from minianyflow.support.install import setup as install
 
 def setup(argv):
     """Make .venv and install the pinned packages into it; does nothing where that is done."""
-    Parser("minianyflow setup", description=setup.__doc__).parse_args(argv)
+    parser = Parser("minianyflow setup", description=setup.__doc__)
+    parser.add_argument("--browser", action="store_true", help="also get Debian's chromium by apt-get, where none is")
+    arguments = parser.parse_args(argv)
     _needs_checkout("setup")
+    if arguments.browser:
+        browser(install=True)
     return install()
 
 
 def test(argv):
     """Run every test but the long ones, browser and notebooks too, in two processes: eight minutes on two cores."""
     Parser("minianyflow test", description=test.__doc__).parse_args(argv)
-    _install_browser()
+    _look_for_browser()
     return _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
 
 
 def test_all(argv):
     """Run every test, the long ones too, then the fast ones with the lowest versions of all: half an hour or more."""
     Parser("minianyflow test-all", description=test_all.__doc__).parse_args(argv)
-    _install_browser()
+    _look_for_browser()
     failed = _pytest("--nbmake", "--nbmake-timeout=900", *SLOWEST_FIRST)
     return _pytest("-m", FAST, f"--deselect={PINNED}", "tests", python=lowest_python()) or failed
 
@@ -62,9 +66,9 @@ def _pytest(*arguments, python=sys.executable):
     return subprocess.call([python, "-m", "pytest", *workers, *arguments], cwd=ROOT)
 
 
-def _install_browser():
+def _look_for_browser():
     try:
-        browser(install=True)
+        browser()
     except InputError as problem:
         print(f"{problem}; the tests that need it will fail", file=sys.stderr)
 

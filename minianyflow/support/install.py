@@ -64,7 +64,7 @@ APPLICATIONS = (  # where other systems keep one
 
 
 def browser(install=False):
-    """The path of a Chromium, for tests and the benchmark; install: with root on Debian, get it by apt-get first."""
+    """The path of a Chromium, for tests and the benchmark; install: where there is none, get Debian's by apt-get."""
     if found := next(filter(None, map(shutil.which, (*BROWSERS, *APPLICATIONS))), None):
         return found
     if install and shutil.which("apt-get") and os.geteuid() == 0:
@@ -73,4 +73,5 @@ def browser(install=False):
         for step in (["update"], ["install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core"]):
             subprocess.call(["apt-get", "--quiet", *step], env=environment, stdout=subprocess.DEVNULL)
         return browser()
-    raise InputError("no browser found, and the browser tests drive one: apt install chromium (or install Chrome)")
+    how = "`python -m minianyflow setup --browser`, as root on Debian or Ubuntu, or install Chrome"
+    raise InputError(f"no browser found, and the browser tests drive one: {how}")
