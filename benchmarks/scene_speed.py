@@ -26,6 +26,7 @@ BARS = {
     "scrub": (f"scrubbing, {PARTICLES} particles x {SCRUB_STEPS} steps x {PANELS} panels", "frames/s", "at least", 30),
     "drag": ("dragged noise to new jumps and exact path, all panels drawn", "ms", "at most", 16),
     "network": (f"{PARTICLES} points x {CONTROL_STEPS} steps in the page", "ms", "at most", 200),
+    "draw": ("drawn heart recognisable in one step (path error .1), the mixture alone", "s", "at most", 5),
     "control": ("JupyterLab: control moved to first picture, 16 steps", "ms", "at most", 30),
     "complete": (f"the same to all {PARTICLES} particles and their measures", "ms", "at most", 600),
     "notebook": ("opened notebook, kernel ready, to the first picture", "s", "at most", 3),
@@ -71,6 +72,15 @@ DRAG = """async () => {
   return worked + performance.now() - frame;
 }"""
 
+# Seconds of training until one step is .1 from the exact ends.
+LEARN = """async () => {
+  player.set({ learners: "mixed" });
+  document.querySelector(".lm-bar button").click();
+  const [pupil] = player.world.school.pupils;
+  while (!pupil.history.some(([, error]) => error <= 0.1)) await new Promise((done) => setTimeout(done, 50));
+  return pupil.history.find(([, error]) => error <= 0.1)[0];
+}"""
+
 NETWORK = """(steps) => {
   const u = player.world.map("teacher_step", "spiral"), z = player.world.z, began = performance.now();
   let state = Float64Array.from(z), speed = new Float64Array(z.length);
@@ -91,7 +101,7 @@ def run(repeats: int = 5, quiet: bool = False) -> dict[str, list[float]]:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         bar = stack.enter_context(tqdm(total=1 + repeats, unit="measurement", disable=quiet or None))
         figures = {name: [] for name in BARS}
-        (page,) = write_pages(folder / "pages", ["race"], quiet=True)
+        page, paper = write_pages(folder / "pages", ["race", "draw"], quiet=True)
         figures["size"] = [page.stat().st_size / 1e6]
         for _ in range(repeats):
             with watched(browser) as tab:
@@ -110,6 +120,10 @@ def run(repeats: int = 5, quiet: bool = False) -> dict[str, list[float]]:
                 tab.wait_for_selector(DONE)
                 tab.evaluate(SCRUB, 0.5)
                 figures["scrub"].append(tab.evaluate(SCRUB, SECONDS))
+            with watched(browser) as tab:
+                tab.goto(paper.as_uri())
+                tab.wait_for_selector(DONE)
+                figures["draw"].append(tab.evaluate(LEARN))
             bar.update()
         scene = f"from minianyflow.live import scenes\nscenes.race(steps={CONTROL_STEPS})"
         write_notebook(folder / "race.ipynb", scene)

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import re
 import threading
 from urllib.parse import unquote, urldefrag, urlparse
 
@@ -37,6 +38,13 @@ def test_links_lead_to_pages_and_lines():
         assert (ROOT / f"{name}.py").exists()
     unresolved = [line for line in link((ROOT / "docs/equations.md").read_text()).splitlines() if '.py.html"' in line]
     assert unresolved == []  # every symbol has its line
+
+
+def test_references_hold_what_the_citation_names():
+    named, listed = (
+        set(re.findall(r"\d{4}\.\d{5}", (ROOT / name).read_text())) for name in ("CITATION.cff", "docs/references.md")
+    )
+    assert named <= listed
 
 
 def test_a_figure_is_described_by_its_section_its_titles_and_what_follows():
