@@ -7,10 +7,9 @@ from itertools import permutations
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks import peers
-from benchmarks.peers import PEERS, Forwards, measure, solver_of, train_for, velocity_loss, velocity_sampler
+from benchmarks.peers import PEERS, measure, solver_of, train_for, velocity_loss, velocity_sampler
 from minianyflow.batch import batches
 from minianyflow.interpolant import interpolate
 from minianyflow.mixtures import GaussianMixture
@@ -128,12 +127,6 @@ def test_the_clock_ends_a_training_and_brings_the_rate_down_to_zero():
     assert role.schedule(10**6, 1) < 1e-9
     half = peers.make_role((0,), SMALL, 1e9, velocity_loss(straight, 1))
     assert half.schedule(10**6, 1) == pytest.approx(SMALL.lr)
-
-
-def test_the_time_of_a_solver_is_turned_round():
-    network = nn.Module()
-    network.forward = lambda z, t, r: torch.stack([t, r], 1)
-    assert torch.equal(Forwards(network.forward)(torch.zeros(3, 2), torch.tensor(0.25)), torch.full((3, 2), -0.75))
 
 
 def test_a_comparison_is_written_whole(tmp_path, monkeypatch):

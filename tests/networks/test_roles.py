@@ -149,22 +149,6 @@ def test_roles_on_one_base_equal_three_separate_copies(kind, checkpointed):
     assert all(weight.grad is None for weight in transformer.parameters())
 
 
-def test_the_base_is_in_memory_once():
-    transformer = base()
-    weights = sum(weight.nbytes for weight in transformer.parameters())
-    alone, count = roles.storages(transformer)
-    assert alone == weights + 4  # and the gate of the two times
-    assert count == len(list(transformer.parameters())) + 1
-    transformer, networks = shared()
-    average = AveragedModel(networks["student"])
-    adapters = [*networks.values(), average.module]
-    extra = sum(weight.nbytes for network in adapters for weight in network.parameters())
-    assert roles.storages(*networks.values(), EvaluationCounter(average.module))[0] == alone + extra
-    assert roles.storages(*networks.values(), average)[0] == alone + extra + average.n_averaged.nbytes
-    copies = [copy.deepcopy(transformer) for _ in range(3)]
-    assert roles.storages(*copies)[0] == 3 * (alone + extra)  # three bases are seen as three
-
-
 def test_a_role_has_its_own_weights_by_the_names_of_the_transformer():
     transformer, networks = shared("causal")
     names = [name for name, _ in networks["student"].named_parameters()]
