@@ -396,6 +396,10 @@ def _nearest(name):
 
 def _wrong(error, values, origin):
     """The InputError for a value of another type or out of bounds."""
+    if not error["loc"]:
+        return InputError(
+            f"the configuration cannot be read ({error['msg']}); expected texts and numbers of usual size"
+        )
     name, inner, *_ = (*error["loc"], "")
     value = values[name][inner] if name in SECTIONS else values[name]
     name = f"{name}.{inner}" if name in SECTIONS else name

@@ -116,7 +116,7 @@ def load_transformer(
 
 def _transformer_config(source):
     place = _place(source, "transformer")
-    config = load(source, "transformer", lambda: WanTransformer3DModel.load_config(**place))
+    config = configuration(source, "transformer", lambda: WanTransformer3DModel.load_config(**place))
     if class_name(config) not in SOURCES:
         raise InputError(f"{source} holds a {class_name(config)}; expected one of {', '.join(SOURCES)}")
     return config
@@ -178,14 +178,15 @@ def load_parts(source: str | Path, *names: str, dtype: torch.dtype | None = None
 def _load_part(source, name, dtype):
     kind, place = choose("part", name, PARTS), _place(source, name, bare=False)
     if name == "scheduler":
-        found = class_name(load(source, name, lambda: kind.load_config(**place)))
+        found = class_name(configuration(source, name, lambda: kind.load_config(**place)))
         if found not in NAMED or not issubclass(kind := getattr(diffusers, found), diffusers.SchedulerMixin):
             raise InputError(f"the scheduler in {source} is a {found}, which is no scheduler of Wan's or AnyFlow's")
         return load(source, name, lambda: kind.from_pretrained(**place))
     if name == "tokenizer":
         return load(source, name, lambda: kind.from_pretrained(**place, trust_remote_code=False))
     if name == "text_encoder":
-        check_config(load(source, name, lambda: PretrainedConfig.get_config_dict(**place)[0]), f"{source}/{name}")
+        found = configuration(source, name, lambda: PretrainedConfig.get_config_dict(**place)[0])
+        check_config(found, f"{source}/{name}")
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
     return _load_whole(source, name, kind, options | place, kind.__name__).eval().requires_grad_(False)
 
@@ -193,7 +194,8 @@ def _load_part(source, name, dtype):
 def codec_factor(source: str | Path) -> int:
     """Pixels per side of a latent, from the configuration of a source's codec; its weights are not loaded."""
     place = _place(source, "vae", bare=False)
-    return load(source, "vae", lambda: AutoencoderKLWan.load_config(**place)).get("scale_factor_spatial", 8)
+    found = configuration(source, "vae", lambda: AutoencoderKLWan.load_config(**place))
+    return found.get("scale_factor_spatial", 8)
 
 
 def _load_whole(source, name, kind, options, class_name, new=()):
@@ -242,6 +244,14 @@ def load(source: str | Path, name: str, action: Callable):
         why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         todo = "fetch or make it again" if Path(source).is_dir() else "check the name and the network, or give a folder"
         raise InputError(f"the {name} of {source} does not load ({why}); {todo}") from None
+
+
+def configuration(source: str | Path, name: str, action: Callable) -> dict:
+    """`load` of a configuration, which other libraries take as it is: InputError unless it has names and values."""
+    found = load(source, name, action)
+    if not isinstance(found, dict):
+        raise InputError(f"the configuration of the {name} of {source} is {found!r}; expected {{name: value}}")
+    return found
 
 
 @contextlib.contextmanager

@@ -18,7 +18,15 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.files import check_json, read_json
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.options import WAN_CLIP
-from minianyflow.wan.folders import PIPELINES, class_name, codec_factor, is_folder, load, load_parts, load_transformer
+from minianyflow.wan.folders import (
+    PIPELINES,
+    class_name,
+    codec_factor,
+    configuration,
+    is_folder,
+    load_parts,
+    load_transformer,
+)
 from minianyflow.wan.run import Clip, load_run, read_run
 from minianyflow.wan.run_networks import network_of, transformer_of
 
@@ -107,7 +115,7 @@ def identify(name: str) -> tuple[Config, dict[str, int]]:
         return replace(told, stage=exported["stage"], base=exported["lora_of"]), WAN_CLIP | exported["clip"]
     if local and not index.is_file():
         raise InputError(f"neither run.json nor model_index.json in {folder}; expected {EXPECTED}")
-    index = load(name, "pipeline", lambda: DiffusionPipeline.load_config(name))
+    index = configuration(name, "pipeline", lambda: DiffusionPipeline.load_config(name))
     kind, more = class_name(index), (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps")
     if kind not in PIPELINES or more:
         raise InputError(f"{name} holds a {kind}{' of Wan2.2' if more else ''}; expected {EXPECTED}")

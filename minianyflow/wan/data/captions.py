@@ -28,7 +28,9 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+    except InputError:
+        raise
+    except (OSError, ValueError, csv.Error) as problem:
         raise InputError(f"captions {path} cannot be read ({problem}); expected jsonl or csv in UTF-8") from None
     first_lines, clips = {}, []
     for number, row in rows:
