@@ -619,9 +619,7 @@ export function mountPlayer(element, content, options = {}) {
     player.axis = next.axis;
     const old = parts, same = old.length === next.panels.length && old.every((part, k) => part.kind === next.panels[k].kind);
     if (!same) panels.replaceChildren();
-    const columns = next.columns || next.panels.length;
-    root.style.setProperty("--lm-columns", columns);
-    root.style.setProperty("--lm-rows", Math.ceil(next.panels.length / columns));
+    root.style.setProperty("--lm-columns", next.columns || next.panels.length);
     parts = next.panels.map((spec, k) => {
       const Kind = KINDS[spec.kind];
       if (!Kind) throw new Error(`a panel of kind ${spec.kind}; known: ${Object.keys(KINDS).join(", ")}`);

@@ -409,7 +409,7 @@ const TARGETS = { // strokes, as a hand would draw them
 };
 
 function* draw(world, state) {
-  const { steps, learners, target, seed } = state, z = world.noise(seed), n = world.particles, strokes = TARGETS[target]?.() ?? state.strokes ?? [], { colours, labels } = world;
+  const { steps, learners, target, seed } = state, z = world.noise(seed), n = world.particles, strokes = TARGETS[target]?.() ?? state.strokes ?? [], { colours } = world;
   const key = `${JSON.stringify(strokes)} ${learners}`, methods = learners === "all" ? world.data.learners : [learners], mixture = learning.drawn(strokes);
   if (state.learning !== key || !mixture) world.dismiss();
   const school = state.learning === key ? world.classOf(key, mixture, methods) : null, cores = navigator.hardwareConcurrency ?? 1;
@@ -419,23 +419,22 @@ function* draw(world, state) {
     return yield { panels: [pen], columns: 3, note, axis: ahead([1, 0]), position: 1, buttons: [clear] };
   }
   const fine = math.timeGrid(EXACT), exact = world.paths(`exact ${key}`, fine, (z, n) => math.flow(mixture, z, n, fine)).extend(n), times = math.timeGrid(steps);
-  const eps = times.slice(2).map((_, k) => new math.Generator(1 + k + 100 * seed).randn(2 * n)), begins = methods.map((method) => new Paths(z, [1, 0], (z) => [z, z]).extend(n));
-  const shown = methods.map((method, k) => world.panel(labels[method], colours[method], begins[k], exact, { measures: { "path error": "…", "steps of training": "0" } }));
+  const eps = times.slice(2).map((_, k) => new math.Generator(1 + k + 100 * seed).randn(2 * n)), shown = [];
+  const untrained = (world.networks.start ??= math.makeNetwork(world.learner({ mixture, seed: world.data.start }).weights, learning.SIZES));
+  const error = (path) => math.pathError(path.end(), exact.end());
+  const walk = (network, times, eps = null) => new Paths(z, times, (z, n) => math.rollout((z, n, t, r, out) => math.evaluate(network, z, n, t, r, out), z, n, times, eps)).extend(n);
   const scene = () => {
-    for (const [k, pupil] of (school?.pupils ?? []).entries()) {
-      if (!pupil.fresh && shown[k].steps === steps) continue;
-      if (!pupil.network) continue;
-      const u = (z, n, t, r, out) => math.evaluate(pupil.network, z, n, t, r, out), error = (path) => math.pathError(path.end(), exact.end());
-      const renoised = pupil.method === "consistency" && steps > 1, path = new Paths(z, times, (z, n) => math.rollout(u, z, n, times, renoised ? eps : null)).extend(n);
-      if (pupil.fresh) pupil.history.push([pupil.seconds, error(steps === 1 ? path : new Paths(z, [1, 0], (z, n) => math.rollout(u, z, n, [1, 0])).extend(n))]);
-      pupil.fresh = false;
-      shown[k] = { ...world.panel(labels[pupil.method], colours[pupil.method], path, exact, { measures: { "path error": fixed(error(path)), "steps of training": String(pupil.steps) } }), steps };
+    for (const [k, method] of methods.entries()) {
+      const pupil = school?.pupils[k], network = pupil?.network ?? untrained, path = !shown[k] || pupil?.fresh ? walk(network, times, method === "consistency" && steps > 1 ? eps : null) : null;
+      if (!path) continue;
+      if (pupil?.fresh) pupil.history.push([pupil.seconds, error(walk(network, [1, 0]))]), (pupil.fresh = false);
+      shown[k] = world.panel(method[0].toUpperCase() + method.slice(1), colours[method], path, exact, { measures: { "path error": fixed(error(path)), "updates": String(pupil?.steps ?? 0) } });
     }
     const lines = (school?.pupils ?? []).map(({ method, history }) => ({ points: { values: history.map(([, error]) => error), scale: 1 }, times: history.map(([seconds]) => seconds), colour: colours[method], dash: method === "eulerian" ? [7, 4] : [] }));
     const longest = Math.max(5, ...lines.flatMap(({ times }) => times.at(-1) ?? 0)), chart = { kind: "chart", title: "error of one step", xlabel: "seconds", span: [0, longest], aspect: 1, log: true, limits: [0.02, 2], ticks: [0.03, 0.1, 0.3, 1], times: [0, Math.round(longest / 2), Math.round(longest)], lines, measures: { dashed: "Eulerian" } };
     const shared = cores < methods.length ? ` ${methods.length} methods share ${cores} ${cores > 1 ? "cores" : "core"}: choose one to see it learn faster.` : "";
     const note = school ? `Grey dots: the ends of the exact flow; thick grey: its paths.${shared}${school.paused ? " The page was in the background: learning paused there." : ""}` : "Draw on the left, lift the pen, press Learn. Predict first: which one is recognisable first, and which keeps the black dots' paths with more steps?";
-    return { panels: [pen, ...shown, chart], columns: methods.length > 1 ? 3 : 0, note, axis: ahead(fine), position: 1, buttons: [school?.pupils.every(({ steps }) => steps === learning.STEPS) ? ["Again", { learning: null }] : school ? ["Stop", { learning: null }] : ["Learn", { learning: key }], clear] };
+    return { panels: [pen, ...shown, chart], note, axis: ahead(fine), position: 1, buttons: [school?.pupils.every(({ steps }) => steps === learning.STEPS) ? ["Again", { learning: null }] : school ? ["Stop", { learning: null }] : ["Learn", { learning: key }], clear] };
   };
   yield scene();
   while (school?.pupils.some(({ steps, fresh }) => fresh || steps < learning.STEPS)) {
