@@ -41,6 +41,7 @@ TABLES = {  # {page: {name: arguments of `table`}}
         "costs": (_TABLES + "video_costs", _VIDEO),
         "causal": (_TABLES + "video_causal", _VIDEO),
         "exposure": (_TABLES + "exposure_table", "video/exposure.json"),
+        "exposure_map": (_TABLES + "exposure_map_table", "video/exposure_map.json"),
         "exposure_long": (_TABLES + "exposure_long_table", "video/exposure.json"),
         "padding": (_TABLES + "video_padding", _VIDEO),
     },

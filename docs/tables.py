@@ -120,6 +120,28 @@ def exposure_long_table(report: dict) -> str:
     return markdown_table(["at frame 16 / 64 / 160", "NFE", *columns, "lost at frame 320"], rows)
 
 
+def exposure_map_table(report: dict) -> str:
+    """The map of what cures exposure bias, at frame 160: means over seeds, and their range for four evaluations."""
+    place = report["frames"].index(160)
+
+    def row(start, name, cell):
+        def values(nfe, figure):
+            return [seed[figure][place] for seed in cell["nfe"][nfe]]
+
+        four = [values("4", figure) for figure in figures]
+        cells = [f"{mean(found):.2f} ({max(found) - min(found):.2f})" for found in four]
+        one = " / ".join(f"{mean(values('1', figure)):.2f}" for figure in figures)
+        return [start, name, *cells, one]
+
+    figures = ("tv", "kept", "whole", "sliced_w2")
+    rows = []
+    for start, recipes in report["cells"].items():
+        rows.append(row(start, "the start itself", report["starts"][start]))
+        rows += [row("", name, cell) for name, cell in recipes.items()]
+    rows.append(["exact law", "", *(f"{report['exact'][figure][place]:.2f}" for figure in figures), ""])
+    return markdown_table(["start", "then", "TV", "kept", "whole", "sliced W2", "the four at one evaluation"], rows)
+
+
 def exposure_table(report: dict) -> str:
     """Exposure bias on the circle: last radius error and sliced W2 of clips, along the curve of each arm."""
 

@@ -28,6 +28,10 @@ class CircleProcess:
         """The mixture of frame `index` alone, (2,): give its methods `log_weights(past)` for the conditional law."""
         return GaussianMixture(self.clips.means.reshape(-1, self.frames, 2)[:, index], self.clips.sigma)
 
+    def after(self, index: int) -> GaussianMixture:
+        """The mixture of the frames from `index` on, (frames - index, 2); with `log_weights(past)` the conditional."""
+        return GaussianMixture(self.clips.means.reshape(-1, self.frames, 2)[:, index:], self.clips.sigma)
+
     def log_weights(self, past: torch.Tensor) -> torch.Tensor:
         """log p(component | past), past (B, n, 2) with n from 0 to frames - 1: (B, K)."""
         if past.ndim != 3 or past.shape[2] != 2 or past.shape[1] >= self.frames:

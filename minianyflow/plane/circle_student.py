@@ -4,6 +4,7 @@ A causal student u(z, t, r, past, frame) is the average velocity of one frame, g
 Shapes: B clips, F frames; z and x of one frame (B, 2), clips and their noise (B, F, 2), frame (B,) counted from 0.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from minianyflow.objectives import InnerState
 from minianyflow.on_policy import backward_simulation
 from minianyflow.samplers import sample_flow_map
 from minianyflow.support.errors import InputError
-from minianyflow.times import time_grid
+from minianyflow.times import generator, time_grid
 from toy_data.circle import CircleProcess
 
 WINDOW = 4  # frames: enough to tell the speed (4.5 sigma); exact conditionals on a window keep every window's law
@@ -65,26 +66,34 @@ def conditional_velocity(process: CircleProcess) -> Callable[..., Tensor]:
 
 
 class ClipScore(nn.Module):
-    """A fake score u(z, t, r) of whole clips: it starts as the teacher (DMD2), the exact velocity, plus an MLP."""
+    """A fake score u(z, t, r) of clips: it starts as the teacher (DMD2), the exact velocity, plus an MLP.
 
-    def __init__(self, exact: Callable, shape: tuple[int, ...], width: int = 128, depth: int = 4, seeds=(0,)):
+    context: how many numbers the MLP sees besides z: the frames `past` and the rollout's length, of a window of a clip.
+    """
+
+    def __init__(self, exact: Callable, shape: tuple[int, ...], width=128, depth=4, seeds=(0,), context: int = 0):
         super().__init__()
-        self.exact, self.mlp = exact, MLP(shape, width, depth, seeds)
+        self.exact, self.mlp = exact, MLP((math.prod(shape) + context,), width, depth, seeds)
         nn.init.zeros_(getattr(self.mlp, f"weight{depth}"))
 
-    def forward(self, z: Tensor, t: Tensor, r: Tensor, copy: Tensor | None = None):
-        """z (B, F, 2); returns the same shape."""
-        return self.exact(z, t) + self.mlp(z, t, r, copy)
+    def forward(self, z: Tensor, t: Tensor, r: Tensor, copy: Tensor | None = None, **context: Tensor):
+        """z (B, F, 2); context: `past` (B, n, 2) and `length` (B,), or nothing. Returns the shape of z."""
+        more = [context["past"].flatten(1), context["length"].log2()[:, None]] if context else []
+        seen = torch.cat([z.flatten(1), *more], 1)
+        return self.exact(z, t, **context) + self.mlp(seen, t, r, copy)[:, : z[0].numel()].view_as(z)
 
 
-def frame_by_frame(make_frame: Callable, z: Tensor, truth: Tensor | None = None, detach=False, **condition) -> Tensor:
-    """Clips (B, F, 2) from noise `z` (B, F, 2), each frame by make_frame(z_k, past=, frame=, **condition).
+def frame_by_frame(
+    make_frame: Callable, z: Tensor, truth: Tensor | None = None, detach=False, past: Tensor | None = None, **condition
+) -> Tensor:
+    """Frames (B, F, 2) from noise `z` (B, F, 2), each by make_frame(z_k, past=, frame=, **condition).
 
     The past consists of the frames made so far, without gradient if `detach`; or of the frames of the clips `truth`.
+    past: frames (B, n, 2) that the first one made comes after.
     """
-    frames, past = [], z[:, :0]
+    frames, past = [], z[:, :0] if past is None else past
     for index in range(z.shape[1]):
-        x = make_frame(z[:, index], past=past, frame=torch.full((len(z),), index), **condition)
+        x = make_frame(z[:, index], past=past, frame=torch.full((len(z),), past.shape[1]), **condition)
         frames.append(x)
         seen = x.detach() if detach else x
         past = torch.cat([past, (seen if truth is None else truth[:, index])[:, None]], 1)
@@ -107,6 +116,50 @@ def sample_clips(u: Callable, z: Tensor, nfe: int, truth: Tensor | None = None, 
     """Clips (B, F, 2) by any-step sampling, `nfe` evaluations per frame; the clips `truth` as context, if given."""
     times = time_grid(nfe)
     return frame_by_frame(lambda z, **past: sample_flow_map(u, z, times, **past)[-1], z, truth, **condition)
+
+
+class Chains:
+    """Clips that a student makes as it learns, which last from batch to batch: pasts of its own.
+
+    past: the last WINDOW frames of each (B, WINDOW, 2), without gradient. A clip begins with frames of data, one in
+    five with the student's own; after `life` more frames it begins anew. lengths: the steps of its rollouts (B,).
+    """
+
+    def __init__(self, u: Callable, process: CircleProcess, count: int, seeds, steps, life: int = 16):
+        self.u, self.process, self.life, self.draw = u, process, life, generator(*seeds, 6)
+        rows = torch.arange(count * len(seeds))
+        row, self.condition = rows // len(seeds), {"copy": rows % len(seeds)} if len(seeds) > 1 else {}
+        self.lengths = torch.tensor(steps)[row % len(steps)]
+        self.left = 1 + row // len(steps) % life  # ages differ
+        self.past = self.begin(rows)
+
+    def rollout(self, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Noise of `count` frames and the step g of a backward simulation of these lengths."""
+        step = torch.rand(len(lengths), generator=self.draw) * lengths
+        return torch.randn(len(lengths), count, 2, generator=self.draw), step.long()
+
+    @torch.no_grad()
+    def make(self, rows: Tensor, count: int, past: Tensor) -> Tensor:
+        """The next frames (B, count, 2) of the clips with these numbers, after the frames `past`."""
+        z, step = self.rollout(self.lengths[rows], count)
+        condition = {name: value[rows] for name, value in self.condition.items()}
+        return simulate(True)(self.u, z, self.lengths[rows], step, past=past, **condition)[-1]
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """The first WINDOW frames of clips with these numbers."""
+        past = self.process.clips.sample(len(rows), self.draw)[:, :WINDOW]
+        own = torch.rand(len(rows), generator=self.draw) < 0.2
+        if own.any():
+            past[own] = self.make(rows[own], WINDOW, past[own, :0])
+        return past
+
+    def add(self, frames: Tensor) -> None:
+        """Go on with `frames` (B, n, 2)."""
+        self.past = torch.cat([self.past, frames.detach()], 1)[:, -WINDOW:]
+        self.left -= frames.shape[1]
+        over = (self.left <= 0).nonzero().squeeze(1)
+        if len(over):
+            self.past[over], self.left[over] = self.begin(over), self.life
 
 
 @dataclass

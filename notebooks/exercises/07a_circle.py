@@ -48,7 +48,9 @@ def all_of(count):
     return None if any(answer is None or answer is ... for answer in answers) else answers
 
 
-check("2", lambda: all_of(evaluations), all_of(counted), "one of the N steps has no jump before it, one has none after it")
+check(
+    "2", lambda: all_of(evaluations), all_of(counted), "one of the N steps has no jump before it, one has none after it"
+)
 
 
 # 3. What a clip keeps (10 minutes). fit_speed(window) returns, of windows (C, 16, 2), the number of the nearest speed (C,),
