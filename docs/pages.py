@@ -53,6 +53,7 @@ TABLES = {  # {page: {name: arguments of `table`}}
     "docs/plan.md": {
         "bill": ("minianyflow.planner.report:bill_table", "plan/plans.json"),
         "plan": ("minianyflow.planner.report:stage_table", "plan/plans.json"),
+        "stream": ("minianyflow.planner.stream:table", "plan/stream.json"),
     },
     "docs/peers.md": _peers("peers/peers.json", "spiral") | _peers("peers/others.json", "ring8", "checkerboard"),
 }

@@ -28,6 +28,11 @@ def plan(argv: list[str]) -> int:
     add("--share", type=float, default=0.5, help="of the rate, that model FLOP are hoped to reach (default: 0.5)")
     add("--json", action="store_true", help="print JSON; with --table that of docs/plan/plans.json")
     add("--table", action="store_true", help="print the tables of docs/plan.md, counted anew: two minutes")
+    add(
+        "--stream",
+        action="store_true",
+        help="print the frames per second that a stream could reach; --json: stream.json",
+    )
     add("overrides", nargs="*", metavar="key=value", help="options of the configuration")
     arguments = parser.parse_args(argv)
     from tqdm import tqdm
@@ -39,6 +44,12 @@ def plan(argv: list[str]) -> int:
 
     share, price = arguments.share, arguments.price
     report.check_share(share, price)
+    if arguments.stream:
+        from minianyflow.planner.stream import SIZES, chunk_flop, table
+
+        flop = {size: chunk_flop(size) for size in SIZES}
+        print(json.dumps(flop, indent=1) if arguments.json else table(flop, share))
+        return 0
     if arguments.table:
         plans = {name: published_plan(name) for name in tqdm(report.PUBLISHED, unit="plan")}
         rows = {name: report.as_row(plan) for name, plan in plans.items()}
