@@ -43,13 +43,7 @@ CLIPS, FRAMES = 1024, (16, 64, 160, 320)
 NFE = (1, 2, 4, 16)
 
 
-STAGES = (
-    FORCING,
-    EXACT,
-    ON_POLICY,
-    DAGGER,
-    WINDOWS,
-)  # they go on from a start; TURNED begins anew
+STAGES = (FORCING, EXACT, ON_POLICY, DAGGER, WINDOWS)  # they go on from a start; TURNED begins anew
 STARTS = {"weak": FORCING, "strong": EXACT}  # the recipe of each
 
 
@@ -153,11 +147,7 @@ def train_recipe(recipe, turned, start, evaluations, seeds, budget, quiet, posit
     bar = {"desc": recipe, "position": position, "disable": quiet or None}
     train(roles, lambda step: draw(step + (start is not None) * FRESH), steps, progress=bar)
     average = roles["student"].average.module.network
-    return (
-        average.state_dict(),
-        {"steps": steps, **spent(counters)},
-        measure(average, len(seeds)),
-    )
+    return average.state_dict(), {"steps": steps, **spent(counters)}, measure(average, len(seeds))
 
 
 @torch.no_grad()
@@ -182,9 +172,9 @@ def run(
     common, fresh, jobs = (tuple(seeds), budget, quiet), {}, {}
     with staging_folder(output) as folder:
         for start, recipe in STARTS.items():
-            spent = getattr(budget, start)
-            fresh[start, TURNED] = (train_recipe, (TURNED, True, None, spent + budget.after, *common))
-            fresh[start, recipe] = (train_recipe, (recipe, False, None, spent, *common))
+            before = getattr(budget, start)
+            fresh[start, TURNED] = (train_recipe, (TURNED, True, None, before + budget.after, *common))
+            fresh[start, recipe] = (train_recipe, (recipe, False, None, before, *common))
         results = run_jobs(dict(reversed(fresh.items())), workers)
         starts = {start: results.pop((start, recipe)) for start, recipe in STARTS.items()}
         for start, stage in product(STARTS, STAGES):
