@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minianyflow.measures import sobol_noise
+from minianyflow.networks.dense import Dense, FromClean
 from minianyflow.networks.wan import TINY_TIMESTEPS, TextEncoder, WanNetwork, tiny_transformer
 from minianyflow.networks.weights import load_codec
 from minianyflow.objectives import FlowMapLoss
@@ -29,7 +30,6 @@ from toy_data import blobs
 OUTPUT = Path("docs/video/motion_tries.json")
 CLIPS, ROWS, COUNT, NFE = 8192, 128, 256, 24
 PROBED = (0.9, 0.8, 0.7, 0.6, 0.4, 0.2)  # times at which the error of the clean clip is read
-LEAST = 0.05  # the time that a clean clip is divided by, at least
 FRAMES = {"patch": 4, "width": 4, "clean": True}  # a frame per token
 TRIES = {  # name: (network, steps, learning rate)
     "transformer, clean clip": ({"patch": 2, "width": 2, "clean": True}, 600, 2e-3),
@@ -39,31 +39,6 @@ TRIES = {  # name: (network, steps, learning rate)
     "dense, clean clip": ({"width": 256, "clean": True}, 1000, 1e-3),
     "dense, clean clip, three times as long": ({"width": 256, "clean": True}, 3000, 1e-3),
 }
-
-
-class Dense(nn.Module):
-    """A residual network on the 320 numbers of a clip, modulated by time: no positions, no attention."""
-
-    def __init__(self, width: int, size: int = 320, layers: int = 4):
-        super().__init__()
-        self.into, self.out = nn.Linear(size, width), nn.Linear(width, size)
-        self.time = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, 3 * width * layers))
-        self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
-        self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        for down in self.down:
-            nn.init.zeros_(down.weight)
-
-    def forward(self, z, t, r=None, prompt=None):
-        """As WanNetwork, without prompt and target time."""
-        odds = torch.log(t / (1 - t).clamp(min=1e-3) + 1e-3)
-        phases = [odds[:, None] * 2.0 ** torch.arange(-3, 1), t[:, None] * 2.0 ** torch.arange(-1, 3)]
-        features = torch.cat([part for phase in phases for part in (phase.sin(), phase.cos())], 1)
-        changes, h = self.time(features).chunk(3 * len(self.up), 1), self.into(z.flatten(1))
-        for layer, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            scale, shift, gate = changes[3 * layer : 3 * layer + 3]
-            h = h + (1 + gate) * down(nn.functional.gelu(up(self.norm(h) * (1 + scale) + shift)))
-        return self.out(self.norm(h)).view_as(z)
 
 
 class Positions(nn.Module):
@@ -83,23 +58,11 @@ class Positions(nn.Module):
         return self.embedding(z) + self.place
 
 
-class FromClean(nn.Module):
-    """u = (z - x) / t, where the network puts out the clean clip x."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, z, t, r, **condition):
-        """As WanNetwork."""
-        return (z - self.network(z, t, r, **condition)) / t.clamp(min=LEAST)[:, None, None, None, None]
-
-
 def build(seed: int, width: int, clean: bool, patch: int = 0, positions: bool = False) -> nn.Module:
     """A network by its try; the width of a transformer is that many heads of 32."""
     torch.manual_seed(seed)
     sizes = {"num_attention_heads": width, "ffn_dim": 128 * width, "patch_size": (1, patch, patch)}
-    network = WanNetwork(tiny_transformer(seed, **sizes), TINY_TIMESTEPS) if patch else Dense(width)
+    network = WanNetwork(tiny_transformer(seed, **sizes), TINY_TIMESTEPS) if patch else Dense(width, width, half=False)
     if positions:
         embedding = Positions(network.transformer.patch_embedding, 32 * width, (5, 4 // patch, 4 // patch))
         network.transformer.patch_embedding = embedding

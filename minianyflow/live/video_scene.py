@@ -23,6 +23,7 @@ WHOLE = {
     "flow map, on-policy": "on_policy",
     "flow map, Eulerian": "eulerian",
     "flow map, mixed": "mixed",
+    "flow map, dense: velocity kept": "inertia",
     "consistency, re-noised": "consistency",
     "teacher, Euler": "teacher",
 }
@@ -57,7 +58,7 @@ class Video(Scene):
     """Bouncing balls from the same noise: steps as columns, whole clips at once above, chunk by chunk below."""
 
     title = "Video: steps as columns, both architectures"
-    offline: ClassVar = {"whole": ("on_policy", "consistency", "teacher"), "chunks": tuple(CHUNKS.values())}
+    offline: ClassVar = {"whole": ("on_policy", "inertia", "consistency", "teacher"), "chunks": tuple(CHUNKS.values())}
 
     def make_controls(self):
         """The student above, the student below."""

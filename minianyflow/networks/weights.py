@@ -2,6 +2,7 @@
 
 Nothing is ever unpickled. The metadata of the file says which format and kind it is and how to build the module:
     wan, causal     the transformer's configuration and `timesteps`; for causal also `first` and `rest`
+    dense           the configuration of a Dense that puts out the clean clip
     codec           the configuration of the AutoencoderKLWan
     role            rank, alpha and targets of a LoRA adapter, and the transformer's class; in float32, without a .json
 Own code, since huggingface_hub's PyTorchModelHubMixin has one folder per network, writes in place, and rebuilds a
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.codec import Codec
+from minianyflow.networks.dense import Dense, FromClean
 from minianyflow.networks.lora_roles import Adapter, add_role, remove_role, role_options, roles_of
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
 
 FORMAT = "minianyflow 1"
-KINDS = ("wan", "causal", "codec")
+KINDS = ("wan", "causal", "dense", "codec")
 SAMPLED = 256  # values at either end of a tensor that its fingerprint reads
 PROVENANCE = ("command", "seeds", "cost", "figures")
 
@@ -35,7 +37,7 @@ PROVENANCE = ("command", "seeds", "cost", "figures")
 def save_weights(path: str | Path, state: dict[str, Tensor], provenance: dict) -> None:
     """Write a state dict to `path` and its provenance beside it; both whole, or neither.
 
-    state: of a WanNetwork, CausalNetwork or Codec; floats are written in half precision. provenance: "kind" and
+    state: of a network that `describe` knows; floats are written in half precision. provenance: "kind" and
     "config", as `describe` gives them; the "command" that made it, "seeds", "cost" (forwards, backwards, seconds),
     "figures" measured, and anything else; the versions of torch and diffusers are added.
     Raises InputError if any of these is missing, or a weight is not finite in half precision.
@@ -80,7 +82,7 @@ def read_weights(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
 
 
 def describe(module: nn.Module) -> dict:
-    """The kind and configuration of a WanNetwork, CausalNetwork or Codec, for `save_weights`."""
+    """The kind and configuration of a WanNetwork, CausalNetwork, FromClean or Codec, for `save_weights`."""
     if isinstance(module, Codec):
         return {"kind": "codec", "config": _public(module.vae.config)}
     if isinstance(module, CausalNetwork):
@@ -88,7 +90,9 @@ def describe(module: nn.Module) -> dict:
         return {"kind": "causal", "config": _public(module.transformer.config) | options}
     if isinstance(module, WanNetwork):
         return {"kind": "wan", "config": _public(module.transformer.config) | {"timesteps": module.timesteps}}
-    raise InputError(f"a {type(module).__name__}; expected a WanNetwork, a CausalNetwork or a Codec, not wrapped")
+    if isinstance(module, FromClean):
+        return {"kind": "dense", "config": module.network.config}
+    raise InputError(f"a {type(module).__name__}; expected a WanNetwork, CausalNetwork, FromClean or Codec")
 
 
 def load_codec(path: str | Path) -> Codec:
@@ -97,9 +101,11 @@ def load_codec(path: str | Path) -> Codec:
     return _rebuilt(lambda: Codec(AutoencoderKLWan(**config)), state, path)
 
 
-def load_network(path: str | Path) -> WanNetwork | CausalNetwork:
+def load_network(path: str | Path) -> WanNetwork | CausalNetwork | FromClean:
     """The network in the file `path`, frozen and in eval mode."""
-    state, config, _ = read_weights(path, "wan", "causal")
+    state, config, _ = read_weights(path, "wan", "causal", "dense")
+    if "inner" in config:
+        return _rebuilt(lambda: FromClean(Dense(**config)), state, path)
     options = {name: config.pop(name) for name in ("timesteps", "first", "rest") if name in config}
     if "first" not in options:
         return _rebuilt(lambda: WanNetwork(AnyFlowTransformer3DModel(**config), **options), state, path)

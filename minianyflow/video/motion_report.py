@@ -75,10 +75,8 @@ def run(weights: str | Path = WEIGHTS, output: str | Path = "outputs/video", wor
                 jobs[name, seed] = (measure_network, (*fixed, how, nfe, reference))
             if how == "causal":
                 jobs[name, "long"] = (pair_distances, (path_of(weights, name), codec_path))
-    jobs["guided_teacher", 0] = (
-        measure_network,
-        (path_of(weights, "teacher"), codec_path, "guided euler", TEACHER_NFE, reference),
-    )
+    for row, name, how in (("guided_teacher", "teacher", "guided euler"), ("inertia_diagonal", "inertia", "euler")):
+        jobs[row, 0] = (measure_network, (path_of(weights, name), codec_path, how, TEACHER_NFE, reference))
     with staging_folder(output) as folder:
         results, report = run_jobs(jobs, workers), {"clips": COUNT, "floors": floors(codec, reference)}
         for (name, seed), figures in results.items():

@@ -50,7 +50,8 @@ def prompts_for(count: int) -> tuple[Tensor, Tensor]:
 
 def how_sampled(name: str) -> str:
     """Which sampler a stage of this name takes."""
-    known = {"teacher": "euler", "consistency": "consistency", "causal_teacher": "causal euler"}
+    known = {"teacher": "euler", "inertia_teacher": "euler", "consistency": "consistency"}
+    known |= {"causal_teacher": "causal euler"}
     return known.get(name, "causal" if name.startswith("causal") else "flow_map")
 
 

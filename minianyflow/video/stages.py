@@ -5,6 +5,7 @@
     flow maps    from the teacher, by each objective of the plane; consistency, the baseline, from the same teacher
     on-policy    from a flow map; beside it the forward stage alone, continued at equal cost
     causal       from a flow map: teacher forcing, then on-policy, with and without gradient through the context
+    inertia      a dense network that puts out the clean clip, teacher and flow map: balls that keep their velocity
 
 This module has no mathematics: objectives, backward simulation, samplers and the loop are those of the plane.
 """
@@ -24,6 +25,7 @@ from minianyflow.consistency import ConsistencyLoss
 from minianyflow.flow_map import velocity
 from minianyflow.guidance import guided
 from minianyflow.networks.causal import CausalNetwork, causal_backward_simulation, causal_from
+from minianyflow.networks.dense import Dense, FromClean
 from minianyflow.networks.known_frames import know_first_frames
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.teacher_forcing import TeacherForced, cycle_context_lengths
@@ -40,6 +42,7 @@ from toy_data import blobs
 
 WEIGHTS = Path(blobs.__file__).parent / "video"  # of the committed run
 CLIPS = 16384  # encoded once, for all stages
+DENSE_CLIPS = 4  # times as many, for dense networks
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ STAGES = {
     "causal_on_policy": Stage("causal_on_policy", "causal", 100, 64, 1e-4, THREE, stream=3, guidance=GUIDANCE),
     "causal_gradient": Stage("causal_on_policy", "causal", 100, 64, 1e-4, (0,), GRADIENT, 3, GUIDANCE),
     "causal_forward_only": Stage("causal", "causal", 227, options=EULERIAN, stream=6, guidance=GUIDANCE),
+    "inertia_teacher": Stage("dense_teacher", "codec", 40000, 256, lr=2e-3),
+    "inertia": Stage("dense", "inertia_teacher", 8000, 256, lr=2e-3, options=EULERIAN),
 }
 
 
@@ -89,24 +94,24 @@ def path_of(folder: str | Path, name: str, seed: int = 0) -> Path:
     return Path(folder) / f"{name}-{seed if seed in STAGES[name].seeds else 0}.safetensors"
 
 
-def latents_path(folder: str | Path) -> Path:
+def latents_path(folder: str | Path, times: int = 1) -> Path:
     """The latents that stages train on; another codec or another number of clips has another file."""
-    return Path(folder) / f"latents-{CLIPS}-{_digest(path_of(folder, 'codec'))}.safetensors"
+    return Path(folder) / f"latents-{times * CLIPS}-{_digest(path_of(folder, 'codec'))}.safetensors"
 
 
-def make_latents(folder: str | Path) -> None:
-    """Encode the clips that every stage trains on, and write them with their numbers of balls."""
-    clips = blobs.sample(CLIPS, generator(100))
+def make_latents(folder: str | Path, times: int = 1) -> None:
+    """Encode the clips that stages train on, `times` CLIPS, and write them with their numbers of balls."""
+    clips = blobs.sample(times * CLIPS, generator(100))
     latents = load_codec(path_of(folder, "codec")).encode(clips.video)
     with staging_folder(folder) as unfinished:
-        save_file({"latents": latents, "balls": clips.balls}, unfinished / latents_path(folder).name)
+        save_file({"latents": latents, "balls": clips.balls}, unfinished / latents_path(folder, times).name)
 
 
 class Earlier:
     """What a stage finds in its folder: latents, networks to start from, `teachers` by their EvaluationCounter."""
 
-    def __init__(self, folder: str | Path):
-        self.folder, self.teachers, data = folder, [], load_file(latents_path(folder))
+    def __init__(self, folder: str | Path, times: int = 1):
+        self.folder, self.teachers, data = folder, [], load_file(latents_path(folder, times))
         self.latents, self.balls = data["latents"], data["balls"]
         self.prompts = TextEncoder()(["", *blobs.PROMPTS])  # (3, L, D); number 0 is the null prompt
 
@@ -207,6 +212,17 @@ def build_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
     return {"student": student, "fake": fake}, draw
 
 
+def build_dense(stage: Stage, seed: int, earlier: Earlier) -> Built:
+    """Flow matching on data, or the forward stage, of a dense network that puts out the clean clip."""
+    if stage.kind == "dense":
+        network, loss, options = earlier.network(stage.parent), earlier.forward(stage, stage.parent), {}
+    else:
+        torch.manual_seed(seed)
+        network = FromClean(Dense(192, 32, shape=earlier.latents.shape[1:], prompt=earlier.prompts.shape[1:]))
+        loss, options = FlowMapLoss({}, weight=torch.ones_like), FLOW_MATCHING
+    return {"dense": _role(network, stage, loss)}, earlier.draw(stage, seed, **options)
+
+
 def _role(network, stage, loss, lr=None, ema=0.99, **options):
     return Role(EvaluationCounter(network), loss, lr or stage.lr, warmup=50, ema=ema, clip=1.0, **options)
 
@@ -219,6 +235,8 @@ BUILDERS = {
     "causal_teacher": build_causal,
     "causal": build_causal,
     "causal_on_policy": build_on_policy,
+    "dense_teacher": build_dense,
+    "dense": build_dense,
 }
 
 
@@ -231,7 +249,10 @@ def train_stage(name: str, seed: int, folder: str | Path, quiet: bool = False, p
     if stage.kind == "codec":
         network, history, *counters = train_codec(stage.steps, seed, stage.lr, progress=bar)
     else:
-        earlier = Earlier(folder)
+        times = DENSE_CLIPS if stage.kind.startswith("dense") else 1
+        if not latents_path(folder, times).exists():
+            make_latents(folder, times)
+        earlier = Earlier(folder, times)
         roles, draw = BUILDERS[stage.kind](stage, seed, earlier)
         history = train(roles, draw, stage.steps, progress=bar)
         network = next(iter(roles.values())).average.module.network

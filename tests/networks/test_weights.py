@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from minianyflow.networks import weights
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.codec import Codec
+from minianyflow.networks.dense import Dense, FromClean
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.networks.weights import describe, load_codec, load_into, load_network, read_weights, save_weights
 from tests.networks.inputs import PROMPT, R, T, clip, tiny_causal
@@ -38,6 +39,7 @@ NETWORKS = {
     "another size": lambda: wan(num_layers=2, patch_size=(1, 4, 4), gate_value=0.5),
     "causal": lambda: CausalNetwork(tiny_causal()),
     "other chunks": lambda: CausalNetwork(tiny_causal(), 2, 3),
+    "dense": lambda: FromClean(Dense(8, 4, 1, clip(5).shape[1:], PROMPT.shape[1:])),
 }
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from minianyflow.measures import sliced_w2
-from minianyflow.networks.weights import load_codec
+from minianyflow.measures import sliced_w2, sobol_noise
+from minianyflow.networks.weights import load_codec, load_network
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator
 from minianyflow.video import motion_report
 from minianyflow.video.motion import fit_flights, flights, kept_speed, motion, spread
+from minianyflow.video.report import how_sampled, prompts_for, sample
 from minianyflow.video.stages import WEIGHTS, path_of
 from toy_data import blobs
 
@@ -101,3 +102,13 @@ def test_the_report_says_of_each_prompt_what_the_codec_reads(monkeypatch):
         assert data["kept"] > 0.8
         assert data["residual"] < 0.2 < redrawn["residual"]
         assert data["pair_distance"] == pytest.approx(redrawn["pair_distance"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "nfe", "least"), [("inertia_teacher", 16, (0.6, 0.2)), ("inertia", 4, (0.5, 0.2))])
+def test_balls_of_the_dense_networks_keep_their_velocity(name, nfe, least):
+    codec, z, (prompt, balls) = load_codec(path_of(WEIGHTS, "codec")), sobol_noise(256, (5, 4, 4, 4)), prompts_for(256)
+    video = codec.decode(sample(how_sampled(name), load_network(path_of(WEIGHTS, name)), z, prompt, nfe))
+    for number, straight in enumerate(least, 1):
+        known = flights(codec.decode(codec.encode(clips(1, number)[0])), number)
+        assert motion(flights(video[balls == number], number), known)["straight"] > straight

@@ -198,7 +198,8 @@ def test_stages_come_after_what_they_start_from(small, monkeypatch):
     names = list(STAGES)
     for name, stage in STAGES.items():
         assert stage.parent == "" or names.index(stage.parent) < names.index(name)
-        assert stage.guidance == (1.0 if name in ("codec", "teacher", "causal_teacher") else GUIDANCE), name
+        unguided = name in ("codec", "teacher", "causal_teacher") or stage.kind.startswith("dense")
+        assert stage.guidance == (1.0 if unguided else GUIDANCE), name
     calls = []
     monkeypatch.setattr(stages, "run_jobs", lambda jobs, workers, after=None: calls.append((jobs, after)))
     stages.train_all(small, quiet=True)
