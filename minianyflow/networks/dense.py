@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minianyflow.networks.video import Latents, Prompt
+from minianyflow.support.errors import InputError
 
 LEAST = 0.05  # the time that a clean clip is divided by, at least
 
@@ -48,7 +49,10 @@ class Dense(nn.Module):
             nn.init.zeros_(self.target.weight)  # at first the network does not see its target time
 
     def forward(self, z: Latents, t: Tensor, r: Tensor | None = None, prompt: Prompt | None = None) -> Latents:
-        """The clip that z (B, F, C, H, W) at time t (B,) shows, for a jump to r (B,)."""
+        """The clip that z (B, F, C, H, W) at time t (B,) shows, for a jump to r (B,). InputError for another size."""
+        if [*z.shape[1:]] != self.config["shape"]:
+            expected = f"(B, {', '.join(map(str, self.config['shape']))}): a dense network takes clips of one size"
+            raise InputError(f"latents {tuple(z.shape)}; expected {expected}")
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.half and torch.is_grad_enabled()):
             embedded = self.time[0](_phases(t))
             if self.config["prompt"]:
@@ -76,5 +80,6 @@ class FromClean(nn.Module):
 def _phases(t):
     """Sines and cosines (B, 16) of the log odds of t (B,) and of t: details of the size of t are resolved."""
     odds = torch.log(t / (1 - t).clamp(min=1e-3) + 1e-3)
-    phases = [odds[:, None] * 2.0 ** torch.arange(-3, 1), t[:, None] * 2.0 ** torch.arange(-1, 3)]
+    octaves = torch.arange(4, device=t.device)
+    phases = [odds[:, None] * 2.0 ** (octaves - 3), t[:, None] * 2.0 ** (octaves - 1)]
     return torch.cat([part for phase in phases for part in (phase.sin(), phase.cos())], 1)

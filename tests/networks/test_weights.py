@@ -220,3 +220,8 @@ def test_a_fingerprint_is_of_what_a_folder_holds_and_not_of_its_place(tmp_path):
     (tmp_path / "b/part-0.safetensors").write_bytes(b"cut")
     with refused(r"the weights in .*b cannot be read \(.*\); fetch or make them again"):
         weights.fingerprint(tmp_path / "b")
+
+
+def test_a_dense_network_takes_clips_of_one_size():
+    with refused(r"latents \(2, 9, 4, 4, 4\); expected \(B, 5, 4, 4, 4\): a dense network takes clips of one size"):
+        NETWORKS["dense"]()(clip(9), T, R, PROMPT)
