@@ -7,8 +7,8 @@ checkpoints, trackers), on the same `accumulate_gradient` and `Role.update`.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minianyflow.batch import Batch, deal, part_of
 from minianyflow.notation import Errors, Loss
+from minianyflow.support import host
 from minianyflow.support.errors import InputError
 from minianyflow.support.muon import Muon
 
@@ -29,7 +30,7 @@ class Role:
     `cosine`. muon: instead, with this learning rate, same warm-up and cosine, square weights (n, n), or stacks of them
     (S, n, n), step by `Muon`, momentum .95, without decay. clip: largest gradient norm.
     average: the moving average of the weights with decay `ema`, from step `ema_after` on, to sample from. With
-    ema=None there is none. Raises InputError for a network without weights to train.
+    ema=None there is none. offload: see `states`. Raises InputError for a network without weights to train.
     """
 
     network: nn.Module
@@ -43,6 +44,7 @@ class Role:
     clip: float | None = None
     ema: float | None = 0.999
     ema_after: int = 0
+    offload: bool = False
     average: AveragedModel | None = field(init=False, default=None)
 
     def __post_init__(self):
@@ -72,10 +74,26 @@ class Role:
         optimizer = optimizer or self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = self.schedule(step, steps, group.get("rate"))
-        optimizer.step()
-        optimizer.zero_grad()
-        if self.average is not None and step >= self.ema_after:
-            self.average.update_parameters(self.network)
+        with self.states():
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.average is not None and step >= self.ema_after:
+                self.average.update_parameters(self.network)
+
+    @contextmanager
+    def states(self) -> Iterator[None]:
+        """Inside, moments and average are beside the weights; after it, with `offload`, they rest in CPU memory."""
+        if self.offload:
+            for tensor in self._states():
+                tensor.data = host.fetch(tensor.data, next(self.network.parameters()).device)
+        yield
+        if self.offload:
+            for tensor in self._states():
+                tensor.data = host.store(tensor.data, wait=True)
+
+    def _states(self):
+        moments = [value for state in self.optimizer.state.values() for key, value in state.items() if key != "step"]
+        return [*moments, *(self.average.module.parameters() if self.average else ())]
 
 
 def accumulate_gradient(

@@ -36,8 +36,8 @@ class CausalNetwork(nn.Module):
     """The average velocity u(z, t, r, prompt) of an AnyFlowFARTransformer3DModel, chunk by chunk.
 
     Chunks are (first, rest, rest, ...), the last one shorter where `ragged`; with `first` as long as the clip it is the
-    bidirectional model. The transformer gets the attention of causal_attention.py (`padded`: see there). A condition,
-    at most one, says what a chunk sees of earlier chunks:
+    bidirectional model. The transformer gets the attention of causal_attention.py (`padded`, `offload`: see there). A
+    condition, at most one, says what a chunk sees of earlier chunks:
 
         none            their noisy states
         single_chunk    (B,), any values: the clip is one chunk, as in the bidirectional model
@@ -56,12 +56,13 @@ class CausalNetwork(nn.Module):
         timesteps: float = TIMESTEPS,
         padded: bool = False,
         ragged: bool = False,
+        offload: bool = False,
     ):
         super().__init__()
         self.transformer, self.timesteps = transformer, timesteps
         self.first, self.rest, self.ragged = first, rest, ragged
         for block in transformer.blocks:
-            block.attn1.set_processor(CausalAttention(padded))
+            block.attn1.set_processor(CausalAttention(padded, offload))
 
     def partition(self, frames: int) -> Partition:
         """The chunks of a clip of `frames` frames."""

@@ -115,10 +115,11 @@ class CausalAttention:
     It takes the place of diffusers' AnyFlowCausalAttnProcessor, which has no backward on CPU, builds its mask at every
     call and, where it reads a cache, pads the keys with zeros (as many as fill the queries up to a multiple of 128)
     that the softmax counts with a logit of 0. padded: with these keys of zeros, to reproduce a stock pipeline.
+    offload: caches that it fills and reads are in CPU memory.
     """
 
-    def __init__(self, padded: bool = False):
-        self.padded = padded
+    def __init__(self, padded: bool = False, offload: bool = False):
+        self.padded, self.offload = padded, offload
 
     def __call__(
         self,
@@ -138,9 +139,9 @@ class CausalAttention:
             rearrange(part, "b n (heads d) -> b heads n d", heads=attn.heads) for part in (query, key, value)
         )
         if kv_cache is not None and kv_cache_flag["is_cache_step"]:
-            write_layer(kv_cache, key, value, kv_cache_flag["num_compressed_tokens"])
+            write_layer(kv_cache, key, value, kv_cache_flag["num_compressed_tokens"], self.offload)
         elif kv_cache is not None:
-            key, value = read_layer(kv_cache, key, value)
+            key, value = read_layer(kv_cache, key, value, self.offload)
         if rotary_emb is not None:  # after the cache: positions count from the clip's first frame
             query, key = rotate(query, rotary_emb["query"]), rotate(key, rotary_emb["key"])
         if self.padded and attention_mask is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from minianyflow.networks.video import Heads, Latents, Partition, Prompt, Timesteps
+from minianyflow.support import host
 from minianyflow.support.errors import InputError
 
 Compressed = Float[Tensor, "batch 2 heads compressed head_dim"]
@@ -21,16 +22,21 @@ Cache = tuple[tuple[Compressed, Full], ...]
 Mask = Bool[Tensor, "queries keys"] | BlockMask
 
 
-def write_layer(layer: dict, key: Heads, value: Heads, compressed_tokens: int) -> None:
-    """Put the keys and values of one layer into its dict, which was made for this call; (B, heads, tokens, D) each."""
+def write_layer(layer: dict, key: Heads, value: Heads, compressed_tokens: int, offload: bool = False) -> None:
+    """Put the keys and values of one layer into its dict, which was made for this call; (B, heads, tokens, D) each.
+
+    offload: into CPU memory, from where `read_layer` takes them one layer at a time.
+    """
     both = torch.stack([key, value], 1)  # (B, 2, heads, tokens, D)
-    layer["compressed"], layer["full"] = both[..., :compressed_tokens, :], both[..., compressed_tokens:, :]
+    parts = both[..., :compressed_tokens, :], both[..., compressed_tokens:, :]
+    layer["compressed"], layer["full"] = map(host.store, parts) if offload else parts
 
 
-def read_layer(layer: dict, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def read_layer(layer: dict, key: Tensor, value: Tensor, offload: bool = False) -> tuple[Tensor, Tensor]:
     """The cached keys and values of one layer with those of the current chunk after them."""
     # by name: the dict of a diffusers pipeline also holds the tensors that diffusers' own processor writes to
     cached = [layer[name] for name in ("compressed", "full") if name in layer]
+    cached = [host.fetch(part, key.device) for part in cached] if offload else cached
     return torch.cat([*cached, torch.stack([key, value], 1)], 3).unbind(1)
 
 

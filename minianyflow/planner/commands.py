@@ -26,6 +26,8 @@ def plan(argv: list[str]) -> int:
     add("--rate", type=float, help="its dense bfloat16 TFLOP/s (both default to those of --gpu)")
     add("--price", type=float, help="per GPU-hour, in any currency (default: money is left out)")
     add("--share", type=float, default=0.5, help="of the rate, that model FLOP are hoped to reach (default: 0.5)")
+    for name in ("frames", "height", "width"):
+        add(f"--{name}", type=int, help="of the clip (default: that of the data; without data 81 x 480 x 832)")
     add("--json", action="store_true", help="print JSON; with --table that of docs/plan/plans.json")
     add("--table", action="store_true", help="print the tables of docs/plan.md, counted anew: two minutes")
     add(
@@ -41,6 +43,7 @@ def plan(argv: list[str]) -> int:
     from minianyflow.planner.gpus import find_gpu
     from minianyflow.planner.plan import plan_run, published_plan
     from minianyflow.wan.config import load_config
+    from minianyflow.wan.data.options import Options
 
     share, price = arguments.share, arguments.price
     report.check_share(share, price)
@@ -60,7 +63,9 @@ def plan(argv: list[str]) -> int:
     files = [name for name in arguments.config if "=" not in name]
     pairs = [name for name in arguments.config if "=" in name]  # those that follow --config
     config, gpu = load_config(files, [*pairs, *arguments.overrides]), (arguments.gpu, arguments.memory, arguments.rate)
-    planned = plan_run(config, gpu=find_gpu(*gpu), gpus=arguments.gpus, sharded=arguments.sharded)
+    clip = {name: value for name in ("frames", "height", "width") if (value := getattr(arguments, name)) is not None}
+    Options(**clip)  # raises for what Wan cannot take
+    planned = plan_run(config, clip or None, gpu=find_gpu(*gpu), gpus=arguments.gpus, sharded=arguments.sharded)
     if arguments.json:
         print(json.dumps(report.as_json(planned, share, price, FLAGS), indent=1))
     else:

@@ -5,14 +5,17 @@ checkpointed backward recomputes. Bytes are counted by hand: torch's MemTracker 
 modules, while a plan needs the peaks of a forward and of its backward, without the gradients of weights.
 """
 
+import contextlib
 import weakref
 from unittest.mock import patch
 
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from minianyflow.support import host
 
 
 def tensors_in(tree) -> list[torch.Tensor]:
@@ -24,13 +27,14 @@ class LiveBytes(TorchDispatchMode):
     """Counts what operations inside it allocate and compute.
 
     now, peak: bytes of live storages, and their largest number so far. flop: FLOP of matrix products. recomputed: the
-    part of these FLOP that checkpointing recomputes, once a backward runs. known: tensors that do not count.
+    part of these FLOP that checkpointing recomputes, once a backward runs. stored, fetched: bytes that went
+    to CPU memory and came from there, inside `host_memory`. known: tensors that do not count.
     """
 
     def __init__(self, known=()):
         super().__init__()
-        self.now = self.peak = self.flop = self.recomputed = 0
-        self._known = list(known)  # held, so that no new storage gets the id of one that is gone
+        self.now = self.peak = self.flop = self.recomputed = self.stored = self.fetched = 0
+        self._host, self._known = set(), list(known)  # held, so that no new storage gets the id of one that is gone
         self._seen = {id(tensor.untyped_storage()) for tensor in self._known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -39,12 +43,36 @@ class LiveBytes(TorchDispatchMode):
         if formula := flop_registry.get(function._overloadpacket):
             self.add_flop(formula(*args, **(kwargs or {}), out_val=out))
         for storage in [tensor.untyped_storage() for tensor in tensors_in(out)]:
-            if id(storage) not in self._seen:
+            if id(storage) not in self._seen and id(storage) not in self._host:
                 self._seen.add(id(storage))
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._free, id(storage), storage.nbytes())
         return out
+
+    @contextlib.contextmanager
+    def host_memory(self):
+        """Inside, tensors that support/host.py stores are not live, although they are on meta or a CPU, too."""
+
+        def store(tensor, wait=False):
+            with _disable_current_modes():
+                copy = tensor.clone()
+            self._known.append(copy)
+            self._host.add(id(copy.untyped_storage()))
+            self.stored += copy.nbytes
+            return copy
+
+        def fetch(stored, device):
+            self.fetched += stored.nbytes
+            return real(stored, device)
+
+        real = host.fetch
+        with patch.object(host, "store", store), patch.object(host, "fetch", fetch):
+            yield
+
+    def is_live(self, tensor: torch.Tensor) -> bool:
+        """Whether it is not in CPU memory."""
+        return id(tensor.untyped_storage()) not in self._host
 
     def _free(self, key, size):
         self._seen.discard(key)

@@ -22,7 +22,8 @@ class Cost:
 
     FLOP: of the `forward`; of the `backward` without recomputation; `recomputed` by checkpointing in the backward.
     Bytes: `saved` from forward to backward; further bytes at the peak of the forward (`transient`) and of the backward
-    (`returning`); the `cache` that a causal network fills. The output and the gradients of weights are not included.
+    (`returning`); the `cache` that a causal network fills; bytes that the forward has `stored` in CPU memory and those
+    that it `fetched` from there, the backward `fetched_again`. The output and gradients of weights are not included.
     """
 
     forward: float = 0.0
@@ -32,6 +33,9 @@ class Cost:
     transient: float = 0.0
     returning: float = 0.0
     cache: float = 0.0
+    stored: float = 0.0
+    fetched: float = 0.0
+    fetched_again: float = 0.0
 
     def __add__(self, other):
         return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
@@ -48,9 +52,11 @@ def measure(network, inputs: tuple, condition: dict, grad: bool, pairs: int | No
     transformer = network.transformer
     weights = [*transformer.parameters(), *transformer.buffers(), rope_table(transformer)]
     counter = LiveBytes([*weights, *tensors_in((inputs, condition))])
-    with torch.set_grad_enabled(grad), counter, fused_attention(counter, pairs):
+    with torch.set_grad_enabled(grad), counter, counter.host_memory(), fused_attention(counter, pairs):
         out = tensors_in(network(*inputs, **condition))
-        size = sum({id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in out}.values())
+        storages = {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in out if counter.is_live(tensor)}
+        size = sum(storage.nbytes() for storage in storages.values())
+        stored, fetched = counter.stored, counter.fetched
         forward, saved, peak = counter.flop, max(counter.now - size, 0), counter.peak
         before = counter.peak = counter.now
         counter.recomputed = 0
@@ -65,6 +71,9 @@ def measure(network, inputs: tuple, condition: dict, grad: bool, pairs: int | No
         transient=peak - saved,
         returning=counter.peak - before,
         cache=size if condition.get("fill_cache") else 0,
+        stored=stored,
+        fetched=fetched,
+        fetched_again=counter.fetched - fetched,
     )
 
 
@@ -94,7 +103,10 @@ class ShapeNetworks(RunNetworks):
 
     def _transformer(self, source, dtype):
         chunks = {"full_chunk_limit": self.config.causal.full_chunks} if self.config.architecture == "causal" else {}
-        return build_transformer(self.shape, self.config.architecture, self.device, dtype, **chunks)
+        on_host = "base" in self.config.offload and torch.device(self.device).type == "cuda"
+        return build_transformer(
+            self.shape, self.config.architecture, "cpu" if on_host else self.device, dtype, **chunks
+        )
 
 
 class ForwardCosts:
@@ -113,7 +125,7 @@ class ForwardCosts:
         """The networks with so many blocks, {role: network}; gradients of their weights are dropped at once."""
         config = replace(self.config, compiled=False)  # on meta nothing runs that compilation could speed up
         whole = config.stage == "on_policy"
-        with torch.device("meta"):  # where peft makes new weights
+        with torch.device("meta"), LiveBytes().host_memory():  # where peft makes new weights
             networks = ShapeNetworks(config, self.clip[0], self.shape | {"num_layers": layers})
             roles = {role: networks.trained(role).network for role in ("student", "fake")[: 1 + whole]}
             roles["teacher"] = networks.teacher(whole=whole).network
@@ -123,7 +135,7 @@ class ForwardCosts:
         return roles
 
     def weights(self) -> dict[str, tuple[float, float]]:
-        """Bytes of weights, of gradients and of RoPE tables by role: in all, and of one block."""
+        """Bytes of weights, gradients and RoPE tables by role: in all, and of one block; of the base's blocks."""
         few, more = (self._weights(self.networks[layers]) for layers in (self.few, self.more))
         block = {name: more[name] - size for name, size in few.items()}
         further = self.layers - self.few
@@ -140,7 +152,8 @@ class ForwardCosts:
             size["base"] = _nbytes(transformers[0].parameters()) - sum(size.values())
         else:
             size |= {"base": frozen * size["teacher"], "teacher": 0}
-        return size | gradients | {"tables": _nbytes(map(rope_table, transformers))}
+        blocks = _nbytes(w for name, w in transformers[0].blocks.named_parameters() if ".lora_" not in name)
+        return size | gradients | {"blocks": blocks, "tables": _nbytes(map(rope_table, transformers))}
 
     def __call__(self, call: ForwardCall) -> Cost:
         """The cost of all rows of a call. What does not grow with the rows, like RoPE tables, counts once."""
@@ -173,7 +186,7 @@ class ForwardCosts:
         elif call.kind == "read_cache":
             key = (network, call.context, call.rows)
             if key not in self._caches:
-                with torch.no_grad():
+                with torch.no_grad(), LiveBytes().host_memory():
                     filled = network(context, None, None, prompt, fill_cache=True) if call.context else ()
                 self._caches[key] = filled
             condition = {"cache": self._caches[key]}
@@ -204,11 +217,12 @@ def _drop_gradient(weight):
 
 _COSTS = {}
 _DECISIVE = ("stage", "architecture", "trained", "checkpointing", "keep_attention", "precision", "rank", "teacher")
-_DECISIVE += ("velocity", "causal", "on_policy")
+_DECISIVE += ("velocity", "causal", "on_policy", "offload")
 
 
 def forward_costs(config: Config, shape: dict, clip: tuple, prompt: tuple) -> ForwardCosts:
     """The ForwardCosts of a configuration, shared by all configurations with the same costs."""
+    config = replace(config, offload=[name for name in config.offload if name != "states"])  # which is no activation
     key = repr([*(getattr(config, name) for name in _DECISIVE), shape, clip, prompt])
     if key not in _COSTS:
         _COSTS[key] = ForwardCosts(config, shape, clip, prompt)

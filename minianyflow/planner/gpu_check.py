@@ -172,7 +172,7 @@ def memory_reader(device: torch.device):
             now, peak, counter.peak = counter.now, counter.peak, counter.now
         return now - before, peak - before
 
-    with contextlib.nullcontext() if cuda else counter:
+    with contextlib.nullcontext() if cuda else counter, contextlib.nullcontext() if cuda else counter.host_memory():
         yield read
 
 

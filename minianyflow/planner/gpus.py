@@ -10,12 +10,16 @@ SPARE = 0.05  # share of a GPU's memory for what is not counted: CUDA's own, wor
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: bytes. rate: dense bfloat16 FLOP per second, with sums in float32. source: of both numbers."""
+    """memory: bytes. rate: dense bfloat16 FLOP per second, with sums in float32. source: of both numbers.
+
+    bus: bytes per second to and from CPU memory, each way: PCIe of 16 lanes, generation 4 or 5.
+    """
 
     name: str
     memory: float
     rate: float
     source: str
+    bus: float = 32e9
 
     def holds(self, peak: float) -> bool:
         """Whether so many bytes fit, with SPARE left."""
@@ -25,8 +29,8 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h200", 141e9, 989e12, "NVIDIA H200 data sheet, SXM; dense is half of the rate with sparsity"),
-        Gpu("h100", 80e9, 989e12, "NVIDIA H100 data sheet, SXM; dense is half of the rate with sparsity"),
+        Gpu("h200", 141e9, 989e12, "NVIDIA H200 data sheet, SXM; dense is half of the rate with sparsity", 64e9),
+        Gpu("h100", 80e9, 989e12, "NVIDIA H100 data sheet, SXM; dense is half of the rate with sparsity", 64e9),
         Gpu("a100-80", 80e9, 312e12, "NVIDIA A100 80GB data sheet"),
         Gpu("l40s", 48e9, 362e12, "NVIDIA L40S data sheet; dense is half of the rate with sparsity"),
         Gpu("rtx4090", 24e9, 165e12, "NVIDIA Ada GPU architecture white paper, RTX 4090, FP32 accumulate, dense"),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from minianyflow.planner.forward_calls import ForwardCall, MicroBatch, forward_calls
 from minianyflow.planner.forward_cost import ForwardCosts, forward_costs
 from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
-from minianyflow.planner.report import SETUPS, SIZES, Plan
+from minianyflow.planner.report import OFFLOADS, SETUPS, SIZES, Plan
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import LatentSet
@@ -23,6 +23,7 @@ from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.shapes import SHAPES, latent_shape
 
 STEPS = 16  # number of steps whose draws are counted by default
+RUN = ("architecture", "stage", "base", "steps", "batch", "memory", "offload")
 ADAM = 2  # numbers that AdamW holds per weight
 HUB = {
     f"{name}-{size}-Diffusers": size.lower()
@@ -51,10 +52,12 @@ def plan_run(
     check_split(config.batch, gpus, config.accumulate)
     if sharded and gpus == 1:
         raise InputError("weights sharded over 1 GPU; expected several GPUs, or weights that are not sharded")
+    if sharded and "states" in config.offload:
+        raise InputError("offload=states with FSDP2, which shards moments and averages; leave out one of them")
     setup = (find_gpu(gpu) if isinstance(gpu, str) else gpu, gpus, sharded)
     sizes, numbers = (shape, clip_shape, (length, shape["text_dim"])), list(range(STEPS) if steps is None else steps)
     plan = _plan(config, sizes, setup, numbers, exact=steps is not None)
-    if config.memory == "auto" and config.stage == "on_policy" and not plan.fits:
+    if config.memory == "auto" and config.stage == "on_policy" and not plan.fits and "blocks" not in config.offload:
         config = replace(config, memory="small")
         plan = _plan(config, sizes, setup, numbers, exact=steps is not None)
     return replace(plan, changes=advice(plan, config, sizes, numbers)) if advise and not plan.fits else plan
@@ -120,18 +123,34 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     different = dict.fromkeys(call.per_row for part in micro_batches for call in part.calls)
     for call in tqdm(different, desc="counting", unit="forward", delay=2, leave=False, disable=None):
         costs(call)  # which is then known
-    resident, gradients = resident_bytes(config, forward_costs(config, *sizes).weights(), gpus, sharded)
-    moments = (
+    weights = forward_costs(config, *sizes).weights()
+    resident, gradients = resident_bytes(config, weights, gpus, sharded)
+    moments = [
         moment | {"batch": beside[part.role]}
         for part in micro_batches
         for moment in passing_bytes(config, costs, part, *gradients[part.role])
-    )
+    ]
+    host, bus, moved = Counter(), 0, 0
+    if "base" in config.offload:
+        host["base weights"] = weights["blocks"][0]
+        resident["base weights"] -= host["base weights"]
+    if "states" in config.offload:
+        host |= {name: resident.pop(name) for name in ("averages", "optimiser")}
+        bus = 2 * (host["averages"] + host["optimiser"])
+        for role, (size, _) in gradients.items():  # at its update
+            average = host["averages"] * (role == "student")
+            moments.append({"gradients": size, "optimiser": ADAM * size, "averages": average})
     memory = resident | max(moments, key=lambda moment: sum(moment.values()))
     processes, roles, forwards, backwards, recomputed = Counter(), Counter(), Counter(), Counter(), 0
     again = 0  # FLOP of rollouts that are recomputed
     for part in micro_batches:
+        kept = {call.cache for call in part.calls if call.grad}  # of the caches, which are stored whole
+        there = [call for call in part.calls if call.grad or (call.kind == "fill_cache" and call.cache in kept)]
+        host["activations"] = max(host["activations"], sum(costs(call).stored for call in there))
         for call in part.calls:
             cost = costs(call)
+            moved += cost.fetched * (1 + (call.unit is not None)) + call.grad * cost.fetched_again
+            moved += cost.stored * (call.grad or call.kind == "fill_cache")
             flop = cost.forward + call.grad * cost.backward
             processes[part.step, part.process] += flop
             roles[call.role] += flop
@@ -142,7 +161,7 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     count, model = len(steps), sum(processes.values())
     samples, slowest = count * config.batch, sum(max(processes[step, p] for p in range(gpus)) for step in steps)
     return Plan(
-        {name: getattr(config, name) for name in ("architecture", "stage", "base", "steps", "batch", "memory")},
+        {name: getattr(config, name) for name in RUN} | {"clip": f"{4 * clip[0] - 3} x {8 * clip[2]} x {8 * clip[3]}"},
         *setup,
         memory=memory,
         flop=model / count / gpus,
@@ -151,6 +170,8 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
         evaluations={role: (forwards[role] / samples, backwards[role] / samples) for role in forwards},
         roles={role: flop / count / gpus for role, flop in roles.items()},
         work=1 + again / (model + recomputed),
+        host={name: size for name, size in host.items() if size},
+        bus=bus + moved / count / gpus,
     )
 
 
@@ -256,6 +277,13 @@ def _changes(config, plan):
     if plan.gpus > 1 and not plan.sharded:
         changes = {"sharded": True} | changes
         yield changes
+    plain, small = changes, {"memory": "fast"} if config.stage == "on_policy" else {}
+    for words in OFFLOADS[1:]:
+        impossible = "base" in words and (config.trained == "full" or config.compiled)
+        if not impossible and not plan.sharded and not {*words} <= {*config.offload}:
+            changes = {name: value for name, value in plain.items() if name != "sharded"}
+            changes |= {"offload": [*words]} | (small if "blocks" in words else {})
+            yield changes
     for rank in (128, 64, 32):
         if config.trained == "lora" and rank < config.rank:
             yield changes | {"rank": rank}
@@ -263,4 +291,4 @@ def _changes(config, plan):
         yield {"gpus": 8, "sharded": True} | checkpointed | {"accumulate": config.batch // 8}
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory):
         if gpu.memory > plan.gpu.memory:
-            yield {"gpu": gpu.name} | changes
+            yield {"gpu": gpu.name} | plain

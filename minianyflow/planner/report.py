@@ -14,6 +14,13 @@ from minianyflow.support.reports import markdown_table
 PRICE = 3.0  # per GPU-hour: an example for the docs, nobody's offer
 SIZES, KINDS = {"1.3B": "wan-1.3b", "14B": "wan-14b"}, ("bidirectional", "causal")
 SETUPS = {"1 x h200": (1, False), "8 x h200": (8, False), "8 x h200 with FSDP2": (8, True)}  # (GPUs, sharded)
+OFFLOADS = (  # sets of what rests in CPU memory, the cheapest first
+    (),
+    ("states",),
+    ("states", "blocks"),
+    ("states", "base"),
+    ("states", "blocks", "base"),
+)
 PUBLISHED = [
     f"{size} {kind} {stage}, {setup}"
     for size, kind, stage, setup in product(SIZES, KINDS, ("teacher", "forward", "on_policy"), SETUPS)
@@ -28,11 +35,12 @@ OUTSIDE = {  # bytes that training does not load: parameters of Wan2.1's text en
 class Plan:
     """What a run takes.
 
-    run: its architecture, stage, base, steps and batch. memory: bytes on one GPU by part, at the peak. flop: model FLOP
-    of one GPU per step; flop_with_recompute: with what checkpointing recomputes. slowest: time of the slowest process
-    over the mean. evaluations: {role: (forwards, backwards)} per sample. roles: FLOP by role. changes: if the run does
-    not fit, pairs ({option: value}, bytes of the peak); every set of options is complete. work: of a step,
-    over that without recomputed rollouts; hours grow by it.
+    run: its architecture, stage, base, steps, batch, memory, offload and clip. memory: bytes on one GPU by part, at the
+    peak. flop: model FLOP of one GPU per step; flop_with_recompute: with what checkpointing recomputes. slowest: time
+    of the slowest process over the mean. evaluations: {role: (forwards, backwards)} per sample. roles: FLOP by role.
+    changes: if the run does not fit, pairs ({option: value}, bytes of the peak); every set of options is complete.
+    work: of a step, over that without recomputed rollouts; hours grow by it. host: bytes of CPU memory by part, of one
+    process. bus: bytes that one GPU exchanges with it per step.
     """
 
     run: dict
@@ -47,6 +55,8 @@ class Plan:
     roles: dict
     changes: list = field(default_factory=list)
     work: float = 1.0
+    host: dict = field(default_factory=dict)
+    bus: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -59,8 +69,8 @@ class Plan:
         return self.gpu.holds(self.peak)
 
     def seconds(self, share: float = 0.5) -> float:
-        """Seconds per step if model FLOP reach `share` of the GPU's rate."""
-        return self.work * self.slowest * self.flop / (share * self.gpu.rate)
+        """Seconds per step if model FLOP reach `share` of the GPU's rate and copies, in turn, of its bus's."""
+        return (self.work * self.slowest * self.flop / self.gpu.rate + self.bus / self.gpu.bus) / share
 
     def hours(self, share: float = 0.5) -> float:
         """Hours for all steps."""
@@ -81,8 +91,8 @@ def check_share(share: float, price: float | None = None) -> None:
 
 def as_options(changes: dict, flags: dict) -> str:
     """Options as "name=value ..."; those in `flags` as "flag"."""
-    words = {name: flags.get(name, f"{name}={{}}").format(str(value).lower()) for name, value in changes.items()}
-    return " ".join(words.values())
+    words = [flags.get(name, f"{name}={{}}").format(str(value).lower()) for name, value in changes.items()]
+    return " ".join(words).replace("'", "")
 
 
 def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: dict | None = None) -> str:
@@ -91,17 +101,24 @@ def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: 
     how = "" if plan.gpus == 1 else " with FSDP2" if plan.sharded else " with DDP"
     lines = [
         f"{run['architecture']} {run['stage']}, {run['base']}, on {plan.gpus} x {gpu.name}{how}; planned, not measured",
+        f"clips of {run['clip']}, {run['batch']} per step",
         "\nmemory of one GPU, GB, at the peak",
         *(f"  {name:42}{size / 1e9:9.2f}" for name, size in plan.memory.items() if size),
         f"  {in_all:42}{plan.peak / 1e9:9.2f}   of {gpu.memory / 1e9:g}: {'fits' if plan.fits else 'does not fit'}"
         f" ({SPARE:.0%} are left for what is not counted)",
     ]
+    if plan.host:
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.host.items())
+        lines.append(f"  in CPU memory{' of each process' * (plan.gpus > 1)}: {parts}")
+        lines.append(f"  over the bus: {plan.bus / 1e9:.0f} GB per step, {plan.bus / gpu.bus / share:.1f} seconds")
     if plan.work > 1:
         lines.append(f"  memory=small: rollouts are recomputed, {plan.work:.2f} times the work")
     lines += ["  what to change; each line is complete:"] if plan.changes else []
     for changes, peak in plan.changes:
         enough = GPUS.get(changes.get("gpu"), gpu).holds(peak)
-        lines.append(f"    {as_options(changes, flags or {})}: {peak / 1e9:.1f} GB{'' if enough else ', not enough'}")
+        lines.append(
+            f"    {as_options(changes, flags or {})}: {peak / 1e9:.1f} GB, {'fits' if enough else 'not enough'}"
+        )
     lines.append("  not loaded in training: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in OUTSIDE.items()))
     lines.append("\nnetwork evaluations per sample (forwards, backwards), TFLOP of one GPU per step")
     for role, (forwards, backwards) in plan.evaluations.items():

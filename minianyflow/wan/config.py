@@ -34,7 +34,7 @@ LAYERS = {  # at most one of each, in this order: a later layer may set what an 
 }
 FREE = (  # what may change when a run resumes: on sound data, what a step computes is the same but for rounding
     *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
-    *("memory", "checkpoints", "resume", "on_nan", "log", "samples"),
+    *("memory", "offload", "checkpoints", "resume", "on_nan", "log", "samples"),
 )
 PROMPTS = [
     "A red panda eats bamboo in a misty forest, close up, soft morning light.",
@@ -183,6 +183,11 @@ class Config:
     memory: Literal["auto", "fast", "small"] = option(
         "auto", "of a rollout, small keeps states and recomputes all jumps but the last; auto: where fast does not fit"
     )
+    offload: list[Literal["states", "blocks", "base"]] = option(
+        [],
+        "what rests in CPU memory; states: optimiser's moments and the average; blocks: their kept inputs, and causal "
+        "caches; base: frozen weights of blocks, one block at a time on the GPU",
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one")
 
     causal: Causal = Field(default_factory=Causal)
@@ -277,6 +282,17 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
     yield c.stage == "on_policy" and not c.student, "stage student", why
     why = "without checkpointing all activations are kept; set one of them the other way"
     yield c.keep_attention and not c.checkpointing, "keep_attention checkpointing", why
+    why = "what is recomputed needs neither kept inputs nor caches; set memory=fast, or leave blocks out"
+    small = c.stage == "on_policy" and c.memory == "small"
+    yield small and "blocks" in c.offload, "offload memory", why
+    why = "without checkpointing all of a block stays on the GPU; set checkpointing=true"
+    yield not c.checkpointing and {"blocks", "base"} & {*c.offload}, "offload checkpointing", why
+    why = "the attention that is kept stays on the GPU; set one of them the other way"
+    yield c.keep_attention and "blocks" in c.offload, "offload keep_attention", why
+    why = "no weights are frozen; set trained=lora, or leave base out"
+    yield "base" in c.offload and c.trained == "full", "offload trained", why
+    why = "a compiled block cannot change its weights; set compiled=false, or leave base out"
+    yield "base" in c.offload and c.compiled, "offload compiled", why
     yield c.warmup >= c.steps, "warmup steps", "lr would never be reached; set warmup lower"
     yield c.ema_after >= c.steps, "ema_after steps", "the average would never begin; set ema_after lower"
     yield c.ema == 1, "ema", "the average would never move; set ema lower, like 0.999"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -111,6 +111,8 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet, Checkpoints]:
         project_dir=config.output,
         kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
+    if "states" in config.offload and accelerator.distributed_type == DistributedType.FSDP:
+        raise InputError("offload=states with FSDP2, which shards moments and averages; set offload=[], or use DDP")
     checkpoints.lock(accelerator)
     _check_unfinished(output)  # another run may have been at work, and done with it
     checkpoints.check_settings()

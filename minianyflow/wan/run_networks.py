@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks
+from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks, stream_blocks
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.causal_attention import chunk_partition
 from minianyflow.networks.lora_roles import (
@@ -63,7 +63,7 @@ class RunNetworks:
             add_role(self.base, role, config.rank, config.alpha, targets, "start" if start else None, copies)
             if start:
                 remove_role(self.base, "start")
-            network = RoleNetwork(self._wrap(self.base, whole), role)
+            network = RoleNetwork(self._wrap(self.base, whole), role).to(self.device)
         for name, weight in network.named_parameters():
             weight.requires_grad_(COARSE_PATCHES[0] not in name or (self._compresses() and not whole))
         return self._counted(role, network)
@@ -76,7 +76,7 @@ class RunNetworks:
             return self._counted("teacher", self._wrap(transformer, whole))
         if start and "teacher" not in roles_of(self.base):
             load_role(weights_in(start), self.base, "teacher", from_bidirectional=whole)
-        network = RoleNetwork(self._wrap(self.base, whole), "teacher" if start else None)
+        network = RoleNetwork(self._wrap(self.base, whole), "teacher" if start else None).to(self.device)
         return self._counted("teacher", network.requires_grad_(False))
 
     def _load(self, source, frozen=False):
@@ -88,10 +88,14 @@ class RunNetworks:
             found = "{} channels and prompts {} wide".format(*self.sizes)
             expected = "{} and {}, as {} takes: prepare the latents with this base".format(*takes, source)
             raise InputError(f"the latents in {config.data} have {found}; expected {expected}")
-        return prepare_transformer(config, transformer)
+        transformer = prepare_transformer(config, transformer)
+        if "base" in config.offload:
+            stream_blocks(transformer, self.device)
+        return transformer
 
     def _transformer(self, source, dtype):
-        return transformer_of(self.config, source, dtype, self.device)
+        device = "cpu" if "base" in self.config.offload else self.device
+        return transformer_of(self.config, source, dtype, device)
 
     def _compresses(self):
         """Whether a causal student learns from old chunks: clips that long, and a loss whose gradient gets there."""
@@ -138,7 +142,7 @@ def prepare_transformer(config: Config, transformer: nn.Module) -> nn.Module:
     """A frozen transformer as a run uses it: per-frame modulation, recomputation and compilation of blocks."""
     use_per_frame_modulation(transformer)
     if config.checkpointing:
-        checkpoint_blocks(transformer, config.keep_attention)
+        checkpoint_blocks(transformer, config.keep_attention, "blocks" in config.offload)
     if config.compiled:
         compile_blocks(transformer)
     return transformer.requires_grad_(False)
@@ -148,7 +152,8 @@ def network_of(transformer: nn.Module, config: Config, whole: int | None = None)
     """The network u(z, t, r, prompt) of a transformer. whole: number of frames of a clip that is one chunk."""
     if config.architecture == "bidirectional":
         return WanNetwork(transformer)
-    return CausalNetwork(transformer, whole or config.causal.first, config.causal.rest, ragged=True)
+    offload = "blocks" in config.offload
+    return CausalNetwork(transformer, whole or config.causal.first, config.causal.rest, ragged=True, offload=offload)
 
 
 def weights_in(source: str | Path, role: str = "student", whole: bool = False) -> str | Path:

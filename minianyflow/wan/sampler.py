@@ -90,6 +90,10 @@ def sample_while_training(
     noise = torch.randn(len(prompts), *data.shape, generator=generator(config.seed, SAMPLES)).to(device)
 
     def on_sample(done):
+        with student.states():
+            sample_and_show(done)
+
+    def sample_and_show(done):
         averaged = student.average is not None and done > student.ema_after
         sources = {"": student.average.module} if averaged else {}
         if config.samples.last or not averaged:

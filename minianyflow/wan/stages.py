@@ -28,7 +28,7 @@ from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
 from minianyflow.wan.data.latents import LatentSet
-from minianyflow.wan.memory import choose_memory
+from minianyflow.wan.memory import check_host, choose_memory
 from minianyflow.wan.prefetch import prefetch
 from minianyflow.wan.published import Rebalanced, anyflow_weight
 from minianyflow.wan.run import Stopwatch, guard, prepare, save_run
@@ -86,6 +86,7 @@ def distil(config: Config, minutes: float | None = None) -> dict | None:
     if config.stage == "on_policy" and accelerator.is_main_process:
         print(f"memory={memory}: {why}", flush=True)
     roles = STAGES[config.stage](replace(config, memory=memory), networks, null)
+    check_host(config, size, roles, data.shape, accelerator.num_processes)
     stopwatch, watch, waits = Stopwatch(), guard(config, data), []
     checkpoints.stateful = {"networks": networks, "clock": stopwatch, "guard": watch}
     part = accelerator.process_index, accelerator.num_processes
@@ -112,6 +113,7 @@ def optimiser(config: Config, **changes) -> dict:
     """The options of `training.Role` in a configuration."""
     options = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
     options |= {"warmup": config.warmup, "cosine": False, "clip": config.clip}
+    options |= {"offload": "states" in config.offload}
     return options | {"ema": config.ema, "ema_after": config.ema_after} | changes
 
 

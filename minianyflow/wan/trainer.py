@@ -72,6 +72,9 @@ def train_run(
     done, history = checkpoints.restore(roles, accelerator) if checkpoints else (0, [])
     if checkpoints:
         checkpoints.check_room(roles)
+    for role in roles.values():
+        with role.states():  # which are new, or were loaded: to where they rest
+            pass
     if done > steps:
         raise InputError(f"a checkpoint of {done} steps; expected at most steps={steps}: set more")
     bar = {"desc": "training", "mininterval": 0.5, "initial": done, "total": steps, "bar_format": BAR}

@@ -85,20 +85,21 @@ class Step:
     def resident(self):
         """Tensors that are there all the time."""
         for role in self.roles.values():
-            for module in (role.network, *([role.average] if role.average else [])):
-                yield from [*module.parameters(), *module.buffers()]
-            for state in role.optimizer.state.values():
-                yield from state.values()
+            yield from [*role.network.parameters(), *([] if role.offload else role._states())]
         for counter in chain(*self.networks.counters.values()):
             transformer = counter.network.transformer
-            yield from [*transformer.parameters(), transformer.rope._build_freqs(torch.device("cpu"))]
+            yield transformer.rope._build_freqs(torch.device("cpu"))
+            streamed = "base" in self.config.offload
+            for name, weight in transformer.named_parameters():
+                if not streamed or "lora_" in name or not name.startswith("blocks."):
+                    yield weight
 
     def bytes(self):
         """Bytes that are there all the time, and the peak of those that come and go."""
         storages = [tensor.untyped_storage() for tensor in self.resident()]
         inputs = tensors_in(self.batch)
         live = LiveBytes([*self.resident(), *inputs, self.null])
-        with live:
+        with live, live.host_memory():
             self.take()
         resident = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         batch, parts = sum(tensor.nbytes for tensor in inputs), self.config.accumulate
@@ -123,7 +124,8 @@ RESIDENT = ("base weights", "adapters", "trained weights", "averages", "optimise
 FAST = ["bidirectional forward lora true"]
 SLOW = ["causal on_policy lora true", "causal forward full true", "bidirectional on_policy full false"]
 SLOW += ["bidirectional teacher lora false", "bidirectional forward lora true accumulate=2"]
-SMALL = [f"{kind} on_policy lora true memory=small" for kind in ("bidirectional", "causal")]
+SMALL = ["causal on_policy lora true memory=small", "bidirectional on_policy lora true memory=small offload=[states]"]
+SMALL += ["bidirectional forward lora true offload=[base]", "causal on_policy lora true offload=[states,blocks,base]"]
 CASES = product(("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false"))
 CASES = [" ".join(case) for case in CASES] + [SLOW[-1], "bidirectional forward lora false accumulate=4", *SMALL]
 
@@ -228,16 +230,18 @@ def test_a_run_that_does_not_fit_names_what_to_change(settings):
     assert low.changes[0][0] == {"checkpointing": True}
     assert [low.gpu.holds(peak) for _, peak in low.changes][-2:] == [False, True]  # up to the first that fits
     none, both = on(1e3, "checkpointing=false"), {"checkpointing": True, "accumulate": 4}
-    assert names(none) == [{"checkpointing": True}, both | {"accumulate": 2}, both, {"gpu": "rtx4090"} | both]
+    moved = both | {"offload": ["states"]}
+    more = moved, {"gpu": "rtx4090"} | moved
+    assert names(none) == [{"checkpointing": True}, both | {"accumulate": 2}, both, *more]
     again = settings("bidirectional", "forward", "checkpointing=true", "accumulate=4")
     assert planned(again).peak == none.changes[2][1]  # each is complete: accumulate=4 alone has another peak
     lines = [line for line in describe(none).splitlines() if line.startswith("    ")]
-    assert [line.endswith("not enough") for line in lines] == [True, True, True, False]
-    assert lines[3].startswith("    gpu=rtx4090 checkpointing=true accumulate=4: ")
+    assert [line.endswith("not enough") for line in lines] == [True] * 4 + [False]
+    assert lines[4].startswith("    gpu=rtx4090 checkpointing=true accumulate=4 offload=[states]: ")
     keep = on(1e12, "keep_attention=true").peak
     assert names(on(keep * 0.99 / (1 - SPARE), "keep_attention=true")) == [{"keep_attention": False}]
     several = on(1e3, "accumulate=2", gpus=2)
-    assert names(several) == [{"sharded": True}, {"gpu": "rtx4090", "sharded": True}]
+    assert names(several) == [{"sharded": True}, {"offload": ["states"]}, {"gpu": "rtx4090", "offload": ["states"]}]
 
 
 # ---- the command, and bad input
@@ -272,8 +276,10 @@ BAD = {
     "--gpus 8 batch=16 accumulate=16": "accumulate=2 is one clip at a time on each GPU",
     "--share 2": "a share 2.0 of the GPU's rate",
     "--price nan": "a price of nan per GPU-hour",
+    "--frames 10": "frames=10",
     "--memory 0": "a GPU with memory 0.0 GB",
     "--rate inf": "a GPU with rate inf",
+    "--gpus 2 --sharded offload=[states]": "FSDP2, which shards moments and averages",
     "--sharded": "weights sharded over 1 GPU",
     "--config wan-1.3b base=someone/else": "not known here; expected a folder with transformer/config.json, or one of",
     "--config wan-1.3b trained=full": "cannot be planned",
@@ -304,11 +310,12 @@ def test_the_command_prints_lines_and_json(settings, capsys):
     assert report["peak"] == sum(report["memory"].values())
     assert report["fits"]
     assert report["money"] == pytest.approx(3 * report["gpu_hours"])
-    assert plan_command(["--config", *where, "--memory", "1e-6", "--gpus", "2"]) == 0
+    clip = ["--frames", "9", "--height", "64", "--width", "96"]
+    assert plan_command(["--config", *where, "--memory", "1e-6", "--gpus", "2", *clip]) == 0
     out = capsys.readouterr().out
-    assert "planned, not measured" in out
+    assert "planned, not measured\nclips of 9 x 64 x 96, 4 per step" in out
     assert "optimiser" in out
-    assert "    --gpu rtx4090 --sharded accumulate=2: " in out  # as the command takes them
+    assert "    --gpu rtx4090 accumulate=2 offload=[states]: " in out  # as the command takes them
 
 
 @pytest.mark.slow

@@ -2,19 +2,24 @@
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minianyflow.batch import part_of
 from minianyflow.training import accumulate_gradient
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.folders import make_tiny_wan
+from minianyflow.wan.guard import Preempted
 from minianyflow.wan.memory import choose_memory
 from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.shapes import SHAPES, latent_shape
-from minianyflow.wan.stages import STAGES, draws
+from minianyflow.wan.stages import STAGES, distil, draws
+from tests.refused import refused
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,8 @@ def gradient_and_counts(config, whole=False):
     return torch.cat(gradients), networks.counts()
 
 
+OFFLOADED = [("bidirectional", "states"), ("bidirectional", "blocks base"), ("causal", "states blocks base")]
+OFFLOADED = [pytest.param(*case, marks=() if case[1] == "states" else pytest.mark.slow) for case in OFFLOADED]
 FAST, SLOW = ("bidirectional", "lora", "bf16"), ("causal", "lora", "fp32")
 CASES = [
     pytest.param(*case, marks=() if case == FAST else pytest.mark.slow if case == SLOW else pytest.mark.long)
@@ -77,6 +84,26 @@ def test_memory_schedules_have_the_gradient_of_one_backward(settings, architectu
     assert torch.equal(*gradients)
 
 
+def student_of(config, folder, minutes=None):
+    """The average and the last weights (2, numbers) of a run; minutes: it is stopped after a step, and goes on."""
+    config = replace(config, output=f"{folder}/{len(config.offload)}-{minutes}", steps=3, warmup=1, ema_after=1)
+    if minutes is not None:
+        with pytest.raises(Preempted):
+            distil(config, minutes)
+    distil(config)
+    files = [load_file(f"{config.output}/student{last}.safetensors") for last in ("", "-last")]
+    return torch.stack([torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in files])
+
+
+@pytest.mark.parametrize(("architecture", "moved"), OFFLOADED)
+def test_what_rests_in_cpu_memory_trains_the_same_weights(settings, tmp_path, architecture, moved):
+    """To the bit, in a run that is stopped and goes on."""
+    config = settings(architecture)
+    plain = student_of(config, tmp_path)
+    assert not torch.equal(*plain)
+    assert torch.equal(student_of(replace(config, offload=moved.split()), tmp_path, minutes=0), plain)
+
+
 @pytest.mark.parametrize(("architecture", "free", "chosen"), [("bidirectional", 80, "small"), ("causal", 200, "fast")])
 def test_auto_keeps_rollouts_where_they_fit(monkeypatch, architecture, free, chosen):
     """14B, one clip at a time; free: GB of GPU memory beside the base."""
@@ -85,3 +112,10 @@ def test_auto_keeps_rollouts_where_they_fit(monkeypatch, architecture, free, cho
     memory, why = choose_memory(config, SHAPES["14b"], latent_shape(), torch.device("cuda"))
     assert memory == chosen
     assert f"{free}.0 are free" in why
+
+
+def test_a_host_without_room_is_said_before_training(settings, monkeypatch):
+    config = settings("bidirectional", "offload=[states,blocks,base]", "steps=2", "warmup=1", "ema_after=1")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e5))
+    with refused("offload=\\[states,blocks,base\\] needs .* GB of CPU memory, and 0.0001 are free; leave out"):
+        distil(config)

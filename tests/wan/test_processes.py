@@ -185,11 +185,12 @@ def assert_same_training(folder, name, kind, plain, halves, steps):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path):
-    """SIGTERM reaches one of two processes: both save and stop, then go on. DDP, and FSDP2."""
+    """SIGTERM reaches one of two processes: both save and stop, then go on, with all offloaded. DDP, and FSDP2."""
     name, steps, given = "causal on_policy", 4, []
     plain = run_once("plain", *arguments(students, name, tmp_path / "plain" / name, steps))
     for kind in KINDS[1:]:
         whole, again = (arguments(students, name, tmp_path / place / name, steps) for place in (kind, f"{kind}-again"))
+        again += ["memory=fast", f"offload=[{'states,' * (kind == 'ddp')}blocks,base]"]
         given += [(kind, whole), (kind, ["sigterm=3", *again]), (kind, again)]
     seen = launch(tmp_path / "report", *given)
     assert [[process["status"] for process in each] for each in seen] == 2 * [[0, 0], [143, 143], [0, 0]]
