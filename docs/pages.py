@@ -52,6 +52,7 @@ TABLES = {  # {page: {name: arguments of `table`}}
     "docs/evaluation.md": {"evaluation": (_TABLES + "evaluation",)},
     "docs/plan.md": {
         "bill": ("minianyflow.planner.report:bill_table", "plan/plans.json"),
+        "offload": ("minianyflow.planner.report:offload_table", "plan/plans.json"),
         "plan": ("minianyflow.planner.report:stage_table", "plan/plans.json"),
         "stream": ("minianyflow.planner.stream:table", "plan/stream.json"),
     },

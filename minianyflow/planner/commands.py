@@ -58,7 +58,8 @@ def plan(argv: list[str]) -> int:
         rows = {name: report.as_row(plan) for name, plan in plans.items()}
         lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]  # of plans.json
         bill = report.bill_table(rows, report.PRICE if price is None else price, share)
-        print("{\n" + ",\n".join(lines) + "\n}" if arguments.json else f"{report.stage_table(rows, share)}\n\n{bill}")
+        tables = f"{report.offload_table(rows)}\n\n{report.stage_table(rows, share)}\n\n{bill}"
+        print("{\n" + ",\n".join(lines) + "\n}" if arguments.json else tables)
         return 0
     files = [name for name in arguments.config if "=" not in name]
     pairs = [name for name in arguments.config if "=" in name]  # those that follow --config

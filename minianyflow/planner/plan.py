@@ -105,10 +105,10 @@ def _clip(config, clip):
 
 def published_plan(name: str) -> Plan:
     """A plan of docs/plan.md by its name, like "14B causal on_policy, 8 x h200": one clip at a time on each GPU."""
-    stage, setup = name.split(", ")
+    stage, setup, *words = name.split(", ")
     size, *overlays = stage.split()
     config, (gpus, sharded) = load_config([SIZES[size], *overlays]), SETUPS[setup]
-    config = replace(config, accumulate=config.batch // gpus, memory="small")  # for GPUs of all sizes
+    config = replace(config, accumulate=config.batch // gpus, memory="small", offload=words)  # for GPUs of all sizes
     return plan_run(config, WAN_CLIP, gpus=gpus, sharded=sharded, advise=False)
 
 

@@ -21,10 +21,10 @@ OFFLOADS = (  # sets of what rests in CPU memory, the cheapest first
     ("states", "base"),
     ("states", "blocks", "base"),
 )
-PUBLISHED = [
-    f"{size} {kind} {stage}, {setup}"
-    for size, kind, stage, setup in product(SIZES, KINDS, ("teacher", "forward", "on_policy"), SETUPS)
-]
+ONE_GPU = {"1.3B": "rtx4090", "14B": "h100"}  # of the bill
+STAGES = [" ".join(words) for words in product(SIZES, KINDS, ("teacher", "forward", "on_policy"))]
+PUBLISHED = [f"{stage}, {setup}" for stage, setup in product(STAGES, SETUPS)]
+PUBLISHED += [f"{stage}, 1 x h200, states" for stage in STAGES]
 OUTSIDE = {  # bytes that training does not load: parameters of Wan2.1's text encoder (UMT5-XXL) and VAE
     "text encoder, bfloat16": 2 * 5_680_910_336,
     "VAE, float32": 4 * 126_892_531,
@@ -160,7 +160,7 @@ def stage_table(plans: dict[str, dict], share: float = 0.5) -> str:
     rows = []
     for name, row in plans.items():
         plan, run = from_row(row), row["run"]
-        if plan.gpus == 1:
+        if plan.gpus == 1 and not run["offload"]:
             on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
             hours = [f"{other.hours(share):,.0f}" if other.fits else "-" for other in on]
             work = [f"{run['steps']} x {run['batch']}", f"{plan.flop / 1e15:,.1f}", f"{plan.peak / 1e9:.0f}"]
@@ -168,15 +168,36 @@ def stage_table(plans: dict[str, dict], share: float = 0.5) -> str:
     return markdown_table(["run", "steps x batch", "PFLOP per step", "GB", *GPUS], rows)
 
 
+def on_one_gpu(plans: dict[str, dict], stage: str) -> Plan:
+    """The plan of a stage on one GPU of ONE_GPU, with `states` in CPU memory where it fits with these alone."""
+    gpu = GPUS[ONE_GPU[stage.split()[0]]]
+    whole, moved = (replace(from_row(plans[f"{stage}, 1 x h200{more}"]), gpu=gpu) for more in ("", ", states"))
+    return whole if whole.fits else moved
+
+
+def offload_table(plans: dict[str, dict]) -> str:
+    """One row per size, architecture and stage: GB on one GPU and in CPU memory, without and with `states` there."""
+    rows = []
+    for stage in STAGES:
+        whole, moved = (from_row(plans[f"{stage}, 1 x h200{more}"]) for more in ("", ", states"))
+        sizes = whole.peak, moved.peak, sum(moved.host.values()), moved.bus
+        rows.append([stage, *(f"{size / 1e9:.1f}" for size in sizes)])
+    return markdown_table(
+        ["run", "GB on the GPU", "with states in CPU memory", "GB there", "GB per step over the bus"], rows
+    )
+
+
 def bill_table(plans: dict[str, dict], price: float = PRICE, share: float = 0.5) -> str:
     """One row per whole model (three stages in turn) on one and on eight GPUs: GPU-hours, days and money."""
-    rows, (one, *eight) = [], SETUPS
-    for size, kind, setups in product(SIZES, KINDS, ((one,), eight)):
+    rows, (_, *eight) = [], SETUPS
+    for size, kind, several in product(SIZES, KINDS, (False, True)):
         stages = [f"{size} {stage}" for stage in ("bidirectional teacher", f"{kind} forward", f"{kind} on_policy")]
-        for setup in setups:
-            model = [from_row(plans[f"{stage}, {setup}"]) for stage in stages]
+        for setup in eight if several else (f"1 x {ONE_GPU[size]}",):
+            model = [from_row(plans[f"{stage}, {setup}"]) if several else on_one_gpu(plans, stage) for stage in stages]
             if fits := all(plan.fits for plan in model):
                 break
+        words = sorted({word for plan in model for word in plan.run["offload"]})
+        setup += f", offload=[{','.join(words)}]" if words else ""
         hours, peak = sum(plan.hours(share) for plan in model), max(plan.peak for plan in model)
         gpu_hours = model[0].gpus * hours
         bill = [f"{gpu_hours:,.0f}", f"{hours / 24:.1f}", f"{price * gpu_hours:,.0f}"]

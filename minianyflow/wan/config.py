@@ -420,6 +420,6 @@ def _wrong(error, values, origin):
     value = values[name][inner] if name in SECTIONS else values[name]
     name = f"{name}.{inner}" if name in SECTIONS else name
     if error["type"] == "literal_error":
-        choose(name, value, dict.fromkeys(re.findall(r"'(\w+)'", error["ctx"]["expected"])))
+        choose(name, error["input"], dict.fromkeys(re.findall(r"'(\w+)'", error["ctx"]["expected"])))
     why = f"{error['msg']} ({OPTIONS[name].description})".replace("Input", "it").replace("List", "it")
     return InputError(f"{name}={value}{origin.get(name, '')}; {why}")

@@ -17,7 +17,7 @@ from minianyflow.planner.forward_calls import ForwardCall
 from minianyflow.planner.forward_cost import ForwardCosts, attended_pairs
 from minianyflow.planner.gpus import GPUS, SPARE, Gpu, find_gpu
 from minianyflow.planner.plan import check_split, plan_run, published_plan, shape_of
-from minianyflow.planner.report import OUTSIDE, PUBLISHED, describe, from_row
+from minianyflow.planner.report import OFFLOADS, OUTSIDE, PUBLISHED, describe, from_row
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
@@ -125,9 +125,10 @@ FAST = ["bidirectional forward lora true"]
 SLOW = ["causal on_policy lora true", "causal forward full true", "bidirectional on_policy full false"]
 SLOW += ["bidirectional teacher lora false", "bidirectional forward lora true accumulate=2"]
 SMALL = ["causal on_policy lora true memory=small", "bidirectional on_policy lora true memory=small offload=[states]"]
-SMALL += ["bidirectional forward lora true offload=[base]", "causal on_policy lora true offload=[states,blocks,base]"]
+SMALL += ["bidirectional forward lora true offload=[base]"]
 CASES = product(("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false"))
 CASES = [" ".join(case) for case in CASES] + [SLOW[-1], "bidirectional forward lora false accumulate=4", *SMALL]
+CASES += ["causal on_policy lora true offload=[states,blocks,base]"]
 
 
 def marked(cases, slow, fast=()):
@@ -230,18 +231,18 @@ def test_a_run_that_does_not_fit_names_what_to_change(settings):
     assert low.changes[0][0] == {"checkpointing": True}
     assert [low.gpu.holds(peak) for _, peak in low.changes][-2:] == [False, True]  # up to the first that fits
     none, both = on(1e3, "checkpointing=false"), {"checkpointing": True, "accumulate": 4}
-    moved = both | {"offload": ["states"]}
-    more = moved, {"gpu": "rtx4090"} | moved
+    moves = [{"offload": [*words]} for words in OFFLOADS[1:]]
+    more = *(both | move for move in moves), {"gpu": "rtx4090"} | both
     assert names(none) == [{"checkpointing": True}, both | {"accumulate": 2}, both, *more]
     again = settings("bidirectional", "forward", "checkpointing=true", "accumulate=4")
     assert planned(again).peak == none.changes[2][1]  # each is complete: accumulate=4 alone has another peak
     lines = [line for line in describe(none).splitlines() if line.startswith("    ")]
-    assert [line.endswith("not enough") for line in lines] == [True] * 4 + [False]
-    assert lines[4].startswith("    gpu=rtx4090 checkpointing=true accumulate=4 offload=[states]: ")
+    assert [line.endswith("not enough") for line in lines] == [True] * 7 + [False]
+    assert lines[7].startswith("    gpu=rtx4090 checkpointing=true accumulate=4: ")
     keep = on(1e12, "keep_attention=true").peak
     assert names(on(keep * 0.99 / (1 - SPARE), "keep_attention=true")) == [{"keep_attention": False}]
     several = on(1e3, "accumulate=2", gpus=2)
-    assert names(several) == [{"sharded": True}, {"offload": ["states"]}, {"gpu": "rtx4090", "offload": ["states"]}]
+    assert names(several) == [{"sharded": True}, *moves, {"gpu": "rtx4090", "sharded": True}]
 
 
 # ---- the command, and bad input
@@ -315,7 +316,7 @@ def test_the_command_prints_lines_and_json(settings, capsys):
     out = capsys.readouterr().out
     assert "planned, not measured\nclips of 9 x 64 x 96, 4 per step" in out
     assert "optimiser" in out
-    assert "    --gpu rtx4090 accumulate=2 offload=[states]: " in out  # as the command takes them
+    assert "    --gpu rtx4090 --sharded accumulate=2: " in out  # as the command takes them
 
 
 @pytest.mark.slow

@@ -60,8 +60,11 @@ def gradient_and_counts(config, whole=False):
     return torch.cat(gradients), networks.counts()
 
 
-OFFLOADED = [("bidirectional", "states"), ("bidirectional", "blocks base"), ("causal", "states blocks base")]
-OFFLOADED = [pytest.param(*case, marks=() if case[1] == "states" else pytest.mark.slow) for case in OFFLOADED]
+OFFLOADED = [
+    ("bidirectional", "states"),
+    pytest.param("bidirectional", "blocks base", marks=pytest.mark.long),
+    pytest.param("causal", "states blocks base", marks=pytest.mark.slow),
+]
 FAST, SLOW = ("bidirectional", "lora", "bf16"), ("causal", "lora", "fp32")
 CASES = [
     pytest.param(*case, marks=() if case == FAST else pytest.mark.slow if case == SLOW else pytest.mark.long)
