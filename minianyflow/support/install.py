@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minianyflow.support.errors import InputError
 
+LOCK = "minianyflow/support/lock.txt"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -17,7 +18,7 @@ def setup():
     """Make .venv and install the pinned packages into it; does nothing where that is done."""
     if sys.version_info < (3, 11):  # noqa: UP036 (runs before anything has checked)
         raise InputError(f"Python {sys.version.split()[0]} found; expected 3.11 or newer: make PYTHON=python3.12 demo")
-    _environment(".venv", ROOT / "requirements.txt")
+    _environment(".venv", ROOT / "requirements.txt", ROOT / LOCK)
     return 0
 
 
@@ -35,11 +36,15 @@ def lowest_python():
     return str(_environment(".venv-lowest", listed))
 
 
-def _environment(name, requirements):
-    """The Python of a virtual environment with these packages and the project itself; made or renewed if need be."""
+def _environment(name, requirements, lock=None):
+    """The Python of a virtual environment with these packages and the project itself; made or renewed if need be.
+
+    lock: a file with hashes, which takes the place of `requirements` but for torch.
+    """
     folder = ROOT / name
     python, stamp = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"), folder / "installed"
-    wanted = hashlib.sha256(requirements.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    files = [requirements, ROOT / "pyproject.toml", *([lock] if lock else [])]
+    wanted = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     if stamp.exists() and stamp.read_text("utf-8") == wanted:
         return python
     print(f"setting up {name} with the packages of {requirements.name} (once; a few minutes)", flush=True)
@@ -48,7 +53,11 @@ def _environment(name, requirements):
     except (subprocess.CalledProcessError, OSError):
         raise InputError(f"could not make {name}; on Debian or Ubuntu: apt install python3-venv") from None
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for what in (["-r", requirements], ["--no-deps", "--editable", ROOT]):
+    packages = [["-r", requirements]]
+    if lock:
+        torch = [line for line in requirements.read_text("utf-8").splitlines() if line.startswith("torch==")]
+        packages = [torch, ["--no-deps", "--require-hashes", "-r", lock]]
+    for what in (*packages, ["--no-deps", "--editable", ROOT]):
         if subprocess.call([*map(str, install), *map(str, what)]):
             raise InputError(f"pip could not install {what[-1]}; see its message above, then run the command again")
     stamp.write_text(wanted)

@@ -37,6 +37,13 @@ def test_every_dependency_is_pinned_inside_its_range():
     assert torch.specifier.contains("2.12.0")  # a range, not a pin
 
 
+def test_every_pin_but_torch_is_locked_by_its_hashes():
+    text = (ROOT / install.LOCK).read_text("utf-8")
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)(?: ; [^\n]*)? \\\n    --hash=sha256:[0-9a-f]{64}", text, re.M))
+    expected = {canonical(name): value for name, value in PINS.items() if name != "torch"}
+    assert {canonical(name): value for name, value in locked.items()} == expected
+
+
 def test_what_is_installed_is_what_is_pinned():
     for name, pin in PINS.items():
         assert Version(version(name)).public == pin, name
@@ -100,15 +107,20 @@ def test_set_up_does_nothing_where_it_is_done_and_names_what_failed(tmp_path, mo
     monkeypatch.setattr(install, "ROOT", tmp_path)
     monkeypatch.setattr(install.venv, "create", lambda folder, with_pip: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(install.subprocess, "call", lambda command: calls.append(command) or 0)
-    for name in ("requirements.txt", "pyproject.toml"):
-        (tmp_path / name).write_text("")
+    (tmp_path / install.LOCK).parent.mkdir(parents=True)
+    for name in ("requirements.txt", "pyproject.toml", install.LOCK):
+        (tmp_path / name).write_text("torch==2.13.0\n" if name == "requirements.txt" else "")
     assert install.setup() == 0
-    assert len(calls) == 2
+    assert [command[6:] for command in calls] == [
+        ["torch==2.13.0"],
+        ["--no-deps", "--require-hashes", "-r", str(tmp_path / install.LOCK)],
+        ["--no-deps", "--editable", str(tmp_path)],
+    ]
     install.setup()
-    assert len(calls) == 2  # done once
-    (tmp_path / "requirements.txt").write_text("numpy==2.0.0")
+    assert len(calls) == 3  # done once
+    (tmp_path / install.LOCK).write_text("numpy==2.0.0")
     monkeypatch.setattr(install.subprocess, "call", lambda command: 1)
-    with pytest.raises(InputError, match=r"pip could not install .*requirements\.txt"):
+    with pytest.raises(InputError, match=r"pip could not install torch==2\.13\.0"):
         install.setup()
     monkeypatch.setattr(install.sys, "version_info", (3, 10, 0))
     with pytest.raises(InputError, match=r"expected 3\.11 or newer"):
