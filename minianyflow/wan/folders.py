@@ -63,6 +63,7 @@ class Index(TypedDict):
     transformer: NotRequired[list[str | None] | None]
 
 
+TEXT_ENCODERS = ("UMT5EncoderModel", "T5EncoderModel")
 NEW_TIME, NEW_PATCH = "condition_embedder.delta_embedder.", "far_patch_embedding."
 PARTS = {
     "tokenizer": AutoTokenizer,
@@ -185,10 +186,22 @@ def _load_part(source, name, dtype):
     if name == "tokenizer":
         return load(source, name, lambda: kind.from_pretrained(**place, trust_remote_code=False))
     if name == "text_encoder":
+        kind = _text_encoder_class(source)
         found = configuration(source, name, lambda: PretrainedConfig.get_config_dict(**place)[0])
         check_config(found, f"{source}/{name}")
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
     return _load_whole(source, name, kind, options | place, kind.__name__).eval().requires_grad_(False)
+
+
+def _text_encoder_class(source):
+    """The class that model_index.json names; where there is no such file, Wan's."""
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        return UMT5EncoderModel
+    index = load(source, "pipeline", lambda: diffusers.DiffusionPipeline.load_config(source))
+    found = str((index.get("text_encoder") or [None, UMT5EncoderModel.__name__])[1])
+    if found not in TEXT_ENCODERS:
+        raise InputError(f"the text_encoder in {source} is a {found}; expected {' or '.join(TEXT_ENCODERS)}")
+    return getattr(transformers, found)
 
 
 def codec_factor(source: str | Path) -> int:

@@ -467,6 +467,22 @@ def test_parts_keep_their_dtype_rules_and_are_whole(copied):
     assert transformers.utils.logging.get_verbosity() == level  # and nobody is left silenced
 
 
+@pytest.mark.slow
+def test_the_text_encoder_is_of_the_class_that_the_index_names(copied):
+    """As of pipelines of Wan's family with T5 in the place of UMT5."""
+    options = json.loads((copied / "text_encoder/config.json").read_text())
+    keys = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "vocab_size")
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**{key: options[key] for key in keys})).eval()
+    encoder.save_pretrained(copied / "text_encoder")
+    change_config(copied / "model_index.json", text_encoder=["transformers", "T5EncoderModel"])
+    tokenizer, loaded = load_parts(copied, "tokenizer", "text_encoder")
+    assert isinstance(loaded, transformers.T5EncoderModel)
+    assert torch.equal(*(encode_prompts(tokenizer, one, CAPTIONS[:1], 8) for one in (encoder, loaded)))
+    change_config(copied / "model_index.json", text_encoder=["transformers", "Clock"])
+    with refused(r"the text_encoder in .* is a Clock; expected UMT5EncoderModel or T5EncoderModel"):
+        load_parts(copied, "text_encoder")
+
+
 # The command
 
 
