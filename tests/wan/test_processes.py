@@ -12,7 +12,10 @@ last process alone then gets SIGTERM in the N-th step of a role.
 
 import json
 import os
+import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 from itertools import groupby
@@ -240,6 +243,35 @@ def test_two_processes_resume_as_one_and_back(students, tmp_path, kind):
     for name in names:
         assert [entry["step"] for entry in history(tmp_path / "again" / name)] == list(range(9))
         assert difference(tmp_path / "whole" / name, tmp_path / "again" / name) < 1e-5, name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["hand", "slurm"])
+def test_two_launchers_train_and_sample_as_one_process(students, tmp_path, by):
+    """scripts/node.sh as two machines start it: by hand, and as the last line of slurm.sh has it, with srun's words."""
+    words = arguments(students, "bidirectional forward", tmp_path / "one", 4)
+    words = [word for word in words if not word.startswith("samples.")] + ["samples.every=4", "samples.steps=[1,4]"]
+    assert run_once("plain", *words)["status"] == 0
+    again = [word.replace(str(tmp_path / "one"), str(tmp_path / "two")) for word in words]
+    (line,) = re.findall(r"^srun (bash .*) \"\$@\" --minutes 230$", (ROOT / "scripts/slurm.sh").read_text(), re.M)
+    start = ["bash", "scripts/node.sh"] if by == "hand" else shlex.split(line)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = ENVIRONMENT | {"MACHINES": "2", "HOST": "127.0.0.1", "GPUS": "1", "PORT": port}
+    shared["PATH"] = f"{Path(sys.executable).parent}:{shared['PATH']}"
+    launchers = [
+        subprocess.Popen([*start, *again], cwd=ROOT, env=shared | {"NODE": str(rank), "SLURM_NODEID": str(rank)})
+        for rank in (0, 1)
+    ]
+    assert [launcher.wait(300) for launcher in launchers] == [0, 0]
+    report = json.loads((tmp_path / "two/run.json").read_text())
+    assert (report["processes"], report["distribution"]) == (2, "MULTI_CPU")
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    before = [sorted((tmp_path / run / "samples/000000").iterdir()) for run in ("one", "two")]
+    assert len(before[0]) == 5  # two prompts at two step counts, and the sheet
+    assert [path.read_bytes() for path in before[0]] == [path.read_bytes() for path in before[1]]
+    assert (tmp_path / "two/samples/000004/sheet.png").is_file()
 
 
 SOME = ["--kills", "1", "--only", "two runs, one folder", "disk full while saving"]
