@@ -65,8 +65,8 @@ class CausalNetwork(nn.Module):
             block.attn1.set_processor(CausalAttention(padded, offload))
 
     def partition(self, frames: int) -> Partition:
-        """The chunks of a clip of `frames` frames."""
-        return chunk_partition(frames, self.first, self.rest, self.ragged)
+        """The chunks of a clip of `frames` frames; if ragged, one that is shorter than the first chunk is one chunk."""
+        return chunk_partition(frames, min(self.first, frames) if self.ragged else self.first, self.rest, self.ragged)
 
     def forward(
         self,

@@ -18,7 +18,7 @@ from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
 from minianyflow.planner.report import OFFLOADS, SETUPS, SIZES, Plan
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config, load_config
-from minianyflow.wan.data.latents import LatentSet
+from minianyflow.wan.data.buckets import open_latents
 from minianyflow.wan.data.options import WAN_CLIP
 from minianyflow.wan.shapes import SHAPES, latent_shape
 
@@ -97,7 +97,7 @@ def shape_of(base: str) -> dict:
 
 def _clip(config, clip):
     if clip is None and config.data and Path(config.data).is_dir():
-        data = LatentSet(config.data)
+        data = open_latents(config.data)
         return tuple(data.shape), data.null.shape[1]
     clip = WAN_CLIP | (clip or {})
     return latent_shape(clip["frames"], clip["height"], clip["width"]), clip["length"]

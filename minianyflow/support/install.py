@@ -27,7 +27,8 @@ def lowest_python():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = [project["optional-dependencies"][name] for name in ("video", "distill", "course", "site", "test")]
+    wanted = ("video", "distill", "parquet", "course", "site", "test")
+    extras = [project["optional-dependencies"][name] for name in wanted]
     pins = [line for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if line.startswith("torch==")]
     pins += [line.replace(">=", "==") for line in sum(extras, project["dependencies"]) if not line.startswith("torch>")]
     listed = ROOT / "build" / "lowest.txt"

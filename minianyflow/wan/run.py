@@ -32,6 +32,7 @@ from minianyflow.support.files import read_json, remove_leftovers, staging_folde
 from minianyflow.training import Role
 from minianyflow.wan.checkpoints import Checkpoints
 from minianyflow.wan.config import Config, as_yaml, find_device, identity, load_config
+from minianyflow.wan.data.buckets import Buckets, check_processes, open_latents
 from minianyflow.wan.data.latents import Count, LatentSet
 from minianyflow.wan.guard import Guard, check_tracker, end_trackers, start_trackers
 from minianyflow.wan.prefetch import waiting_share
@@ -73,7 +74,7 @@ class Stopwatch:
         self.before, self.start = state["seconds"], time.perf_counter()
 
 
-def run_identity(config: Config, data: LatentSet) -> dict:
+def run_identity(config: Config, data: LatentSet | Buckets) -> dict:
     """What may not change when a run resumes, {name: value}: weights and data by content, not by place."""
     values, full = identity(config), config.trained == "full"
     starts = {name: getattr(config, name) for name in ("student", "teacher")}
@@ -84,7 +85,7 @@ def run_identity(config: Config, data: LatentSet) -> dict:
     return values | {"what data holds": data.identity, "rows of data": len(data)}
 
 
-def prepare(config: Config) -> tuple[Accelerator, LatentSet, Checkpoints]:
+def prepare(config: Config) -> tuple[Accelerator, LatentSet | Buckets, Checkpoints]:
     """The accelerator, the data and the checkpoints of a run.
 
     Raises InputError for a finished run in its folder, one that was begun with another configuration or is not to be
@@ -93,7 +94,7 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet, Checkpoints]:
     output = Path(config.output)
     _check_unfinished(output)
     check_tracker(config.log.tracker)
-    data = LatentSet(config.data, config.data_skip)
+    data = open_latents(config.data, config.data_skip)
     options = config.checkpoints
     checkpoints = Checkpoints(output / "checkpoints", options.every, options.keep, run_identity(config, data))
     if config.resume == "never" and checkpoints.folders():
@@ -113,6 +114,7 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet, Checkpoints]:
     )
     if "states" in config.offload and accelerator.distributed_type == DistributedType.FSDP:
         raise InputError("offload=states with FSDP2, which shards moments and averages; set offload=[], or use DDP")
+    check_processes(data, accelerator.num_processes)
     checkpoints.lock(accelerator)
     _check_unfinished(output)  # another run may have been at work, and done with it
     checkpoints.check_settings()
@@ -128,14 +130,14 @@ def _check_unfinished(output):
         raise InputError(f"{output} holds a finished run; name another folder with output=FOLDER, or remove it")
 
 
-def guard(config: Config, data: LatentSet) -> Guard:
+def guard(config: Config, data: LatentSet | Buckets) -> Guard:
     """The guard against bad batches of a run."""
     return Guard(config.on_nan.skip, config.on_nan.above or math.inf, config.output, data.files)
 
 
 def save_run(
     config: Config,
-    data: LatentSet,
+    data: LatentSet | Buckets,
     networks: RunNetworks,
     roles: dict[str, Role],
     history: list[dict],

@@ -27,6 +27,7 @@ from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulati
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
+from minianyflow.wan.data.buckets import Buckets
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.memory import check_host, choose_memory
 from minianyflow.wan.prefetch import prefetch
@@ -141,7 +142,7 @@ def simulation(config: Config) -> Callable:
     return causal_backward_simulation(config.on_policy.context_gradient, chunks.first, chunks.rest, True, recomputed)
 
 
-def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
+def draws(config: Config, data: LatentSet | Buckets, part: tuple[int, int] = (0, 1)) -> Callable[[int], dict]:
     """`draw(step)` for `train_run`: the rows of one process, part = (index, processes), of the batch of that step."""
     pairs = {"diagonal": config.diagonal, "end": config.end, "shift": config.shift, "drop": config.drop}
     pairs |= {"diagonal_time": config.diagonal_time, "known": config.i2v_prob}
@@ -155,7 +156,9 @@ def draws(config: Config, data: LatentSet, part: tuple[int, int] = (0, 1)) -> Ca
         if "dropped" in batch:
             batch = drop_prompts(batch, data.null, config)
         if config.stage == "on_policy":
-            rollout = draw_on_policy(data.shape, config.batch, generator(config.seed, ROLLOUTS, step), **rollouts)
+            rollout = draw_on_policy(
+                batch["x"].shape[1:], config.batch, generator(config.seed, ROLLOUTS, step), **rollouts
+            )
             batch |= pick_rows(rollout, batch["place"])
         batch = know_first_frames(batch)
         return chunk_batch(batch, config, step) if config.architecture == "causal" else batch

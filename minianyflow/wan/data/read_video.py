@@ -134,6 +134,20 @@ def _changes(about):
     return changes
 
 
+def measure_clip(path: str | Path, most: int, fps: float = FPS) -> tuple[int, float]:
+    """Number of frames of a video at `fps`, counted to `most`, and its width over its height, upright, as shown.
+
+    Raises InputError as `read_video`.
+    """
+    filters = f"settb=AVTB,setpts=(PTS-STARTPTS)-{LATE / fps}/TB,fps={fps}:round=up,scale=w=round(360*dar):h=360"
+    try:
+        pictures = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", filters, "-frames:v", str(most), "-an"])
+        width, height = next(pictures)["size"]
+        return sum(1 for _ in pictures), width / height
+    except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration) as problem:
+        raise InputError(f"{path} cannot be read ({type(problem).__name__}); expected a video") from None
+
+
 def to_float(video: Tensor) -> Tensor:
     """Bytes (T, H, W, 3) to a video (1, T, 3, H, W) in [0, 1], as the codec takes it."""
     return video.permute(0, 3, 1, 2)[None].float() / 255
