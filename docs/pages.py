@@ -50,6 +50,7 @@ TABLES = {  # {page: {name: arguments of `table`}}
         "choices": ("benchmarks.published:table", "wan/choices.json"),
     },
     "docs/evaluation.md": {"evaluation": (_TABLES + "evaluation",)},
+    "docs/healthy.md": {"healthy": ("benchmarks.healthy:table", "healthy/healthy.json")},
     "docs/plan.md": {
         "bill": ("minianyflow.planner.report:bill_table", "plan/plans.json"),
         "offload": ("minianyflow.planner.report:offload_table", "plan/plans.json"),

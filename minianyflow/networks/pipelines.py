@@ -34,8 +34,8 @@ from minianyflow.times import time_grid
 CLASSES = (  # that a pipeline's files may name
     *("WanPipeline", "AnyFlowPipeline", "AnyFlowFARPipeline", "WanAnyFlowPipeline", "FARWanAnyFlowPipeline"),
     *("WanTransformer3DModel", "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"),
-    *("FAR_Wan_Transformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel", "T5Tokenizer", "T5TokenizerFast"),
-    *("ByT5Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"),
+    *("FAR_Wan_Transformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel", "T5EncoderModel"),
+    *("T5Tokenizer", "T5TokenizerFast", "ByT5Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"),
     *("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler"),
     *("FlowMapDiscreteScheduler", "DPMSolverMultistepScheduler"),
 )

@@ -23,9 +23,9 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 fill [0, 1) evenly, ho
 
 
 class Buckets:
-    """The buckets in `folder`, the largest first, as one set: what `LatentSet` has, but for `rows`.
+    """The buckets in `folder`, those of the longest clips first, as one set: what `LatentSet` has, but for `rows`.
 
-    shape: (F, C, H, W) of the largest bucket; skip: how many broken files may be left out per bucket.
+    shape: (F, C, H, W) of the first bucket; skip: how many broken files may be left out per bucket.
     Raises InputError for buckets of other prompts.
     """
 
@@ -58,7 +58,7 @@ class Buckets:
         return self.sets[bucket], int(index) - (int(self.ends[bucket - 1]) if bucket else 0)
 
     def draw(self, step: int, rows: int, seed: int = 0, part: tuple[int, int] = (0, 1), **pairs) -> Batch:
-        """The batch of `step`, as `LatentSet.draw` has it, of one bucket: that of step 0 is the largest.
+        """The batch of `step`, as `LatentSet.draw` has it, of one bucket: that of step 0 is the first.
 
         A bucket is drawn as often as it has clips, as evenly as may be, and draws as a set of its own does: each of its
         clips comes once per epoch of the bucket. `row` (B,) has the rows of all buckets in turn.
@@ -101,22 +101,20 @@ def sort_clips(clips: list[Clip], videos: Path, buckets: dict[str, Options]) -> 
     """{bucket: its clips}, without empty ones. buckets: {name: options}.
 
     A clip goes where its aspect ratio is nearest among the buckets that are not longer than it is; of equals to the one
-    with most frames, then most pixels. One that is too short for all, or cannot be read, goes to the shortest, whose
-    skipped.jsonl will say why.
+    with most frames, then most pixels. Those that are too short for all, or cannot be read, come last in the shortest
+    bucket that has clips: its skipped.jsonl will say why.
     """
-    sorted_clips, shortest = defaultdict(list), min(buckets, key=lambda name: buckets[name].frames)
-    longest = max(bucket.frames for bucket in buckets.values())
+    found, left = defaultdict(list), []
+    longest, fps = max(bucket.frames for bucket in buckets.values()), next(iter(buckets.values())).fps
     for clip in clips:
         try:
-            frames, aspect = measure_clip(Path(videos) / clip.file, longest, next(iter(buckets.values())).fps)
+            frames, aspect = measure_clip(Path(videos) / clip.file, longest, fps)
         except InputError:
             frames, aspect = 0, 1.0
-        fits = {name: bucket for name, bucket in buckets.items() if bucket.frames <= frames}
-
-        def badness(name, aspect=aspect):
-            size = buckets[name]
-            apart = abs(math.log(size.width / size.height / aspect))
-            return round(apart, 3), -size.frames, -size.height * size.width
-
-        sorted_clips[min(fits, key=badness, default=shortest)].append(clip)
-    return dict(sorted_clips)
+        fits = [name for name, bucket in buckets.items() if bucket.frames <= frames]
+        sizes = {name: (buckets[name].frames, buckets[name].height, buckets[name].width) for name in fits}
+        rank = {name: (round(abs(math.log(w / h / aspect)), 3), -f, -h * w) for name, (f, h, w) in sizes.items()}
+        (found[min(rank, key=rank.get)] if rank else left).append(clip)
+    if left:
+        found[min(found or buckets, key=lambda name: buckets[name].frames)] += left
+    return dict(found)
