@@ -145,7 +145,7 @@ def draw(report: dict, name: str) -> Figure:
             axes.set_yscale("log")
         else:
             axes.axhline(1.0, color="0.85", zorder=0)
-            axes.set_ylim(0, None)
+            axes.set_ylim(0, max(1.2, axes.get_ylim()[1]))
         if title == "loss":
             axes.legend(fontsize=8)
     return figure
