@@ -173,7 +173,7 @@ def test_the_readme_samples_as_it_says(request, kind, monkeypatch):
 def test_whole_or_not_at_all(network, parts, tmp_path, monkeypatch):
     target = tmp_path / "new"
     for shift in (0, -1):
-        with refused("time shift .* finite positive number"):
+        with refused("time shift .* expected a positive number"):
             save_pipeline(target, network, *parts, shift=shift)
 
     def full(*arguments):
