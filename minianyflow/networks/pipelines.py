@@ -60,7 +60,7 @@ pipeline = {loader}.from_pretrained({source}, torch_dtype={dtype}{custom})
 video = pipeline(
     {prompt}, {options}, generator=torch.Generator().manual_seed(0)
 ).frames[0]
-export_to_video(video, "video.mp4", fps=16)"""
+export_to_video(video, "video.mp4", fps={fps})"""
 PADDING = """
 `pipeline.py` is part of this folder: diffusers' own attention pads the keys of a chunk with zeros and lets the chunk
 see them, which the network was not trained with. For another `num_frames` give `chunk_partition=` of its latents.
@@ -99,6 +99,7 @@ def write_pipeline(
     provenance: dict | None = None,
     notes: str = "",
     files: dict[str, str] | None = None,
+    fps: int = 16,
     **card: object,
 ) -> None:
     """Write a pipeline of diffusers to `folder`, with a README that loads it; whole or not at all.
@@ -112,11 +113,20 @@ def write_pipeline(
             (inside / name).write_text(text, "utf-8")
         kind, name = type(pipeline), Path(folder).name
         dtype = str(pipeline.transformer.dtype)
-        write_readme(inside, kind, what, stock_lines(kind, name, prompt, options, dtype), notes, provenance, **card)
+        write_readme(
+            inside, kind, what, stock_lines(kind, name, prompt, options, dtype, fps=fps), notes, provenance, **card
+        )
 
 
 def stock_lines(
-    kind: type, name: str, prompt: str, options: dict, dtype: str, before: str = "", imports: Sequence[str] = ()
+    kind: type,
+    name: str,
+    prompt: str,
+    options: dict,
+    dtype: str,
+    before: str = "",
+    imports: Sequence[str] = (),
+    fps: int = 16,
 ) -> str:
     """The lines that sample the export `name`, an AnyFlow(FAR)Pipeline as `kind` says, in diffusers alone.
 
@@ -134,6 +144,7 @@ def stock_lines(
         after=f'pipeline.load_lora_weights("{name}")\n' if before else "",
         prompt=json.dumps(prompt, ensure_ascii=False),
         options=", ".join(f"{option}={value}" for option, value in options.items()),
+        fps=fps,
     )
 
 

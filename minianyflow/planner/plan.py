@@ -19,7 +19,7 @@ from minianyflow.planner.report import OFFLOADS, SETUPS, SIZES, Plan
 from minianyflow.support.errors import InputError
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.buckets import open_latents
-from minianyflow.wan.data.options import WAN_CLIP
+from minianyflow.wan.data.options import CODECS, WAN22_CLIP, WAN_CLIP
 from minianyflow.wan.shapes import SHAPES, latent_shape
 
 STEPS = 16  # number of steps whose draws are counted by default
@@ -29,7 +29,7 @@ HUB = {
     f"{name}-{size}-Diffusers": size.lower()
     for name in ("Wan-AI/Wan2.1-T2V", "nvidia/AnyFlow-Wan2.1-T2V", "nvidia/AnyFlow-FAR-Wan2.1")
     for size in ("1.3B", "14B")
-}
+} | {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": "5b"}
 
 
 def plan_run(
@@ -48,7 +48,7 @@ def plan_run(
             "counted; plan precision=fp32, which takes more, or trained=lora"
         )
     shape = shape_of(config.base)
-    clip_shape, length = _clip(config, clip)
+    clip_shape, length = _clip(config, clip, shape["in_channels"])
     check_split(config.batch, gpus, config.accumulate)
     if sharded and gpus == 1:
         raise InputError("weights sharded over 1 GPU; expected several GPUs, or weights that are not sharded")
@@ -95,12 +95,13 @@ def shape_of(base: str) -> dict:
     return shape
 
 
-def _clip(config, clip):
+def _clip(config, clip, channels):
     if clip is None and config.data and Path(config.data).is_dir():
         data = open_latents(config.data)
         return tuple(data.shape), data.null.shape[1]
-    clip = WAN_CLIP | (clip or {})
-    return latent_shape(clip["frames"], clip["height"], clip["width"]), clip["length"]
+    channels = channels if channels in CODECS else 16
+    clip = (WAN22_CLIP if channels == 48 else WAN_CLIP) | (clip or {})
+    return latent_shape(clip["frames"], clip["height"], clip["width"], channels), clip["length"]
 
 
 def published_plan(name: str) -> Plan:

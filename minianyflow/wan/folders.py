@@ -355,15 +355,20 @@ TINY_TRANSFORMER = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim
 TINY_TEXT = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
 TINY_TEXT |= {"vocab_size": 304}  # ByT5 takes 259
 TINY_CODEC = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}  # 16 channels and all factors are Wan's
+WAN22_CODEC = {"z_dim": 48, "in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True}
+WAN22_CODEC |= {"decoder_base_dim": 8, "scale_factor_spatial": 16, "scale_factor_temporal": 4}
 COLOURS = {"red": (1, 0.2, 0.2), "green": (0.2, 1, 0.2), "blue": (0.2, 0.2, 1), "yellow": (1, 1, 0.2)}
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
-def make_tiny_wan(folder: str | Path, seed: int = 0, clips: int = 16, null: str = "", videos: bool = False) -> None:
+def make_tiny_wan(
+    folder: str | Path, seed: int = 0, clips: int = 16, null: str = "", videos: bool = False, wan22: bool = False
+) -> None:
     """Write a pipeline folder in Wan2.1's layout, tiny and random, and `latents/` in it: `clips` captioned clips.
 
-    Every caption works; TINY_LENGTH is the prompt length of the latents. null: the text of the null prompt, which for
-    Wan itself is its long negative prompt. videos: the clips as mp4 files, too, in `videos/`, and `captions.jsonl`.
+    wan22: with the codec and the channels of Wan2.2-TI2V-5B. Every caption works; TINY_LENGTH is the prompt length of
+    the latents. null: the text of the null prompt, which for Wan itself is its long negative prompt. videos: the clips
+    as mp4 files, too, in `videos/`, and `captions.jsonl`.
     `folder` must not exist or be empty; whole or not at all.
     """
     with new_folder(folder) as inside, torch.random.fork_rng(devices=[]):
@@ -371,15 +376,19 @@ def make_tiny_wan(folder: str | Path, seed: int = 0, clips: int = 16, null: str 
         captions, video = moving_shapes(clips, generator(seed))
         tokenizer = ByT5Tokenizer(extra_ids=0)  # a token per byte
         text_encoder = UMT5EncoderModel(UMT5Config(**TINY_TEXT)).eval()
-        vae = AutoencoderKLWan(**TINY_CODEC, latents_mean=[0.0] * 16, latents_std=[1.0] * 16).eval()
+        codec = TINY_CODEC | (WAN22_CODEC if wan22 else {})
+        channels = codec.get("z_dim", 16)
+        vae = AutoencoderKLWan(**codec, latents_mean=[0.0] * channels, latents_std=[1.0] * channels).eval()
         raw = encode_video(vae, video)
         mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         latents = (raw - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-        transformer = WanTransformer3DModel(text_dim=TINY_TEXT["d_model"], freq_dim=64, **TINY_TRANSFORMER)
+        sizes = TINY_TRANSFORMER | {"in_channels": channels, "out_channels": channels}
+        transformer = WanTransformer3DModel(text_dim=TINY_TEXT["d_model"], freq_dim=64, **sizes)
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
         with quiet():
-            WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(inside)
+            parts = tokenizer, text_encoder, vae, scheduler, transformer
+            WanPipeline(*parts, expand_timesteps=wan22).save_pretrained(inside)
         prompts = encode_prompts(tokenizer, text_encoder, [*captions, null], TINY_LENGTH)
         write_latents(inside / "latents", latents, prompts[:-1], prompts[-1:], captions, null)
         if videos:

@@ -34,6 +34,7 @@ from minianyflow.wan.checkpoints import Checkpoints
 from minianyflow.wan.config import Config, as_yaml, find_device, identity, load_config
 from minianyflow.wan.data.buckets import Buckets, check_processes, open_latents
 from minianyflow.wan.data.latents import Count, LatentSet
+from minianyflow.wan.data.options import CODECS
 from minianyflow.wan.guard import Guard, check_tracker, end_trackers, start_trackers
 from minianyflow.wan.prefetch import waiting_share
 from minianyflow.wan.run_networks import RunNetworks, transformer_of, weights_in
@@ -157,7 +158,8 @@ def save_run(
         return None
     folder, counts, samples = Path(config.output), networks.counts(), config.steps * config.batch
     samples //= accelerator.num_processes  # of this process, as the counts are
-    frames, _, high, wide = data.shape
+    frames, channels, high, wide = data.shape
+    factor, _ = CODECS.get(channels, CODECS[16])
     for name, role in roles.items():
         _save(folder, name if role.average is None else f"{name}-last", networks, role.network.network)
         if role.average is not None:
@@ -169,7 +171,12 @@ def save_run(
         "batch": config.batch,
         "processes": accelerator.num_processes,
         "distribution": accelerator.distributed_type.value,
-        "clip": {"frames": 4 * frames - 3, "height": 8 * high, "width": 8 * wide, "length": data.null.shape[1]},
+        "clip": {
+            "frames": 4 * frames - 3,
+            "height": factor * high,
+            "width": factor * wide,
+            "length": data.null.shape[1],
+        },
         "seconds": round(seconds, 1),
         "waiting_for_data": waiting_share(waits),
         "evaluations_a_sample": {

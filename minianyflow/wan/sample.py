@@ -58,7 +58,7 @@ def sample_clips(
                 bar.update(count)
     latents = {label: torch.cat(some) for label, some in made.items()}
     clips = {label: decode_latents(vae, some).cpu() for label, some in latents.items()}
-    write_clips(output, clips, prompts, latents=latents if "latents" in write else None, png="png" in write)
+    write_clips(output, clips, prompts, loaded.fps, latents=latents if "latents" in write else None, png="png" in write)
 
 
 def open_source(

@@ -1,4 +1,4 @@
-"""The sizes of Wan2.1's text-to-video transformers, and transformers of these sizes with random weights, or without.
+"""The sizes of Wan's text-to-video transformers, and transformers of these sizes with random weights, or without.
 
 The numbers are those of `transformer/config.json` in Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers; the
 defaults of diffusers among them (patches of 1 x 2 x 2, text of 4096 numbers per token) are written out.
@@ -9,6 +9,7 @@ from torch import nn
 
 from minianyflow.networks.wan import copy_time_embedder
 from minianyflow.support.errors import choose
+from minianyflow.wan.data.options import CODECS
 from minianyflow.wan.folders import CLASSES
 
 SHARED = {
@@ -24,13 +25,16 @@ SHARED = {
 }
 SHAPES = {
     "1.3b": SHARED | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "5b": SHARED
+    | {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336},
     "14b": SHARED | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
 
 
 def latent_shape(frames: int = 81, height: int = 480, width: int = 832, channels: int = 16) -> tuple[int, ...]:
-    """(F, C, H, W) of a clip's latents: one frame for four after the first, one pixel for 8 x 8."""
-    return (frames - 1) // 4 + 1, channels, height // 8, width // 8
+    """(F, C, H, W) of a clip's latents: one frame for four after the first, one pixel for 8 x 8 (Wan2.2: 16 x 16)."""
+    factor, _ = CODECS[channels]
+    return (frames - 1) // 4 + 1, channels, height // factor, width // factor
 
 
 def build_transformer(

@@ -17,7 +17,7 @@ from minianyflow.networks.pipelines import load_lora
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import check_json, read_json
 from minianyflow.wan.config import Config, load_config
-from minianyflow.wan.data.options import WAN_CLIP
+from minianyflow.wan.data.options import CODECS, WAN_CLIP
 from minianyflow.wan.folders import (
     PIPELINES,
     class_name,
@@ -62,6 +62,11 @@ class Source:
     clip: dict[str, int]
     factor: int = 8
 
+    @property
+    def fps(self) -> int:
+        """Frames per second of its videos."""
+        return CODECS.get(self.network.transformer.config.in_channels, CODECS[16])[1]
+
     def shape(self, clip: dict[str, int]) -> tuple[int, int, int, int]:
         """(F, C, h, w) of a clip's latents."""
         frames, channels = (clip["frames"] - 1) // 4 + 1, self.network.transformer.config.in_channels
@@ -83,7 +88,7 @@ def find_source(name: str, dtype: torch.dtype, device: torch.device | str, base:
         print(f"note: {licence}", file=sys.stderr)
     if _is_run(name):
         transformer, config = load_run(name, "student", dtype, device)
-        return Source(network_of(transformer, config), config, clip)
+        return Source(network_of(transformer, config), config, clip, codec_factor(config.base))
     if lora:
         transformer = transformer_of(config, config.base, dtype, device)
         load_lora(transformer, name)
@@ -116,9 +121,9 @@ def identify(name: str) -> tuple[Config, dict[str, int]]:
     if local and not index.is_file():
         raise InputError(f"neither run.json nor model_index.json in {folder}; expected {EXPECTED}")
     index = configuration(name, "pipeline", lambda: DiffusionPipeline.load_config(name))
-    kind, more = class_name(index), (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps")
+    kind, more = class_name(index), (index.get("transformer_2") or [None])[0]
     if kind not in PIPELINES or more:
-        raise InputError(f"{name} holds a {kind}{' of Wan2.2' if more else ''}; expected {EXPECTED}")
+        raise InputError(f"{name} holds a {kind}{' of two transformers' if more else ''}; expected {EXPECTED}")
     architecture, stage = ("bidirectional", "teacher") if PIPELINES[kind] == "Wan" else (PIPELINES[kind], "forward")
     config = replace(load_config([architecture]), base=name, stage=exported.get("stage", stage))
     return config, WAN_CLIP | exported.get("clip", {})

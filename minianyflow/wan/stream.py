@@ -12,7 +12,6 @@ from tqdm import tqdm
 from minianyflow.networks.causal import causal_stream
 from minianyflow.support.errors import InputError
 from minianyflow.times import generator, time_grid
-from minianyflow.wan.data.options import FPS
 from minianyflow.wan.data.write_video import GrowingClip
 from minianyflow.wan.folders import embed, encode_video, load_parts, stream_decoder
 from minianyflow.wan.sample import open_source
@@ -99,7 +98,8 @@ def stream_clip(
         wrong = "latents of a stream are not written" if seconds > 0 else f"a stream of {seconds:g} seconds"
         raise InputError(f"{wrong}; expected more than 0 seconds, as frames or png")
     check_numbers(steps)
-    stream, wanted = Stream(source, prompts, **options), round(seconds * FPS)
+    stream = Stream(source, prompts, **options)
+    wanted = round(seconds * stream.source.fps)
     latents = (wanted + 2) // 4 + 1  # the first is one frame, each other four
     chunks = max(0, -((stream.first - latents) // stream.rest)) + 1
     jobs = ((prompts[k * len(prompts) // chunks], steps[k * len(steps) // chunks]) for k in range(chunks))
@@ -109,7 +109,10 @@ def stream_clip(
             parents=True, exist_ok=True
         )
         start, count, first = time.perf_counter(), 0, None
-        with GrowingClip(folder / "stream.mp4") as film, tqdm(total=wanted, unit="frame", desc="streaming") as bar:
+        with (
+            GrowingClip(folder / "stream.mp4", stream.source.fps) as film,
+            tqdm(total=wanted, unit="frame", desc="streaming") as bar,
+        ):
             for frames in stream.frames(jobs, seed):
                 made = film.add(frames[: wanted - count])
                 first = first or time.perf_counter() - start

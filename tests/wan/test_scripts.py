@@ -528,7 +528,7 @@ def test_bad_input_to_sample_is_one_line(runs, exported, tmp_path, capsys):
         (["none", *prompt], "no folder none"),
         ([tmp_path / "in", *prompt], "neither run.json nor model_index.json in .*in; expected the folder of a run"),
         ([tmp_path / "odd", *prompt], "holds a LTXPipeline; expected"),
-        ([tmp_path / "next", *prompt], "next holds a WanPipeline of Wan2.2; expected"),
+        ([tmp_path / "next", *prompt], "next holds a WanPipeline of two transformers; expected"),
         ([tmp_path / "cut", *prompt], "cut does not load"),
         ([unfinished, *prompt], "no run.json in"),
         ([broken, *prompt], "run.json is not JSON"),

@@ -8,6 +8,8 @@ from minianyflow.support.errors import InputError
 
 FPS = 16  # frames per second of Wan's videos
 WAN_CLIP = {"frames": 81, "height": 480, "width": 832, "length": 512}  # height, width: pixels; length: prompt tokens
+WAN22_CLIP = WAN_CLIP | {"frames": 121, "height": 704, "width": 1280}  # of Wan2.2-TI2V-5B, at 24 per second
+CODECS = {16: (8, FPS), 48: (16, 24)}  # latent channels: pixels per side of a latent, frames per second
 # The negative prompt in Wan2.1's configuration (sample_neg_prompt), which Wan's and AnyFlow's guidance is against.
 WAN_NULL = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001

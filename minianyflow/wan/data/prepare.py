@@ -119,11 +119,15 @@ class Preparation:
         if not 0 <= self.skip <= 1:
             raise InputError(f"skip={self.skip}; expected a share of the clips, from 0 to 1")
         self.source, self.dtype = fetch(self.base), DTYPES[self.options.dtype]
-        channels = read_json(self.source / "vae/config.json", "expected a pipeline folder").get("z_dim")
+        codec = read_json(self.source / "vae/config.json", "expected a pipeline folder")
+        channels, factor = codec.get("z_dim"), codec.get("scale_factor_spatial", 8)
         if channels is None:
             raise InputError(f"the vae of {self.source} has no z_dim; expected a pipeline of Wan's family")
         shape = self.options
-        self.shape = ((shape.frames - 1) // 4 + 1, channels, shape.height // 8, shape.width // 8)
+        if shape.height % (2 * factor) or shape.width % (2 * factor):
+            sizes = f"height={shape.height}, width={shape.width}"
+            raise InputError(f"{sizes}; expected multiples of {2 * factor}: the codec's {factor}, patches of 2")
+        self.shape = ((shape.frames - 1) // 4 + 1, channels, shape.height // factor, shape.width // factor)
         self.vae = self.text_parts = self.lock = None  # loaded and locked when needed
 
     def begin(self, write: bool = True) -> None:
