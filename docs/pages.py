@@ -44,6 +44,7 @@ TABLES = {  # {page: {name: arguments of `table`}}
         "exposure_map": (_TABLES + "exposure_map_table", "video/exposure_map.json"),
         "exposure_long": (_TABLES + "exposure_long_table", "video/exposure.json"),
         "padding": (_TABLES + "video_padding", _VIDEO),
+        "stream": ("benchmarks.stream:table", "video/stream.json"),
     },
     "docs/wan.md": {
         "evaluations": (_TABLES + "evaluations_per_sample",),
