@@ -65,9 +65,10 @@ def test_the_forward_stage_takes_three_evaluations_a_sample_at_most(tiny, archit
     networks, roles, draw = built(on(tiny, architecture, "forward", f"objective={objective}", "drop=0.0001"))
     roles["student"].loss(roles["student"].network, draw(0))
     rows, with_grad = networks.counts()["student"]
-    null = {"eulerian": 8, "mixed": 6, "semigroup": 4}[objective]  # rows whose velocity is guided
-    differences = 2 * 4  # for half of the rows: nothing is computed for r = t
-    assert (rows, with_grad) == (8 + null + differences, 8)
+    null = {"eulerian": [8], "mixed": [8, 4], "semigroup": [4]}[objective]  # rows whose velocity is guided; mixed: one
+    differences = 2 * 4  # or the other in a step. For half of the rows: nothing is computed for r = t
+    assert rows in [8 + guided + differences for guided in null]
+    assert with_grad == 8
     assert rows <= 3 * 8
     assert "teacher" not in networks.counts()
 

@@ -60,9 +60,7 @@ def convert_parquet(source: str | Path, base: str, output: str | Path, options: 
             raise InputError(f"{where} has latents {tuple(latents.shape)}; expected {expected}: sort files by shape")
         if prompt.ndim != 2 or prompt.shape[1] != null.shape[2] or len(without_padding(prompt)) > options.length:
             expected = f"at most {options.length} x {null.shape[2]}"
-            raise InputError(
-                f"{where} has a prompt {tuple(prompt.shape)}; expected {expected}: see --base, --length"
-            )
+            raise InputError(f"{where} has a prompt {tuple(prompt.shape)}; expected {expected}: see --base, --length")
         if not (output / clip_name(number)).exists():
             normalised = (latents.transpose(0, 1) - mean) / std
             tensors = {"latents": normalised.to(dtype), "prompt": without_padding(prompt).to(dtype)}
