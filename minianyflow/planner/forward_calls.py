@@ -59,7 +59,9 @@ class RecordingNetwork(nn.Module):
         self.role, self.calls, self.one_chunk, self.caches = role, calls, one_chunk, []
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def forward(self, z, t, r, prompt, clean=None, past=None, cache=None, single_chunk=None, fill_cache=False):
+    def forward(
+        self, z, t, r, prompt, clean=None, past=None, cache=None, single_chunk=None, known=None, fill_cache=False
+    ):
         """A tensor of the shape of z, with gradient where the network's has one; or a stand-in for a cache."""
         kind, context, which = "fill_cache" if fill_cache else "plain", 0, None
         if clean is not None:

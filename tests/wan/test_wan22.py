@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, AutoencoderKLWan, WanPipeline
 
+from minianyflow.planner.plan import plan_run
 from minianyflow.support.cli import run
 from minianyflow.wan.commands import distill, export, sample
 from minianyflow.wan.config import load_config
@@ -77,3 +78,11 @@ def test_every_stage_runs_and_stock_loads_it(tiny, tmp_path, architecture, capsy
     assert float((latents[:, :, 0] - encode_video(pipeline.vae, start)[:, 0]).abs().max()) < 1e-5
     argv = [str(output), "--prompt", "a disc", "--steps", "1", "--output", str(tmp_path / "samples")]
     assert run(lambda: sample(argv)) == 0
+
+
+@pytest.mark.slow
+def test_it_is_planned_with_known_frames():
+    """At the clip of the model, 121 frames of 704 x 1280: on 80 GB, and not on 24."""
+    config = load_config(["wan-5b", "causal", "forward"], ["accumulate=32"])
+    for gpu, fits in (("h100", True), ("rtx4090", False)):
+        assert plan_run(config, gpu=gpu, advise=False).fits == fits
