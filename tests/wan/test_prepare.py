@@ -464,7 +464,7 @@ def test_nothing_readable_is_an_error(here, tmp_path):
 
 
 def test_the_command_says_what_is_missing_and_has_the_defaults_of_the_library(tmp_path, monkeypatch):
-    with refused(r"--videos is missing; expected --videos FOLDER --captions FILE, or --verify"):
+    with refused(r"--videos is missing; expected --videos FOLDER --captions FILE, or --parquet, or --verify"):
         prepare_latents([f"--output={tmp_path}"])
     with refused("no latents in .*; expected a folder that prepare-latents"):
         prepare_latents([f"--output={tmp_path}", "--verify"])
