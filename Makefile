@@ -37,10 +37,12 @@ bench-live: setup  ## how quickly the scenes answer, in a headless browser
 docs: setup   ## write the tables of README.md and docs/ anew from the committed results
 	@$(RUN) docs
 
-test: setup   ## every test but the long ones, browser and notebooks included: eight minutes on two cores
+test: setup   ## every test but the long ones, notebooks and browser (Debian's, fetched where there is none): a quarter of an hour on two cores
+	@$(RUN) setup --browser || true
 	@$(RUN) test
 
 test-all: setup  ## every test, then the fast ones with the lowest versions of all: half an hour or more
+	@$(RUN) setup --browser || true
 	@$(RUN) test-all
 
 check: setup  ## lint, the floors of the house, docs, the fast tests: under a minute

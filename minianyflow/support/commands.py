@@ -22,7 +22,7 @@ def setup(argv):
 
 
 def test(argv):
-    """Run every test but the long ones, browser and notebooks too, in two processes: eight minutes on two cores."""
+    """Run every test but the long ones, browser and notebooks too, in two processes: a quarter of an hour."""
     Parser("minianyflow test", description=test.__doc__).parse_args(argv)
     _look_for_browser()
     return _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
