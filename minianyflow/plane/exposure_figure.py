@@ -71,7 +71,7 @@ def map_figure(report: dict) -> Figure:
         spent = [report["budget"][name] / 1e6 for name in (start, "after")]
         column[0].set_title(f"{start} start: {spent[0]:.1f} + {spent[1]:.1f} million evaluations")
         column[2].set_xticks(range(len(cell["nfe"])), cell["nfe"])
-        column[2].set_xlabel("evaluations a frame")
+        column[2].set_xlabel("evaluations per frame")
     found = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found, loc="outside lower center", ncols=3)
     return figure

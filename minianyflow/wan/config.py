@@ -27,7 +27,7 @@ from minianyflow.wan.intervals import WORDS, seconds_of
 
 CONFIGS = Path(__file__).parent / "configs"
 LAYERS = {  # at most one of each, in this order: a later layer may set what an earlier one has set
-    "model": ("wan-1.3b", "wan-14b"),
+    "model": ("wan-1.3b", "wan-14b", "wan-5b"),
     "architecture": ("bidirectional", "causal"),
     "stage": ("teacher", "forward", "on_policy", "forward-published", "on_policy-published"),
     "size": ("tiny", "first-week"),

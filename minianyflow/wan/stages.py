@@ -152,7 +152,7 @@ def draws(config: Config, data: LatentSet | Buckets, part: tuple[int, int] = (0,
 
     def draw(step):
         batch = data.draw(step, config.batch, config.seed, part, **pairs)
-        batch["objective_draw"].fill_(step * GOLDEN % 1)  # one objective a step: rows of one cost on every process
+        batch["objective_draw"].fill_(step * GOLDEN % 1)  # one objective per step: rows of one cost on every process
         if "dropped" in batch:
             batch = drop_prompts(batch, data.null, config)
         if config.stage == "on_policy":

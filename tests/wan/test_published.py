@@ -23,7 +23,8 @@ from minianyflow.wan.stages import STAGES, draws
 from tests.wan.test_config import flat
 
 SHEET = json.loads((Path(__file__).parents[1] / "data/published.json").read_text())
-ARCHITECTURES, PUBLISHED = LAYERS["architecture"], ("teacher", "forward-published", "on_policy-published")
+MODELS, ARCHITECTURES = ("wan-1.3b", "wan-14b"), LAYERS["architecture"]
+PUBLISHED = ("teacher", "forward-published", "on_policy-published")
 CASES = list(product(ARCHITECTURES, PUBLISHED))
 
 
@@ -32,7 +33,7 @@ def facts(part, **case):
     return [row for row in SHEET[part] if all(case[name] in row.get(name, [case[name]]) for name in case)]
 
 
-@pytest.mark.parametrize(("model", "architecture", "stage"), list(product(LAYERS["model"], ARCHITECTURES, PUBLISHED)))
+@pytest.mark.parametrize(("model", "architecture", "stage"), list(product(MODELS, ARCHITECTURES, PUBLISHED)))
 def test_presets_are_the_sheet(model, architecture, stage):
     options = flat(asdict(load_config([model, architecture, stage])))
     for row in facts("options", model=model, architecture=architecture, stage=stage):
