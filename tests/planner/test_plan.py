@@ -303,6 +303,7 @@ def test_a_broken_description_is_one_line(tmp_path):
         shape_of(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_command_prints_lines_and_json(settings, capsys):
     config = settings("bidirectional", "forward")
     where = ["bidirectional", "forward", "tiny", f"base={config.base}", f"data={config.data}", "batch=4"]

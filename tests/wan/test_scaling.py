@@ -57,6 +57,7 @@ def test_each_page_leads_from_videos_to_samples_and_exports():
 WEEK = {"frames": 33, "height": 256, "width": 448, "length": 512}
 
 
+@pytest.mark.slow
 def test_the_first_week_fits_in_the_hours_of_its_page():
     """Each option of the clip is on the page, and each row of its table is planned."""
     page = PAGES["first-week"]

@@ -51,6 +51,7 @@ def test_beyond_it_each_chunk_is_the_last_of_a_clip_of_the_window(network):
         next(causal_stream(network, pieces(Z), jobs, 4))
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_hundred_chunks(network):
     """Bytes of the cache, and of all tensors that are alive, at every chunk."""
     caches, alive = [], []
