@@ -262,7 +262,7 @@ def train_stage(name: str, seed: int, folder: str | Path, quiet: bool = False, p
         "steps": stage.steps,
         "forwards": sum(counter.rows for counter in counters),
         "backwards": sum(counter.with_grad for counter in counters),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - start, 3),
     }
     provenance = {
         "command": "python -m minianyflow weights",
