@@ -16,7 +16,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
 
-from minianyflow.interpolant import check_same_shape
+from minianyflow.support.checks import check_same_shape
 from minianyflow.support.errors import InputError, choose
 
 TIMESTEPS = 1000.0  # most transformers count from 0 to 1000, not to 1

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from minianyflow.flow_map import pick_rows
-from minianyflow.interpolant import check_finite
 from minianyflow.notation import Condition, Counts, Mask, State, Times
+from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
 from minianyflow.times import draw_pairs, generator
 

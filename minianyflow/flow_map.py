@@ -11,11 +11,11 @@ from itertools import pairwise
 import torch
 from torch.utils._pytree import tree_map
 
-from minianyflow.interpolant import broadcast_time, check_same_shape, check_times
+from minianyflow.interpolant import broadcast_time
 from minianyflow.notation import Condition, FrameTimes, Grid, Network, Rows, State, Trajectory
+from minianyflow.support.checks import check_grid, check_same_shape, check_times
 from minianyflow.support.errors import InputError
 from minianyflow.support.recompute import recompute
-from minianyflow.times import check_grid
 
 
 def displace(z: State, u: State, t: FrameTimes, r: FrameTimes) -> State:

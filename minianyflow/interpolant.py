@@ -1,9 +1,9 @@
 """The straight line between data and noise. Letters and types: notation.py."""
 
-import torch
 from torch import Tensor
 
 from minianyflow.notation import FrameTimes, State
+from minianyflow.support.checks import check_same_shape
 from minianyflow.support.errors import InputError
 
 
@@ -18,31 +18,6 @@ def broadcast_time(t: Tensor, z: Tensor) -> Tensor:
         wanted = f"expected ({len(z)},), one time per sample, or one per frame: use torch.full((len(z),), t)"
         raise InputError(f"times of shape {tuple(t.shape)} do not fit a state of shape {tuple(z.shape)}; {wanted}")
     return t.reshape(t.shape + (1,) * (z.ndim - t.ndim))
-
-
-def check_same_shape(name: str, value: Tensor, z: Tensor) -> None:
-    """Raise InputError unless `value` has the shape of the state `z`: torch would broadcast it silently."""
-    if value.shape != z.shape:
-        raise InputError(f"{name} has shape {tuple(value.shape)}; expected that of the state, {tuple(z.shape)}")
-
-
-def check_times(t: Tensor, r: Tensor) -> None:
-    """Raise InputError unless 0 <= r <= t <= 1 everywhere (NaN fails too)."""
-    if not (isinstance(t, Tensor) and isinstance(r, Tensor)):
-        raise InputError(f"times {t!r} and {r!r}; expected tensors, one time per sample: use torch.full((len(z),), t)")
-    if t.shape != r.shape:
-        raise InputError(f"t has shape {tuple(t.shape)}, r has {tuple(r.shape)}; expected the same shape")
-    if not bool(((r >= 0) & (t <= 1)).all()):
-        run = f"times run from {float(r.min()):.4g} to {float(t.max()):.4g}"
-        raise InputError(f"{run}; expected times in [0, 1] (1 is noise, 0 is data)")
-    if not bool((r <= t).all()):
-        raise InputError("found r > t; a jump goes from t down to r <= t (1 is noise, 0 is data): swap them")
-
-
-def check_finite(name: str, value: Tensor) -> None:
-    """Raise InputError if the tensor `value` has NaN or infinite entries."""
-    if not bool(torch.isfinite(value).all()):
-        raise InputError(f"{name} holds NaN or infinite values; expected finite numbers: look for a division by zero")
 
 
 def interpolate(x: State, eps: State, t: FrameTimes) -> State:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minianyflow.interpolant import check_finite
 from minianyflow.mixtures import GaussianMixture
 from minianyflow.notation import Samples
+from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
 
 

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minianyflow.interpolant import broadcast_time, check_finite, check_times
+from minianyflow.interpolant import broadcast_time
 from minianyflow.notation import Samples, State, Times
+from minianyflow.support.checks import check_finite, check_times
 from minianyflow.support.errors import InputError
 
 LogWeights = Float[Tensor, "batch components"] | None

@@ -23,8 +23,9 @@ from torch import Tensor
 from minianyflow.batch import Batch
 from minianyflow.flow_map import displace, pick_rows, rollout
 from minianyflow.guidance import Guidance
-from minianyflow.interpolant import broadcast_time, check_same_shape, check_times, data_velocity, interpolate
+from minianyflow.interpolant import broadcast_time, data_velocity, interpolate
 from minianyflow.notation import Condition, Errors, Losses, Network, Rows, State, Times, Velocity, Weight
+from minianyflow.support.checks import check_same_shape, check_times
 from minianyflow.support.errors import InputError, choose
 
 DELTA = 2e-3  # half the width of a central difference; on the plane 1e-3 to 5e-3 are equally good, in float32
@@ -122,7 +123,7 @@ class InnerState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the inner loss, {name: tensor}."""
-        return self.forward.state_dict() if hasattr(self.forward, "state_dict") else {}
+        return getattr(self.forward, "state_dict", dict)()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state from `state_dict`."""
@@ -157,9 +158,7 @@ class FlowMapLoss:
         if not 0 <= self.delta < 1:
             raise InputError(f"delta {self.delta}; expected a small step in time, or 0: exact")
         if set(NEED_VELOCITY) & set(self.shares) and self.velocity is None:
-            raise InputError(
-                "Lagrangian targets and a teacher's step need velocity=, a teacher's or the exact one, of all states"
-            )
+            raise InputError(f"{' and '.join(NEED_VELOCITY)} need velocity=, a teacher's or the exact one")
         if self.guidance and self.guidance.published and set(self.shares) - {"eulerian"}:
             raise InputError(f"published guidance is for the Eulerian target alone; got {', '.join(self.shares)}")
 

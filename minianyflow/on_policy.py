@@ -69,9 +69,8 @@ def backward_simulation_times(lengths: Counts, step: Counts, shift: float = 1.0)
     lengths: N; step: g, 0 <= g < N. The first jump has length zero for g = 0, the last for g = N - 1.
     """
     if lengths.shape != step.shape:
-        raise InputError(
-            f"lengths {tuple(lengths.shape)} and steps {tuple(step.shape)}; expected one of each per sample"
-        )
+        shapes = f"{tuple(lengths.shape)} lengths, {tuple(step.shape)} steps"
+        raise InputError(f"{shapes}; expected one of each per sample")
     if not bool(((step >= 0) & (step < lengths)).all()):
         raise InputError("found a step g outside 0..N-1; draw N and g with draw_rollouts")
     before, after = (lengths - step) / lengths, (lengths - step - 1) / lengths

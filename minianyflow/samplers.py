@@ -11,8 +11,8 @@ import torch
 from minianyflow.flow_map import end_point, rollout
 from minianyflow.interpolant import interpolate
 from minianyflow.notation import Condition, Grid, Network, State, Trajectory, Velocity
+from minianyflow.support.checks import check_grid
 from minianyflow.support.errors import InputError
-from minianyflow.times import check_grid
 
 
 @torch.no_grad()

@@ -31,16 +31,6 @@ def time_grid(steps: int, shift: float = 1.0, device: torch.device | str | None 
     return time_shift(torch.linspace(1, 0, int(steps) + 1, device=device), shift)
 
 
-def check_grid(times: Grid, columns: bool = True) -> None:
-    """Raise InputError unless `times` (N + 1,), or (N + 1, B) if `columns`, never rises, is in [0, 1], and N >= 1."""
-    if not isinstance(times, Tensor):
-        raise InputError(f"times {times!r}; expected a tensor (steps + 1,), as time_grid(steps) makes")
-    if times.ndim not in ((1, 2) if columns else (1,)) or len(times) < 2:
-        raise InputError(f"a time grid of shape {tuple(times.shape)}; expected (steps + 1,), as time_grid(steps) makes")
-    if not bool(((times >= 0) & (times <= 1)).all() and (times[1:] <= times[:-1]).all()):
-        raise InputError("a time grid must fall from noise (1) towards data (0) inside [0, 1]; use time_grid(steps)")
-
-
 def generator(*key: int) -> torch.Generator:
     """A torch generator that depends on the whole numbers `key` alone, for example (seed, step).
 

@@ -53,16 +53,10 @@ class Role:
         if self.ema is not None:
             rule = get_ema_multi_avg_fn(self.ema)
             self.average = AveragedModel(self.network, multi_avg_fn=rule).requires_grad_(False)
-        groups = {False: [], True: []}  # whether Muon's
-        for name, weight in self.network.named_parameters():
-            square = weight.ndim in (2, 3) and weight.shape[-2] == weight.shape[-1]
-            groups[square and self.muon is not None] += [(name, weight)] * weight.requires_grad
-        if not any(groups.values()):
+        trained = [pair for pair in self.network.named_parameters() if pair[1].requires_grad]
+        if not trained:
             raise InputError("a network none of whose weights is trained; expected a role with weights to train")
-        adamw = {"params": groups[False]}
-        muon = {"params": groups[True], "momentum": 0.95, "rate": self.muon}
-        options = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay, "fused": True}
-        self.optimizer = Muon([group for group in (adamw, muon) if group["params"]], **options)
+        self.optimizer = Muon(trained, self.muon, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
 
     def schedule(self, step: int, steps: int, rate: float | None = None) -> float:
         """The learning rate at `step` of `steps`; rate: the highest, by default `lr`."""
@@ -137,9 +131,7 @@ def train(
     """
     lacking = [name for name, role in roles.items() if role.loss is None]
     if steps < 1 or lacking:
-        raise InputError(
-            f"{steps} steps, roles without a loss: {lacking}; expected at least 1 step, and a loss per role"
-        )
+        raise InputError(f"{steps} steps, roles without a loss: {lacking}; expected at least 1 step, a loss per role")
     history, bar = [], {"desc": "training", "unit": "step", "mininterval": 0.5}
     bar |= progress if isinstance(progress, dict) else {"disable": not progress}
     for step in tqdm(range(steps), **bar):

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from minianyflow.interpolant import check_finite
 from minianyflow.mixtures import GaussianMixture
+from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")

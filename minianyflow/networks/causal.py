@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minianyflow.flow_map import rollout
-from minianyflow.interpolant import check_same_shape
 from minianyflow.networks.causal_attention import CausalAttention, causal_mask, chunk_partition, compressed_chunks
 from minianyflow.networks.known_frames import Known, keep_known, known_times
 from minianyflow.networks.kv_cache import Cache, cached_frames, read_cache, write_cache
@@ -24,6 +23,7 @@ from minianyflow.networks.video import TIMESTEPS, Latents, Partition, Prompt, Vi
 from minianyflow.networks.wan import check_latents, to_compute_dtype
 from minianyflow.notation import Grid, Network, Trajectory
 from minianyflow.on_policy import backward_simulation_times
+from minianyflow.support.checks import check_same_shape
 from minianyflow.support.errors import InputError
 from minianyflow.support.recompute import recompute
 

@@ -48,10 +48,8 @@ class MLP(nn.Module):
     def forward(self, z: State, t: Times, r: Times, copy: Int[Tensor, " batch"] | None = None) -> State:
         """u(z, t, r); copy: the copy of each row, if there are several. Raises InputError for other shapes."""
         if z.shape[1:] != self.shape or t.shape != r.shape or t.shape != z.shape[:1]:
-            raise InputError(
-                f"z {tuple(z.shape)}, t {tuple(t.shape)}, r {tuple(r.shape)}; this network expects z (B, "
-                f"{', '.join(map(str, self.shape))}), t and r (B,)"
-            )
+            found, wanted = (f"z {tuple(z.shape)}, t {tuple(t.shape)}, r {tuple(r.shape)}", ("B", *self.shape))
+            raise InputError(f"{found}; this network expects z ({', '.join(map(str, wanted))}), t and r (B,)")
         if (copy is None) != (self.copies == 1):
             raise InputError(f"a network of {self.copies} copies; pass copy= (B,) if there are several, and only then")
         phase = torch.cat([t[:, None] * self.angular, (t - r)[:, None] * self.angular], 1)

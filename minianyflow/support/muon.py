@@ -1,6 +1,6 @@
 """The optimiser Muon, for networks whose weights may be stacks of copies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,11 +8,18 @@ from torch.optim import AdamW
 
 
 class Muon(AdamW):
-    """AdamW, with Muon (Jordan et al. 2024) for the groups of weights that have `momentum`.
+    """AdamW; with a `rate`, Muon (Jordan et al. 2024) at that learning rate for square weights, (n, n) or (S, n, n).
 
-    Muon steps along the gradient's Nesterov average, made orthogonal. A weight may be a stack of copies (S, n, n), each
-    made orthogonal by itself; torch.optim.Muon takes a single matrix.
+    Muon steps along the gradient's Nesterov average, made orthogonal. Of a stack of copies (S, n, n) each is made
+    orthogonal by itself; torch.optim.Muon takes a single matrix. weights: pairs (name, weight).
     """
+
+    def __init__(self, weights: Sequence[tuple[str, Tensor]], rate: float | None = None, **options: object):
+        square = {name for name, weight in weights if weight.ndim in (2, 3) and weight.shape[-2] == weight.shape[-1]}
+        mine = square if rate is not None else set()
+        adamw, muon = ([pair for pair in weights if (pair[0] in mine) == is_muon] for is_muon in (False, True))
+        groups = [{"params": adamw}, {"params": muon, "momentum": 0.95, "rate": rate}]
+        super().__init__([group for group in groups if group["params"]], fused=True, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> float | None:

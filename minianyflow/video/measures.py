@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minianyflow.interpolant import check_finite
 from minianyflow.measures import sliced_w2
+from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
 from toy_data.blobs import LIGHT, PROMPTS, SIGMA, SIZE, WALLS, render
 

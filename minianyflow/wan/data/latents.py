@@ -28,7 +28,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from minianyflow.batch import Batch, deal
-from minianyflow.interpolant import check_finite
+from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import check_json, read_json, staging_folder
 from minianyflow.times import draw_pairs, generator
