@@ -182,7 +182,7 @@ def start_trackers(accelerator, folder: str | Path = ".") -> None:
 def log_figures(entry: dict, accelerator) -> None:
     """Pass an entry of the history to the trackers; one that fails is a warning, and is not used any more."""
     values = {kind: value for kind, value in entry.items() if kind != "step"}
-    _call_tracker(accelerator, accelerator.log, values, step=entry["step"])
+    _call_tracker(accelerator, accelerator.log, values, step=int(entry["step"]))  # wandb takes no float
 
 
 def end_trackers(accelerator) -> None:

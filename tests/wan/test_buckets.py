@@ -48,6 +48,18 @@ def test_every_clip_comes_as_often_as_any_other_and_a_batch_is_of_one_size(folde
     assert all((folder / file).is_file() for file in files)
 
 
+def test_processes_share_each_batch_of_a_bucket(folder):
+    """Of the same bucket at the same step, all of its clips in the order of one process, each read once."""
+    data = open_latents(folder)
+    for step in range(21):
+        whole = data.draw(step, 4)
+        parts = [data.draw(step, 4, part=(k, 2)) for k in range(2)]
+        assert len({part["x"].shape for part in parts}) == 1
+        for name in ("x", "eps", "t", "row"):
+            both = torch.cat([part[name] for part in parts])[torch.cat([part["place"] for part in parts]).argsort()]
+            assert torch.equal(both, whole[name][whole["place"].argsort()]), name
+
+
 def test_buckets_that_do_not_fit_are_refused(folder):
     check_processes(open_latents(folder), 3)
     with refused("short has 3 clips for 4 processes; expected one per process"):
