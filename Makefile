@@ -16,7 +16,7 @@ weights: setup  ## train the video codec, teacher and students anew (an hour)
 wan-tiny: setup  ## distil a tiny Wan2.1: every stage, both architectures (under five minutes)
 	@.venv/bin/python scripts/wan_tiny.py
 
-faults: setup ## kill, fill, cut and poison tiny runs; every one must lose nothing (about two minutes)
+faults: setup ## kill, fill, cut and poison tiny runs; every one must lose nothing (about six minutes)
 	@.venv/bin/python scripts/faults.py
 
 lab: setup    ## the course, in JupyterLab
@@ -41,7 +41,7 @@ test: setup   ## every test but the long ones, notebooks and browser (Debian's, 
 	@$(RUN) setup --browser || true
 	@$(RUN) test
 
-test-all: setup  ## every test, then the fast ones with the lowest versions of all: half an hour or more
+test-all: setup  ## every test, then the fast ones with the lowest versions, then an audit of packages: half an hour or more
 	@$(RUN) setup --browser || true
 	@$(RUN) test-all
 

@@ -19,8 +19,8 @@ from urllib.parse import urlparse
 
 import nbformat
 
+from minianyflow.course.commands import lab_command
 from minianyflow.support.errors import InputError
-from minianyflow.support.install import ROOT
 
 TOKEN = secrets.token_hex()  # or any account of the machine could run code in the kernels meanwhile
 KERNEL = "globalThis.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
@@ -51,16 +51,15 @@ def watched(browser, size=WINDOW, **options) -> Iterator:
 
 
 @contextmanager
-def jupyter_lab(folder) -> Iterator[str]:
-    """JupyterLab over `folder`, on loopback, with settings of its own; yields its address."""
+def jupyter_lab(folder, alone: int = 600) -> Iterator[str]:
+    """JupyterLab over `folder`, on loopback, with settings of its own; yields its address. alone: of `lab_command`."""
     with TemporaryDirectory() as own:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         address = f"http://127.0.0.1:{port}"
-        options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
-        options += [f"--LabApp.app_settings_dir={ROOT / 'notebooks/.lab'}"]
-        command = ["-m", "jupyterlab", *options, "--LabApp.expose_app_in_browser=True", folder]
+        options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--LabApp.expose_app_in_browser=True"]
+        command = [*lab_command(alone), *options, folder]
         settings = {
             "JUPYTER_TOKEN": TOKEN,
             "JUPYTERLAB_SETTINGS_DIR": own,

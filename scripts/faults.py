@@ -1,7 +1,7 @@
-"""Break runs of `minianyflow distill` on a tiny Wan in every way we know, and check that nothing saved is lost.
+"""Break commands on a tiny Wan in every way we know, and check that nothing saved is lost.
 
-Every run is a process of its own that is really killed; its final weights are compared byte for byte with those of an
-undisturbed run. Prints a table; takes about two minutes on two cores.
+Every command is a process of its own that is really killed; what it leaves in the end is compared byte for byte with
+what an undisturbed one left. Prints a table; takes about six minutes on two cores.
 """
 
 import contextlib
@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import psutil  # which accelerate needs
 
 from minianyflow.support.cli import Parser, run
-from minianyflow.wan.commands import distill
+from minianyflow.wan.commands import distill, evaluate, export, sample
+from minianyflow.wan.data.commands import prepare_latents
 
 SCRIPT = Path(__file__).resolve().with_name("distill.py")
 ONE = SCRIPT.parent / "accelerate/one_gpu.yaml"
@@ -34,25 +36,25 @@ class Bench:
     def __init__(self, folder):
         from minianyflow.wan.folders import make_tiny_wan
 
-        self.folder, self.count = Path(folder), 0
-        make_tiny_wan(self.folder / "wan")
+        self.folder, self.count, self.undisturbed = Path(folder), 0, {}
+        make_tiny_wan(self.folder / "wan", videos=True)
         where = [f"base={folder}/wan", f"data={folder}/wan/latents", "log.tracker=none", "samples.every=0"]
         some = [f"steps={STEPS}", "checkpoints.every=2", "checkpoints.keep=2", "causal.bidirectional=0.5"]
         self.options = ["--config", "causal", "forward", "tiny", *where, *some]
         for _ in range(2):  # the first finds a cold disk
-            start, whole = time.perf_counter(), self.new()
-            status, _ = self.run(whole)
+            start, self.whole = time.perf_counter(), self.new()
+            status, _ = self.run(self.whole)
             if status:
                 raise RuntimeError("the undisturbed run failed")
-        self.seconds, self.weights = time.perf_counter() - start, weights(whole)
+        self.seconds, self.weights = time.perf_counter() - start, weights(self.whole)
 
     def new(self):
         """A folder for another run."""
         self.count += 1
         return self.folder / f"run-{self.count}"
 
-    def start(self, output, *options, before=None):
-        """The process id of a run; before() is called in it first."""
+    def start(self, output, *options, before=None, command=None):
+        """The process id of a run, or of another command(); before() is called in it first."""
         log = self.folder / f"{output.name}.log"
         number = os.fork()
         if number:
@@ -64,15 +66,15 @@ class Bench:
         try:
             if before:
                 before()
-            status = run(lambda: distill([*self.options, f"output={output}", *options]))
+            status = run(command or (lambda: distill([*self.options, f"output={output}", *options])))
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(status)
 
-    def run(self, output, *options, before=None):
+    def run(self, output, *options, before=None, command=None):
         """Run to its end: (exit status, its messages)."""
-        return self.end(*self.start(output, *options, before=before))
+        return self.end(*self.start(output, *options, before=before, command=command))
 
     def end(self, number, log):
         """Wait for a run: (exit status, negative for a signal, its messages)."""
@@ -83,6 +85,29 @@ class Bench:
     def same(self, output):
         """Whether a run left what the undisturbed one did: every weight file, byte for byte."""
         return weights(output) == self.weights
+
+    def preparing(self, output):
+        """The command that prepares the videos of the tiny Wan."""
+        wan = self.folder / "wan"
+        where = [f"--videos={wan}/videos", f"--captions={wan}/captions.jsonl", f"--base={wan}", f"--output={output}"]
+        return [prepare_latents, *where, "--length=32", "--device=cpu"]
+
+    def buckets(self):
+        """A folder of latents of two sizes."""
+        from minianyflow.wan.data.latents import LatentSet, write_latents
+
+        folder, data = self.folder / "buckets", LatentSet(self.folder / "wan/latents")
+        for name, frames in (("short", 3), ("long", 5)) if not folder.exists() else ():
+            latents, prompts = data.rows(range(len(data)))
+            null = data.null
+            write_latents(folder / name, latents[:, :frames], prompts, null, ["x"] * len(data), data.null_text)
+        return folder
+
+    def prompts(self):
+        """A file of two prompts."""
+        path = self.folder / "prompts.txt"
+        path.write_text("a red square moves left\na blue disc moves up\n")
+        return path
 
     def stopped_at_six(self):
         """A run that was killed once its checkpoint of step 6 stood."""
@@ -159,6 +184,104 @@ def killed(bench, seed):
     again, _ = bench.run(output)
     what = f"killed {where}, went on after {max(saved, default=0)} steps"
     return what, (status, again) == (-signal.SIGKILL, 0) and bench.same(output)
+
+
+def contents(output):
+    """{file: bytes} of a folder: weights by tensor, reports and manifests without seconds and places."""
+    found = weights(output)
+    for path in sorted(path for path in Path(output).rglob("*") if path.is_file()):
+        name = str(path.relative_to(output))
+        if path.suffix == ".json":
+            found[name] = timeless(json.loads(path.read_text()))
+        elif path.suffix in (".jsonl", ".mp4") or (path.suffix == ".safetensors" and name not in found):
+            found[name] = path.read_bytes()
+        elif name not in found:
+            found[name] = None  # pictures and configurations: that they are there
+    return found
+
+
+TIMES = ("seconds", "waiting_for_data", "history", "output", "source", "base", "stages", "run")
+
+
+def timeless(value):
+    """JSON without what two undisturbed runs do not share."""
+    if isinstance(value, dict):
+        return {name: timeless(inner) for name, inner in value.items() if name not in TIMES}
+    return [timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+# Each returns a command of what it writes to. The last weights of an on-policy run need the run that it starts from.
+WORKS = {
+    "offload": lambda bench, out: [distill, *bench.options, "offload=[states,blocks,base]", f"output={out}"],
+    "memory=small": lambda bench, out: on_policy(bench, out, "memory=small"),
+    "on-policy, offload": lambda bench, out: on_policy(bench, out, "offload=[states,base]", "memory=small"),
+    "buckets": lambda bench, out: [distill, *bench.options, f"data={bench.buckets()}", f"output={out}"],
+    "prepare": lambda bench, out: [*bench.preparing(out), "--frames=9", "--height=32", "--width=48"],
+    "prepare --bucket": lambda bench, out: [*bench.preparing(out), "--bucket", "9x32x48", "17x32x32"],
+    "stream": lambda bench, out: [sample, bench.whole, *PROMPT, "--stream=4", f"--output={out}"],
+    "sample": lambda bench, out: [sample, bench.whole, *PROMPT, "--write", "latents", f"--output={out}"],
+    "evaluate": lambda bench, out: [evaluate, bench.whole, f"--prompts={bench.prompts()}", f"--output={out}", *SIZE],
+    "export": lambda bench, out: [export, bench.whole, out],
+}
+PROMPT = ("--prompt", "a red square moves left", "--steps", "1", "2")
+SIZE = ("--steps", "1", "2", "--videos", "2")
+
+
+def on_policy(bench, output, *options):
+    """The on-policy stage, from the undisturbed run."""
+    given = [option for option in bench.options if option != "forward"]
+    stage = given.index("causal") + 1
+    return [
+        distill,
+        *given[:stage],
+        "on_policy",
+        *given[stage:],
+        f"student={bench.whole}",
+        *options,
+        f"output={output}",
+    ]
+
+
+def killed_work(bench, name, seed):
+    """SIGKILL to a command at a random moment; run again, it leaves what an undisturbed one leaves, and no more."""
+
+    def work(output):
+        command, *arguments = WORKS[name](bench, output)
+        return lambda: command([*map(str, arguments)])
+
+    if name not in bench.undisturbed:
+        start, output = time.perf_counter(), bench.new()
+        if bench.run(output, command=work(output))[0]:
+            raise RuntimeError((bench.folder / f"{output.name}.log").read_text()[-300:])
+        bench.undisturbed[name] = time.perf_counter() - start, contents(output)
+    seconds, expected = bench.undisturbed[name]
+    draw = random.Random(f"{name} {seed}")
+    for _ in range(5):
+        output = bench.new()
+        number, log = bench.start(output, command=work(output))
+        time.sleep(seconds * draw.uniform(0.05, 0.95))
+        os.kill(number, signal.SIGKILL)
+        status, _ = bench.end(number, log)
+        left = sorted(path.name for path in output.glob("*")) if output.exists() else []
+        if status == -signal.SIGKILL:
+            break
+    if name == "export" and output.exists():  # it was whole before the kill
+        again = 0
+    else:
+        again, _ = bench.run(output, command=work(output))
+    found = contents(output)
+    wrong = sorted(file for file in expected | found if expected.get(file, 0) != found.get(file, 0))
+    stale = [path.name for path in output.parent.glob(".unfinished-*")] if name != "export" else []
+    what = f"killed when it had {len(left)} files and folders" + f"; differs: {', '.join(wrong[:3])}" * bool(wrong)
+    return what, (status, again, wrong, stale) == (-signal.SIGKILL, 0, [], [])
+
+
+def out_of_minutes(bench):
+    """Ends again and again because its minutes are over, and is whole in the end."""
+    output, ends = bench.new(), 0
+    while (status := bench.run(output, "--minutes=0.005")[0]) == 143:
+        ends += 1
+    return f"ended {ends} times by --minutes", (status, ends > 1) == (0, True) and bench.same(output)
 
 
 def terminated(bench):
@@ -511,6 +634,7 @@ def full_at_the_end(bench):
 
 INJECTIONS = {
     "SIGTERM": terminated,
+    "--minutes": out_of_minutes,
     "SIGTERM to a launcher": launched(1),
     "the same, two processes": launched(2),
     "SIGKILL to one of two": one_of_two_killed,
@@ -538,10 +662,12 @@ INJECTIONS = {
 }
 
 
-def inject(folder, kills, names):
+def inject(folder, kills, works, names):
     """Rows (injection, what happened, whether that is right)."""
     bench = Bench(folder)
     cases = {f"SIGKILL {seed + 1}": (lambda seed=seed: killed(bench, seed)) for seed in range(kills)}
+    for seed, work in product(range(works), WORKS):
+        cases[f"{work}, SIGKILL {seed + 1}"] = lambda work=work, seed=seed: killed_work(bench, work, seed)
     cases |= {name: (lambda name=name: INJECTIONS[name](bench)) for name in names}
     for name, case in cases.items():
         try:
@@ -549,7 +675,7 @@ def inject(folder, kills, names):
         except Exception as problem:  # the table says what failed, and goes on
             what, right = f"{type(problem).__name__}: {problem}", False
         what = what.replace(str(folder), "FOLDER")
-        print(f"{name:24} {'ok  ' if right else 'FAIL'} {what}", flush=True)
+        print(f"{name:30} {'ok  ' if right else 'FAIL'} {what}", flush=True)
         yield name, what, right
 
 
@@ -557,6 +683,7 @@ def main(argv=None):
     """Make a tiny Wan, break runs on it, print the table; returns the exit status."""
     parser = Parser("faults.py", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=25, help="runs killed at a random moment (default: 25)")
+    parser.add_argument("--works", type=int, default=5, help="kills of each other command and option (default: 5)")
     known = list(INJECTIONS)
     names = "of: " + ", ".join(map(repr, known))
     parser.add_argument("--only", nargs="*", default=known, choices=known, metavar="INJECTION", help=names)
@@ -568,7 +695,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     folder, start = Path(tempfile.mkdtemp(prefix="faults-")), time.perf_counter()
     try:
-        rows = list(inject(folder, arguments.kills, arguments.only))
+        rows = list(inject(folder, arguments.kills, arguments.works, arguments.only))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     wrong = [name for name, _, right in rows if not right]

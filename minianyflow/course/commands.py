@@ -51,7 +51,16 @@ def exercises(argv: list[str]) -> int:
 def lab(argv: list[str]) -> int:
     """Open the course in JupyterLab."""
     Parser("minianyflow lab", description=lab.__doc__).parse_args(argv)
-    page, settings = "/lab/tree/notebooks/README.md", ROOT / "notebooks/.lab"  # which show Markdown rendered
-    options = [f"--LabApp.default_url={page}", f"--LabApp.app_settings_dir={settings}"]
-    options += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # or it refuses, in a container
-    return subprocess.call([sys.executable, "-m", "jupyterlab", *options], cwd=ROOT)
+    command = [sys.executable, *lab_command(), "--LabApp.default_url=/lab/tree/notebooks/README.md"]
+    return subprocess.call(command, cwd=ROOT)
+
+
+def lab_command(alone: int = 600) -> list[str]:
+    """The arguments of python that start JupyterLab, for the command and for the tests.
+
+    A kernel ends when its notebook is closed (notebooks/.lab), or `alone` seconds after its page is gone.
+    """
+    options = {"LabApp.app_settings_dir": ROOT / "notebooks/.lab", "MappingKernelManager.cull_idle_timeout": alone}
+    options |= {"MappingKernelManager.cull_interval": min(alone, 30), "MappingKernelManager.cull_connected": False}
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # or it refuses, in a container
+    return ["-m", "jupyterlab", *(f"--{name}={value}" for name, value in options.items()), *root]

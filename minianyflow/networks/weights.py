@@ -19,6 +19,7 @@ from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, A
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.codec import Codec
@@ -26,12 +27,22 @@ from minianyflow.networks.dense import Dense, FromClean
 from minianyflow.networks.lora_roles import Adapter, add_role, remove_role, role_options, roles_of
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import staging_folder
+from minianyflow.support.files import check_json, read_json, staging_folder
 
 FORMAT = "minianyflow 1"
 KINDS = ("wan", "causal", "dense", "codec")
 SAMPLED = 256  # values at either end of a tensor that its fingerprint reads
-PROVENANCE = ("command", "seeds", "cost", "figures")
+
+
+class Provenance(TypedDict):
+    """The fields that are read of the JSON beside weights."""
+
+    seeds: list[int]
+    cost: dict[str, float]
+    figures: dict
+
+
+PROVENANCE = ("command", *Provenance.__annotations__)
 
 
 def save_weights(path: str | Path, state: dict[str, Tensor], provenance: dict) -> None:
@@ -73,12 +84,13 @@ def read_weights(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
     if metadata["kind"] not in kinds:
         raise InputError(f"{path} holds weights of kind {metadata['kind']!r}; expected {' or '.join(map(repr, kinds))}")
     beside = path.with_suffix(".json")
+    provenance = read_json(beside, f"expected the provenance of {path}", Provenance) if beside.exists() else {}
     try:
-        provenance = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    except ValueError as problem:
-        raise InputError(f"{beside} is not JSON ({problem}); expected the provenance of {path}") from None
+        config = check_json(json.loads(metadata["config"]), dict, path, "make it again")
+    except (ValueError, RecursionError) as problem:
+        raise InputError(f"{path}: its configuration cannot be read ({problem}); make it again") from None
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    return state, json.loads(metadata["config"]), provenance
+    return state, config, provenance
 
 
 def describe(module: nn.Module) -> dict:
@@ -213,7 +225,7 @@ def fingerprint(source: str | Path) -> str:
             opened = safe_open(file, "pt")
             tensors |= dict.fromkeys(opened.keys(), opened)
         if (folder / "config.json").is_file():
-            config = _public(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            config = _public(read_json(folder / "config.json", "fetch or make it again"))
             config.pop("transformers_version", None)  # who saved a model changes nothing
             digest.update(json.dumps(config, sort_keys=True).encode())
         for name, opened in sorted(tensors.items()):

@@ -3,7 +3,6 @@
 Two counts are multiplied: the forward calls of a step (forward_calls.py) and the cost of a call (forward_cost.py).
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,17 +10,22 @@ from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from minianyflow.planner.forward_calls import ForwardCall, MicroBatch, forward_calls
 from minianyflow.planner.forward_cost import ForwardCosts, forward_costs
 from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
 from minianyflow.planner.report import OFFLOADS, SETUPS, SIZES, Plan
 from minianyflow.support.errors import InputError
+from minianyflow.support.files import read_json
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.buckets import open_latents
+from minianyflow.wan.data.latents import Count
 from minianyflow.wan.data.options import CODECS, WAN22_CLIP, WAN_CLIP
 from minianyflow.wan.shapes import SHAPES, latent_shape
 
+KINDS = {int: Count, bool: bool, float: float, tuple: list[int]}
+Shape = TypedDict("Shape", {name: KINDS[type(value)] for name, value in SHAPES["14b"].items()}, total=False)
 STEPS = 16  # number of steps whose draws are counted by default
 RUN = ("architecture", "stage", "base", "steps", "batch", "memory", "offload")
 ADAM = 2  # numbers that AdamW holds per weight
@@ -85,14 +89,8 @@ def shape_of(base: str) -> dict:
     if not paths:
         expected = f"a folder with transformer/config.json, or one of {', '.join(HUB)}"
         raise InputError(f"the size of {base} is not known here; expected {expected}")
-    try:
-        found = json.loads(paths[0].read_text("utf-8"))
-        shape = {name: found.get(name, default) for name, default in SHAPES["14b"].items()}
-        if not all(isinstance(value, int) for name, value in shape.items() if name.startswith("num_")):
-            raise ValueError("no sizes in it")
-    except (OSError, ValueError, AttributeError) as problem:
-        raise InputError(f"{paths[0]} does not describe a transformer ({problem}); fetch or make it again") from None
-    return shape
+    found = read_json(paths[0], "fetch or make it again", Shape)
+    return SHAPES["14b"] | {name: value for name, value in found.items() if name in SHAPES["14b"]}
 
 
 def _clip(config, clip, channels):

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
-from minianyflow.support.install import ROOT, browser, lowest_python
+from minianyflow.support.install import ROOT, audit, browser, lowest_python
 from minianyflow.support.install import setup as install
 
 
@@ -29,11 +29,14 @@ def test(argv):
 
 
 def test_all(argv):
-    """Run every test, the long ones too, then the fast ones with the lowest versions of all: half an hour or more."""
+    """Run every test, then the fast ones with the lowest versions, then audit the packages: half an hour or more."""
     Parser("minianyflow test-all", description=test_all.__doc__).parse_args(argv)
     _look_for_browser()
     failed = _pytest("--nbmake", "--nbmake-timeout=900", *SLOWEST_FIRST)
-    return _pytest("-m", FAST, f"--deselect={PINNED}", "tests", python=lowest_python()) or failed
+    failed = _pytest("-m", FAST, f"--deselect={PINNED}", "tests", python=lowest_python()) or failed
+    wrong, unknown = audit()
+    print("\n".join([*wrong, *unknown] or ["the pinned packages have no known vulnerability"]))
+    return bool(wrong) or failed
 
 
 def check(argv):

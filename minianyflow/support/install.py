@@ -1,6 +1,7 @@
 """Set-up with nothing but Python: a `.venv` beside the package, filled with the pinned packages."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -35,6 +36,46 @@ def lowest_python():
     listed.parent.mkdir(exist_ok=True)
     listed.write_text("\n".join(pins) + "\n")
     return str(_environment(".venv-lowest", listed))
+
+
+AUDIT, PYTHONS = "pip-audit==2.9.0", ("3.11", "3.12", "3.13", "3.14")
+
+
+def audit():
+    """(what is wrong, what could not be looked up) with the pinned packages, lines each.
+
+    Wrong are versions with a known vulnerability, and a Python that the lock does not install on. Both need a network.
+    """
+    listed, wrong = ROOT / "build/audit.txt", []
+    listed.parent.mkdir(exist_ok=True)
+    listed.write_text(f"{AUDIT}\n")
+    try:
+        python = str(_environment(".venv-audit", listed))
+    except InputError as problem:
+        return [], [f"not audited: {problem}"]
+    command = [python, "-m", "pip_audit", "--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off"]
+    done = _quiet(*command, "--requirement", ROOT / "requirements.txt")
+    try:
+        for package in json.loads(done.stdout)["dependencies"]:
+            for known in package.get("vulns", ()):
+                fixed = ", ".join(known["fix_versions"]) or "none yet"
+                wrong.append(f"{package['name']} {package['version']}: {known['id']}; fixed in {fixed}")
+    except ValueError:  # no report
+        return [], [f"not audited: {_last_line(done)}"]
+    for version in PYTHONS:
+        where = ["--python-version", version, "--only-binary=:all:", "--target", listed.with_name("none")]
+        install = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--require-hashes"]
+        if (done := _quiet(*install, *where, "-r", ROOT / LOCK)).returncode:
+            wrong.append(f"the lock does not install on Python {version}: {_last_line(done)}")
+    return wrong, []
+
+
+def _quiet(*command):
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+
+def _last_line(done):
+    return ([line for line in done.stderr.splitlines() if line.strip()] or ["no words"])[-1]
 
 
 def _environment(name, requirements, lock=None):

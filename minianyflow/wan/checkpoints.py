@@ -88,7 +88,7 @@ class Checkpoints:
         """Raise InputError, one line, if the newest whole checkpoint was saved with other settings."""
         for folder in self.folders():
             try:
-                before = json.loads(_read(folder, STATE))["settings"]
+                before = _state(folder)["settings"]
             except Broken:  # `restore` says so
                 continue
             except OSError as problem:
@@ -209,7 +209,7 @@ class Checkpoints:
             torch.set_rng_state(random["cpu"])
             if "cuda" in random and accelerator.device.type == "cuda":
                 torch.cuda.set_rng_state(random["cuda"])
-        state = json.loads(_read(folder, STATE))
+        state = _state(folder)
         for name, item in self.stateful.items():
             item.load_state_dict(state["stateful"][name])
         return state
@@ -230,12 +230,9 @@ def check(folder: Path, index: int = 0, count: int = 1) -> None:
     A .distcp is a sequence of files of torch.save, one per tensor: zip files, whose CRC-32 is compared.
     Raises OSError if the disk cannot be read: that says nothing about the checkpoint.
     """
-    for name in (METADATA, STATE, TENSORS):
+    for name in (METADATA, TENSORS):
         _read(folder, name)
-    try:
-        check_json(json.loads(_read(folder, STATE)), State, folder / STATE, "expected what a run saved")
-    except (ValueError, RecursionError) as problem:
-        raise Broken(f"{problem}") from None
+    _state(folder)
     for place in [*distributed.FileSystemReader(folder).read_metadata().storage_data.values()][index::count]:
         content = io.BytesIO(_bytes(folder / place.relative_path, place.offset, place.length))
         try:
@@ -257,6 +254,14 @@ def _read(folder, name):
     if zlib.crc32(content) != expected:
         raise Broken(f"{name} is cut short or changed")
     return content
+
+
+def _state(folder):
+    """The fields of `State` of a checkpoint."""
+    try:
+        return check_json(json.loads(_read(folder, STATE)), State, folder / STATE, "expected what a run saved")
+    except (ValueError, RecursionError) as problem:
+        raise Broken(f"{problem}") from None
 
 
 def _bytes(path, offset=0, length=-1):

@@ -16,27 +16,43 @@ import re
 import time
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from safetensors.torch import save_file
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import read_json, unfinished_folder
+from minianyflow.support.files import check_json, read_json, unfinished_folder
 from minianyflow.support.reports import write_report
 from minianyflow.times import generator
+from minianyflow.wan.data.latents import read_file
 from minianyflow.wan.data.options import DTYPES
 from minianyflow.wan.data.write_video import write_clip
 from minianyflow.wan.folders import decode_latents, embed, load_parts
+from minianyflow.wan.run import Clip
 from minianyflow.wan.sampler import guided_network, sample
 from minianyflow.wan.sources import Source
 
+Figures = TypedDict("Figures", dict.fromkeys(("seconds", "evaluations", "change", "second_change"), float))
+Scores = dict[str, Annotated[list, Field(min_length=1)]]  # VBench's: a score, then one per video
 MOST = 2**28  # numbers in the latents that stay on disk: 1 GB per step count, 128 clips of Wan's size
 LONGEST = 240  # bytes of a file name without its suffix
 AGAIN = "name another folder for the output, or remove it"
+
+
+class Settings(TypedDict):
+    """The fields of settings.json that every source has."""
+
+    source: str
+    prompts: list[str]
+    videos: int
+    clip: Clip
+    seed: int
 
 
 class Samples:
@@ -52,7 +68,7 @@ class Samples:
         self.prompts, self.seed = settings["prompts"], settings["seed"]
         self.count = len(self.prompts) * settings["videos"]  # clips per step count
         path = self.folder / "settings.json"
-        before = read_json(path, AGAIN) if path.exists() else {}
+        before = read_json(path, AGAIN, Settings) if path.exists() else {}
         for name in settings if before else ():
             if before.get(name) != settings[name]:
                 raise InputError(f"{folder} holds clips that were sampled with another setting ({name}); {AGAIN}")
@@ -84,21 +100,24 @@ class Samples:
 
     def read(self, steps: int, count: int) -> torch.Tensor:
         """Latents (count, F, C, h, w), float32, of the first clips."""
-        return torch.stack([self._read(self.latents(steps, number)) for number in range(count)])
+        files = [self.latents(steps, number) for number in range(count)]
+        clips = [read_file(file, "latents")[0]["latents"] for file in files]
+        for file, clip in zip(files, clips, strict=True):
+            if clip.shape != clips[0].shape:
+                raise InputError(f"{file} holds {[*clip.shape]}, {files[0]} {[*clips[0].shape]}; {AGAIN}")
+        return torch.stack(clips)
 
     def figures(self, steps: int) -> dict[str, list[float]]:
         """Evaluations, seconds and motion: {name: [one per clip]}."""
-        clips = [
-            read_json(self.latents(steps, number).with_suffix(".json"), AGAIN, dict[str, float])
-            for number in range(self.count)
-        ]
-        return {name: [clip[name] for clip in clips] for name in clips[0]}
+        files = [self.latents(steps, number).with_suffix(".json") for number in range(self.count)]
+        clips = [read_json(file, AGAIN, Figures) for file in files]
+        return {name: [clip[name] for clip in clips] for name in Figures.__annotations__}
 
     def vbench(self, steps: int) -> dict[str, float]:
         """{dimension: score} of all `*_eval_results.json` in vbench/, {} if VBench was not run."""
         files = sorted((self.folder / "vbench" / f"{steps}_steps").glob("*_eval_results.json"))
-        results = [result for file in files for result in read_json(file, AGAIN, dict[str, list]).items()]
-        return {f"vbench_{name}": float(score) for name, (score, *_) in results}
+        results = [(file, *result) for file in files for result in read_json(file, AGAIN, Scores).items()]
+        return {f"vbench_{name}": check_json(scores[0], float, file, AGAIN) for file, name, scores in results}
 
     def make(self, source: Source, steps: list[int], device: torch.device, batch: int = 1) -> None:
         """Sample, decode and measure the clips that are missing."""
@@ -136,12 +155,6 @@ class Samples:
                     self._put(self.video(steps, number), partial(write_clip, clip=video))
                     self._put(path.with_suffix(".json"), partial(write_report, figures | motion(video)))
                 bar.update(steps * len(numbers))
-
-    def _read(self, path):
-        try:
-            return load_file(path)["latents"]
-        except (OSError, SafetensorError, KeyError):
-            raise InputError(f"{path} cannot be read; remove it, and the same command samples it again") from None
 
     def _put(self, path, write):
         """write(path), so that the file is there whole or not at all; never a second one beside it."""

@@ -1,5 +1,6 @@
 """The scenes in a real browser: in JupyterLab, as pages opened from a file, as the app. Nothing leaves the machine."""
 
+import time
 from contextlib import contextmanager
 
 import nbformat
@@ -57,7 +58,8 @@ def scene_cells():
 def lab(tmp_path_factory, scene_cells):
     """A JupyterLab with an empty notebook and the beginning of notebook 0, up to its scene; its address."""
     folder = tmp_path_factory.mktemp("notebooks")
-    write_notebook(folder / "stage.ipynb", "")
+    for name in ("stage", "closed"):
+        write_notebook(folder / f"{name}.ipynb", "")
     path, number = scene_cells["race"]
     notebook = nbformat.read(path, 4)
     notebook.cells = notebook.cells[: number + 1]
@@ -196,6 +198,21 @@ def test_notebook_0_opens_with_its_scene_and_recovers_from_a_kernel_restart(brow
         redraws(page, move, controls(page)["steps"])
         is_well(page)
         shut_down(page)
+
+
+def test_a_kernel_ends_when_its_notebook_is_closed(browser, lab):
+    def kernels():
+        return {kernel["id"] for kernel in page.request.get(f"{lab}/api/kernels").json()}
+
+    with watched(browser) as page:
+        open_notebook(page, lab, "closed.ipynb")
+        own = page.evaluate(f"{KERNEL}.id")
+        assert own in kernels()
+        page.evaluate("jupyterapp.shell.currentWidget.close()")
+        end = time.monotonic() + 60
+        while own in kernels() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert own not in kernels()
 
 
 @pytest.mark.parametrize("name", SCENES)

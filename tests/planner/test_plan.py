@@ -298,9 +298,10 @@ def test_bad_input_is_one_line(arguments, capsys):
 
 
 def test_a_broken_description_is_one_line(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with refused("does not describe a transformer"):
-        shape_of(str(tmp_path))
+    for text, words in (("{", "is not JSON"), ('{"num_layers": "40"}', "num_layers"), ('{"ffn_dim": 0}', "ffn_dim")):
+        (tmp_path / "config.json").write_text(text)
+        with refused(rf"config.json.* {words}"):
+            shape_of(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def noise(numbers):
 
 def kept(folder, label, steps, count=2 * VIDEOS):
     files = [folder / label / f"latents/{steps}_steps/{number:05}.safetensors" for number in range(count)]
-    return torch.stack([sampled.load_file(file)["latents"] for file in files])
+    return torch.stack([sampled.read_file(file, "latents")[0]["latents"] for file in files])
 
 
 # ---- what is sampled

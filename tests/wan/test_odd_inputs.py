@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minianyflow.networks.pipelines import load_lora, load_pipeline
-from minianyflow.networks.weights import fingerprint
+from minianyflow.networks.weights import fingerprint, read_weights
+from minianyflow.planner.plan import shape_of
+from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan.config import as_yaml, load_config
 from minianyflow.wan.data.captions import Clip, read_captions
 from minianyflow.wan.data.latents import read_manifest, write_latents
@@ -24,6 +26,7 @@ from minianyflow.wan.data.read_video import read_clip, read_frames, read_video
 from minianyflow.wan.data.write_video import write_clip
 from minianyflow.wan.folders import decode_latents, load_parts, load_transformer
 from minianyflow.wan.run import read_run
+from minianyflow.wan.samples import Samples
 from minianyflow.wan.sources import identify, read_prompts
 from minianyflow.wan.stages import distil
 from tests.refused import refused
@@ -216,11 +219,19 @@ def test_a_codec_without_its_mean_is_one_line(mean):
 
 # Files of ours that others changed
 
+
+def weights_beside(folder):
+    return read_weights(shutil.copy(path_of(WEIGHTS, "codec"), folder / "x.safetensors"), "codec")
+
+
 RUN = {"stage": "forward", "architecture": "causal", "steps": 6, "history": []}
 RUN |= {"clip": {"frames": 9, "height": 32, "width": 48, "length": 32}}
 MANIFEST = {"format": 2, "finished": True, "clips": 3, "skipped": [], "shape": [3, 16, 4, 6]}
 EXPORTED = {"stage": "forward", "clip": RUN["clip"], "lora_of": "x/y", "architecture": "causal", "causal": {"rest": 2}}
 EXPORTED |= {"shift": 5.0}
+SETTINGS = {"source": "x", "prompts": ["a"], "videos": 2, "clip": RUN["clip"], "seed": 0}
+PROVENANCE = {"seeds": [0], "cost": {"steps": 6}, "figures": {}}
+SHAPE = {"num_layers": 2, "eps": 1e-6, "patch_size": [1, 2, 2]}
 CHANGED = [  # file, its content, its reader; a field and its value: None removes it; what is named
     *(
         ("run.json", RUN, read_run, *change)
@@ -237,6 +248,15 @@ CHANGED = [  # file, its content, its reader; a field and its value: None remove
     ),
     ("minianyflow.json", EXPORTED, identify, "causal", {"rest": "2"}),
     ("minianyflow.json", EXPORTED, identify, "architecture", None),
+    *(
+        ("settings.json", SETTINGS, lambda folder: Samples(folder, SETTINGS), *change)
+        for change in (("prompts", "a"), ("videos", None), ("clip", {}))
+    ),
+    *(("x.json", PROVENANCE, weights_beside, *change) for change in (("seeds", 0), ("cost", None), ("figures", []))),
+    *(
+        ("config.json", SHAPE, shape_of, *change)
+        for change in (("num_layers", "2"), ("eps", [0]), ("patch_size", [0.5]))
+    ),
 ]
 
 
