@@ -27,7 +27,7 @@ def consistency_target(
 ) -> State:
     """The target of u(z, t, 0): (z - f(z', s)) / t, with z' one step of `velocity` from t to s, f that of `u_average`.
 
-    solver: "euler", or "heun", of second order.
+    solver: "euler", or of second order "midpoint" or "heun".
     """
     return teacher_step_target(u_average, z, t, torch.zeros_like(t), s, velocity, solver, **condition)
 

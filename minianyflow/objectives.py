@@ -97,17 +97,18 @@ def teacher_step_target(
     r: Times,
     s: Times,
     velocity: Velocity,
-    solver: str = "heun",
+    solver: str = "midpoint",
     **condition: Condition,
 ) -> State:
     """The average velocity of one step of the teacher's `velocity` t -> s, then the jump s -> r, r <= s < t.
 
-    solver: "euler", or "heun", of second order, which evaluates the velocity twice. Where s = r, no evaluation of `u`.
+    solver: "euler", or of second order, with two evaluations, "midpoint" or "heun". Where s = r, no evaluation of `u`.
     This is CTM's soft consistency matching (arXiv 2310.02279); with r = 0 it is consistency distillation.
     """
     v = velocity(z, t, **condition)
-    if choose("solver", solver, {"euler": False, "heun": True}):
-        v = (v + velocity(displace(z, v, t, s), s, **condition)) / 2
+    if share := choose("solver", solver, {"euler": 0.0, "midpoint": 0.5, "heun": 1.0}):  # of the step, to look ahead
+        ahead = torch.lerp(t, s, share)
+        v = v + (velocity(displace(z, v, t, ahead), ahead, **condition) - v) / (2 * share)
     end = rollout(u, displace(z, v, t, s), torch.stack([s, r]), **condition)[-1]
     return (z - end) / broadcast_time(t - r, z)
 
@@ -138,17 +139,19 @@ class FlowMapLoss:
     shares: the share of rows r < t per objective, e.g. {"eulerian": 0.5, "semigroup": 0.5}; {} is for r = t alone. Rows
     of "lagrangian_through_end" take the gradient through d/dr Phi too, see `lagrangian_sides`.
     velocity: that of a teacher or of exact truth; None takes the data velocity eps - x. weight: the weight of a row,
-    a function of its t. adaptive: see `adaptive_weight`. delta: see `eulerian_target`.
+    a function of its t. adaptive: see `adaptive_weight`. delta: see `eulerian_target`. around: rows r = t learn a jump
+    as well, up to so long, with t in its middle, whose velocity is the average one to second order; 0: none.
     Raises InputError for shares, guidance and velocity that do not go together.
     """
 
-    longest_step = 1 / 16  # of the teacher
+    longest_step, solver = 1 / 16, "midpoint"  # of the teacher
     shares: Mapping[str, float]
     velocity: Velocity | None = None
     guidance: Guidance | None = None
     weight: Weight = sqrt_weight
     adaptive: float = 0.0
     delta: float = DELTA
+    around: float = 0.0
 
     def __post_init__(self):
         for name in self.shares:
@@ -159,8 +162,9 @@ class FlowMapLoss:
             raise InputError(f"delta {self.delta}; expected a small step in time, or 0: exact")
         if set(NEED_VELOCITY) & set(self.shares) and self.velocity is None:
             raise InputError(f"{' and '.join(NEED_VELOCITY)} need velocity=, a teacher's or the exact one")
-        if self.guidance and self.guidance.published and set(self.shares) - {"eulerian"}:
-            raise InputError(f"published guidance is for the Eulerian target alone; got {', '.join(self.shares)}")
+        if self.guidance and self.guidance.published and (self.around or set(self.shares) - {"eulerian"}):
+            got = f"{', '.join(self.shares)}, around={self.around}"
+            raise InputError(f"published guidance is for the Eulerian target alone; got {got}")
 
     def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
         """Weighted losses (B,), and the mean squared error, without weights, of the kinds of rows in the batch.
@@ -225,13 +229,17 @@ class FlowMapLoss:
             return semigroup_target(u, z, t, r, r + batch["split"] * (t - r)), None
         if name == "teacher_step":
             s = torch.maximum(t - self.longest_step, r)
-            return teacher_step_target(network, z, t, r, s, velocity, **condition), None
+            return teacher_step_target(network, z, t, r, s, velocity, self.solver, **condition), None
         if name == "lagrangian":
             return lagrangian_target(u, z, t, r, velocity, self.delta), None
         if name == "lagrangian_through_end":
             with torch.enable_grad():
                 return lagrangian_sides(u, z, t, r, velocity, self.delta)[::-1]
         v = velocity(z, t)
+        if name == "tangent" and self.around:
+            half = torch.minimum(self.around * batch["split"] / 2, torch.minimum(t, 1 - t))
+            with torch.enable_grad():
+                return v, u(displace(z, v, t, t + half), t + half, t - half)
         target = v if name == "tangent" else eulerian_target(u, z, t, r, v, self.delta)
         if guidance and guidance.published:
             target = target + guidance.pull(network, z, t, r, v, torch.ones_like(batch["dropped"]), condition)

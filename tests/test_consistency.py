@@ -28,7 +28,7 @@ def test_the_exact_map_is_its_own_target():
     assert gaps[2] / gaps[3] == pytest.approx(8, rel=0.4)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun"])
 def test_the_discrete_loss_is_what_it_says(solver):
     """Every option by hand: the grid, the averaged student, the teacher's step, the weight, the adaptive weight."""
     student, average = MLP(shape=(1,)).double(), MLP(shape=(1,), seeds=(1,)).double()
@@ -42,6 +42,8 @@ def test_the_discrete_loss_is_what_it_says(solver):
     v = GAUSSIAN.velocity(z, upper)
     if solver == "heun":
         v = (v + GAUSSIAN.velocity(z - v / 8, lower)) / 2
+    elif solver == "midpoint":
+        v = GAUSSIAN.velocity(z - v / 16, lower + 1 / 16)
     there = z - v / 8
     end = there - lower[:, None] * average(there, lower, 0 * lower)
     error = (student(z, upper, 0 * upper) - (z - end) / upper[:, None]).square().mean(1)

@@ -1,6 +1,7 @@
 """Targets, pairs, weights and the forward loss: derivatives, edges, gradients, empty kinds, evaluation counts."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -180,21 +181,39 @@ def test_evaluations_are_counted_and_none_is_wasted(name):
 
 
 def test_a_teachers_step_errs_by_its_cube_and_ends_at_r():
-    """On the exact map the target errs as the one Heun step does: third order; a longer step would pass r."""
+    """On the exact map the target errs as the one step does: third order; a longer step would pass r."""
     z = torch.linspace(-2, 2, 60, dtype=torch.float64)[:, None]
     t, r = torch.linspace(0.4, 1, 60, dtype=torch.float64), torch.linspace(0.3, 0, 60, dtype=torch.float64)
     u, gaps = GAUSSIAN.average_velocity, []
-    for step in (1 / 32, 1 / 64):
-        target = teacher_step_target(u, z, t, r, t - step, GAUSSIAN.velocity)
+    for solver, step in product(("midpoint", "heun"), (1 / 32, 1 / 64)):
+        target = teacher_step_target(u, z, t, r, t - step, GAUSSIAN.velocity, solver)
         gaps.append(float(((target - u(z, t, r)) * (t - r)[:, None]).abs().max()))
-    assert gaps[0] / gaps[1] == pytest.approx(8, rel=0.2)
-    assert gaps[0] < 4e-4  # 1.3e-4
+    assert gaps[0] / gaps[1] > 6.4  # 15.6: a Gaussian's velocity is kind to the midpoint
+    assert gaps[2] / gaps[3] == pytest.approx(8, rel=0.2)
+    assert max(gaps) < 4e-4  # 1.3e-4
     loss = FlowMapLoss({"teacher_step": 1.0}, GAUSSIAN.velocity)
     loss.longest_step = 0.5
     batch = {"t": t, "r": r, "x": z, "eps": z}
     whole = loss.target("teacher_step", pytest.fail, batch, torch.arange(20), z[:20])[0]  # t - r < .5: no student
-    half = GAUSSIAN.velocity(z - (t - r)[:, None] * GAUSSIAN.velocity(z, t), r)
-    assert torch.allclose(whole, ((GAUSSIAN.velocity(z, t) + half) / 2)[:20])
+    half = (t - r)[:, None] / 2
+    assert torch.allclose(whole, GAUSSIAN.velocity(z - half * GAUSSIAN.velocity(z, t), (t + r) / 2)[:20])
+
+
+def test_around_the_diagonal_the_velocity_in_the_middle_is_the_average_one_to_second_order():
+    """On the exact map half the width is a quarter of the gap; rows near t = 0 and 1 stay inside."""
+    batch = batch_of(64, dtype=torch.float64, diagonal=1.0, end=0.0) | {"split": torch.ones(64, dtype=torch.float64)}
+    losses = [
+        FlowMapLoss({}, GAUSSIAN.velocity, weight=torch.ones_like, around=width)(GAUSSIAN.average_velocity, batch)[0]
+        for width in (0.0, 1 / 32, 1 / 16)
+    ]
+    assert losses[0].max() < 1e-20
+    inside = (batch["t"] > 1 / 32) & (batch["t"] < 1 - 1 / 32)
+    assert float(losses[2][inside].mean() / losses[1][inside].mean()) == pytest.approx(16, rel=0.2)
+    seen = []
+    FlowMapLoss({}, GAUSSIAN.velocity, around=1.0)(lambda z, t, r: seen.append((t, r)) or z, batch)
+    ((t, r),) = seen
+    assert torch.allclose((t + r) / 2, batch["t"])
+    assert torch.minimum(r, 1 - t).abs().max() < 1e-9  # the widest that there are
 
 
 def test_through_the_end_a_lagrangian_row_is_the_residual_of_its_derivative():
