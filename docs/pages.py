@@ -7,6 +7,7 @@ from importlib import import_module
 from itertools import product
 from operator import getitem
 
+from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
@@ -60,6 +61,16 @@ TABLES = {  # {page: {name: arguments of `table`}}
     },
     "docs/peers.md": _peers("peers/peers.json", "spiral") | _peers("peers/others.json", "ring8", "checkerboard"),
 }
+
+
+def docs(argv):
+    """Write the tables of README.md and docs/ from the committed reports; --check only compares."""
+    parser = Parser("minianyflow docs", description=docs.__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
+    check = parser.parse_args(argv).check
+    stale = write(check)
+    print("\n".join(f"{page}: {'not current' if check else 'written'}" for page in stale) or "all tables are current")
+    return int(check and bool(stale))
 
 
 def write(check: bool = False) -> list[str]:

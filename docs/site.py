@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from minianyflow.live.pages import write_pages
 from minianyflow.live.player import STATIC
 from minianyflow.live.scenes import SCENES
+from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
 from minianyflow.support.install import ROOT
@@ -39,6 +40,18 @@ DOCS = (
 DOCS = (*DOCS, "peers", "backbones")
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 FRAME = '<iframe class="scene" src="{up}scenes/{name}.html" title="{title}" loading="lazy" height="640"></iframe>'
+
+
+def site(argv: list[str]) -> int:
+    """Build the course as a site, offline: one folder for any static host or a USB stick."""
+    parser = Parser("minianyflow site", description=site.__doc__)
+    parser.add_argument("--output", default="outputs/site", help="its folder (default: outputs/site)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    arguments = parser.parse_args(argv)
+    first = build(arguments.output, arguments.quiet)
+    size = sum(path.stat().st_size for path in first.parent.rglob("*") if path.is_file())
+    print(f"written: {first}, {size / 1e6:.1f} MB in all")
+    return 0
 
 
 def build(output="outputs/site", quiet: bool = False) -> Path:

@@ -1,22 +1,12 @@
-"""Exercises: the check that shows a student's answer beside the expected one, and the student's files.
+"""Exercises: the check that shows a student's answer beside the expected one. docs/course.py writes their files."""
 
-They are the scripts in `notebooks/solutions/` without the lines between `# SOLUTION` and `# END`.
-"""
-
-import re
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from minianyflow.support.errors import InputError
-from minianyflow.support.install import ROOT
-
-SOLUTIONS, EXERCISES = ROOT / "notebooks/solutions", ROOT / "notebooks/exercises"
 torch.set_num_threads(1)  # fastest for small networks and solves
-GAP = "...  # your lines here"
 _solved = {}  # {exercise: whether it is solved}; an exercise that is checked again counts once
 
 
@@ -107,24 +97,3 @@ def _lines(value, most=6):
         rows = numbers.reshape(-1, numbers.shape[-1]) if numbers.ndim > 1 else np.atleast_1d(numbers)
         return [_shown(row) for row in rows[:most]]
     return str(f"{value:.6g}" if isinstance(value, float) else value).splitlines()[:most] or [""]
-
-
-def student_copy(solution: str) -> str:
-    """The text of a student's file: a gap in place of the lines between the marks. InputError for a lone mark."""
-    copy = re.sub(r"# SOLUTION$((?!# SOLUTION$).)*?# END$", GAP, solution, flags=re.S | re.M)
-    if mark := re.search(r"^ *(# SOLUTION|# END)$", copy, re.M):
-        raise InputError(f"{mark[1]} out of place; expected # SOLUTION, lines, # END in turn")
-    return copy
-
-
-def write_exercises() -> list[Path]:
-    """Write every student's file; returns their paths. Raises InputError for a file that a student has changed."""
-    EXERCISES.mkdir(exist_ok=True)
-    written = []
-    for solution in sorted(SOLUTIONS.glob("[0-9]*.py")):
-        target, text = EXERCISES / solution.name, student_copy(solution.read_text("utf-8"))
-        if target.exists() and target.read_text("utf-8") != text:
-            raise InputError(f"{target.name} has been changed; move it away first, then run this again")
-        target.write_text(text, "utf-8")
-        written.append(target)
-    return written

@@ -1,4 +1,4 @@
-"""The frame of the course's notebooks: their first cell, their claims, their small figures; and how they are run."""
+"""The frame of the notebooks: first cell, claims, small figures. docs/course.py runs and compares them."""
 
 import builtins
 import itertools
@@ -13,13 +13,10 @@ import nbformat
 import numpy as np
 import torch
 
-from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = "MINIANYFLOW_FIGURES"  # environment variable: a folder where figures are written as well, for slides
-_CLAIM = re.compile(r"^(holds|FAILS)  (.+?): (-?\d[\d.]*(?:e[-+]\d+)?)(?=, | \()", re.M)
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def start(name: str, minutes: float, needs: str = "nothing but the library") -> None:
@@ -54,77 +51,6 @@ def report(name: str) -> dict:
 def notebooks() -> list[Path]:
     """The notebooks of the course, in order."""
     return sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
-
-
-def execute(path: Path, figures=None) -> nbformat.NotebookNode:
-    """Run a notebook in a fresh kernel; returns it with its outputs. figures: a folder for its pictures, or None."""
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
-    notebook = nbformat.read(path, as_version=4)
-    environment = os.environ | ({FIGURES: str(Path(figures).resolve())} if figures else {})
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False)
-    try:
-        client.execute(env=environment, cwd=str(path.parent))
-    except CellExecutionError as problem:
-        what = f"{problem.ename}: {problem.evalue}".splitlines()[0]
-        raise InputError(f"{path.name} fails: {what}; run it in JupyterLab") from None
-    for cell in notebook.cells:
-        tidy(cell)
-    fold(notebook.cells)
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    return notebook
-
-
-def claims_of(notebook: nbformat.NotebookNode) -> dict[str, float]:
-    """The claims that a notebook printed: {what: mean}."""
-    return {what: float(value) for word, what, value in _CLAIM.findall(printed(notebook)) if word == "holds"}
-
-
-def printed(notebook: nbformat.NotebookNode) -> str:
-    """All text of a notebook's outputs."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
-
-
-def compare(committed: nbformat.NotebookNode, fresh: nbformat.NotebookNode, tolerance: float = 0.25) -> list[str]:
-    """Lines for differences between the claims of two runs of a notebook; none means that they agree.
-
-    tolerance: of a claim's mean, relative: other processors round differently, and training amplifies it.
-    """
-    old, new = claims_of(committed), claims_of(fresh)
-    lines = [f"no longer claimed: {what}" for what in old.keys() - new.keys()]
-    lines += [f"only in the new run: {what}" for what in new.keys() - old.keys()]
-    for what in old.keys() & new.keys():
-        if abs(old[what] - new[what]) > tolerance * abs(old[what]) + 1e-6:
-            lines.append(f"{what}: committed {old[what]:g}, now {new[what]:g}")
-    return lines
-
-
-def tidy(cell: nbformat.NotebookNode) -> None:
-    """Drop what changes from run to run: execution times, progress bars, the widget of a scene beside its picture."""
-
-    def is_bar(output):
-        errors = output.output_type == "stream" and output.name == "stderr"
-        return errors and ("\r" in output.text or not output.text.strip())
-
-    cell.metadata = {}
-    if cell.cell_type == "code":
-        cell.outputs = [output for output in cell.outputs if not is_bar(output)]
-        for output in cell.outputs:
-            if "image/png" in output.get("data", {}):
-                output.data.pop(_WIDGET, None)
-
-
-def fold(cells: list[nbformat.NotebookNode]) -> None:
-    """Hide the saved outputs that would answer a prediction on its own screen: a click, or a run, shows them."""
-    asked = False
-    for cell in cells:
-        if cell.cell_type == "markdown":
-            asked = "**Predict" in cell.source
-        elif asked and "scenes." not in cell.source:  # a scene hides its own answer
-            cell.metadata = {"jupyter": {"outputs_hidden": True}}
 
 
 def _small_figures(shell, name):

@@ -1,10 +1,9 @@
-"""Commands of the live scenes: `live`, `live-html` and `site`."""
+"""Commands of the live scenes: `live` and `live-html`."""
 
 import webbrowser
 from pathlib import Path
 
 from minianyflow.support.cli import Parser
-from minianyflow.support.commands import from_checkout
 from minianyflow.support.install import browser
 
 
@@ -49,16 +48,4 @@ def live_html(argv: list[str]) -> int:
         written = [*written, *write_pictures(pages)]
     for path in written:
         print(f"written: {path}, {Path(path).stat().st_size / 1e6:.2f} MB")
-    return 0
-
-
-def site(argv: list[str]) -> int:
-    """Build the course as a site, offline: one folder for any static host or a USB stick."""
-    parser = Parser("minianyflow site", description=site.__doc__)
-    parser.add_argument("--output", default="outputs/site", help="its folder (default: outputs/site)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    arguments = parser.parse_args(argv)
-    first = from_checkout("docs.site").build(arguments.output, arguments.quiet)
-    size = sum(path.stat().st_size for path in first.parent.rglob("*") if path.is_file())
-    print(f"written: {first}, {size / 1e6:.1f} MB in all")
     return 0

@@ -13,16 +13,16 @@ from importlib import import_module
 from minianyflow.support.errors import InputError, choose
 
 LONGEST = 1000  # characters of an error
-COMMANDS = {  # name: where its function of argv is
+COMMANDS = {  # name: where its function of argv is; docs/ is in no wheel
     "setup": "support.commands:setup",
     "demo": "plane.commands:demo",
     "exposure": "plane.commands:exposure",
     "weights": "video.commands:weights",
     "video": "video.commands:video",
-    "lab": "course.commands:lab",
+    "lab": "support.commands:lab",
     "live": "live.commands:live",
     "live-html": "live.commands:live_html",
-    "site": "live.commands:site",
+    "site": "docs.site:site",
     "make-tiny-wan": "wan.commands:make_tiny_wan",
     "prepare-latents": "wan.data.commands:prepare_latents",
     "plan": "planner.commands:plan",
@@ -31,9 +31,9 @@ COMMANDS = {  # name: where its function of argv is
     "sample": "wan.commands:sample",
     "export": "wan.commands:export",
     "evaluate": "wan.commands:evaluate",
-    "course": "course.commands:course",
-    "exercises": "course.commands:exercises",
-    "docs": "support.commands:docs",
+    "course": "docs.course:course",
+    "exercises": "docs.course:exercises",
+    "docs": "docs.pages:docs",
     "check": "support.commands:check",
     "test": "support.commands:test",
     "test-all": "support.commands:test_all",
@@ -73,7 +73,13 @@ def experiment_parser(command, output, seeds=None):
 def command(name):
     """The function of a command: it takes the arguments behind its name and returns the exit status."""
     module, function = choose("command", name, COMMANDS).split(":")
-    return getattr(import_module(f"minianyflow.{module}"), function)
+    if not module.startswith("docs."):
+        return getattr(import_module(f"minianyflow.{module}"), function)
+    from minianyflow.support.install import ROOT, needs_checkout
+
+    needs_checkout(name)
+    sys.path += [str(ROOT)] * (str(ROOT) not in sys.path)
+    return getattr(import_module(module), function)
 
 
 def main(argv=None):
@@ -84,9 +90,16 @@ def main(argv=None):
 
 
 def _list_commands(argv):
-    lines = [f"  {name:16}{command(name).__doc__.splitlines()[0]}" for name in COMMANDS]
+    lines = [f"  {name:16}{_about(name)}" for name in COMMANDS]
     print("python -m minianyflow COMMAND [--help]\n\n" + "\n".join(lines), file=sys.stdout if argv else sys.stderr)
     return 0 if argv else 2
+
+
+def _about(name):
+    try:
+        return command(name).__doc__.splitlines()[0]
+    except InputError as problem:  # no checkout
+        return str(problem)
 
 
 def run(command, argv=None):

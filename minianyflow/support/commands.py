@@ -1,12 +1,12 @@
 """The commands that set the project up and test it. They belong to a checkout; the rest work from a wheel too."""
 
+import os
 import subprocess
 import sys
-from importlib import import_module
 
 from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
-from minianyflow.support.install import ROOT, audit, browser, lowest_python
+from minianyflow.support.install import ROOT, audit, browser, lowest_python, needs_checkout
 from minianyflow.support.install import setup as install
 
 
@@ -15,7 +15,7 @@ def setup(argv):
     parser = Parser("minianyflow setup", description=setup.__doc__)
     parser.add_argument("--browser", action="store_true", help="also get Debian's chromium by apt-get, where none is")
     arguments = parser.parse_args(argv)
-    _needs_checkout("setup")
+    needs_checkout("setup")
     if arguments.browser:
         browser(install=True)
     return install()
@@ -42,20 +42,28 @@ def test_all(argv):
 def check(argv):
     """The quick loop, under a minute: lint, the floors of the house, tables in the docs, then the fast tests."""
     Parser("minianyflow check", description=check.__doc__).parse_args(argv)
-    _needs_checkout("check")
+    needs_checkout("check")
     steps = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["minianyflow", "docs", "--check"])
     failed = [step for step in steps if subprocess.call([sys.executable, "-m", *step], cwd=ROOT)]
     return bool(failed) or _pytest("-m", FAST, "tests")
 
 
-def docs(argv):
-    """Write the tables of README.md and docs/ from the committed reports; --check only compares."""
-    parser = Parser("minianyflow docs", description=docs.__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not current")
-    check = parser.parse_args(argv).check
-    stale = from_checkout("docs.pages").write(check)
-    print("\n".join(f"{page}: {'not current' if check else 'written'}" for page in stale) or "all tables are current")
-    return int(check and bool(stale))
+def lab(argv: list[str]) -> int:
+    """Open the course in JupyterLab."""
+    Parser("minianyflow lab", description=lab.__doc__).parse_args(argv)
+    command = [sys.executable, *lab_command(), "--LabApp.default_url=/lab/tree/notebooks/README.md"]
+    return subprocess.call(command, cwd=ROOT)
+
+
+def lab_command(alone: int = 600) -> list[str]:
+    """The arguments of python that start JupyterLab, for the command and for the tests.
+
+    A kernel ends when its notebook is closed (notebooks/.lab), or `alone` seconds after its page is gone.
+    """
+    options = {"LabApp.app_settings_dir": ROOT / "notebooks/.lab", "MappingKernelManager.cull_idle_timeout": alone}
+    options |= {"MappingKernelManager.cull_interval": min(alone, 30), "MappingKernelManager.cull_connected": False}
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # or it refuses, in a container
+    return ["-m", "jupyterlab", *(f"--{name}={value}" for name, value in options.items()), *root]
 
 
 FAST = "not slow and not long"
@@ -64,7 +72,7 @@ SLOWEST_FIRST = ("notebooks", "tests/wan", "tests/live", "tests")  # a file is o
 
 
 def _pytest(*arguments, python=sys.executable):
-    _needs_checkout("test")
+    needs_checkout("test")
     workers = ("--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder")
     return subprocess.call([python, "-m", "pytest", *workers, *arguments], cwd=ROOT)
 
@@ -74,16 +82,3 @@ def _look_for_browser():
         browser()
     except InputError as problem:
         print(f"{problem}; the tests that need it will fail", file=sys.stderr)
-
-
-def from_checkout(module):
-    """A module of the checkout that is in no wheel."""
-    _needs_checkout(module)
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
-    return import_module(module)
-
-
-def _needs_checkout(command):
-    if not (ROOT / "pyproject.toml").is_file():
-        raise InputError(f"{command} works in a checkout of the project; expected one: this is an installed package")

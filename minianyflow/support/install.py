@@ -15,6 +15,12 @@ LOCK = "minianyflow/support/lock.txt"
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def needs_checkout(command):
+    """Raise InputError where the package was installed without the project around it."""
+    if not (ROOT / "pyproject.toml").is_file():
+        raise InputError(f"{command} works in a checkout of the project; expected one: this is an installed package")
+
+
 def setup():
     """Make .venv and install the pinned packages into it; does nothing where that is done."""
     if sys.version_info < (3, 11):  # noqa: UP036 (runs before anything has checked)

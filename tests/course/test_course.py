@@ -14,13 +14,14 @@ import torch
 from nbclient import NotebookClient
 from PIL import Image
 
-from minianyflow.course import commands, exercises
+from docs import course as runner
+from minianyflow.course import exercises
 from minianyflow.course import notebooks as course
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
 NOTEBOOKS = course.notebooks()
-SOLUTIONS = sorted(exercises.SOLUTIONS.glob("[0-9]*.py"))
+SOLUTIONS = sorted(runner.SOLUTIONS.glob("[0-9]*.py"))
 SLOW, LONG = pytest.mark.slow, pytest.mark.long
 TIMED = [
     pytest.param(path, marks=LONG if path.name.startswith(("06", "07b")) else SLOW, id=path.stem) for path in SOLUTIONS
@@ -73,19 +74,19 @@ def test_its_first_cell_says_what_it_takes_and_its_last_claims(notebook):
     first, everything = code(notebook)[0].source, "\n".join(text(notebook))
     assert f'course.start("{notebook.name}"' in first
     assert "make lab" in first
-    minutes, needs = re.search(r"about ([\d.]+) minutes? on two cores.*; needs (.+)", course.printed(notebook)).groups()
+    minutes, needs = re.search(r"about ([\d.]+) minutes? on two cores.*; needs (.+)", runner.printed(notebook)).groups()
     assert 0 < float(minutes) <= (2 if notebook.name < "06" else 4)  # videos take longer
     assert needs
     for word in ("**Predict", "## Exercises", f"exercises/{notebook.name}.py"):
         assert word in everything
-    assert len(course.claims_of(notebook)) >= 4
-    assert "FAILS" not in course.printed(notebook)
+    assert len(runner.claims_of(notebook)) >= 4
+    assert "FAILS" not in runner.printed(notebook)
     assert "course.claim(" in code(notebook)[-1].source
 
 
 def test_it_answers_no_prediction_on_its_own_screen(notebook):
     again = copy.deepcopy(notebook.cells)
-    course.fold(again)
+    runner.fold(again)
     assert notebook.name.startswith("06") or again == notebook.cells
     assert sum("jupyter" in cell.metadata for cell in again) >= 3
 
@@ -101,7 +102,7 @@ def test_its_figures_are_there_and_small(notebook):
 
 
 def test_the_figures_in_its_text_are_those_of_its_outputs(notebook):
-    printed = course.printed(notebook)
+    printed = runner.printed(notebook)
     quoted = re.findall(r"\*\*(-?\d[\d.]*)\*\*", "\n".join(text(notebook)))
     assert not [number for number in quoted if not re.search(rf"(?<![\d.]){re.escape(number)}", printed)]
 
@@ -111,9 +112,9 @@ def test_the_figures_in_its_text_are_those_of_its_outputs(notebook):
 
 @pytest.mark.parametrize("solution", SOLUTIONS, ids=lambda path: path.stem)
 def test_student_files_are_made_from_the_solutions(solution):
-    student = (exercises.EXERCISES / solution.name).read_text()
-    assert student == exercises.student_copy(solution.read_text())
-    assert student.count(exercises.GAP) == solution.read_text().count("# SOLUTION") >= 3
+    student = (runner.EXERCISES / solution.name).read_text()
+    assert student == runner.student_copy(solution.read_text())
+    assert student.count(runner.GAP) == solution.read_text().count("# SOLUTION") >= 3
 
 
 RUN = """
@@ -131,7 +132,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.parametrize("solution", TIMED)
 def test_exercises_pass_when_solved_and_fail_helpfully_when_not(solution):
-    command = [sys.executable, "-c", RUN, solution, exercises.EXERCISES / solution.name]  # one start for both
+    command = [sys.executable, "-c", RUN, solution, runner.EXERCISES / solution.name]  # one start for both
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     solved, status, unsolved = done.stdout.partition("exit status 0\n")
@@ -198,16 +199,16 @@ def test_a_right_answer_is_right(yours, expected, capsys, monkeypatch):
 @pytest.mark.parametrize("text", ["x = 1\n# END\n", "# SOLUTION\nx = 1\n", "# SOLUTION\n# SOLUTION\n# END\n"])
 def test_marks_out_of_place_are_named(text):
     with pytest.raises(InputError, match="out of place"):
-        exercises.student_copy(text)
+        runner.student_copy(text)
 
 
 def test_work_begun_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(exercises, "EXERCISES", tmp_path)
-    written = exercises.write_exercises()
+    monkeypatch.setattr(runner, "EXERCISES", tmp_path)
+    written = runner.write_exercises()
     assert len(written) == len(SOLUTIONS)
     written[0].write_text("my own answer")
     with pytest.raises(InputError, match="has been changed"):
-        exercises.write_exercises()
+        runner.write_exercises()
     assert written[0].read_text() == "my own answer"
 
 
@@ -225,7 +226,7 @@ def test_a_claim_must_hold_for_every_seed_and_is_read_back(capsys):
     course.claim("slope", -0.98, at_most=-0.9)
     printed = capsys.readouterr().out
     assert "error, e.g. of: 3e-05 (2e-05 to 4e-05, 2 runs), at most 1" in printed
-    claims = course.claims_of(small_notebook("", printed=printed))
+    claims = runner.claims_of(small_notebook("", printed=printed))
     assert claims == {"exact map, 8 steps: error, e.g. of": 3e-5, "slope": -0.98}
     for figures, bounds in (([0.1, 0.3], {"at_most": 0.2}), (float("nan"), {"at_most": 1}), ([], {"at_least": 0})):
         with pytest.raises(AssertionError, match="FAILS"):
@@ -235,8 +236,8 @@ def test_a_claim_must_hold_for_every_seed_and_is_read_back(capsys):
 def test_claims_of_two_runs_are_compared():
     one = small_notebook("", printed="holds  a: 0.5, at most 1")
     other = small_notebook("", printed="holds  a: 0.9, at most 1\nholds  b: 1, at most 2")
-    assert course.compare(one, one) == []
-    assert len(course.compare(other, one)) == 2
+    assert runner.compare(one, one) == []
+    assert len(runner.compare(other, one)) == 2
 
 
 def test_a_cell_run_out_of_order_says_which_it_needs(tmp_path):
@@ -249,15 +250,15 @@ def test_a_cell_run_out_of_order_says_which_it_needs(tmp_path):
 
 def test_an_unknown_notebook_is_one_line():
     with pytest.raises(InputError, match="no notebook begins with '99'; expected one of 00, 01"):
-        commands.course(["--only", "99"])
+        runner.course(["--only", "99"])
 
 
 @pytest.mark.slow
 def test_the_kernel_explains_what_is_missing():
     notebook = small_notebook(code(nbformat.read(NOTEBOOKS[0], 4))[0].source, "print(spiral)", "import nosuchpackage")
     NotebookClient(notebook, allow_errors=True, kernel_name="python3").execute(cwd=str(course.NOTEBOOKS))
-    assert "`spiral` comes from an earlier cell" in course.printed(notebook)
-    assert "nosuchpackage is missing: run `make lab`" in course.printed(notebook)
+    assert "`spiral` comes from an earlier cell" in runner.printed(notebook)
+    assert "nosuchpackage is missing: run `make lab`" in runner.printed(notebook)
 
 
 @pytest.mark.slow
@@ -265,4 +266,4 @@ def test_a_failing_notebook_is_one_line(tmp_path):
     path = tmp_path / "09_small.ipynb"
     nbformat.write(small_notebook("print(missing_name)"), path)
     with pytest.raises(InputError, match=r"09_small\.ipynb fails: NameError"):
-        course.execute(path)
+        runner.execute(path)

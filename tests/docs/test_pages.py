@@ -3,7 +3,6 @@
 import pytest
 
 from docs import pages
-from minianyflow.support import commands
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
 
@@ -25,11 +24,11 @@ def test_a_stale_table_is_found_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     monkeypatch.setattr(pages, "TABLES", {"page.md": {"law": (r"| \2 |",)}})
     monkeypatch.setattr(pages, "table", str)
-    assert commands.docs(["--check"]) == 1
+    assert pages.docs(["--check"]) == 1
     assert "| 1 |" in page.read_text()
-    assert commands.docs([]) == 0
+    assert pages.docs([]) == 0
     assert page.read_text() == "before\n<!-- table law -->\n| \\2 |\n<!-- end -->\nafter\n"
-    assert commands.docs(["--check"]) == 0
+    assert pages.docs(["--check"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == ["page.md: not current", "page.md: written", "all tables are current"]
     page.write_text("<!-- table laws -->\n<!-- end -->\n")

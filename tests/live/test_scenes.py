@@ -13,8 +13,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
 from benchmarks.browser import write_notebook
+from docs import course
 from minianyflow import generator
-from minianyflow.course import notebooks as course
 from minianyflow.live import scenes
 from minianyflow.support.errors import InputError
 from tests.live.unpack import unpack
