@@ -16,7 +16,7 @@ from minianyflow.objectives import InnerState
 from minianyflow.on_policy import backward_simulation
 from minianyflow.samplers import sample_flow_map
 from minianyflow.support.errors import InputError
-from minianyflow.times import generator, time_grid
+from minianyflow.times import time_grid
 from toy_data.circle import CircleProcess
 
 WINDOW = 4  # frames: enough to tell the speed (4.5 sigma); exact conditionals on a window keep every window's law
@@ -116,50 +116,6 @@ def sample_clips(u: Callable, z: Tensor, nfe: int, truth: Tensor | None = None, 
     """Clips (B, F, 2) by any-step sampling, `nfe` evaluations per frame; the clips `truth` as context, if given."""
     times = time_grid(nfe)
     return frame_by_frame(lambda z, **past: sample_flow_map(u, z, times, **past)[-1], z, truth, **condition)
-
-
-class Chains:
-    """Clips that a student makes as it learns, which last from batch to batch: pasts of its own.
-
-    past: the last WINDOW frames of each (B, WINDOW, 2), without gradient. A clip begins with frames of data, one in
-    five with the student's own; after `life` more frames it begins anew. lengths: the steps of its rollouts (B,).
-    """
-
-    def __init__(self, u: Callable, process: CircleProcess, count: int, seeds, steps, life: int = 16):
-        self.u, self.process, self.life, self.draw = u, process, life, generator(*seeds, 6)
-        rows = torch.arange(count * len(seeds))
-        row, self.condition = rows // len(seeds), {"copy": rows % len(seeds)} if len(seeds) > 1 else {}
-        self.lengths = torch.tensor(steps)[row % len(steps)]
-        self.left = 1 + row // len(steps) % life  # ages differ
-        self.past = self.begin(rows)
-
-    def rollout(self, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Noise of `count` frames and the step g of a backward simulation of these lengths."""
-        step = torch.rand(len(lengths), generator=self.draw) * lengths
-        return torch.randn(len(lengths), count, 2, generator=self.draw), step.long()
-
-    @torch.no_grad()
-    def make(self, rows: Tensor, count: int, past: Tensor) -> Tensor:
-        """The next frames (B, count, 2) of the clips with these numbers, after the frames `past`."""
-        z, step = self.rollout(self.lengths[rows], count)
-        condition = {name: value[rows] for name, value in self.condition.items()}
-        return simulate(True)(self.u, z, self.lengths[rows], step, past=past, **condition)[-1]
-
-    def begin(self, rows: Tensor) -> Tensor:
-        """The first WINDOW frames of clips with these numbers."""
-        past = self.process.clips.sample(len(rows), self.draw)[:, :WINDOW]
-        own = torch.rand(len(rows), generator=self.draw) < 0.2
-        if own.any():
-            past[own] = self.make(rows[own], WINDOW, past[own, :0])
-        return past
-
-    def add(self, frames: Tensor) -> None:
-        """Go on with `frames` (B, n, 2)."""
-        self.past = torch.cat([self.past, frames.detach()], 1)[:, -WINDOW:]
-        self.left -= frames.shape[1]
-        over = (self.left <= 0).nonzero().squeeze(1)
-        if len(over):
-            self.past[over], self.left[over] = self.begin(over), self.life
 
 
 @dataclass

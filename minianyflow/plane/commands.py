@@ -20,15 +20,11 @@ def demo(argv: list[str]) -> int:
 
 def exposure(argv: list[str]) -> int:
     """Exposure bias on the circle process, where it is exact, ten minutes; writes exposure.json and exposure.png."""
-    parser = experiment_parser(exposure, "outputs/exposure", seeds="0,1,2")
-    parser.add_argument("--map", action="store_true", help="write exposure_map.json and .png: half an hour")
-    options = vars(parser.parse_args(argv))
-    from minianyflow.plane import exposure as course
-    from minianyflow.plane import exposure_map
+    options = vars(experiment_parser(exposure, "outputs/exposure", seeds="0,1,2").parse_args(argv))
+    from minianyflow.plane.exposure import run
 
-    name = "exposure_map" if options.pop("map") else "exposure"
-    (exposure_map if name == "exposure_map" else course).run(**options)
-    print(f"\nwritten: {options['output']}/{name}.json, {options['output']}/{name}.png")
+    run(**options)
+    print(f"\nwritten: {options['output']}/exposure.json, {options['output']}/exposure.png")
     return 0
 
 

@@ -6,11 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minianyflow.mixtures import GaussianMixture
-from minianyflow.plane import exposure_map
-from minianyflow.plane.circle_student import WINDOW, CausalMLP, Chains, frame_by_frame
-from minianyflow.plane.exposure import draw_clips
-from minianyflow.plane.exposure_map import (
+from benchmarks import exposure_map
+from benchmarks.exposure_map import (
     AHEAD,
     BUDGET,
     DAGGER,
@@ -19,9 +16,13 @@ from minianyflow.plane.exposure_map import (
     ON_POLICY,
     TURNED,
     WINDOWS,
+    Chains,
     make_recipe,
     run,
 )
+from minianyflow.mixtures import GaussianMixture
+from minianyflow.plane.circle_student import WINDOW, CausalMLP, frame_by_frame
+from minianyflow.plane.exposure import draw_clips
 from minianyflow.support.install import ROOT
 from minianyflow.times import generator
 from toy_data.circle import CircleProcess

@@ -1,9 +1,12 @@
 """Where a cure of exposure bias pays: starts x recipes x evaluations on the circle, at equal cost.
 
 The figures are those that cannot be flattered (circle_measures.py), at frames far beyond training. All recipes of a
-start have cost the same in the end, its own cost included.
+start have cost the same in the end, its own cost included: half an hour in all.
+
+    python -m benchmarks.exposure_map --output docs/video
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -21,7 +24,6 @@ from minianyflow.plane.circle_measures import exact_clips, measure_clips
 from minianyflow.plane.circle_student import (
     WINDOW,
     CausalMLP,
-    Chains,
     ClipScore,
     FrameLoss,
     conditional_velocity,
@@ -30,9 +32,11 @@ from minianyflow.plane.circle_student import (
 )
 from minianyflow.plane.costs import counted, spent, step_cost
 from minianyflow.plane.exposure import FRESH, TURNED, draw_clips, make_arm
+from minianyflow.support import cli
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
 from minianyflow.support.reports import rounded, write_report
+from minianyflow.times import generator
 from minianyflow.training import Role, train
 from toy_data.circle import CircleProcess
 
@@ -57,6 +61,50 @@ class Budget(exposure.Budget):
 
 
 BUDGET = Budget()
+
+
+class Chains:
+    """Clips that a student makes as it learns, which last from batch to batch: pasts of its own.
+
+    past: the last WINDOW frames of each (B, WINDOW, 2), without gradient. A clip begins with frames of data, one in
+    five with the student's own; after `life` more frames it begins anew. lengths: the steps of its rollouts (B,).
+    """
+
+    def __init__(self, u: Callable, process: CircleProcess, count: int, seeds, steps, life: int = 16):
+        self.u, self.process, self.life, self.draw = u, process, life, generator(*seeds, 6)
+        rows = torch.arange(count * len(seeds))
+        row, self.condition = rows // len(seeds), {"copy": rows % len(seeds)} if len(seeds) > 1 else {}
+        self.lengths = torch.tensor(steps)[row % len(steps)]
+        self.left = 1 + row // len(steps) % life  # ages differ
+        self.past = self.begin(rows)
+
+    def rollout(self, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Noise of `count` frames and the step g of a backward simulation of these lengths."""
+        step = torch.rand(len(lengths), generator=self.draw) * lengths
+        return torch.randn(len(lengths), count, 2, generator=self.draw), step.long()
+
+    @torch.no_grad()
+    def make(self, rows: Tensor, count: int, past: Tensor) -> Tensor:
+        """The next frames (B, count, 2) of the clips with these numbers, after the frames `past`."""
+        z, step = self.rollout(self.lengths[rows], count)
+        condition = {name: value[rows] for name, value in self.condition.items()}
+        return simulate(True)(self.u, z, self.lengths[rows], step, past=past, **condition)[-1]
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """The first WINDOW frames of clips with these numbers."""
+        past = self.process.clips.sample(len(rows), self.draw)[:, :WINDOW]
+        own = torch.rand(len(rows), generator=self.draw) < 0.2
+        if own.any():
+            past[own] = self.make(rows[own], WINDOW, past[own, :0])
+        return past
+
+    def add(self, frames: Tensor) -> None:
+        """Go on with `frames` (B, n, 2)."""
+        self.past = torch.cat([self.past, frames.detach()], 1)[:, -WINDOW:]
+        self.left -= frames.shape[1]
+        over = (self.left <= 0).nonzero().squeeze(1)
+        if len(over):
+            self.past[over], self.left[over] = self.begin(over), self.life
 
 
 def make_recipe(recipe: str, network: CausalMLP, process: CircleProcess, seeds: Sequence[int], budget: Budget):
@@ -199,3 +247,15 @@ def run(
 
 def _entry(result):
     return {"cost": result[1], "nfe": rounded(result[2], 3)}
+
+
+def exposure_map(argv):
+    """What cures exposure bias, and when; writes exposure_map.json and .png."""
+    options = vars(cli.experiment_parser(exposure_map, "outputs/exposure_map", seeds="0,1,2").parse_args(argv))
+    run(**options)
+    print(f"\nwritten: {options['output']}/exposure_map.json, {options['output']}/exposure_map.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(lambda: exposure_map(sys.argv[1:])))
