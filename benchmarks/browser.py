@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 
 import nbformat
 
-from minianyflow.course.commands import lab_command
+from minianyflow.support.commands import lab_command
 from minianyflow.support.errors import InputError
 
 TOKEN = secrets.token_hex()  # or any account of the machine could run code in the kernels meanwhile
