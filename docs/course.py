@@ -5,13 +5,14 @@ Exercises are the scripts in `notebooks/solutions/` without the lines between `#
 
 import os
 import re
+import tomllib
 from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
 from tqdm import tqdm
 
-from minianyflow.course.notebooks import FIGURES, notebooks
+from minianyflow.course.notebooks import FIGURES, NOTEBOOKS, notebooks
 from minianyflow.support.cli import Parser
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
@@ -19,6 +20,29 @@ from minianyflow.support.install import ROOT
 
 SOLUTIONS, EXERCISES = ROOT / "notebooks/solutions", ROOT / "notebooks/exercises"
 GAP = "...  # your lines here"
+EXTRAS = {"06": "[video]", "07b": "[video]", "08": "[video,distill]"}  # {begin of a name: extras}
+FIRST = """\
+try:
+    from minianyflow.course import notebooks as course
+except ModuleNotFoundError as missing:
+    import os, subprocess, sys
+
+    address = "{address}"
+    if os.path.exists("../pyproject.toml") or not address:
+        raise SystemExit(f"{{missing.name}} is missing: run `make lab`, or `python -m minianyflow setup`") from None
+    # This notebook is alone, as on Colab: fetch the library and install what it needs (once, a minute).
+    if not os.path.exists("course"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, "course"], check=True)
+    wanted = ["--editable", "./course{extras}", "anywidget"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    sys.path.insert(0, os.path.abspath("course"))
+    from minianyflow.course import notebooks as course
+"""
+BADGES = {
+    "Open in Colab": "https://colab.research.google.com/github/{}/blob/main/notebooks/{}.ipynb",
+    "Open in Binder": "https://mybinder.org/v2/gh/{}/HEAD?labpath=notebooks/{}.ipynb",
+}
+_BADGES = re.compile(r"^\[Open in .*\n\n", re.M)
 _CLAIM = re.compile(r"^(holds|FAILS)  (.+?): (-?\d[\d.]*(?:e[-+]\d+)?)(?=, | \()", re.M)
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -28,12 +52,19 @@ def course(argv: list[str]) -> int:
     parser = Parser("minianyflow course", description=course.__doc__)
     parser.add_argument("--only", help="the number of one notebook, say 03 or 07a")
     parser.add_argument("--compare", action="store_true", help="write nothing; print where claims differ from saved")
+    parser.add_argument("--frame", action="store_true", help="run nothing; write badges and first cells anew")
     parser.add_argument("--figures", metavar="FOLDER", help="write every figure there too, for slides")
     arguments = parser.parse_args(argv)
     chosen = [path for path in notebooks() if not arguments.only or path.name.startswith(arguments.only)]
     if not chosen:
         known = ", ".join(path.name.split("_")[0] for path in notebooks())
         raise InputError(f"no notebook begins with {arguments.only!r}; expected one of {known}")
+    if arguments.frame:
+        for path in chosen:
+            notebook = nbformat.read(path, as_version=4)
+            frame(notebook, path.stem)
+            nbformat.write(notebook, path)
+        return 0
     differences = []
     with staging_folder(arguments.figures) if arguments.figures else nullcontext() as figures:
         for path in tqdm(chosen, unit="notebook"):
@@ -53,6 +84,26 @@ def exercises(argv: list[str]) -> int:
     return 0
 
 
+def repository() -> str:
+    """Where the project is public, "owner/name" on GitHub, by pyproject.toml; "" as long as it is nowhere."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["minianyflow"]["repository"]
+
+
+def frame(notebook: nbformat.NotebookNode, name: str, public: str | None = None) -> None:
+    """Write what is the same in all notebooks: badges below the title, and the cell that installs where it must.
+
+    public: the project's "owner/name" on GitHub, or a whole address to clone; by default `repository()`.
+    """
+    public = repository() if public is None else public
+    title, first = notebook.cells[0], next(cell for cell in notebook.cells if cell.cell_type == "code")
+    badges = " · ".join(f"[{words}]({address.format(public, name)})" for words, address in BADGES.items())
+    head, _, rest = _BADGES.sub("", title.source).partition("\n\n")
+    title.source = "\n\n".join([head, *([badges] if public else []), rest])
+    extras = next((extra for begin, extra in EXTRAS.items() if name.startswith(begin)), "")
+    address = public if "://" in public or not public else f"https://github.com/{public}"
+    first.source = FIRST.format(address=address, extras=extras) + first.source[first.source.index("course.start(") :]
+
+
 def execute(path: Path, figures=None) -> nbformat.NotebookNode:
     """Run a notebook in a fresh kernel; returns it with its outputs. figures: a folder for its pictures, or None."""
     from nbclient import NotebookClient
@@ -66,6 +117,8 @@ def execute(path: Path, figures=None) -> nbformat.NotebookNode:
     except CellExecutionError as problem:
         what = f"{problem.ename}: {problem.evalue}".splitlines()[0]
         raise InputError(f"{path.name} fails: {what}; run it in JupyterLab") from None
+    if path.parent == NOTEBOOKS:
+        frame(notebook, path.stem)
     for cell in notebook.cells:
         tidy(cell)
     fold(notebook.cells)

@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from docs.slides import deck
 from minianyflow.live.pages import write_pages
 from minianyflow.live.player import STATIC
 from minianyflow.live.scenes import SCENES
@@ -68,6 +69,7 @@ def build(output="outputs/site", quiet: bool = False) -> Path:
         write_pages(extra / "scenes", quiet=quiet)
         write_sources(source)
         write_code(extra / "code", source)
+        (extra / "class.html").write_text(deck(), encoding="utf-8")
         settings = {"html_extra_path": [str(extra)]} | SETTINGS
         with redirect_stdout(words), redirect_stderr(words):
             app = Sphinx(source, None, target, Path(work, "trees"), "html", settings, warning=words, status=None)
@@ -122,10 +124,8 @@ def setup(app) -> dict:
 
 def write_sources(source: Path) -> None:
     """What Sphinx reads: notebooks, docs, exercises and a first page, with links that hold in the site."""
-    notebooks, readme = (
-        sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")),
-        (ROOT / "notebooks/README.md").read_text("utf-8"),
-    )
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    readme = (ROOT / "notebooks/README.md").read_text("utf-8")
     source.mkdir(parents=True)
     pages = {f"notebooks/{path.name}": path for path in notebooks}
     pages |= {
@@ -140,14 +140,15 @@ def write_sources(source: Path) -> None:
         elif path.suffix == ".py":
             (source / name).with_suffix(".md").write_text(exercise_source(path), encoding="utf-8")
         else:
-            (source / name).write_text(linked(path.read_text(encoding="utf-8"), path.parent, pages), encoding="utf-8")
+            text = path.read_text(encoding="utf-8").replace("`class.html`", '<a href="../class.html">class.html</a>')
+            (source / name).write_text(linked(text, path.parent, pages), encoding="utf-8")
     for picture in (path for kind in ("png", "gif") for path in (ROOT / "docs").rglob(f"*.{kind}")):
         (source / picture.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, source / picture.relative_to(ROOT))
     claim = (ROOT / "README.md").read_text("utf-8").split("## The claim, in five sentences\n")[1].split("\n## ")[0]
     parts = {
         "The course": ["notebooks/course", *(f"notebooks/{path.stem}" for path in notebooks)],
-        "Exercises": [f"notebooks/exercises/{path.stem}" for path in notebooks],
+        "Exercises": [name.removesuffix(".py") for name in pages if name.endswith(".py")],
         "Look up": [f"docs/{name}" for name in DOCS[:4]],
         "What was measured": [f"docs/{name}" for name in DOCS[4:]],
         "Teaching": ["notebooks/INSTRUCTOR", "scenes"],

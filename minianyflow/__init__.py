@@ -21,7 +21,7 @@ _NAMES = {  # by module
     "consistency": "ConsistencyLoss consistency_target",
     "on_policy": "FakeScoreLoss OnPolicyLoss backward_simulation backward_simulation_times distribution_matching_loss "
     "draw_on_policy draw_rollouts",
-    "measures": "frechet_distance off_share path_error sliced_w2 sobol_noise",
+    "measures": "even_noise frechet_distance off_share path_error sliced_w2 sobol_noise",
     "batch": "Batch batches",
     "training": "Role train",
     "networks.mlp": "EvaluationCounter MLP",

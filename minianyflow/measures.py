@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minianyflow.mixtures import GaussianMixture
-from minianyflow.notation import Samples
+from minianyflow.notation import Samples, State
 from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
 
@@ -21,6 +21,22 @@ def sobol_noise(count: int, shape: Sequence[int], seed: int = 0) -> Samples:
     size = torch.Size(shape).numel()
     points = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
     return torch.special.ndtri(points.clamp(1e-9, 1 - 1e-9)).float().reshape(count, *shape)
+
+
+def even_noise(x: State, seed: int = 0) -> State:
+    """Fresh standard normal noise for states x (n, *shape), even over all of them and over any that are neighbours.
+
+    Every noise has its law, and says nothing of x; only all together scatter less than independent ones. Sobol points
+    of one more number are dealt out, by that number, along a curve through the states (Morton's, of their ranks in the
+    first four numbers): array-RQMC (L'Ecuyer, Lecot and Tuffin 2008, section 2).
+    """
+    size, ranks = x[0].numel(), x.flatten(1)[:, :4].argsort(0).argsort(0)
+    bits = range((len(x) - 1).bit_length())
+    along = sum((ranks[:, k] >> bit & 1) << bit * ranks.shape[1] + k for bit in bits for k in range(ranks.shape[1]))
+    points = torch.quasirandom.SobolEngine(1 + size, scramble=True, seed=seed).draw(len(x), dtype=torch.float64)
+    dealt = torch.empty_like(points[:, 1:])
+    dealt[torch.as_tensor(along).argsort()] = points[points[:, 0].argsort(), 1:]
+    return torch.special.ndtri(dealt.clamp(1e-9, 1 - 1e-9)).to(x).reshape(x.shape)
 
 
 def directions(dimensions: int, count: int = 128, seed: int = 0) -> Tensor:
@@ -36,8 +52,8 @@ def sliced_w2(a: Tensor, b: Tensor, count: int = 128) -> float:
     """Sliced Wasserstein-2 distance of samples `a` from a reference `b` (n, *shape), in data units.
 
     Root of the mean, over directions, of the squared W2 distance between the two projections. `a` may pool K draws,
-    (K n, *shape): their quantiles are averaged in groups of K. A sampler that draws fresh noise needs this, or its
-    sampling noise (.011 to .022 on the spiral; a map of even noises has .004) would count as error.
+    (K n, *shape): their quantiles are averaged in groups of K. A sampler that draws fresh noise needs this or
+    `even_noise`, or its sampling noise (.011 to .022 on the spiral; a map of even noises has .004) counts as error.
     Raises InputError for sizes that do not fit, and for samples that are not finite.
     """
     a, b = _flat(a, b)

@@ -4,6 +4,7 @@ Each takes noise `z` (B, *shape) and falling `times` (N + 1,), and returns the w
 Each costs one evaluation of the network per step, except the ODE solver. Sampling takes no gradient.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -29,17 +30,25 @@ def sample_euler(velocity: Velocity, z: State, times: Grid, **condition: Conditi
 
 @torch.no_grad()
 def sample_consistency(
-    u: Network, z: State, times: Grid, generator: torch.Generator | None = None, **condition: Condition
+    u: Network,
+    z: State,
+    times: Grid,
+    generator: torch.Generator | None = None,
+    fresh: Callable[[State], State] | None = None,
+    **condition: Condition,
 ) -> Trajectory:
-    """Multistep consistency sampling (Consistency Models, algorithm 1): jump to the end, add fresh noise, repeat."""
+    """Multistep consistency sampling (Consistency Models, algorithm 1): jump to the end, add fresh noise, repeat.
+
+    fresh(x): the noise for the ends x (B, *shape) of a jump, in place of independent ones.
+    """
     check_grid(times, columns=False)
     trajectory = [z]
     for t, r in pairwise(times.to(z.device)):
         x = end_point(u, trajectory[-1], t.expand(len(z)), **condition)
         if r > 0:
             where = generator.device if generator else z.device
-            eps = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=where).to(z.device)
-            x = interpolate(x, eps, r.expand(len(z)))
+            eps = fresh(x) if fresh else torch.randn(z.shape, generator=generator, dtype=z.dtype, device=where)
+            x = interpolate(x, eps.to(z.device), r.expand(len(z)))
         trajectory.append(x)
     return torch.stack(trajectory)
 

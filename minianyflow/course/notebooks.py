@@ -7,6 +7,7 @@ import math
 import os
 import re
 import symtable
+import sys
 from pathlib import Path
 
 import nbformat
@@ -24,6 +25,9 @@ def start(name: str, minutes: float, needs: str = "nothing but the library") -> 
     from IPython import get_ipython
 
     torch.set_num_threads(1)
+    os.chdir(NOTEBOOKS)  # of the notebook alone, the library that it fetched
+    if colab := sys.modules.get("google.colab"):
+        colab.output.enable_custom_widget_manager()
     if shell := get_ipython():
         _small_figures(shell, name)
         shell.set_custom_exc((NameError, ModuleNotFoundError), lambda *args, **kwargs: _explain(name, *args))
@@ -49,8 +53,8 @@ def report(name: str) -> dict:
 
 
 def notebooks() -> list[Path]:
-    """The notebooks of the course, in order."""
-    return sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    """The notebooks of the course, in order; last the one of ten minutes, which stands alone."""
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 def _small_figures(shell, name):

@@ -10,6 +10,7 @@ import itertools
 import sys
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 import anywidget
@@ -118,10 +119,14 @@ class Scene(anywidget.AnyWidget):
         """The widget for a running kernel; for everybody else its picture, as it opens, and its name."""
         data, metadata = super()._repr_mimebundle_(**options)
         data["text/plain"] = f"{self.title} (run this cell to move it)"
-        path = STATIC / "pictures" / f"{type(self).__name__.lower()}.png"
-        if path.exists():
-            data["image/png"] = base64.b64encode(path.read_bytes()).decode()
+        if self.saved.exists():
+            data["image/png"] = base64.b64encode(self.saved.read_bytes()).decode()
         return data, metadata
+
+    @property
+    def saved(self) -> Path:
+        """The picture for where no scene runs."""
+        return STATIC / "pictures" / f"{type(self).__name__.lower()}.png"
 
 
 @contextlib.contextmanager

@@ -23,14 +23,15 @@ READY = '.lm-player[data-ready="1"]'  # the first picture is drawn
 DONE = '.lm-player[data-done="1"]'  # and all of its particles and measures
 
 
-def page_text(page: dict, payload: bytes) -> str:
-    """The text of an HTML file; page and payload as `Scene.offline_page` returns them."""
+def page_text(page: dict, payload: bytes, picture: Path | None = None) -> str:
+    """The text of an HTML file; page and payload as `Scene.offline_page` returns them. picture: where none is drawn."""
     return Template((STATIC / "page.html").read_text("utf-8")).substitute(
         title=page["title"],
         style=(STATIC / "player.css").read_text("utf-8"),
         script=script().replace("</", "<\\/"),  # `</script` would end the script
         page=json.dumps(page, separators=(",", ":")).replace("</", "<\\/"),
         payload=base64.b64encode(gzip.compress(payload, 9, mtime=0)).decode(),
+        picture="data:image/png;base64," + base64.b64encode(picture.read_bytes() if picture else b"").decode(),
     )
 
 
@@ -39,7 +40,9 @@ def write_pages(output="outputs/live", names: Sequence[str] | None = None, quiet
     names = list(names or SCENES)
     with staging_folder(output) as folder:
         for name in tqdm(names, unit="page", disable=quiet or None):
-            (folder / f"{name}.html").write_text(page_text(*open_scene(name).offline_page()), encoding="utf-8")
+            scene = open_scene(name)
+            text = page_text(*scene.offline_page(), scene.saved if scene.saved.exists() else None)
+            (folder / f"{name}.html").write_text(text, encoding="utf-8")
         (folder / "index.html").write_text(index_text(names), encoding="utf-8")
     return [Path(output) / f"{name}.html" for name in names]
 

@@ -6,7 +6,6 @@ Every student has the same network, data, exact teacher and number of evaluation
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,13 +15,14 @@ from tqdm import tqdm
 
 from minianyflow.batch import batches
 from minianyflow.consistency import ConsistencyLoss
-from minianyflow.measures import path_error, sliced_w2, sobol_noise
+from minianyflow.interpolant import interpolate
+from minianyflow.measures import even_noise, path_error, sliced_w2, sobol_noise
 from minianyflow.networks.mlp import MLP, EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
 from minianyflow.plane.costs import counted, spent, step_cost
 from minianyflow.plane.learnt import learn
 from minianyflow.plane.students import METHODS, Budget, load_student, sample, save_copies  # noqa: F401 (of the course)
-from minianyflow.samplers import sample_ode
+from minianyflow.samplers import sample_consistency, sample_ode
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import staging_folder
 from minianyflow.support.jobs import run_jobs
@@ -35,7 +35,7 @@ from toy_data.own import Target
 
 NFE = (1, 2, 4, 8, 16, 32, 64, 128)
 POINTS = 8192  # of the measure: fewer would measure the sampling noise
-DRAWS = 8  # of fresh noise for a sampler that re-noises, pooled for a second reading: one alone reads mostly that noise
+DRAWS = 8  # of noise for a sampler that re-noises, pooled for a second reading: the floor then scatters by .1 x 1e-3
 PIECE = 1024  # points sampled together: they stay in the processor's cache; a picture shows one piece
 SHOWN = (1, 4, 16, 64)
 SETTINGS = {  # one change at a time: docs/plane.md
@@ -93,19 +93,30 @@ def sample_all(
     Returns {nfe: ends (copies, POINTS, D)}; {"sliced_w2": {nfe: [value per copy]}}, with "sliced_w2_pooled" for a
     sampler that re-noises; and for SHOWN {nfe: paths (nfe + 1, PIECE, D) of the first copy}.
     """
-    condition = {"copy": torch.arange(copies).repeat(PIECE)} if copies > 1 else {}
     reference, _ = references(dataset)
-    pieces = list(enumerate(sobol_noise(POINTS, reference.shape[1:]).split(PIECE)))
     ends, paths, renoised = {}, {}, method == "consistency"
+    size = POINTS if renoised else PIECE  # fresh noise is even over all points
+    condition = {"copy": torch.arange(copies).repeat(size)} if copies > 1 else {}
     distances = {name: {} for name in ("sliced_w2", "sliced_w2_pooled")[: 1 + (renoised and draws > 1)]}
+
+    def fresh(x):
+        seed = int(torch.randint(2**31, (), generator=source))
+        by_copy = [even_noise(ends, seed) for ends in rearrange(x, "(point copy) d -> copy point d", copy=copies)]
+        return rearrange(by_copy, "copy point d -> (point copy) d")
+
     for nfe in tqdm(counts, unit="sampler", **bar):
         last = []
-        for draw, (start, z) in product(range(draws if renoised and nfe > 1 else 1), pieces):
-            z = z.repeat_interleave(copies, 0)
-            path = sample(method, network, dataset, z, nfe, draw * POINTS + start, **condition)
-            last.append(path[-1])
-            if nfe in SHOWN and len(last) == 1:
-                paths[nfe] = path[:, ::copies].numpy()
+        for draw in range(draws if renoised else 1):
+            source = generator(nfe, draw)
+            for z in sobol_noise(POINTS, reference.shape[1:], draw).split(size):
+                z = z.repeat_interleave(copies, 0)
+                if renoised:
+                    path = sample_consistency(network, z, time_grid(nfe), fresh=fresh, **condition)
+                else:
+                    path = sample(method, network, dataset, z, nfe, **condition)
+                last.append(path[-1])
+                if nfe in SHOWN and len(last) == 1:
+                    paths[nfe] = path[:, : PIECE * copies : copies].numpy()
         pooled = rearrange(last, "piece (point copy) d -> copy (piece point) d", copy=copies)
         ends[nfe] = pooled[:, :POINTS].contiguous()
         for name, samples in zip(distances, (ends[nfe], pooled), strict=False):
@@ -153,11 +164,18 @@ def floors(dataset: str, position: int = 0) -> dict:
     torch.set_num_threads(1)
     mixture, (reference, _) = plane.load(dataset), references(dataset)
     noises = [sobol_noise(POINTS, mixture.shape, seed) for seed in range(5)]
-    fresh = [mixture.sample(DRAWS * POINTS, generator(1, draw)) for draw in range(5)]
+    half = torch.full((POINTS,), 0.5)
+
+    def renoised(seed):  # the last of two steps
+        x = mixture.sample_stratified(POINTS, generator(1, seed))
+        z = interpolate(x, even_noise(x, seed), half)
+        return sample_ode(mixture.velocity, z, torch.tensor([0.5, 0.0]))[-1]
+
+    pools = [[renoised(DRAWS * pool + draw) for draw in range(DRAWS)] for pool in range(5)]
     samples = {
         "exact flow": [sample_ode(mixture.velocity, z, time_grid(1))[-1] for z in noises],
-        "fresh noise": [sample[:POINTS] for sample in fresh],
-        "fresh noise, pooled": fresh,
+        "fresh noise": [pool[0] for pool in pools],
+        "fresh noise, pooled": [torch.cat(pool) for pool in pools],
         "data": [mixture.sample_stratified(POINTS, generator(2, draw)) for draw in range(5)],
     }
     return {name: {"sliced_w2": [sliced_w2(one, reference) for one in many]} for name, many in samples.items()}

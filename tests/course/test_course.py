@@ -30,8 +30,8 @@ TIMED = [
 
 def test_the_course_is_whole():
     numbers = [path.stem.split("_")[0].removeprefix("0") for path in NOTEBOOKS]
-    assert " ".join(numbers) == "0 1 2 3 4 5 6 7a 7b 8 9"
-    assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SOLUTIONS]
+    assert " ".join(numbers) == "0 1 2 3 4 5 6 7a 7b 8 9 ten"
+    assert [path.stem for path in NOTEBOOKS[:-1]] == [path.stem for path in SOLUTIONS]
     index = (course.NOTEBOOKS / "README.md").read_text()
     assert [path.name for path in NOTEBOOKS if f"({path.name})" not in index] == []
     assert "(notebooks/README.md)" in (ROOT / "README.md").read_text()  # the course in one click
@@ -77,11 +77,24 @@ def test_its_first_cell_says_what_it_takes_and_its_last_claims(notebook):
     minutes, needs = re.search(r"about ([\d.]+) minutes? on two cores.*; needs (.+)", runner.printed(notebook)).groups()
     assert 0 < float(minutes) <= (2 if notebook.name < "06" else 4)  # videos take longer
     assert needs
-    for word in ("**Predict", "## Exercises", f"exercises/{notebook.name}.py"):
+    for word in ("**Predict", *["## Exercises", f"exercises/{notebook.name}.py"] * (notebook.name != "ten_minutes")):
         assert word in everything
     assert len(runner.claims_of(notebook)) >= 4
     assert "FAILS" not in runner.printed(notebook)
     assert "course.claim(" in code(notebook)[-1].source
+
+
+def test_one_setting_makes_its_badges_and_the_cell_that_installs(notebook):
+    public, alone = copy.deepcopy(notebook), copy.deepcopy(notebook)
+    runner.frame(alone, notebook.name)
+    assert alone == notebook
+    runner.frame(public, notebook.name, "someone/flows")
+    runner.frame(public, notebook.name, "someone/flows")  # twice is once
+    assert public.cells[0].source.count(f"/gh/someone/flows/HEAD?labpath=notebooks/{notebook.name}.ipynb") == 1
+    assert public.cells[0].source.count(f"/github/someone/flows/blob/main/notebooks/{notebook.name}.ipynb") == 1
+    assert 'address = "https://github.com/someone/flows"\n' in code(public)[0].source
+    runner.frame(public, notebook.name, "")
+    assert "Open in" not in public.cells[0].source + code(public)[0].source
 
 
 def test_it_answers_no_prediction_on_its_own_screen(notebook):

@@ -84,10 +84,10 @@ def test_a_page_holds_the_scene_and_asks_for_nothing():
     page, payload = {"title": "</script>$x", "controls": [], "scenes": {"": {"note": "</script>"}}}, b"some bytes"
     text = pages.page_text(page, payload)
     assert gzip.decompress(base64.b64decode(re.findall(r'atob\("([^"]+)"', text)[-1])) == payload
-    assert json.loads(re.search(r'getElementById\("scene"\), (\{.*\}), payload\)', text)[1]) == page
-    script = text[text.index("<script") :]
+    assert json.loads(re.search(r"const page = (\{.*\}), choices", text)[1]) == page
+    script = text[text.index("<script type") :]
     assert script.count("</script") == 1  # nothing in it ends it early
-    assert not re.search(r"https?://|src=|@import|url\(", text.replace('href="data:,"', ""))
+    assert not re.search(r"https?://|src=|@import|url\(", re.sub(r'(href|src)="data:', "", text))
 
 
 def test_unknown_scenes_and_endings_are_one_line(tmp_path):

@@ -238,6 +238,12 @@ export const pathError = (end, exact) => {
   return (2 * sum) / end.length;
 };
 
+/** Two standard errors of that mean: how far it scatters with other noises. */
+export const scatter = (end, exact) => {
+  const mean = pathError(end, exact), count = end.length / 2;
+  return (2 * Math.hypot(...Array.from({ length: count }, (_, i) => Math.hypot(end[2 * i] - exact[2 * i], end[2 * i + 1] - exact[2 * i + 1]) - mean))) / count;
+};
+
 /** Sorted projections of points (n 2) on 128 directions: of a reference they are needed again and again. */
 export function projections(points, count = 128) {
   return Array.from({ length: count }, (_, k) => {

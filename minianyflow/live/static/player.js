@@ -464,7 +464,7 @@ class Chart extends Sketch {
   }
 }
 
-// A measure against the number of steps, both in powers; a dot where the scene is.
+// A measure against the number of steps, both in powers, in a band of its scatter; a dot where the scene is.
 class Curve extends Sketch {
   draw(at, progress, hash) {
     this.begin();
@@ -480,6 +480,11 @@ class Curve extends Sketch {
     this.path([[left, top], [left, bottom], [right, bottom]], "#777777", 1);
     if (!this.player.seen()) return this.text("shown at t = 0", (left + right) / 2, (top + bottom) / 2);
     for (const { colour, places } of spec.lines) {
+      const edge = (sign) => places.map(([steps, value, scatter]) => [x(steps), y(value + sign * scatter)]), { context } = this;
+      context.beginPath();
+      [...edge(1), ...edge(-1).reverse()].forEach((point) => context.lineTo(...point));
+      context.fillStyle = this.player.ink(`${colour}40`);
+      context.fill();
       this.path(places.map(([steps, value]) => [x(steps), y(value)]), colour, 2.5);
       for (const [steps, value] of places) {
         if (steps === spec.at) this.dot(x(steps), y(value), 6, colour);
@@ -758,7 +763,7 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
     changed({ ...state });
     const held = page.scenes?.[page.controls.map(({ name }) => state[name]).join("|")];
     if (held) show(held, payload);
-    else if (!world) ask({ ...state });
+    else if (!world) player.guarded(ask)({ ...state });
     else {
       const mine = (work = COMPUTED[page.kind](world, state));
       const go = player.guarded(() => {
@@ -788,12 +793,20 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
 /** The widget: the kernel is asked for nothing but pictures of scenes that the page cannot compute. */
 function render({ model, el }) {
   const changed = (state) => (model.set("state", state), model.save_changes());
-  const scene = mountScene(el, model.get("page"), model.get("payload"), changed, changed);
+  let gone = false; // a restarted kernel knows this scene no more
+  const ask = (state) => {
+    if (gone) throw new Error("the kernel was started anew; run this cell again");
+    changed(state);
+  };
+  const left = () => (gone = true);
+  const scene = mountScene(el, model.get("page"), model.get("payload"), ask, (state) => gone || changed(state));
   const show = () => model.get("picture")?.byteLength && scene.show(model.get("shown"), model.get("picture"));
   model.on("change:shown", show);
+  model.on("comm_live_update", left);
   show();
   return () => {
     model.off("change:shown", show);
+    model.off("comm_live_update", left);
     scene.destroy();
   };
 }

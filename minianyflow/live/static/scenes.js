@@ -5,7 +5,7 @@
 import * as math from "./compute.js";
 import * as learning from "./learn.js"; // WORKER: the text of a worker that has it
 
-const FIRST = 96, EXACT = 32, FINE = 64; // particles of a first picture; steps of exact paths; the grid of the triangle
+const FIRST = 96, CURVE = 256, EXACT = 32, FINE = 64; // particles of a first picture and of the curve; steps of exact paths; the grid of the triangle
 const STEPS = [1, 2, 4, 8, 16, 32, 64, 128];
 const ahead = (steps, label = "t", digits = 2) => ({ label, digits, from: steps[0], to: steps.at(-1), stops: steps });
 const fixed = (value, digits = 3) => value.toFixed(digits).replace(/^0\./, ".");
@@ -131,7 +131,7 @@ function* race(world, { steps, dataset, flow_map, seed }) {
   });
   const curve = () => {
     const lines = methods.map((method) => ({ colour: colours[method], label: labels[method].split(",")[0], places: curves[method] ?? [] }));
-    return { kind: "curve", title: "path error against steps", aspect: 1, lines, at: steps, steps: STEPS, limits: [0.003, 4], ticks: [0.01, 0.1, 1] };
+    return { kind: "curve", title: "path error against steps", measures: { band: `its scatter, ${CURVE} noises` }, aspect: 1, lines, at: steps, steps: STEPS, limits: [0.003, 4], ticks: [0.01, 0.1, 1] };
   };
   for (const end of [FIRST, ...Array.from({ length: Math.ceil(world.particles / 128) }, (_, k) => Math.min(world.particles, 128 * (k + 1)))]) {
     if (paths.every(({ done }) => done >= end)) continue;
@@ -155,8 +155,8 @@ function* race(world, { steps, dataset, flow_map, seed }) {
     if (curves[method]) continue;
     const places = [];
     for (const count of STEPS) {
-      const few = world.sampled(method, dataset, count).extend(FIRST);
-      places.push([count, math.pathError(few.end(FIRST), exact.end(FIRST))]);
+      const ends = [world.sampled(method, dataset, count).extend(CURVE), exact].map((paths) => paths.end(CURVE));
+      places.push([count, math.pathError(...ends), math.scatter(...ends)]);
       yield null;
     }
     held.set(`curve ${method} ${dataset} ${seed}`, (curves[method] = places));
