@@ -24,7 +24,7 @@ from minianyflow.wan.data.read_video import read_video
 from minianyflow.wan.data.write_video import clip_sheet
 from minianyflow.wan.folders import decode_latents, load_parts
 from minianyflow.wan.sampler import step_label
-from minianyflow.wan.samples import Samples, motion, roughness, source_fingerprint
+from minianyflow.wan.samples import Samples, motion, persistence, roughness, source_fingerprint
 from minianyflow.wan.sources import check_clip, check_numbers, find_source, identify, read_prompts
 
 DECODED = 64  # number of held-out clips that are decoded, at most
@@ -36,6 +36,7 @@ MEASURES = {  # in the order of the picture and of the table: the label of the a
     "path_error": "distance to own sample of {most} steps",
     "temporal_roughness": "roughness in time",
     "motion": "motion (rms change of a pixel)",
+    "persistence": "flow that the next latent frame keeps",
     "evaluations": "network evaluations per clip",
     "seconds": "seconds per clip",
 }
@@ -171,7 +172,8 @@ def _distances(latents, reference):
 
 def _moving(figures):
     change = sum(figures["change"]) / len(figures["change"])
-    return {"temporal_roughness": roughness(figures), "motion": change**0.5}
+    moving = {"temporal_roughness": roughness(figures), "motion": change**0.5}
+    return moving | ({"persistence": persistence(figures)} if "flow" in figures else {})  # clips of before have none
 
 
 # The picture, the sheet and the table

@@ -11,17 +11,19 @@ on seed and number alone: it is the same for every source and step count.
 
 import gc
 import hashlib
+import math
 import os
 import re
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import torch
 from accelerate import PartialState
 from pydantic import Field
 from safetensors.torch import save_file
+from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
@@ -38,9 +40,12 @@ from minianyflow.wan.run import Clip
 from minianyflow.wan.sampler import guided_network, sample
 from minianyflow.wan.sources import Source
 
-Figures = TypedDict("Figures", dict.fromkeys(("seconds", "evaluations", "change", "second_change"), float))
+Figures = dict.fromkeys(("seconds", "evaluations", "change", "second_change"), float)
+Figures |= dict.fromkeys(("flow", "continued"), NotRequired[float])  # clips of before have none
+Figures = TypedDict("Figures", Figures)
 Scores = dict[str, Annotated[list, Field(min_length=1)]]  # VBench's: a score, then one per video
 MOST = 2**28  # numbers in the latents that stay on disk: 1 GB per step count, 128 clips of Wan's size
+LATENT_FRAME, BLOCK = 4, 8  # frames of one; pixels of a block of the optical flow
 LONGEST = 240  # bytes of a file name without its suffix
 AGAIN = "name another folder for the output, or remove it"
 
@@ -111,7 +116,8 @@ class Samples:
         """Evaluations, seconds and motion: {name: [one per clip]}."""
         files = [self.latents(steps, number).with_suffix(".json") for number in range(self.count)]
         clips = [read_json(file, AGAIN, Figures) for file in files]
-        return {name: [clip[name] for clip in clips] for name in Figures.__annotations__}
+        there = [name for name in Figures.__annotations__ if all(name in clip for clip in clips)]
+        return {name: [clip[name] for clip in clips] for name in there}
 
     def vbench(self, steps: int) -> dict[str, float]:
         """{dimension: score} of all `*_eval_results.json` in vbench/, {} if VBench was not run."""
@@ -165,12 +171,30 @@ class Samples:
 
 
 def motion(video: torch.Tensor) -> dict[str, float]:
-    """Mean squares of first and second differences in time of the frames (T, 3, H, W) of a clip."""
+    """Mean squares of first and second differences in time of the frames (T, 3, H, W) of a clip; and for `persistence`:
+
+    flow, continued: the optical flow of each latent frame (Lucas and Kanade 1981, blocks of 8 x 8 pixels of frames that
+    are about 64 high or wide), weighted by the contrast of a block: its mean square, its product with that of the next.
+    """
     first, second = video.diff(dim=0), video.diff(n=2, dim=0)
-    return {
+    figures = {
         "change": float(first.square().mean()) if len(first) else 0.0,
         "second_change": float(second.square().mean()) if len(second) else 0.0,
     }
+    if len(first) < 2 * LATENT_FRAME or min(video.shape[2:]) < BLOCK:
+        return figures | {"flow": 0.0, "continued": 0.0}
+    small = avg_pool2d(video.mean(1)[None], max(1, min(video.shape[2:]) // (8 * BLOCK)))[0]
+    down, right = ((slope[1:] + slope[:-1]) / 2 for slope in torch.gradient(small, dim=(1, 2)))
+    later = small.diff(dim=0)
+    products = torch.stack([right * right, right * down, down * down, right * later, down * later])
+    windows = products[:, : len(later) // LATENT_FRAME * LATENT_FRAME].unflatten(1, (-1, LATENT_FRAME)).mean(2)
+    xx, xy, yy, xt, yt = avg_pool2d(windows, BLOCK, BLOCK // 2)
+    contrast, least = xx + yy, 1e-3 * (xx + yy).mean() + 1e-12
+    determinant = (xx + least) * (yy + least) - xy**2
+    flow = torch.stack([xy * yt - (yy + least) * xt, xy * xt - (xx + least) * yt]) / determinant
+    weight, now, after = torch.minimum(contrast[1:], contrast[:-1]), flow[:, :-1], flow[:, 1:]
+    squares = [float((weight * part.square().sum(0)).sum()) for part in (now, after)]
+    return figures | {"flow": math.prod(squares) ** 0.5, "continued": float((weight * (now * after).sum(0)).sum())}
 
 
 def roughness(figures: dict[str, list[float]]) -> float:
@@ -180,6 +204,15 @@ def roughness(figures: dict[str, list[float]]) -> float:
     """
     change = sum(figures["change"])
     return sum(figures["second_change"]) / change if change else float("nan")
+
+
+def persistence(figures: dict[str, list[float]]) -> float:
+    """How much of the optical flow of a latent frame is that of the one before, of all clips of `motion`; 1: all.
+
+    Things leave their blocks, so data read less than 1. Redrawn at every latent frame: 0. NaN if nothing flows.
+    """
+    flow = sum(figures["flow"])
+    return sum(figures["continued"]) / flow if flow else float("nan")
 
 
 def file_stem(prompt: str) -> str:

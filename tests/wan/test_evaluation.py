@@ -28,9 +28,9 @@ from minianyflow.wan import samples as sampled
 from minianyflow.wan.commands import evaluate as command
 from minianyflow.wan.data.latents import write_latents
 from minianyflow.wan.evaluate import labelled, table
-from minianyflow.wan.folders import encode_prompts
+from minianyflow.wan.folders import encode_prompts, moving_shapes
 from minianyflow.wan.sampler import guided_network
-from minianyflow.wan.samples import file_stem, motion, roughness
+from minianyflow.wan.samples import file_stem, motion, persistence, roughness
 from toy_data import blobs
 
 STEPS, VIDEOS = (1, 2, 8), 4
@@ -258,6 +258,20 @@ def test_roughness_is_known_for_known_motion():
     assert read(white) == pytest.approx(3, rel=0.03)
     assert read(torch.ones(2, 9)) != read(torch.ones(2, 9))  # NaN: nothing moves
     assert motion(steady[0][:, None, None, None])["change"] == pytest.approx(1)
+
+
+def test_flow_persists_where_motion_does():
+    def read(video):
+        known = [motion(clip[:, None].expand(-1, 3, -1, -1)) for clip in video]
+        return persistence({name: [each[name] for each in known] for name in known[0]})
+
+    data, redrawn = (read(blobs.sample(128, generator(3), redraw=frame).video) for frame in (None, 8))
+    assert data > 0.4 > redrawn  # one of three boundaries is redrawn
+    shapes = moving_shapes(8, generator(1))[1].mean(2)
+    assert read(shapes) > 0.9  # they are as large as a block
+    assert read(torch.cat([shapes[:, :5], shapes[:, :4].flip(1)], 1)) < -0.9  # back again in the next latent frame
+    assert read(torch.ones(2, 17, 16, 16)) != read(torch.ones(2, 17, 16, 16))  # NaN: nothing flows
+    assert motion(shapes[0, :8, None])["flow"] == 0  # fewer than two latent frames
 
 
 # ---- what is kept
