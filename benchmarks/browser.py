@@ -3,19 +3,23 @@
 Nothing leaves the machine: a request beyond loopback is blocked and recorded.
 """
 
+import functools
+import http.server
 import os
 import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import urlparse
+from urllib.parse import unquote, urldefrag, urlparse
 
 import nbformat
 
@@ -48,6 +52,59 @@ def watched(browser, size=WINDOW, **options) -> Iterator:
     page.on("console", lambda line: page.complaints.append(f"console: {line.text}") if line.type == "error" else None)
     yield page
     context.close()
+
+
+# What a page links to, with the ids it has; pictures without words; how wide it is.
+READ = """() => ({
+  links: [...document.querySelectorAll("a, iframe, img, link, script")].map((part) => part.href || part.src || ""),
+  ids: [...document.querySelectorAll("[id], a[name]")].map((part) => part.id || part.name),
+  dumb: [...document.images].filter((image) => image.alt.trim().length < 4).map((image) => image.src),
+  nameless: [...document.querySelectorAll("iframe")].filter((frame) => !frame.title).map((frame) => frame.src),
+  wide: document.documentElement.scrollWidth - innerWidth,
+})"""
+
+
+def page_faults(browser, folder: Path) -> tuple[int, list[str]]:
+    """How often a page of a site was looked at, from a file and http, wide and narrow, light and dark; its faults."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    ids, links, seen, faults = {}, set(), 0, []
+    with served(folder) as address:
+        for root, width in product((folder.as_uri(), address), (1400, 390)):
+            with watched(browser, {"width": width, "height": 900}) as page:
+                for name in names:
+                    page.goto(f"{root}/{name}")
+                    for theme in ("light", "dark"):
+                        page.emulate_media(color_scheme=theme)
+                        read, seen = page.evaluate(READ), seen + 1
+                        faults += [f"{name}: wider than {width}, {theme}"] * (read["wide"] > 0)
+                    faults += [f"{name}: no words for {part}" for part in read["dumb"] + read["nameless"]]
+                    faults += [f"{name}: {complaint}" for complaint in page.complaints]
+                    page.complaints.clear()
+                    ids[name] = set(read["ids"])
+                    links |= {(name, link.removeprefix(root)) for link in read["links"] if link.startswith(root)}
+                page.goto(f"{root}/search.html?q=semigroup")
+                page.locator("#search-results li").nth(3).wait_for()
+                faults += [f"request for {address}" for address in page.blocked]
+    for name, link in sorted(links):
+        path, place = urldefrag(link)
+        path = unquote(urlparse(path).path).lstrip("/")
+        path = path + "index.html" if path.endswith("/") or not path else path
+        if not (folder / path).is_file() or (place and path in ids and unquote(place) not in ids[path]):
+            faults.append(f"{name}: dead link to {link}")
+    return seen, faults
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A static host of `folder` on loopback, as its address."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *words): ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """How quickly the scenes answer, measured in a headless Chromium: each figure with its bar.
 
-`python -m benchmarks.scene_speed` takes a minute or two; its exit status is 1 if a bar is missed.
+`python -m benchmarks.scene_speed` takes five minutes on two cores; its exit status is 1 if a bar is missed.
 """
 
 import os
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -14,10 +15,20 @@ from tempfile import TemporaryDirectory
 from playwright.sync_api import sync_playwright
 from tqdm import tqdm
 
-from benchmarks.browser import jupyter_lab, open_notebook, run_cells, shut_down, watched, write_notebook
+from benchmarks.browser import (
+    jupyter_lab,
+    open_notebook,
+    page_faults,
+    run_cells,
+    served,
+    shut_down,
+    watched,
+    write_notebook,
+)
 from minianyflow.live.pages import DONE, READY, chromium, write_pages
 from minianyflow.support import cli, install
 from minianyflow.support.errors import InputError
+from minianyflow.support.install import ROOT
 
 PARTICLES, PANELS = 1000, 4
 SCRUB_STEPS, CONTROL_STEPS = 32, 16
@@ -32,6 +43,10 @@ BARS = {
     "notebook": ("opened notebook, kernel ready, to the first picture", "s", "at most", 3),
     "page": ("page opened from a file to the first picture", "s", "at most", 2),
     "size": ("the race's page, all students in it", "MB", "at most", 1),
+    "link": ("link to the site's first scene that moves under the hand", "s", "at most", 2),
+    "site": ("whole site", "MB", "at most", 25),
+    "built": ("the site built, by its command", "s", "at most", 60),
+    "faults": ("faults of its pages: file and http, 1400 and 390 px, light and dark", "", "at most", 0),
 }
 
 # Time goes to and fro by the range that a hand would move; counted are the pictures that were drawn.
@@ -92,6 +107,18 @@ NETWORK = """(steps) => {
 }"""
 
 
+# A scene in a frame of the site follows the hand: the time is moved, and another picture is drawn.
+FOLLOWS = """() => {
+  const range = document.querySelector(".lm-player input[type=range]"), { dataset } = range.closest(".lm-player");
+  range.value = 0.5;
+  range.dispatchEvent(new Event("input"));
+  return new Promise((done) => {
+    const look = () => (dataset.position === "0.5000" ? done() : requestAnimationFrame(look));
+    look();
+  });
+}"""
+
+
 def run(repeats: int = 5, quiet: bool = False) -> dict[str, list[float]]:
     """Measure everything `repeats` times; returns {name: [figures]}."""
     if repeats < 1:
@@ -99,7 +126,7 @@ def run(repeats: int = 5, quiet: bool = False) -> dict[str, list[float]]:
     with ExitStack() as stack:
         browser = stack.enter_context(chromium(stack.enter_context(sync_playwright())))
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        bar = stack.enter_context(tqdm(total=1 + repeats, unit="measurement", disable=quiet or None))
+        bar = stack.enter_context(tqdm(total=2 + repeats, unit="measurement", disable=quiet or None))
         figures = {name: [] for name in BARS}
         page, paper = write_pages(folder / "pages", ["race", "draw"], quiet=True)
         figures["size"] = [page.stat().st_size / 1e6]
@@ -125,6 +152,21 @@ def run(repeats: int = 5, quiet: bool = False) -> dict[str, list[float]]:
                 tab.wait_for_selector(DONE)
                 figures["draw"].append(tab.evaluate(LEARN))
             bar.update()
+        site, start = folder / "site", time.perf_counter()
+        subprocess.run([sys.executable, "-m", "minianyflow", "site", "--output", site, "--quiet"], cwd=ROOT, check=True)
+        figures["built"] = [time.perf_counter() - start]
+        figures["site"] = [sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) / 1e6]
+        with served(site) as address:
+            for _ in range(repeats):
+                with watched(browser) as tab:
+                    start = time.perf_counter()
+                    tab.goto(address, wait_until="commit")
+                    scene = tab.locator("iframe.scene").first.element_handle().content_frame()
+                    scene.wait_for_selector(READY)
+                    scene.evaluate(FOLLOWS)
+                    figures["link"].append(time.perf_counter() - start)
+        figures["faults"] = [len(page_faults(browser, site)[1])]
+        bar.update()
         scene = f"from minianyflow.live import scenes\nscenes.race(steps={CONTROL_STEPS})"
         write_notebook(folder / "race.ipynb", scene)
         address = stack.enter_context(jupyter_lab(folder))

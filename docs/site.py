@@ -3,15 +3,18 @@
 Sphinx with myst-nb builds it from the saved notebooks; formulas become MathML, which browsers draw without a script.
 """
 
+import base64
 import html
 import json
 import os
 import re
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from PIL import Image
 
 from docs.slides import deck
 from minianyflow.live.pages import write_pages
@@ -141,6 +144,9 @@ def write_sources(source: Path) -> None:
             (source / name).with_suffix(".md").write_text(exercise_source(path), encoding="utf-8")
         else:
             text = path.read_text(encoding="utf-8").replace("`class.html`", '<a href="../class.html">class.html</a>')
+            for whole, picture in re.findall(r"(!\[[^\]]*\]\(([^)\s]+\.png)\))", text):
+                if on_paper((path.parent / picture).read_bytes()):
+                    text = text.replace(whole, whole + "{.paper}")
             (source / name).write_text(linked(text, path.parent, pages), encoding="utf-8")
     for picture in (path for kind in ("png", "gif") for path in (ROOT / "docs").rglob(f"*.{kind}")):
         (source / picture.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +255,10 @@ def notebook_source(path: Path, pages: dict) -> dict:
                 output["data"] = {"text/html": FRAME.format(up="../", name=scene[1], title=title)}
             elif "image/png" in output.get("data", {}):
                 output["data"].pop("text/plain", None)
-                cell["metadata"]["mystnb"] = {"image": {"alt": alternative(heading, text, after)}}
+                image = {"alt": alternative(heading, text, after)}
+                if on_paper(base64.b64decode("".join(output["data"]["image/png"]))):
+                    image["classes"] = "paper"
+                cell["metadata"]["mystnb"] = {"image": image}
     listed = [
         row
         for row in (ROOT / "docs/references.md").read_text("utf-8").splitlines()
@@ -258,6 +267,12 @@ def notebook_source(path: Path, pages: dict) -> dict:
     table = "\n".join(["## References", "", "| | paper | here |", "|---|---|---|", *listed])
     cells.append({"cell_type": "markdown", "metadata": {}, "source": table, "id": "references"})
     return notebook
+
+
+def on_paper(picture: bytes) -> bool:
+    """Whether a picture is drawn on white paper, as diagrams are and clips are not: dark pages then turn it dark."""
+    shades = Image.open(BytesIO(picture)).convert("L").histogram()
+    return sum(shades[240:]) > sum(shades) / 2
 
 
 def number_of(path: Path) -> str:

@@ -138,8 +138,15 @@ def position(page):
     return float(page.get_attribute(PLAYER, "data-position"))
 
 
+# What a hand or a key can reach in a scene and a screen reader has no name for.
+NAMELESS = """() => [...document.querySelectorAll(".lm-scene :is(button, input, select, canvas)")]
+  .filter((part) => ![part.ariaLabel, part.labels?.[0]?.textContent, part.textContent].some((name) => name?.trim()))
+  .map((part) => part.outerHTML)"""
+
+
 def is_well(page):
-    """No error on the page, in the console, below the player; nothing asked for beyond loopback."""
+    """No error on the page, in the console, below the player; all has a name; nothing asked for beyond loopback."""
+    assert page.evaluate(NAMELESS) == []
     assert page.complaints == []
     assert page.blocked == []
     assert not [error.inner_text() for error in page.locator(".lm-error").all() if error.is_visible()]
@@ -356,6 +363,69 @@ def test_a_page_fits_projectors_and_phones_in_light_and_dark(browser, pages, nam
                 assert found["bottom"] <= height, (name, width, found)
                 assert found["smallest"] >= height / 50, (name, width, found)
             is_well(page)
+
+
+PHONE = {"width": 390, "height": 844}
+WHERE = """([x, y]) => {
+  const canvas = document.querySelector(".lm-player canvas"), box = canvas.getBoundingClientRect();
+  return [box.left + (x / 4.8 + 0.5) * box.width, box.top + (0.5 - y / 4.8) * box.height];
+}"""  # a place of the plane in the window
+
+
+def test_a_finger_moves_a_noise_and_scrolls_elsewhere_and_keys_do_as_well(browser, pages):
+    with watched(browser, PHONE, has_touch=True, is_mobile=True) as page:
+        page.goto(pages["race"].as_uri())
+        page.wait_for_selector(DONE)
+        send, noise = page.context.new_cdp_session(page).send, "[...player.world.z.slice(0, 2)]"
+
+        def swipe(place, down):
+            x, y = page.evaluate(WHERE, place)
+            for part in range(6):
+                points = [{"x": x, "y": y + down * part / 5}]
+                kind = "touchMove" if part else "touchStart"
+                send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+            send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+            page.evaluate(SETTLED)
+
+        x, y = page.evaluate(noise)
+        swipe([x, y], -30)
+        moved = page.evaluate(noise)
+        assert moved[1] > y + 0.1
+        assert page.evaluate("scrollY") == 0
+        swipe([2.3, -2.3], -200)
+        page.wait_for_function("scrollY > 20")
+        assert page.evaluate(noise) == moved
+        page.locator(f"{PLAYER} canvas").first.press("1")
+        page.locator(f"{PLAYER} canvas").first.press("ArrowDown")
+        assert page.evaluate(noise)[1] < moved[1]
+        is_well(page)
+
+
+@pytest.mark.parametrize("fault", ["weights", "script", "no script"])
+def test_what_goes_wrong_is_said_and_leaves_a_picture(browser, pages, tmp_path, fault):
+    text = pages["race"].read_text(encoding="utf-8")
+    if fault == "weights":  # of another version: a layer is wider
+        text = text.replace('"sizes":[16,64', '"sizes":[16,65')
+    if fault == "script":
+        text = text.replace('<script type="module">', '<script type="module">throw new Error("no such browser");')
+    (tmp_path / "race.html").write_text(text, encoding="utf-8")
+    with watched(browser, java_script_enabled=fault != "no script") as page:
+        page.goto((tmp_path / "race.html").as_uri())
+        page.locator("#picture").wait_for(state="visible")
+        words = {"weights": "another version", "script": "no such browser", "no script": "JavaScript"}[fault]
+        assert words in page.inner_text("body")
+
+
+def test_settings_in_the_address_open_a_page_there(browser, pages):
+    with watched(browser) as page:
+        page.goto(pages["race"].as_uri() + "#steps=16&dataset=ring8&seed=no")
+        page.wait_for_selector(DONE)
+        assert page.evaluate("({ ...player.state })") == {
+            "steps": 16,
+            "dataset": "ring8",
+            "flow_map": "teacher_step",
+            "seed": 0,
+        }
 
 
 def test_the_window_for_a_class_shows_every_scene(browser, pages):
