@@ -24,21 +24,13 @@ from torch import nn
 
 from minianyflow.networks import far_pipeline
 from minianyflow.networks.causal import CausalNetwork
-from minianyflow.networks.causal_attention import CausalAttention, chunk_partition
+from minianyflow.networks.causal_attention import chunk_partition
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.wan import PROMPT_LENGTH, TextEncoder, WanNetwork
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import new_folder, read_json
+from minianyflow.support.files import new_folder
 from minianyflow.times import time_grid
 
-CLASSES = (  # that a pipeline's files may name
-    *("WanPipeline", "AnyFlowPipeline", "AnyFlowFARPipeline", "WanAnyFlowPipeline", "FARWanAnyFlowPipeline"),
-    *("WanTransformer3DModel", "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"),
-    *("FAR_Wan_Transformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel", "T5EncoderModel"),
-    *("T5Tokenizer", "T5TokenizerFast", "ByT5Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"),
-    *("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler"),
-    *("FlowMapDiscreteScheduler", "DPMSolverMultistepScheduler"),
-)
 FRAMES = 5  # latent frames of a clip of 17
 BLOBS = {"height": 16, "width": 16, "num_frames": 17, "num_inference_steps": 4, "max_sequence_length": PROMPT_LENGTH}
 README = """# {name}
@@ -180,39 +172,6 @@ def write_readme(
     parts = filter(None, (text.strip(), picture, notes, made))
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", **card)
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n", "utf-8")
-
-
-def load_pipeline(folder: str | Path) -> AnyFlowPipeline | AnyFlowFARPipeline:
-    """The stock pipeline in `folder`; a causal one with our attention, which has no padded keys.
-
-    Raises InputError for a folder without a pipeline, with another one, or with one that diffusers cannot load.
-    """
-    for path in (Path(folder) / "model_index.json", Path(folder) / "text_encoder/config.json"):
-        if path.is_file():
-            check_config(read_json(path, "expected a folder that save_pipeline wrote"), path)
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except Exception as problem:  # diffusers and transformers raise anything for a broken folder
-        why = str(problem).strip().partition("\n")[0]
-        raise InputError(f"{folder} does not load ({why}); expected a folder that save_pipeline wrote") from None
-    if not isinstance(pipeline, AnyFlowPipeline | AnyFlowFARPipeline):
-        kind = type(pipeline).__name__
-        raise InputError(f"{folder} holds a {kind}; expected an AnyFlowPipeline or an AnyFlowFARPipeline")
-    if isinstance(pipeline, AnyFlowFARPipeline):
-        for block in pipeline.transformer.blocks:
-            block.attn1.set_processor(CausalAttention())
-    return pipeline
-
-
-def check_config(content: dict, path: str | Path) -> None:
-    """Raise InputError if a configuration, read from `path`, names a class beside CLASSES, or code to fetch and run."""
-    parts = [name for part in content.values() if isinstance(part, list) for name in part if isinstance(name, str)]
-    classes = [content.get("_class_name"), *(parts if Path(path).name == "model_index.json" else [])]
-    wrong = [name for name in classes if name not in (None, "diffusers", "transformers", *CLASSES)]
-    for key in ("_attn_implementation", "attn_implementation", "auto_map", "kernel_config", "quantization_config"):
-        wrong += [f"{key} {content[key]}"] if content.get(key) not in (None, "eager", "sdpa") else []
-    if wrong:
-        raise InputError(f"{path} names {wrong[0]}, which is not loaded; expected Wan2.1 or AnyFlow without own code")
 
 
 def load_lora(transformer: nn.Module, folder: str | Path) -> None:

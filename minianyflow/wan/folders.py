@@ -36,8 +36,6 @@ from typing_extensions import TypedDict
 
 from minianyflow.networks.causal import coarse_patches
 from minianyflow.networks.patches import StreamDecoder
-from minianyflow.networks.pipelines import CLASSES as NAMED
-from minianyflow.networks.pipelines import check_config
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import new_folder, read_json
 from minianyflow.times import generator
@@ -53,6 +51,8 @@ RENAMED = {  # names that AnyFlow's first releases have in their metadata; the w
     "FARWanAnyFlowPipeline": "AnyFlowFARPipeline",
     "FlowMapDiscreteScheduler": "FlowMapEulerDiscreteScheduler",
 }
+SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+SCHEDULERS += ("FlowMatchEulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler")
 RENAMED_TRANSFORMER = "FAR_Wan_Transformer3DModel"  # of either architecture
 
 
@@ -180,17 +180,24 @@ def _load_part(source, name, dtype):
     kind, place = choose("part", name, PARTS), _place(source, name, bare=False)
     if name == "scheduler":
         found = class_name(configuration(source, name, lambda: kind.load_config(**place)))
-        if found not in NAMED or not issubclass(kind := getattr(diffusers, found), diffusers.SchedulerMixin):
+        if found not in SCHEDULERS:
             raise InputError(f"the scheduler in {source} is a {found}, which is no scheduler of Wan's or AnyFlow's")
-        return load(source, name, lambda: kind.from_pretrained(**place))
+        return load(source, name, lambda: getattr(diffusers, found).from_pretrained(**place))
     if name == "tokenizer":
         return load(source, name, lambda: kind.from_pretrained(**place, trust_remote_code=False))
     if name == "text_encoder":
         kind = _text_encoder_class(source)
         found = configuration(source, name, lambda: PretrainedConfig.get_config_dict(**place)[0])
-        check_config(found, f"{source}/{name}")
+        _check_no_code(found, f"{source}/{name}")
     options = {"torch_dtype": torch.float32} if name == "vae" else {"dtype": dtype or torch.float32}
     return _load_whole(source, name, kind, options | place, kind.__name__).eval().requires_grad_(False)
+
+
+def _check_no_code(content, path):
+    for key in ("_attn_implementation", "attn_implementation", "auto_map", "kernel_config", "quantization_config"):
+        if content.get(key) not in (None, "eager", "sdpa"):
+            found = f"{path} names {key} {content[key]}, which is not loaded"
+            raise InputError(f"{found}; expected Wan2.1 or AnyFlow without own code")
 
 
 def _text_encoder_class(source):
