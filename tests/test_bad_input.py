@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import minianyflow as m
+from minianyflow.times import stratified_uniform
 from tests.refused import refused
 from toy_data import plane
 from toy_data.circle import CircleProcess
@@ -33,6 +34,8 @@ TIMES = [
     (lambda: m.time_grid(2.5), "whole number"),
     (lambda: m.time_shift(ONES, 0.0), "positive"),
     (lambda: m.time_shift(ONES, INF), "to a thousand"),
+    (lambda: m.time_shift(ONES, 1e39), "to a thousand"),
+    (lambda: stratified_uniform(-1), "at least 0"),
     (lambda: m.draw_pairs(8, diagonal=0.8, end=0.5), "at most 1"),
     (lambda: m.draw_pairs(8, diagonal=NAN, end=0.5), "at most 1"),
     (lambda: m.draw_pairs(8, drop=INF), "from 0 to 1"),
@@ -43,8 +46,10 @@ FLOW_MAPS = [
     (lambda: m.rollout(still, Z, torch.tensor([1.0])), r"steps \+ 1"),
     (lambda: m.rollout(still, Z, torch.tensor([[1.0, 1, 1], [1, 0, 0]])), "a column per state"),
     (lambda: m.rollout(still, Z, [1.0, 0.0]), "expected a tensor"),
+    (lambda: m.rollout(still, Z.long(), m.time_grid(2)), "expected floating point"),
     (lambda: m.sample_consistency(still, Z, torch.ones(3, 4)), r"steps \+ 1"),
     (lambda: m.sample_ode(lambda z, t: z, Z, torch.tensor([1.0, 1.0, 0.0])), "two equal times"),
+    (lambda: m.sample_ode(lambda z, t: z, Z.half(), m.time_grid(2)), "expected float32 or float64"),
     (lambda: m.jump(still, Z, HALF, ONES), "r > t"),
     (lambda: m.jump(still, Z, 2 * ONES, HALF), r"\[0, 1\]"),
     (lambda: m.jump(still, Z, ONES, NAN * HALF), r"\[0, 1\]"),
@@ -66,6 +71,9 @@ MIXTURES = [
     (lambda: m.sliced_w2(Z, Z[:3]), r"expected \(K n, D\)"),
     (lambda: m.sliced_w2(Z, Z[:, :1]), "2 and 1 numbers"),
     (lambda: m.sliced_w2(Z, NAN * Z), "NaN"),
+    (lambda: m.sliced_w2(INF * Z, Z), "finite"),
+    (lambda: m.sliced_w2(Z[:0], Z), "n at least 1"),
+    (lambda: m.off_share(Z[:0], RING), "n at least 1"),
     (lambda: m.path_error(Z, Z[:3]), "expected the same shape"),
 ]
 LOSSES = [
@@ -80,6 +88,8 @@ LOSSES = [
     (lambda: m.Guidance(INF, {}), "finite"),
     (lambda: m.FlowMapLoss({})(still, BELOW), "no objective for them"),
     (lambda: FORWARD(still, BELOW | {"r": ONES}), "r > t"),
+    (lambda: FORWARD(still, BELOW | {"x": Z.half(), "eps": Z.half()}), "expected float32 or float64"),
+    (lambda: FORWARD(still, BELOW | {"x": Z.bfloat16(), "eps": Z.bfloat16()}), "expected float32 or float64"),
     (lambda: FORWARD(still, BELOW | {"t": 2 * ONES}), r"\[0, 1\]"),
     (lambda: m.FlowMapLoss({}, narrow)(still, DIAGONAL), "the velocity has shape"),
     (lambda: m.FlowMapLoss({})(narrow, DIAGONAL), "output"),

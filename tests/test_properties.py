@@ -8,12 +8,11 @@ from hypothesis import strategies as some
 import minianyflow as m
 from minianyflow.interpolant import clean_from_velocity, interpolate, score_from_velocity
 from minianyflow.measures import frechet_distance, off_share
-from minianyflow.times import draw_pairs, stratified_uniform, time_grid, time_shift
+from minianyflow.times import draw_pairs, time_grid, time_shift
 from tests.refused import refused
 from toy_data import plane
 
-EXACT, ROUGH = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
-TYPES = some.sampled_from(EXACT + ROUGH)
+TYPES = some.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 ROWS, STEPS, SEEDS = some.integers(0, 5), some.integers(1, 9), some.integers(0, 999)
 SHAPES = some.lists(some.integers(1, 3), min_size=1, max_size=3).map(tuple)
 SHIFTS = some.floats(0.05, 20)
@@ -96,29 +95,6 @@ def test_backward_simulation_ends_where_the_exact_rollout_does(rows, shape, dtyp
 
 
 @cases
-@given(
-    some.integers(1, 6),
-    SHAPES,
-    some.sampled_from(["eulerian", "semigroup", "lagrangian", "teacher_step"]),
-    TYPES,
-    SEEDS,
-)
-def test_a_loss_is_nought_at_the_exact_map_and_takes_no_half_precision(rows, shape, name, dtype, seed):
-    source = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, *shape, generator=source).to(dtype)
-    batch = {"x": x, "eps": x + 1} | draw_pairs(rows, source)
-    loss = m.FlowMapLoss({name: 1.0}, velocity=lambda z, t, **_: torch.ones_like(z))
-    if dtype in ROUGH:
-        with refused("expected float32 or float64"):
-            loss(still, batch)
-        return
-    losses, errors = loss(still, batch)
-    assert losses.shape == (rows,)
-    assert float(losses.abs().max()) < 1e-6
-    assert all(float(error) < 1e-6 for error in errors.values())
-
-
-@cases
 @given(some.integers(1, 30), some.integers(1, 4), TYPES, SEEDS)
 def test_distances_are_metrics_of_any_type(count, size, dtype, seed):
     a, b = torch.randn(2, count, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -132,18 +108,3 @@ def test_distances_are_metrics_of_any_type(count, size, dtype, seed):
         assert abs(frechet_distance(a, a, 2)) < 1e-4
         assert frechet_distance(a, b, 2) >= -1e-6
     assert 0 <= off_share(a[:, :1].repeat(1, 2), plane.ring8()) <= 1
-
-
-def test_what_cannot_be_is_one_line():
-    numbers, half = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bfloat16)
-    for call, words in (
-        (lambda: m.rollout(still, numbers.long(), time_grid(2)), "expected floating point"),
-        (lambda: m.sample_ode(still, half, time_grid(2)), "expected float32 or float64"),
-        (lambda: off_share(numbers[:0, :2], plane.ring8()), "n at least 1"),
-        (lambda: m.sliced_w2(numbers[:0], numbers), "n at least 1"),
-        (lambda: m.sliced_w2(numbers / 0, numbers), "finite"),
-        (lambda: time_shift(torch.ones(2), 1e39), "to a thousand"),
-        (lambda: stratified_uniform(-1), "at least 0"),
-    ):
-        with refused(words):
-            call()
