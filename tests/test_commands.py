@@ -96,6 +96,13 @@ def test_every_command_is_listed_with_what_it_does(capsys):
         assert f"  {name:16}{command(name).__doc__.splitlines()[0]}" in printed.out
 
 
+def test_a_wheel_says_which_commands_need_a_checkout(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("minianyflow.support.install.ROOT", tmp_path)
+    assert main(["course"]) == main(["docs"]) == 2
+    assert "error: docs works in a checkout of the project" in capsys.readouterr().err
+    assert main(["--help"]) == 0  # and lists them
+
+
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
 def test_scripts_parse_and_call(script):
     """What a script can do, the command of the same name in the wheel can do, too."""
