@@ -55,15 +55,11 @@ def scene_cells():
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, scene_cells):
-    """A JupyterLab with an empty notebook and the beginning of notebook 0, up to its scene; its address."""
+def lab(tmp_path_factory):
+    """A JupyterLab with two empty notebooks; its address."""
     folder = tmp_path_factory.mktemp("notebooks")
     for name in ("stage", "closed"):
         write_notebook(folder / f"{name}.ipynb", "")
-    path, number = scene_cells["race"]
-    notebook = nbformat.read(path, 4)
-    notebook.cells = notebook.cells[: number + 1]
-    nbformat.write(notebook, folder / path.name)
     with jupyter_lab(folder) as address:
         yield address
 
@@ -192,19 +188,28 @@ def test_keys_move_time_and_not_the_notebook(stage):
     page.wait_for_function("(cells) => document.querySelectorAll('.jp-Cell').length < cells", arg=cells)
 
 
-def test_notebook_0_opens_with_its_scene_and_recovers_from_a_kernel_restart(browser, lab, scene_cells):
-    with watched(browser) as page:
-        open_notebook(page, lab, scene_cells["race"][0].name)
-        run_cells(page)
-        page.wait_for_selector(READY)
-        redraws(page, move, controls(page)["steps"])
-        page.evaluate(MARK)
-        run_cells(page, restart=True)
-        page.wait_for_selector(f"{READY}:not([data-old])")
-        page.wait_for_selector(f"{PLAYER}[data-old]", state="detached")
-        redraws(page, move, controls(page)["steps"])
-        is_well(page)
-        shut_down(page)
+RESTARTED = ["race", *(pytest.param(name, marks=pytest.mark.long) for name in list(SCENES)[1:])]
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_a_scene_recovers_from_a_kernel_restart(stage, name):
+    page = run_in(stage, f"from minianyflow.live import scenes\nscenes.{name}()")
+    redraws(page, move, next(iter(controls(page).values())))
+    page.evaluate(MARK)
+    run_cells(page, restart=True)
+    page.wait_for_selector(f"{READY}:not([data-old])")
+    page.wait_for_selector(f"{PLAYER}[data-old]", state="detached")
+    redraws(page, move, next(iter(controls(page).values())))
+    is_well(page)
+
+
+@pytest.mark.long
+def test_a_scene_whose_kernel_was_started_anew_says_so(stage):
+    page = run_in(stage, "from minianyflow.live import scenes\nscenes.video()")
+    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.restartKernel()")
+    page.wait_for_function(f"{KERNEL}?.status == 'idle'")
+    move(next(iter(controls(page).values())))
+    page.get_by_text("run this cell again").wait_for()
 
 
 def test_a_kernel_ends_when_its_notebook_is_closed(browser, lab):
