@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from docs.slides import deck
+from docs.slides import alternative, deck
 from minianyflow.live.pages import write_pages
 from minianyflow.live.player import STATIC
 from minianyflow.live.scenes import SCENES
@@ -255,7 +255,7 @@ def notebook_source(path: Path, pages: dict) -> dict:
                 output["data"] = {"text/html": FRAME.format(up="../", name=scene[1], title=title)}
             elif "image/png" in output.get("data", {}):
                 output["data"].pop("text/plain", None)
-                image = {"alt": alternative(heading, text, after)}
+                image = {"alt": alternative(heading, text, after, output)}
                 if on_paper(base64.b64decode("".join(output["data"]["image/png"]))):
                     image["classes"] = "paper"
                 cell["metadata"]["mystnb"] = {"image": image}
@@ -278,15 +278,6 @@ def on_paper(picture: bytes) -> bool:
 def number_of(path: Path) -> str:
     """A notebook's number in words: "3" of 03_flow_map.ipynb, "7a" of 07a_circle.ipynb."""
     return path.name.split("_")[0].removeprefix("0")
-
-
-def alternative(heading: str, code: str, after: str) -> str:
-    """What a figure shows, in words: its section, the titles and labels in its code, the first sentence after it."""
-    named = re.findall(r"(?:set_title|suptitle|set_[xy]?label|label=|title=)\(?\s*f?[\"']([^\"'{}]+)[\"']", code)
-    plain = re.sub(r"^#.*$|[*`$_]|<summary>.*</summary>|<[^>]*>", "", after, flags=re.M)
-    first = re.split(r"(?<=[.:?!])\s", plain.strip())[0]
-    parts = [heading.strip("# "), "; ".join(dict.fromkeys(named)), "" if first.startswith("Predict") else first]
-    return re.sub(r"\s+", " ", ". ".join(part.strip(" .:") for part in parts if part)).replace('"', "'") + "."
 
 
 def exercise_source(path: Path) -> str:

@@ -25,20 +25,34 @@ def deck() -> str:
 
 
 def figures(notebook: str, section: str) -> str:
-    """The saved figures of one section of a notebook, folded, and a link to it."""
-    here, found = "", []
-    for cell in json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text("utf-8"))["cells"]:
+    """The saved figures of one section of a notebook, folded."""
+    here, images, words = "", [], section.replace("-", " ").capitalize()
+    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text("utf-8"))["cells"]
+    for k, cell in enumerate(cells):
         if cell["cell_type"] == "markdown":
             here = next((slug(line) for line in reversed(cell["source"]) if line.startswith("#")), here)
         elif here == section:
-            found += [output for output in cell["outputs"] if "image/png" in output.get("data", {})]
-    images = "".join(
-        f'<img alt="{html.escape(output.get("metadata", {}).get("alt") or section.replace("-", " "))}" loading="lazy" '
-        f'src="data:image/png;base64,{"".join(output["data"]["image/png"]).strip()}">'
-        for output in found
+            after = next(("".join(other["source"]) for other in cells[k:] if other["cell_type"] == "markdown"), "")
+            for output in (output for output in cell["outputs"] if "image/png" in output.get("data", {})):
+                alt = html.escape(alternative(words, "".join(cell["source"]), after, output))
+                data = "".join(output["data"]["image/png"]).strip()
+                images.append(f'<img alt="{alt}" loading="lazy" src="data:image/png;base64,{data}">')
+    return f"<details><summary>{words}</summary>{''.join(images)}</details>" if images else ""
+
+
+def alternative(heading: str, code: str, after: str, output: dict | None = None) -> str:
+    """What a figure shows, in words: its section, its titles and labels, the first sentence after it.
+
+    output: the saved one, which has its titles as they were drawn; those in the code may be made of figures.
+    """
+    saved = (output or {}).get("metadata", {}).get("image/png", {}).get("alt", "")
+    named = [saved] * bool(saved) + re.findall(
+        r"(?:set_title|suptitle|set_[xy]?label|label=|title=)\(?\s*f?[\"']([^\"'{}]+)[\"']", code
     )
-    words = section.replace("-", " ").capitalize()
-    return f"<details><summary>{words}</summary>{images}</details>" if images else ""
+    plain = re.sub(r"^#.*$|[*`$_]|<summary>.*</summary>|<[^>]*>", "", after, flags=re.M)
+    first = re.split(r"(?<=[.:?!])\s", plain.strip())[0]
+    parts = [heading.strip("# "), "; ".join(dict.fromkeys(named)), "" if first.startswith("Predict") else first]
+    return re.sub(r"\s+", " ", ". ".join(part.strip(" .:") for part in parts if part)).replace('"', "'") + "."
 
 
 def slug(heading: str) -> str:

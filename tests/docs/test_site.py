@@ -1,14 +1,17 @@
 """The site: every page from a file and from http, wide and narrow, light and dark; no dead link."""
 
 import functools
+import io
 import re
 
 import pytest
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from benchmarks.browser import page_faults
-from docs import site
+from docs import site, slides
 from minianyflow.live.pages import chromium
+from minianyflow.live.scenes import SCENES
 from minianyflow.support.install import ROOT
 
 
@@ -40,6 +43,28 @@ def test_a_figure_is_described_by_its_section_its_titles_and_what_follows():
         "Two curves", 'axes.set_title("path error")\naxes.plot(x, label="Euler")', "It *falls*. More."
     )
     assert words == "Two curves. path error; Euler. It falls."
+
+
+def test_the_slides_are_the_90_minutes_of_the_plan():
+    text, plan = slides.deck(), (ROOT / "notebooks/INSTRUCTOR.md").read_text().partition("**In 90 minutes")[2]
+    rows = slides._rows(plan)
+    assert [int(start) for start, *_ in rows] == [sum(int(row[1]) for row in rows[:k]) for k in range(len(rows))]
+    assert sum(int(minutes) for _, minutes, *_ in rows) == 90
+    assert text.count("<section") == 1 + len(rows)
+    places = re.findall(r"\]\((\w+)\.ipynb#([\w-]+)\)", " ".join(row[2] for row in rows))
+    assert [place for place in places if not slides.figures(*place)] == []  # every section is there, with its figures
+    shown = [name for name in SCENES if f'src="scenes/{name}.html"' in text]
+    assert len(shown) == sum("Scene" in row[2] for row in rows) == 4
+    assert min(map(len, re.findall(r'alt="([^"]*)"', text))) > 20
+    assert not re.search(r'(?:src|href)="https?:', text)
+
+
+def test_diagrams_turn_dark_and_clips_do_not():
+    paper, clip = (Image.new("L", (9, 9), shade) for shade in (255, 30))
+    for picture, drawn in ((paper, True), (clip, False)):
+        file = io.BytesIO()
+        picture.save(file, "png")
+        assert site.on_paper(file.getvalue()) == drawn
 
 
 @pytest.mark.long
