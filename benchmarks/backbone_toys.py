@@ -5,6 +5,7 @@
 
 import copy
 import sys
+from functools import partial
 
 import torch
 from diffusers import LTXVideoTransformer3DModel, SD3Transformer2DModel
@@ -12,16 +13,20 @@ from tqdm import tqdm
 
 from benchmarks.backbones import Backbone, FlowMapBackbone, call_ltx, call_sd3
 from minianyflow.batch import batches
+from minianyflow.flow_map import tangent, velocity
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.mixtures import GaussianMixture
+from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.objectives import FLOW_MAPS, FlowMapLoss
-from minianyflow.samplers import sample_euler, sample_flow_map
+from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, draw_on_policy
+from minianyflow.samplers import sample_flow_map
 from minianyflow.times import generator, time_grid
 from minianyflow.training import Role, train
 from toy_data.plane import spiral
 
-POINTS = 1024
-STEPS = {"teacher": 400, "flow map": 500}
+POINTS, ROWS, NFE = 1024, 64, (1, 2, 4, 8, 16)
+TEACHER, FORWARD, ON_POLICY = 400, 500, 100  # steps
+RATE, FORWARD_WEIGHT = 1e-3, 1.0  # of on-policy training
 TINY_TIMESTEPS = 5.0  # as in networks/wan.py: docs/video.md says why tiny ones count slowly
 
 
@@ -76,37 +81,67 @@ def unprompted(call):
     return without
 
 
-def race(family, seed):
-    """Teacher, then flow map: {"teacher" or "flow map": {nfe: sliced W2 to the truth}}."""
+def race(family, seed, on_policy=True):
+    """The stages of one seed: ({name: {nfe: sliced W2 to the truth}}, {name: forwards and backwards of all networks}).
+
+    With `on_policy` that stage, and the forward stage alone at equal cost, go on from the flow map.
+    """
     torch.manual_seed(seed)
     transformer, call, mixture = TOYS[family]()
-    call = unprompted(call)
-
-    def learn(name, network, loss, **pairs):
-        role = Role(network, loss, lr=4e-3, ema=0.99, warmup=50)
-        progress = {"desc": f"{family}, seed {seed}, {name}", "disable": None}
-        train({name: role}, batches(mixture.sample, 64, (seed,), **pairs), STEPS[name], progress=progress)
-        return role.average.module
-
-    stock = learn("teacher", Backbone(transformer, call, TINY_TIMESTEPS), FlowMapLoss({}), diagonal=1.0, end=0.0)
-    student = FlowMapBackbone(copy.deepcopy(stock.transformer).requires_grad_(True), call, TINY_TIMESTEPS)
-    loss = FlowMapLoss(FLOW_MAPS["mixed"], velocity=lambda z, t: stock(z, t, t), adaptive=0.5)
-    flow_map = learn("flow map", student, loss)
+    call, distances, costs = unprompted(call), {}, {}
     z, truth = sobol_noise(POINTS, mixture.shape), mixture.sample_stratified(POINTS, generator(0))
 
-    def measure(sampler, u, nfe):
-        return sliced_w2(sampler(u, z, time_grid(nfe))[-1], truth)
+    def learn(name, steps, roles, stream=0, **pairs):
+        counters = [stock, *(counter for role in roles.values() for counter in (role.network, role.average.module))]
+        before, drawn = evaluations(counters), batches(mixture.sample, ROWS, (seed,), **pairs)
 
-    return {
-        "teacher": {nfe: measure(sample_euler, lambda z, t: stock(z, t, t), nfe) for nfe in (1, 2, 4, 8, 16)},
-        "flow map": {nfe: measure(sample_flow_map, flow_map, nfe) for nfe in (1, 2, 4, 8, 16)},
-    }
+        def draw(step):
+            more = draw_on_policy(mixture.shape, ROWS, generator(seed, step, 1)) if "fake" in roles else {}
+            return drawn(step + stream) | more
+
+        train(roles, draw, steps, progress={"desc": f"{family}, seed {seed}, {name}", "disable": None})
+        costs[name] = evaluations(counters) - before
+        u = next(iter(roles.values())).average.module.network
+        follow = tangent(u) if name == "teacher" else u  # Euler's method
+        ends = {nfe: sample_flow_map(follow, z, time_grid(nfe))[-1] for nfe in NFE}
+        distances[name] = {nfe: sliced_w2(end, truth) for nfe, end in ends.items()}
+        return u
+
+    def role(network, loss=None, lr=4e-3, **options):
+        return Role(EvaluationCounter(network), loss, lr=lr, ema=0.99, warmup=50, **options)
+
+    def copied(u):
+        return copy.deepcopy(u).requires_grad_(True)
+
+    stock = EvaluationCounter(None)
+    teacher = role(Backbone(transformer, call, TINY_TIMESTEPS), FlowMapLoss({}))
+    stock.network = learn("teacher", TEACHER, {"teacher": teacher}, diagonal=1.0, end=0.0)
+    real = partial(velocity, stock)
+    forward = FlowMapLoss(FLOW_MAPS["mixed"], velocity=real, adaptive=0.5)
+    student = FlowMapBackbone(copied(stock.network.transformer), call, TINY_TIMESTEPS)
+    flow_map = learn("flow map", FORWARD, {"student": role(student, forward)})
+    if not on_policy:
+        return distances, costs
+    slow = {"betas": (0.0, 0.999)}
+    student, fake = role(copied(flow_map), lr=RATE, **slow), role(copied(stock.network), lr=5 * RATE, **slow)
+    student.loss = OnPolicyLoss(real, fake.network, forward, FORWARD_WEIGHT)
+    fake.loss = FakeScoreLoss(student.network)
+    learn("on-policy", ON_POLICY, {"student": student, "fake": fake}, FORWARD)
+    steps = round(FORWARD * costs["on-policy"] / costs["flow map"])
+    learn("forward alone", steps, {"student": role(copied(flow_map), forward)}, FORWARD)
+    return distances, costs
+
+
+def evaluations(counters):
+    """Forwards and backwards, rows of all of them."""
+    return sum(counter.rows + counter.with_grad for counter in counters)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for family in TOYS:
         for seed in map(int, sys.argv[1:] or "0"):
-            for name, distances in race(family, seed).items():
+            reached, costs = race(family, seed)
+            for name, distances in reached.items():
                 figures = " | ".join(f"{1000 * distance:.0f}" for distance in distances.values())
-                tqdm.write(f"| {family}, {name}, seed {seed} | {figures} |")
+                tqdm.write(f"| {family}, {name}, seed {seed} | {figures} | {costs[name] / 1000:.0f} |")

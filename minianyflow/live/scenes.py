@@ -1,4 +1,4 @@
-"""The six scenes of the course, one line per scene: `from minianyflow.live import scenes`, then `scenes.race()`.
+"""The seven scenes of the course, one line per scene: `from minianyflow.live import scenes`, then `scenes.race()`.
 
 Arguments set the controls at the start: `scenes.race(steps=16, dataset="ring8")`. Only the module of the scene that is
 opened is imported.
@@ -17,6 +17,7 @@ SCENES = {  # name: (module, class, title in the app)
     "exposure": ("exposure_scene", "Exposure", "Exposure bias"),
     "draw": ("plane_scenes", "Draw", "Draw and learn"),
     "video": ("video_scene", "Video", "Video"),
+    "stream": ("video_scene", "Stream", "A stream"),
 }
 
 
@@ -32,3 +33,4 @@ backward_simulation = partial(open_scene, "backward_simulation")
 exposure = partial(open_scene, "exposure")
 draw = partial(open_scene, "draw")
 video = partial(open_scene, "video")
+stream = partial(open_scene, "stream")

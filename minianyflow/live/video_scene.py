@@ -1,21 +1,25 @@
 """Bouncing balls from the committed video students. Importing this takes seconds, since it needs diffusers."""
 
+import time
 from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from minianyflow.live.controls import Scene, dropdown
+from minianyflow.live.controls import Scene, dropdown, slider
 from minianyflow.live.player import time_axis
+from minianyflow.networks.causal import causal_stream
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import load_codec, load_network
-from minianyflow.times import generator
+from minianyflow.times import generator, time_grid
 from minianyflow.video.measures import physics
 from minianyflow.video.motion import flights
 from minianyflow.video.report import how_sampled, sample
 from minianyflow.video.stages import WEIGHTS, path_of
+from minianyflow.wan.data.options import FPS
+from minianyflow.wan.folders import stream_decoder
 from toy_data import blobs
 
 STEPS = (1, 2, 4, 8, 16)
@@ -32,6 +36,10 @@ CHUNKS = {
     "flow map, teacher forcing": "causal",
     "teacher, Euler": "causal_teacher",
 }
+
+
+NOTE = "Chunks of eight frames, half a second; each sees what came just before, never more, so it can go on for ever."
+RECORDED = " Here recorded, ten seconds of each choice; in a notebook (7b) it does."
 
 
 @cache
@@ -81,3 +89,70 @@ class Video(Scene):
         note += " Balls as asked: the share of frames in which that many are found. Off straight flight: data read .1."
         axis, more = time_axis(range(17), "frame", 0), {"columns": len(STEPS), "position": 0.5, "loop": True}
         return pack.scene(self.title, panels, axis, note=note, duration=2200, **more)
+
+
+class Stream(Scene):
+    """Balls without end. While one chunk plays, the page asks for the next: it takes the steps and the prompt of now.
+
+    `state["chunk"]` counts what was asked for. `offline_page` holds a recording of each choice in place of that.
+    """
+
+    title = "A stream: change steps and prompt while it plays"
+    offline: ClassVar = {"steps": (1, 4), "prompt": blobs.PROMPTS}
+    run, least = None, 8  # (network, seed) of the stream; frames that are made at once
+
+    def make_controls(self):
+        """Steps per chunk, prompt, network."""
+        students = {label: name for label, name in CHUNKS.items() if name != "causal_teacher"}
+        return {
+            "steps": slider("steps a chunk", STEPS, 4),
+            "prompt": dropdown("prompt", blobs.PROMPTS),
+            "network": dropdown("network", students),
+        }
+
+    def redraw(self):
+        """The next chunk, if the page asks for one: a control that is moved while it plays waits for that."""
+        if self.state.get("chunk", 0) != self.shown.get("chunk"):
+            super().redraw()
+
+    def offline_page(self):
+        """Ten seconds of each choice, from the same noise."""
+        self.least = 10 * FPS
+        return super().offline_page()
+
+    def draw(self, pack, steps, prompt, network, seed, chunk=0):
+        """The frames of the next chunk."""
+        recorded, start = self.least > 8, time.perf_counter()
+        if recorded or self.run != (network, seed):
+            self.run, self.frames, self.count, self.first, self.seconds = (network, seed), self.stream(), 0, None, 0.0
+        self.job = time_grid(steps), TextEncoder()([prompt])
+        clip = [next(self.frames)]
+        self.first = self.first or time.perf_counter() - start
+        while sum(map(len, clip)) < self.least:
+            clip.append(next(self.frames))
+        clip, self.seconds = torch.cat(clip), self.seconds + time.perf_counter() - start
+        before, self.count = self.count, self.count + len(clip)
+        balls = torch.tensor([1 + blobs.PROMPTS.index(prompt)])
+        right = physics(clip[None], balls)["count"] == balls
+        measures = {"balls as asked": f"{float(right.float().mean()):.0%}"}
+        if not recorded:
+            measures["first frame after"] = f"{self.first:.2f} s"
+            measures["made, frames a second"] = f"{self.count / self.seconds:.0f}"
+        panel = {"kind": "video", "title": f"{prompt}, {steps} step{'s' * (steps > 1)} a chunk", "measures": measures}
+        panel |= {"clips": pack.add_video(clip[None]), "first": before}
+        axis = time_axis(range(before, self.count + 1), "frame", 0)
+        more = {"loop": True} if recorded else {"chunk": chunk, "stream": True}
+        return pack.scene(
+            self.title, [panel], axis, note=NOTE + RECORDED * recorded, duration=1000 * len(clip) / FPS, **more
+        )
+
+    def stream(self):
+        """Frames (T, 16, 16) of one chunk after another, each by the present `job`: times and prompt."""
+        network, seed = self.run
+        u, decode, source = load(network), stream_decoder(load("codec").vae), generator(seed)
+
+        def draw(frames):
+            return torch.randn(1, frames, 4, 4, 4, generator=source)
+
+        for latents in causal_stream(u, draw, iter(lambda: self.job, None), 5, u.first, u.rest):
+            yield decode(latents)[0].mean(1).clamp(0, 1)

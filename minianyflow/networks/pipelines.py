@@ -35,7 +35,11 @@ FRAMES = 5  # latent frames of a clip of 17
 BLOBS = {"height": 16, "width": 16, "num_frames": 17, "num_inference_steps": 4, "max_sequence_length": PROMPT_LENGTH}
 README = """# {name}
 
-{what}, trained with minianyflow: any number of steps will do. diffusers ({version} or newer{peft}) is all it needs:
+{what}, trained with minianyflow: any number of steps will do. It needs nothing of it:
+
+```sh
+pip install "diffusers>={version}" torch transformers accelerate ftfy imageio imageio-ffmpeg{peft}
+```
 
 ```python
 {lines}
@@ -161,7 +165,7 @@ def write_readme(
         name=folder.name,
         what=what,
         version=diffusers.__version__,
-        peft=", with peft" if "load_lora" in lines else "",
+        peft=" peft" if "load_lora" in lines else "",
         lines=lines,
         padding=PADDING if causal else "",
     )

@@ -1,6 +1,7 @@
 """The commands for Wan2.1: distill, sample, export, evaluate, make_tiny_wan. Each takes argv and returns a status."""
 
 import sys
+from functools import partial
 
 from minianyflow.support.cli import Parser, utf8
 from minianyflow.support.errors import InputError
@@ -73,11 +74,12 @@ def sample(argv: list[str]) -> int:
     parser.add_argument("--prompts", metavar="FILE", help="or a file of them, one per line")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 4, 32], help="step counts (default: 1 4 32)")
     parser.add_argument("--image", metavar="FILE", help="the first frame")
-    parser.add_argument("--video", metavar="FILE", help="the first frames, at 16 per second")
+    parser.add_argument("--video", metavar="FILE", help="the first frames, at the model's 16 or 24 per second")
     parser.add_argument("--context", type=int, help="how many frames of --video (default: the first two chunks)")
     words = "beside the mp4 files: latents (safetensors, frames first), png (frames without loss)"
     parser.add_argument("--write", nargs="+", choices=("latents", "png"), default=[], help=words)
-    words = "seconds of one clip of a causal source, chunk by chunk into a growing file; prompts and steps take turns"
+    words = "seconds of one clip of a causal source, chunk by chunk into a growing file; prompts and steps take turns, "
+    words += "and the file of --prompts is read again before every chunk"
     parser.add_argument("--stream", type=float, metavar="SECONDS", help=words)
     parser.add_argument("--base", metavar="FOLDER", help="of an exported LoRA (default: where it was trained)")
     _sampling_options(parser, "outputs/samples")
@@ -96,8 +98,8 @@ def sample(argv: list[str]) -> int:
     if (seconds := options.pop("stream")) is not None:
         from minianyflow.wan.stream import stream_clip
 
-        texts = read_prompts(texts, file)
-        made = stream_clip(prompts=texts, seconds=seconds, start=image or video, clip=_clip(options), **options)
+        options |= {"prompts": partial(read_prompts, texts, file), "start": image or video, "clip": _clip(options)}
+        made = stream_clip(seconds=seconds, **options)
         print(f"first frame after {made['first_frame']:.2f} s, {made['per_second']:.1f} frames per second")
         print(f"written: {options['output']}/stream.mp4, {made['frames']} frames")
         return 0

@@ -21,7 +21,7 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.files import new_folder
 from minianyflow.times import generator
 from minianyflow.wan.config import Config, identity
-from minianyflow.wan.data.options import CODECS, DTYPES
+from minianyflow.wan.data.options import DTYPES, fps_of
 from minianyflow.wan.folders import NEW_PATCH, NEW_TIME, base_class, load_parts, quiet
 from minianyflow.wan.run import load_run, read_run
 from minianyflow.wan.run_networks import network_of, transformer_of, weights_in
@@ -66,7 +66,7 @@ def export_pipeline(run: str | Path, output: str | Path, role: str = "student", 
         provenance(config, report, role),
         notes(config),
         {"minianyflow.json": json.dumps({"stage": config.stage, "clip": clip}, indent=1) + "\n"},
-        _fps(transformer),
+        fps_of(transformer.config.in_channels),
         **_card(config),
     )
 
@@ -114,8 +114,9 @@ def export_lora(run: str | Path, output: str | Path, role: str = "student", layo
             new="".join(START[part] for part in new),
             shift=config.shift,
         )
+        fps = fps_of(transformer.config.in_channels)
         lines, imports = (Path(output).name, *_call(config, report["clip"])), (kind, "FlowMapEulerDiscreteScheduler")
-        lines = stock_lines(pipeline, *lines, str(DTYPES[config.precision]), before, imports, _fps(transformer))
+        lines = stock_lines(pipeline, *lines, str(DTYPES[config.precision]), before, imports, fps)
         lines = "import copy\n\n" * (NEW_TIME in new) + lines
         what = f"A LoRA adapter of rank {metadata['r']} ({config.stage} stage, {config.architecture}) on {config.base}"
         words = [LAYOUT.format(layout=layout, tools=TOOLS[layout])] if layout else []
@@ -152,10 +153,6 @@ def push_to_hub(folder: str | Path, name: str, dry_run: bool = False) -> None:
         raise InputError(
             f"cannot push to {name} ({why}); log in with `hf auth login`, or look at the network"
         ) from None
-
-
-def _fps(transformer):
-    return CODECS.get(transformer.config.in_channels, CODECS[16])[1]
 
 
 def _call(config, clip):

@@ -191,15 +191,17 @@ def end_trackers(accelerator) -> None:
     accelerator.end_training()
 
 
-def log_clips(clips: dict, step: int, accelerator) -> None:
+def log_clips(clips: dict, step: int, accelerator, fps: float) -> None:
     """Pass {label: videos (B, T, 3, H, W) in [0, 1]} to tensorboard and wandb as GIFs."""
     for tracker in accelerator.trackers if accelerator.is_main_process else ():
         if tracker.name in ("tensorboard", "wandb"):
-            _call_tracker(accelerator, _log_clips, tracker, clips, step)
+            _call_tracker(accelerator, _log_clips, tracker, clips, step, fps)
 
 
-def _log_clips(tracker, clips, step):
-    videos = {f"samples/{label}-{k}": as_gif(clip) for label, batch in clips.items() for k, clip in enumerate(batch)}
+def _log_clips(tracker, clips, step, fps):
+    videos = {
+        f"samples/{label}-{k}": as_gif(clip, fps) for label, batch in clips.items() for k, clip in enumerate(batch)
+    }
     if tracker.name == "wandb":
         import wandb
 

@@ -80,5 +80,5 @@ def open_source(
     config, clip = loaded.config, loaded.clip | (clip or {})
     context = (context or 4 * (config.causal.first + config.causal.rest) - 3) if start else 0
     check_clip(loaded, clip, context)
-    frames = read_video(start, context, clip["height"], clip["width"]) if start else None
+    frames = read_video(start, context, clip["height"], clip["width"], loaded.fps) if start else None
     return loaded, clip, frames, device, dtype

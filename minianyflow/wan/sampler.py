@@ -19,7 +19,7 @@ from minianyflow.times import generator, time_grid
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
 from minianyflow.wan.data.latents import LatentSet
-from minianyflow.wan.data.options import DTYPES
+from minianyflow.wan.data.options import DTYPES, fps_of
 from minianyflow.wan.data.write_video import write_clips
 from minianyflow.wan.folders import decode_latents, embed, load_parts
 from minianyflow.wan.guard import log_clips
@@ -114,8 +114,9 @@ def sample_while_training(
                 videos = [decode_latents(vae, latents[name, n, k].to(device)).cpu() for k in range(len(prompts))]
                 clips[f"{name}{step_label(n)}"] = torch.cat(videos)
             vae.cpu()
-            write_clips(Path(config.output) / "samples" / f"{done:06}", clips, prompts)
-            log_clips(clips, done, accelerator)
+            fps = fps_of(vae.config.z_dim)
+            write_clips(Path(config.output) / "samples" / f"{done:06}", clips, prompts, fps)
+            log_clips(clips, done, accelerator, fps)
         for network in sources.values():
             if isinstance(network, FSDPModule):
                 network.reshard()

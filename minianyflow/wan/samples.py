@@ -158,7 +158,7 @@ class Samples:
                     path, figures = self.latents(steps, number), {"seconds": seconds, "evaluations": rows}
                     if number < compared:
                         self._put(path, partial(save_file, {"latents": latents.contiguous()}))
-                    self._put(self.video(steps, number), partial(write_clip, clip=video))
+                    self._put(self.video(steps, number), partial(write_clip, clip=video, fps=source.fps))
                     self._put(path.with_suffix(".json"), partial(write_report, figures | motion(video)))
                 bar.update(steps * len(numbers))
 

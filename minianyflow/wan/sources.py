@@ -17,7 +17,7 @@ from minianyflow.networks.pipelines import load_lora
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import check_json, read_json
 from minianyflow.wan.config import Config, load_config
-from minianyflow.wan.data.options import CODECS, WAN_CLIP
+from minianyflow.wan.data.options import WAN_CLIP, fps_of
 from minianyflow.wan.folders import (
     PIPELINES,
     class_name,
@@ -65,7 +65,7 @@ class Source:
     @property
     def fps(self) -> int:
         """Frames per second of its videos."""
-        return CODECS.get(self.network.transformer.config.in_channels, CODECS[16])[1]
+        return fps_of(self.network.transformer.config.in_channels)
 
     def shape(self, clip: dict[str, int]) -> tuple[int, int, int, int]:
         """(F, C, h, w) of a clip's latents."""

@@ -1,7 +1,7 @@
 """Clips without end: a causal network chunk by chunk, frames written as they come."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -81,7 +81,7 @@ class Stream:
 
 def stream_clip(
     source: str,
-    prompts: list[str],
+    prompts: Callable[[], list[str]],
     steps: list[int],
     seconds: float,
     output: str | Path,
@@ -91,18 +91,20 @@ def stream_clip(
 ) -> dict[str, float]:
     """Write `stream.mp4`, which can be played while it grows, and with write=["png"] every frame without loss.
 
-    seconds: of video. prompts, steps: take turns, each in an equal part. options: of `Stream`. Returns seconds to the
-    first frame, frames per second, and the number of frames. Raises InputError as `Stream`.
+    seconds: of video. prompts, steps: take turns, each in an equal part. prompts() is called before each chunk, so that
+    they may change on the way. options: of `Stream`. Returns seconds to the first frame, frames per second, and the
+    number of frames. Raises InputError as `Stream`.
     """
     if not seconds > 0 or "latents" in write:
         wrong = "latents of a stream are not written" if seconds > 0 else f"a stream of {seconds:g} seconds"
         raise InputError(f"{wrong}; expected more than 0 seconds, as frames or png")
     check_numbers(steps)
-    stream = Stream(source, prompts, **options)
+    stream = Stream(source, prompts(), **options)
     wanted = round(seconds * stream.source.fps)
     latents = (wanted + 2) // 4 + 1  # the first is one frame, each other four
     chunks = max(0, -((stream.first - latents) // stream.rest)) + 1
-    jobs = ((prompts[k * len(prompts) // chunks], steps[k * len(steps) // chunks]) for k in range(chunks))
+    turns = ((prompts(), steps, k) for k in range(chunks))
+    jobs = (tuple(each[k * len(each) // chunks] for each in both) for *both, k in turns)
     folder = Path(output)
     try:
         (folder / "stream").mkdir(parents=True, exist_ok=True) if "png" in write else folder.mkdir(

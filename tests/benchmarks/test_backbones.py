@@ -117,9 +117,17 @@ def test_both_derivatives_see_the_jump(made):
 @pytest.mark.parametrize("family", TIMED)
 def test_the_forward_stage_makes_it_any_step(family):
     """One to four jumps are closer to the truth than the teacher is after four times as many Euler steps."""
-    reached = race(family, 0)
+    reached, _ = race(family, 0, on_policy=False)
     for nfe in (1, 2, 4):
         assert reached["flow map"][nfe] < reached["teacher"][4 * nfe], (nfe, reached)
+
+
+@pytest.mark.long
+def test_on_policy_training_keeps_what_the_forward_stage_alone_reaches_at_equal_cost():
+    reached, costs = race("ltx", 0)
+    assert abs(costs["on-policy"] / costs["forward alone"] - 1) < 0.01
+    for nfe in (1, 4):
+        assert reached["on-policy"][nfe] < 1.1 * reached["forward alone"][nfe], reached
 
 
 def test_what_it_cannot_take_is_one_line():

@@ -21,7 +21,14 @@ PLAYER, RANGE, CHOICES, HAND = ".lm-player", ".lm-bar input[type=range]", ".lm-c
 CONTROLS = ".lm-choices label"
 LABELS = "print(*(control['label'] for control in _.controls.values()), sep='|')"  # _: what the cell before showed
 MARK = "document.querySelector('.lm-player').dataset.old = '1'"
-PLACES = {"race": "00", "triangle": "03", "backward_simulation": "05", "video": "06", "exposure": "07a"}
+PLACES = {
+    "race": "00",
+    "triangle": "03",
+    "backward_simulation": "05",
+    "video": "06",
+    "exposure": "07a",
+    "stream": "07b",
+}
 
 # Nothing more is coming: all is computed, and the screen was drawn three times, ours not once; a kernel is idle.
 SETTLED = f"""async () => {{
@@ -148,7 +155,7 @@ def is_well(page):
     assert not [error.inner_text() for error in page.locator(".lm-error").all() if error.is_visible()]
 
 
-@pytest.mark.parametrize("name", ["race", "video"])  # computed in the page; drawn by the kernel
+@pytest.mark.parametrize("name", ["race", "video", "stream"])  # computed in the page; drawn by the kernel
 def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name, scene_cells):
     path, number = scene_cells[name]
     assert path.name.startswith(PLACES[name])
@@ -160,6 +167,25 @@ def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name, sce
         redraws(page, move, control)
     to = "(range) => { range.value = 0.4; range.dispatchEvent(new Event('input')); }"
     redraws(page, page.locator(RANGE).evaluate, to)
+    is_well(page)
+
+
+def test_a_stream_goes_on_while_hands_change_it(stage):
+    """The frame's number never falls; steps and prompt that are moved on the way are those of the next chunks."""
+    page = run_in(stage, "from minianyflow.live import scenes\nscenes.stream()")
+    shown = "document.querySelector('.lm-bar output:last-of-type').textContent.split('= ')[1]"
+    page.evaluate(f"() => {{ window.heard = []; setInterval(() => heard.push(Number({shown})), 5); }}")
+    page.click(".lm-bar button >> text=Play")
+    page.wait_for_function("() => heard.at(-1) > 24")
+    move(controls(page)["steps a chunk"])
+    move(controls(page)["prompt"])
+    page.wait_for_selector("figcaption >> text=two balls, 8 steps a chunk")
+    at = page.evaluate("() => heard.at(-1)")
+    page.wait_for_function("(at) => heard.at(-1) > at + 16", arg=at)
+    heard = page.evaluate("() => heard")
+    assert heard == sorted(heard)
+    assert page.locator(".lm-measures b").count() == 3
+    page.click(".lm-bar button >> text=Pause")
     is_well(page)
 
 

@@ -19,7 +19,7 @@ from minianyflow.live import scenes
 from minianyflow.support.errors import InputError
 from tests.live.unpack import unpack
 
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "video" else ()) for name in scenes.SCENES]
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in ("video", "stream") else ()) for name in scenes.SCENES]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -107,6 +107,28 @@ def test_video_shows_what_the_report_samples(opened):
     assert measures(scene, 7)["balls as asked"] == f"{float(right.float().mean()):.0%}"
     off = [float(flights(video[ball - 1 : ball], ball).residual) for ball in (1, 2)]
     assert measures(scene, 7)["off straight flight"] == f"{sum(off) / 2:.2f} px"
+
+
+@pytest.mark.slow
+def test_a_stream_is_that_of_the_network_and_its_controls_count_from_the_next_chunk(opened):
+    from minianyflow.live.video_scene import load
+    from minianyflow.networks.causal import causal_stream
+    from minianyflow.networks.wan import TextEncoder
+    from minianyflow.times import time_grid
+
+    scene, source, prompts = opened("stream"), generator(0), TextEncoder()(["one ball", "two balls"])
+    jobs = ((time_grid(steps), prompts[ball : ball + 1]) for steps, ball in ((4, 0), (4, 0), (1, 0), (1, 1)))
+    draw = lambda frames: torch.randn(1, frames, 4, 4, 4, generator=source)  # noqa: E731
+    latents = torch.cat([*causal_stream(load("causal_on_policy"), draw, jobs, 5)], 1)
+    made = [array(scene, 0, "clips")[0]]
+    for changes in ({"steps": 1}, {"prompt": "two balls"}):
+        before = scene.shown
+        scene.state = scene.state | changes
+        assert scene.shown is before  # until the page asks
+        scene.state = scene.state | {"chunk": scene.state.get("chunk", 0) + 1}
+        made.append(array(scene, 0, "clips")[0])
+    assert [scene.shown["axis"][end] for end in ("from", "to")] == [17, 25]
+    assert (torch.cat(made) - load("codec").decode(latents)[0]).abs().max() < 0.04  # 16 shades
 
 
 @pytest.mark.slow

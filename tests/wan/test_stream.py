@@ -51,28 +51,6 @@ def test_beyond_it_each_chunk_is_the_last_of_a_clip_of_the_window(network):
         next(causal_stream(network, pieces(Z), jobs, 4))
 
 
-@pytest.mark.slow
-def test_memory_is_flat_over_a_hundred_chunks(network):
-    """Bytes of the cache, and of all tensors that are alive, at every chunk."""
-    caches, alive = [], []
-
-    def spy(*arguments, **options):
-        if options.get("cache"):
-            caches.append(sum(part.nbytes for layer in options["cache"] for part in layer))
-        return network(*arguments, **options)
-
-    source = generator(1)
-    draw = lambda frames: torch.randn(2, frames, *Z.shape[2:], generator=source)  # noqa: E731
-    for number, _ in enumerate(causal_stream(spy, draw, itertools.repeat((time_grid(1), PROMPT), 100), 7)):
-        if number not in (10, 99):
-            continue
-        gc.collect()
-        alive.append(sum(each.nbytes for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)))
-    assert len(caches) == 99
-    assert max(caches[4:]) == min(caches[4:]) > caches[0]
-    assert alive[1] < 1.01 * alive[0]
-
-
 def test_prompts_and_steps_may_change_on_the_way(network):
     """A chunk follows the prompt and the steps of its own job; those before stay as they were."""
     other = PROMPT.flip(0)
@@ -126,6 +104,28 @@ def test_frames_are_those_of_the_plain_sample(folders):
     assert float((made - decode_latents(stream.vae, latents)[0]).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
+def test_memory_is_flat_over_a_hundred_chunks(folders):
+    """Bytes of the cache, and of all tensors that are alive, codec's included, at every chunk of a stream."""
+    stream, caches, alive = Stream(str(folders / "causal"), ["x"], CLIP), [], []
+    network = stream.source.network
+
+    def spy(*arguments, **options):
+        if options.get("cache"):
+            caches.append(sum(part.nbytes for layer in options["cache"] for part in layer))
+        return network(*arguments, **options)
+
+    stream.source.network = spy
+    for number, _ in enumerate(stream.frames([("x", 1)] * 100)):
+        if number not in (10, 99):
+            continue
+        gc.collect()
+        alive.append(sum(each.nbytes for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)))
+    assert len(caches) == 99
+    assert max(caches[4:]) == min(caches[4:]) > caches[0]
+    assert alive[1] < 1.01 * alive[0]
+
+
 def test_the_file_grows_and_can_be_played_meanwhile(folders, tmp_path, capsys, monkeypatch):
     seen = []
 
@@ -133,13 +133,32 @@ def test_the_file_grows_and_can_be_played_meanwhile(folders, tmp_path, capsys, m
         for frames in real(stream, jobs, seed):
             if (tmp_path / "out/stream.mp4").exists():
                 seen.append((tmp_path / "out/stream.mp4").stat().st_size)
+                texts.write_text("a square\n")  # by hand, on the way
             yield frames
 
-    real = Stream.frames
+    def spied(stream, texts):
+        embedded.extend(text for text in texts if text not in stream.prompts)
+        return real_embed(stream, texts)
+
+    embedded, real, real_embed = [], Stream.frames, Stream._embed
     monkeypatch.setattr(Stream, "frames", asked)
+    monkeypatch.setattr(Stream, "_embed", spied)
+    texts = tmp_path / "prompts.txt"
+    texts.write_text("a disc\n")
     size = [f"--{name}={value}" for name, value in CLIP.items()]
-    argv = [str(folders / "causal"), "--stream", "2.5", "--prompt", "a disc", "a square", "--steps", "1", "2", *size]
+    argv = [
+        str(folders / "causal"),
+        "--stream",
+        "2.5",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--steps",
+        "1",
+        "2",
+        *size,
+    ]
     assert run(lambda: sample([*argv, "--write", "png", "--output", str(tmp_path / "out")])) == 0
+    assert embedded == ["a disc", "a square"]
     said = capsys.readouterr().out
     assert re.search(r"first frame after \d+\.\d\d s, \d+\.\d frames per second", said)
     assert "stream.mp4, 40 frames" in said
@@ -155,12 +174,12 @@ def test_bad_input_is_one_line(folders, tmp_path):
     where = {"output": tmp_path / "out", "clip": CLIP}
     causal = str(folders / "causal")
     with refused("bidirectional is bidirectional; a stream is made chunk by chunk: name a causal source"):
-        stream_clip(str(folders / "bidirectional"), ["x"], [1], 1, **where)
+        stream_clip(str(folders / "bidirectional"), lambda: ["x"], [1], 1, **where)
     for seconds in (0, -1, float("nan")):
         with refused("a stream of .* seconds; expected more than 0 seconds"):
-            stream_clip(causal, ["x"], [1], seconds, **where)
+            stream_clip(causal, lambda: ["x"], [1], seconds, **where)
     with refused("latents of a stream are not written"):
-        stream_clip(causal, ["x"], [1], 1, write=["latents"], **where)
+        stream_clip(causal, lambda: ["x"], [1], 1, write=["latents"], **where)
     stream = Stream(causal, ["x"], clip=CLIP)
     for prompt in (None, 7, " "):
         frames = stream.frames([("x", 1), (prompt, 1)])
@@ -170,3 +189,7 @@ def test_bad_input_is_one_line(folders, tmp_path):
     with refused("0 steps; expected whole numbers, at least 1"):
         next(stream.frames([("x", 0)]))
     assert not (tmp_path / "out").exists()
+    texts = iter([["x"], ["x"], [b"x"]])
+    with refused("the next prompt of the stream is b'x'; expected a text that is not empty"):
+        stream_clip(causal, lambda: next(texts), [1], 1, **where)
+    assert (tmp_path / "out/stream.mp4").exists()  # what was made until then

@@ -2,14 +2,17 @@
 
 import json
 
+import imageio.v2 as imageio
 import pytest
 import torch
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, AutoencoderKLWan, WanPipeline
+from safetensors.torch import load_file
 
 from minianyflow.planner.plan import plan_run
 from minianyflow.support.cli import run
 from minianyflow.wan.commands import distill, export, sample
 from minianyflow.wan.config import load_config
+from minianyflow.wan.data.read_video import read_video
 from minianyflow.wan.folders import decode_latents, encode_video, load_parts, make_tiny_wan, stream_decoder
 from minianyflow.wan.shapes import SHAPES, build_transformer, latent_shape
 from tests.refused import refused
@@ -71,13 +74,23 @@ def test_every_stage_runs_and_stock_loads_it(tiny, tmp_path, architecture, capsy
     assert isinstance(pipeline.vae, AutoencoderKLWan)
     assert "fps=24" in (tmp_path / "out/README.md").read_text()
     pipeline.set_progress_bar_config(disable=True)
-    start = torch.rand(1, 1, 3, 64, 64)
+    start, times = torch.rand(1, 1, 3, 64, 64), []
+    seen = lambda network, arguments, options: times.append(options["timestep"])  # noqa: E731
+    pipeline.transformer.register_forward_pre_hook(seen, with_kwargs=True)
     options = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 32, "num_inference_steps": 2}
     latents = pipeline("a disc", video=start, output_type="latent", **options).frames
     assert latents.shape == (1, 48, 5, 4, 4)
+    assert not times[0][:, 0].any()
+    assert architecture == "causal" or times[0][:, 1:].all()
     assert float((latents[:, :, 0] - encode_video(pipeline.vae, start)[:, 0]).abs().max()) < 1e-5
     argv = [str(output), "--prompt", "a disc", "--steps", "1", "--output", str(tmp_path / "samples")]
     assert run(lambda: sample(argv)) == 0
+    assert imageio.get_reader(tmp_path / "samples/1_step-0.mp4").get_meta_data()["fps"] == 24
+    known = read_video(tmp_path / "samples/1_step-0.mp4", 9, 64, 64, 24)
+    argv += ["--video", str(tmp_path / "samples/1_step-0.mp4"), "--context", "9", "--write", "latents"]
+    assert run(lambda: sample(argv)) == 0
+    made = load_file(tmp_path / "samples/1_step-0.safetensors")["latents"]
+    assert float((made[:3] - encode_video(pipeline.vae, known)[0]).abs().max()) < 1e-5
 
 
 @pytest.mark.slow

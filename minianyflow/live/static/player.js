@@ -495,7 +495,7 @@ class Curve extends Sketch {
   }
 }
 
-// Clips playing, side by side: an array (clips, frames, height, width) of greys.
+// Clips playing, side by side: an array (clips, frames, height, width) of greys; `first`: the number of its first frame.
 class Video extends Sketch {
   static aspect(spec) {
     const [clips, , height, width] = spec.clips.shape;
@@ -505,7 +505,7 @@ class Video extends Sketch {
   draw(at, progress, hash) {
     this.begin();
     const { values, shape } = this.spec.clips, [clips, frames, height, width] = shape;
-    const frame = clamp(Math.floor(at + 1e-6), 0, frames - 1), { context } = this;
+    const frame = clamp(Math.floor(at - (this.spec.first ?? 0) + 1e-6), 0, frames - 1), { context } = this;
     const small = (this.small ??= new OffscreenCanvas(width, height)), pen = small.getContext("2d"), image = pen.createImageData(width, height);
     context.imageSmoothingEnabled = false;
     for (let clip = 0; clip < clips; clip++) {
@@ -546,7 +546,8 @@ const DARK = { // what a colour becomes on dark paper
 };
 
 /** Draw a scene into `element`. options: onPick(chain), a dot of the triangle was moved; onMove(i, place), a noise; onSettle(),
- *  it was let go; onStroke(line), a line was drawn; onPress(values), a button of the scene. Returns { update(scene), seek(position), play(), pause(), destroy(), again(), guarded(work), root }. */
+ *  it was let go; onStroke(line), a line was drawn; onPress(values), a button of the scene; onEnd(), a stream is played to the
+ *  end of its chunk. Returns { update(scene), seek(position), play(), playing(), pause(), destroy(), again(), guarded(work), root }. */
 export function mountPlayer(element, content, options = {}) {
   const root = make("div", element, "lm-player");
   root.tabIndex = 0;
@@ -677,7 +678,8 @@ export function mountPlayer(element, content, options = {}) {
       seek(position + Math.max(0, now - last) / length);
       last = now;
       if (position >= 1 && scene?.loop) position = 0;
-      if (position >= 1) pause();
+      if (scene?.stream) options.onEnd?.(position >= 1);
+      if (position >= 1 && !scene?.stream) pause();
       else playing = requestAnimationFrame(go);
     };
     cancelAnimationFrame(playing);
@@ -715,7 +717,7 @@ export function mountPlayer(element, content, options = {}) {
     cancelAnimationFrame(waiting);
     root.remove();
   };
-  return { update: guarded(update), seek, play, pause, destroy, again: player.again, guarded, root };
+  return { update: guarded(update), seek, play, playing: () => Boolean(playing), pause, destroy, again: player.again, guarded, root };
 }
 
 /** Controls above a player. page: { kind, title, state, controls: [{ name, label, values, labels, slider, below }], data or scenes };
@@ -723,8 +725,8 @@ export function mountPlayer(element, content, options = {}) {
  *  `page.scenes[key]`, key: the chosen values joined by "|", is shown, or ask(state) is called, for `show` later. */
 export function mountScene(element, page, payload, ask = () => {}, changed = () => {}) {
   const root = make("div", element, "lm-scene"), row = make("div", root, "lm-choices"), state = { ...page.state }, inputs = {};
-  let work = null, shown = null, world = null;
-  const player = mountPlayer(root, null, { onPick: pick, onMove: (i, place) => (world.drag(i, place, new Set(shown.paths)), player.again()), onSettle: refresh, onStroke, onPress: set });
+  let work = null, shown = null, world = null, next = null, asked = false; // next: the chunk of a stream that came meanwhile
+  const player = mountPlayer(root, null, { onPick: pick, onMove: (i, place) => (world.drag(i, place, new Set(shown.paths)), player.again()), onSettle: refresh, onStroke, onPress: set, onEnd });
   for (const { name, label, values, labels, slider } of page.controls) {
     const box = make("label", row, "", label), input = make(slider ? "input" : "select", box), shows = slider ? make("output", box) : null;
     input.name = name;
@@ -752,7 +754,20 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
   function pick(chain) {
     set({ chain, start: chain[0], target: chain.at(-1) });
   }
+  // A stream asks for one chunk ahead; the controls of that moment are its own.
+  function onEnd(reached) {
+    if (reached && next) (show(...next), player.seek(0), (next = null));
+    if (next || asked) return;
+    asked = true;
+    ask({ ...state, chunk: (state.chunk = (state.chunk ?? 0) + 1) });
+  }
+  function arrive(scene, bytes) {
+    asked = false;
+    if (scene.stream && player.playing()) next = [scene, bytes];
+    else show(scene, bytes);
+  }
   function refresh() {
+    if (shown?.stream && !player.playing()) state.chunk = (state.chunk ?? 0) + 1; // it is seen at once
     for (const { name, below, values } of page.controls)
       if (below) {
         const input = row.querySelector(`[name="${name}"]`);
@@ -787,7 +802,7 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
     refresh();
   })();
   const destroy = () => ((work = null), world?.dismiss(), player.destroy());
-  return { ...player, destroy, show, state, world, shown: () => shown, set };
+  return { ...player, destroy, show, arrive, state, world, shown: () => shown, set };
 }
 
 /** The widget: the kernel is asked for nothing but pictures of scenes that the page cannot compute. */
@@ -800,7 +815,7 @@ function render({ model, el }) {
   };
   const left = () => (gone = true);
   const scene = mountScene(el, model.get("page"), model.get("payload"), ask, (state) => gone || changed(state));
-  const show = () => model.get("picture")?.byteLength && scene.show(model.get("shown"), model.get("picture"));
+  const show = () => model.get("picture")?.byteLength && scene.arrive(model.get("shown"), model.get("picture"));
   model.on("change:shown", show);
   model.on("comm_live_update", left);
   show();

@@ -19,6 +19,11 @@ WAN_NULL = (
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def fps_of(channels: int) -> int:
+    """Frames per second of the videos of a codec with so many latent channels."""
+    return CODECS.get(channels, CODECS[16])[1]
+
+
 @dataclass(frozen=True)
 class Options:
     """Size and speed of the videos, length and null prompt of the texts, and the dtype that both are stored in.

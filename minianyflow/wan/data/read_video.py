@@ -26,8 +26,8 @@ OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
 LATE = 0.1  # of an output frame's time: a frame that begins so little after its instant counts, as containers round
 
 
-def read_video(path: str | Path, frames: int, height: int, width: int) -> Tensor:
-    """The first `frames` frames of a video at 16 fps, or a picture as one frame: (1, T, 3, height, width) in [0, 1].
+def read_video(path: str | Path, frames: int, height: int, width: int, fps: float = FPS) -> Tensor:
+    """The first `frames` frames of a video at `fps`, or a picture as one frame: (1, T, 3, height, width) in [0, 1].
 
     The frames are cut in the centre, then resized. Raises InputError for a file that cannot be read or is too short.
     """
@@ -36,7 +36,7 @@ def read_video(path: str | Path, frames: int, height: int, width: int) -> Tensor
         raise InputError(f"no file {path}; expected a video or a picture")
     picture = _read_picture(path)
     if picture is None:
-        video = read_frames(path, frames, height, width)
+        video = read_frames(path, frames, height, width, fps)
     elif frames > 1:
         raise InputError(f"{path} has 1 frame; expected at least {frames}")
     else:
