@@ -9,7 +9,6 @@ from torch import Tensor
 
 from minianyflow.live.controls import Scene, dropdown, slider
 from minianyflow.live.player import time_axis
-from minianyflow.networks.causal import causal_stream
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TextEncoder
 from minianyflow.networks.weights import load_codec, load_network
@@ -19,7 +18,7 @@ from minianyflow.video.motion import flights
 from minianyflow.video.report import how_sampled, sample
 from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan.data.options import FPS
-from minianyflow.wan.folders import stream_decoder
+from minianyflow.wan.stream import stream_frames
 from toy_data import blobs
 
 STEPS = (1, 2, 4, 8, 16)
@@ -104,11 +103,8 @@ class Stream(Scene):
     def make_controls(self):
         """Steps per chunk, prompt, network."""
         students = {label: name for label, name in CHUNKS.items() if name != "causal_teacher"}
-        return {
-            "steps": slider("steps a chunk", STEPS, 4),
-            "prompt": dropdown("prompt", blobs.PROMPTS),
-            "network": dropdown("network", students),
-        }
+        prompt, network = dropdown("prompt", blobs.PROMPTS), dropdown("network", students)
+        return {"steps": slider("steps a chunk", STEPS, 4), "prompt": prompt, "network": network}
 
     def redraw(self):
         """The next chunk, if the page asks for one: a control that is moved while it plays waits for that."""
@@ -121,38 +117,23 @@ class Stream(Scene):
         return super().offline_page()
 
     def draw(self, pack, steps, prompt, network, seed, chunk=0):
-        """The frames of the next chunk."""
-        recorded, start = self.least > 8, time.perf_counter()
+        """The frames of the next chunk, by the `job` of now: times and prompt."""
+        recorded, start, clip = self.least > 8, time.perf_counter(), []
+        self.job, balls = (time_grid(steps), TextEncoder()([prompt])), 1 + blobs.PROMPTS.index(prompt)
         if recorded or self.run != (network, seed):
-            self.run, self.frames, self.count, self.first, self.seconds = (network, seed), self.stream(), 0, None, 0.0
-        self.job = time_grid(steps), TextEncoder()([prompt])
-        clip = [next(self.frames)]
-        self.first = self.first or time.perf_counter() - start
+            self.run, self.count, self.first, self.seconds, u = (network, seed), 0, None, 0.0, load(network)
+            chunks, jobs = (5, u.first, u.rest), iter(lambda: self.job, None)
+            self.frames = stream_frames(u, load("codec").vae, (4, 4, 4), jobs, seed, *chunks)
         while sum(map(len, clip)) < self.least:
-            clip.append(next(self.frames))
+            clip.append(next(self.frames).mean(1).clamp(0, 1))
+            self.first = self.first or time.perf_counter() - start
         clip, self.seconds = torch.cat(clip), self.seconds + time.perf_counter() - start
         before, self.count = self.count, self.count + len(clip)
-        balls = torch.tensor([1 + blobs.PROMPTS.index(prompt)])
-        right = physics(clip[None], balls)["count"] == balls
-        measures = {"balls as asked": f"{float(right.float().mean()):.0%}"}
-        if not recorded:
-            measures["first frame after"] = f"{self.first:.2f} s"
-            measures["made, frames a second"] = f"{self.count / self.seconds:.0f}"
+        right = physics(clip[None], torch.tensor([balls]))["count"] == balls
+        made = {"first frame after": f"{self.first:.2f} s", "made, frames a second": f"{self.count / self.seconds:.0f}"}
+        measures = {"balls as asked": f"{float(right.float().mean()):.0%}"} | ({} if recorded else made)
         panel = {"kind": "video", "title": f"{prompt}, {steps} step{'s' * (steps > 1)} a chunk", "measures": measures}
         panel |= {"clips": pack.add_video(clip[None]), "first": before}
+        more = {"loop": True, "note": NOTE + RECORDED} if recorded else {"chunk": chunk, "stream": True, "note": NOTE}
         axis = time_axis(range(before, self.count + 1), "frame", 0)
-        more = {"loop": True} if recorded else {"chunk": chunk, "stream": True}
-        return pack.scene(
-            self.title, [panel], axis, note=NOTE + RECORDED * recorded, duration=1000 * len(clip) / FPS, **more
-        )
-
-    def stream(self):
-        """Frames (T, 16, 16) of one chunk after another, each by the present `job`: times and prompt."""
-        network, seed = self.run
-        u, decode, source = load(network), stream_decoder(load("codec").vae), generator(seed)
-
-        def draw(frames):
-            return torch.randn(1, frames, 4, 4, 4, generator=source)
-
-        for latents in causal_stream(u, draw, iter(lambda: self.job, None), 5, u.first, u.rest):
-            yield decode(latents)[0].mean(1).clamp(0, 1)
+        return pack.scene(self.title, [panel], axis, duration=1000 * len(clip) / FPS, **more)

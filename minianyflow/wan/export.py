@@ -1,6 +1,7 @@
 """Export of a run: a whole pipeline folder for stock diffusers, or its LoRA adapter alone, each with a README."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def export_pipeline(run: str | Path, output: str | Path, role: str = "student", 
         notes(config),
         {"minianyflow.json": json.dumps({"stage": config.stage, "clip": clip}, indent=1) + "\n"},
         fps_of(transformer.config.in_channels),
-        **_card(config),
+        **card(config),
     )
 
 
@@ -121,7 +122,7 @@ def export_lora(run: str | Path, output: str | Path, role: str = "student", layo
         what = f"A LoRA adapter of rank {metadata['r']} ({config.stage} stage, {config.architecture}) on {config.base}"
         words = [LAYOUT.format(layout=layout, tools=TOOLS[layout])] if layout else []
         words = "\n\n".join([*words, notes(config)])
-        write_readme(inside, pipeline, what, lines, words, provenance(config, report, role), **_card(config, ["lora"]))
+        write_readme(inside, pipeline, what, lines, words, provenance(config, report, role), **card(config, ["lora"]))
 
 
 def check_hub_name(name: str) -> None:
@@ -139,9 +140,9 @@ def push_to_hub(folder: str | Path, name: str, dry_run: bool = False) -> None:
 
     Raises InputError for what the hub answers.
     """
-    card = ModelCard.load(Path(folder) / "README.md").data.to_dict()
+    data = ModelCard.load(Path(folder) / "README.md").data.to_dict()
     if dry_run:
-        print(f"dry run, nothing is uploaded; {name} would have this card, {json.dumps(card)}, and these files:")
+        print(f"dry run, nothing is uploaded; {name} would have this card, {json.dumps(data)}, and these files:")
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             print(f"{path.stat().st_size / 1e6:12.3f} MB  {path.relative_to(folder)}")
         return
@@ -173,17 +174,17 @@ def _chunks(config, clip):
     return {"full_chunk_limit": chunks.full_chunks, "chunk_partition": partition}
 
 
-def _card(config, tags=()):
-    """The card's metadata, and the last sheet of samples, if there is one."""
-    card = {"tags": ["anyflow", "flow-map", "few-step", config.architecture, *tags]}
+def card(config: Config, tags: Sequence[str] = ()) -> dict[str, object]:
+    """The metadata of an export's model card, and the last sheet of samples, if there is one."""
+    made = {"tags": ["anyflow", "flow-map", "few-step", config.architecture, *tags]}
     if any(name.startswith("nvidia/") for name in _origins(config)):
-        card |= {"license": "other", "license_name": "non-commercial"}
+        made |= {"license": "other", "license_name": "non-commercial"}
     elif config.base.startswith("Wan-AI/"):
-        card["license"] = "apache-2.0"
+        made["license"] = "apache-2.0"
     if not Path(config.base).exists():  # a name on the hub
-        card["base_model"] = config.base
+        made["base_model"] = config.base
     sheets = sorted(Path(config.output).glob("samples/*/sheet.png"))
-    return card | {"sheet": sheets[-1] if sheets else None}
+    return made | {"sheet": sheets[-1] if sheets else None}
 
 
 def check_same(loaded: Tensor, expected: Tensor, plain: Tensor, run: str | Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import imageio.v2 as imageio
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from minianyflow.networks.causal import causal_stream
@@ -16,6 +16,29 @@ from minianyflow.wan.data.write_video import GrowingClip
 from minianyflow.wan.folders import embed, encode_video, load_parts, stream_decoder
 from minianyflow.wan.sample import open_source
 from minianyflow.wan.sources import check_numbers
+
+
+def stream_frames(
+    u: Callable,
+    vae: nn.Module,
+    shape: Sequence[int],
+    jobs: Iterable[tuple[Tensor, Tensor]],
+    seed: int,
+    window: int,
+    first: int = 1,
+    rest: int = 2,
+    prefix: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The frames (T, 3, H, W) in [0, 1] of one chunk per job; arguments as of `causal_stream`, `shape` of a latent."""
+    source, decode = generator(seed), stream_decoder(vae)
+
+    def draw(frames):
+        return torch.randn(1, frames, *shape, generator=source).to(vae.device)
+
+    if prefix is not None:
+        yield decode(prefix)[0]
+    for latents in causal_stream(u, draw, jobs, window, first, rest, prefix):
+        yield decode(latents)[0]
 
 
 class Stream:
@@ -53,10 +76,6 @@ class Stream:
 
         Raises InputError for a prompt that is no text, and for less than one step.
         """
-        source, decode = generator(seed), stream_decoder(self.vae)
-
-        def draw(frames):
-            return torch.randn(1, frames, *self.shape, generator=source).to(self.device)
 
         def conditions():
             for prompt, steps in jobs:
@@ -64,11 +83,8 @@ class Stream:
                 self._embed([prompt])
                 yield time_grid(steps, self.config.shift, self.device), self.prompts[prompt]
 
-        if self.prefix is not None:
-            yield decode(self.prefix)[0]
         chunks = self.window, self.first, self.rest, self.prefix
-        for latents in causal_stream(self.source.network, draw, conditions(), *chunks):
-            yield decode(latents)[0]
+        return stream_frames(self.source.network, self.vae, self.shape, conditions(), seed, *chunks)
 
     def _embed(self, texts):
         for text in texts:

@@ -33,7 +33,7 @@ from minianyflow.wan.commands import sample as sampling
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.data.write_video import write_clips
-from minianyflow.wan.export import notes, push_to_hub
+from minianyflow.wan.export import card, notes, push_to_hub
 from minianyflow.wan.folders import TINY_TRANSFORMER, encode_prompts, load_parts, load_transformer, moving_shapes
 from minianyflow.wan.run import load_run, read_run, save_run
 from minianyflow.wan.run_networks import RunNetworks, network_of
@@ -375,7 +375,13 @@ def test_what_cannot_be_exported_is_one_line(runs, exported, tmp_path, capsys):
 def test_licences_are_followed_to_where_a_run_began(runs, tmp_path):
     config, _ = read_run(runs / "causal")
     assert "licence of" in notes(config)
-    assert "Apache" in notes(replace(config, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
+    wan = replace(config, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    assert "Apache" in notes(wan)
+    assert {name: card(wan).get(name) for name in ("license", "base_model")} == {
+        "license": "apache-2.0",
+        "base_model": wan.base,
+    }
+    assert card(replace(wan, student="nvidia/AnyFlow-X"))["license_name"] == "non-commercial"
     for change in ({"base": "nvidia/AnyFlow-X"}, {"student": "nvidia/AnyFlow-X"}, {"teacher": "nvidia/AnyFlow-X"}):
         assert "non-commercial" in notes(replace(config, **change))
     first = shutil.copytree(runs / "causal", tmp_path / "first")
@@ -437,10 +443,10 @@ def test_a_push_can_be_looked_at_first(runs, tmp_path, monkeypatch, capsys):
     assert not calls
     assert re.search(r"0\.\d+ MB  pytorch_lora_weights.safetensors", said)
     assert "sheet.png" in said
-    card = ModelCard.load(tmp_path / "out/README.md")
-    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-video")
-    assert "![Samples" in card.text
-    made = json.loads(re.search(r"```json\n(.*?)```", card.text, re.S)[1])
+    written = ModelCard.load(tmp_path / "out/README.md")
+    assert (written.data.library_name, written.data.pipeline_tag) == ("diffusers", "text-to-video")
+    assert "![Samples" in written.text
+    made = json.loads(re.search(r"```json\n(.*?)```", written.text, re.S)[1])
     assert {"recipe", "losses", "evaluations_a_sample", "base"} <= made.keys()
     assert made["recipe"]["rank"] == 4
     for name in ("blobs", "a/b/c", "me/.."):
