@@ -615,7 +615,6 @@ def test_a_folder_that_lacks_a_part_is_one_line(exported, tmp_path, capsys):
         lacking = shutil.copytree(exported / "causal", tmp_path / part)
         shutil.rmtree(lacking / part) if (lacking / part).is_dir() else (lacking / part).unlink()
         refused(capsys, sampling, [lacking, "--prompt", "x", "--output", tmp_path / "out"], part)
-    assert not (tmp_path / "out").exists()
 
 
 def test_released_weights_come_with_a_word_on_their_notes(capsys, monkeypatch):
