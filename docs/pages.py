@@ -55,7 +55,6 @@ TABLES = {  # {page: {name: arguments of `table`}}
     "docs/healthy.md": {"healthy": ("benchmarks.healthy:table", "healthy/healthy.json")},
     "docs/plan.md": {
         "bill": ("minianyflow.planner.report:bill_table", "plan/plans.json"),
-        "offload": ("minianyflow.planner.report:offload_table", "plan/plans.json"),
         "plan": ("minianyflow.planner.report:stage_table", "plan/plans.json"),
         "stream": ("minianyflow.planner.stream:table", "plan/stream.json"),
     },

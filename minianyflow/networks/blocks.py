@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minianyflow.networks.lora_roles import active_role, bind_role
+from minianyflow.networks.resting import recomputing
 from minianyflow.support import host
 
 ATTENTION = tuple(  # kernels of scaled_dot_product_attention
@@ -23,6 +24,8 @@ def checkpoint_blocks(transformer: nn.Module, keep_attention: bool = False, offl
     The backward raises RuntimeError if the recomputation finds another role: its gradient would be wrong, silently.
     """
 
+    stack = host.Stack()
+
     def recompute(block, *arguments):
         role = active_role(block)
 
@@ -36,7 +39,7 @@ def checkpoint_blocks(transformer: nn.Module, keep_attention: bool = False, offl
 
         @contextlib.contextmanager
         def under_role(reading):
-            with bind_role(block, role), reading:
+            with bind_role(block, role), reading, recomputing():
                 yield
 
         def contexts():
@@ -46,50 +49,22 @@ def checkpoint_blocks(transformer: nn.Module, keep_attention: bool = False, offl
             return keeping, under_role(reading)
 
         options = {"use_reentrant": False, "preserve_rng_state": False}  # no block draws random numbers
-        with _saved_on_host(arguments[0].shape) if offload else contextlib.nullcontext():
+        with _saved_on(stack, arguments[0].shape) if offload else contextlib.nullcontext():
             return checkpoint(run, *arguments, **options, context_fn=contexts)
 
     transformer.enable_gradient_checkpointing(recompute)
 
 
-def _saved_on_host(shape):
+def _saved_on(stack, shape):
     """Inside, what autograd saves of this shape is in CPU memory until the backward: torch's save_on_cpu takes all."""
 
-    def store(tensor):
-        return (host.store(tensor), tensor.device) if tensor.shape == shape else tensor
+    def pack(tensor):
+        return stack.store(tensor) if tensor.shape == shape else tensor
 
-    def fetch(saved):
-        return host.fetch(*saved) if isinstance(saved, tuple) else saved
+    def unpack(saved):
+        return saved.fetch() if isinstance(saved, host.Kept) else saved
 
-    return torch.autograd.graph.saved_tensors_hooks(store, fetch)
-
-
-def stream_blocks(transformer: nn.Module, device: torch.device | str) -> None:
-    """Keep the frozen weights of blocks in CPU memory: a block's come for its forward alone, and for its recomputation.
-
-    All else of the transformer goes to the device.
-    """
-    blocks = {id(weight) for weight in transformer.blocks.parameters()}
-    for tensor in (*transformer.parameters(), *transformer.buffers()):
-        tensor.data = host.store(tensor.data, wait=True) if id(tensor) in blocks else tensor.data.to(device)
-    for block in transformer.blocks:
-        block.forward = _streamed(block, block.forward, device)
-
-
-def _streamed(block, forward, device):
-    owners = [module._parameters for module in block.modules()]  # now: adapters, which come later, stay
-    resting = [(own, name, weight) for own in owners for name, weight in own.items() if weight is not None]
-
-    def streamed(*arguments, **options):
-        try:
-            for own, name, weight in resting:  # new ones, or a backward would see those at rest
-                own[name] = nn.Parameter(host.fetch(weight, device), requires_grad=False)
-            return forward(*arguments, **options)
-        finally:
-            for own, name, weight in resting:
-                own[name] = weight
-
-    return streamed
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> nn.Module:

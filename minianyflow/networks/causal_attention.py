@@ -138,6 +138,9 @@ class CausalAttention:
         query, key, value = (
             rearrange(part, "b n (heads d) -> b heads n d", heads=attn.heads) for part in (query, key, value)
         )
+        layout = (rotary_emb or {}).get("layout")  # of processes that share tokens: sequence.py
+        if layout:
+            query, key, value = map(layout.to_heads, (query, key, value))
         if kv_cache is not None and kv_cache_flag["is_cache_step"]:
             write_layer(kv_cache, key, value, kv_cache_flag["num_compressed_tokens"], self.offload)
         elif kv_cache is not None:
@@ -147,5 +150,6 @@ class CausalAttention:
         if self.padded and attention_mask is None:
             key, value = (functional.pad(part, (0, 0, 0, -query.shape[2] % 128)) for part in (key, value))
         mask = None if attention_mask is True else attention_mask
-        out = rearrange(attend(query, key, value, mask), "b heads n d -> b n (heads d)")
+        out = attend(query, key, value, mask)
+        out = rearrange(layout.to_tokens(out) if layout else out, "b heads n d -> b n (heads d)")
         return attn.to_out[1](attn.to_out[0](out))

@@ -19,7 +19,7 @@ def plan(argv: list[str]) -> int:
     parser = Parser("minianyflow plan", description=plan.__doc__.splitlines()[0])
     add = parser.add_argument
     add("--config", nargs="+", default=[], metavar="FILE", help="overlays in order, as distill takes them")
-    add("--gpu", default="h200", help="h200, h100, a100-80, l40s or rtx4090 (default: h200)")
+    add("--gpu", default="h200", help="rtx4080, rtx4090, l40s, a100-80, h100, pro6000 or h200 (default: h200)")
     add("--gpus", type=int, default=1, help="number of GPUs (default: 1)")
     add("--sharded", action="store_true", help="with FSDP2 (eight_gpus_fsdp2.yaml), not DDP (eight_gpus_ddp.yaml)")
     add("--memory", type=float, help="GB of another GPU, of 10^9 bytes: MiB x 0.001048576")
@@ -58,7 +58,7 @@ def plan(argv: list[str]) -> int:
         rows = {name: report.as_row(plan) for name, plan in plans.items()}
         lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]  # of plans.json
         bill = report.bill_table(rows, report.PRICE if price is None else price, share)
-        tables = f"{report.offload_table(rows)}\n\n{report.stage_table(rows, share)}\n\n{bill}"
+        tables = f"{report.stage_table(rows, share)}\n\n{bill}"
         print("{\n" + ",\n".join(lines) + "\n}" if arguments.json else tables)
         return 0
     files = [name for name in arguments.config if "=" not in name]
@@ -93,6 +93,7 @@ def gpu_check(argv: list[str]) -> int:
     add("--output", default="outputs/gpu_check", help="a new folder (default: outputs/gpu_check)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tiny alone (default: cuda)")
     add("--profile", action="store_true", help="profile one more step: the longest operations per case")
+    add("--ways", action="store_true", help="every case in all ways to hold it: memory=, offload=, the smallest first")
     add("--json", action="store_true", help="print the report as JSON in place of the table")
     add("--set", dest="options", nargs="+", default=[], metavar="key=value", help="options of the configuration")
     options = vars(parser.parse_args(argv))

@@ -62,12 +62,12 @@ class LiveBytes(TorchDispatchMode):
             self.stored += copy.nbytes
             return copy
 
-        def fetch(stored, device):
+        def send(stored, device):
             self.fetched += stored.nbytes
             return real(stored, device)
 
-        real = host.fetch
-        with patch.object(host, "store", store), patch.object(host, "fetch", fetch):
+        real = host.send
+        with patch.object(host, "store", store), patch.object(host, "send", send):
             yield
 
     def is_live(self, tensor: torch.Tensor) -> bool:

@@ -123,6 +123,7 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
     networks = SimpleNamespace(  # in place of RunNetworks
         trained=lambda role, start=None: RecordingNetwork(role, calls, one_chunk=role == "fake"),
         teacher=lambda whole=False: RecordingNetwork("teacher", calls, whole).requires_grad_(False),
+        wait=lambda: None,
     )
     roles = STAGES[config.stage](replace(config, student=None, teacher=None), networks, {"prompt": data.null})
     draw, micro_batches, beside = draws(config, data), [], Counter()
@@ -151,3 +152,15 @@ def forward_calls(config: Config, shape, length: int, steps, processes=1, exact=
                     rollout = hasattr(role.loss, "terms") and term == terms[0]
                     micro_batches.append(MicroBatch(step, process, name, tuple(calls), rollout, first))
     return micro_batches, beside
+
+
+_CALLS = {}
+
+
+def known_calls(config: Config, *given) -> tuple[list[MicroBatch], dict]:
+    """`forward_calls`, once for all configurations that differ in what rests elsewhere."""
+    config = replace(config, offload=[], shard_base=False)
+    key = repr((config, given))
+    if key not in _CALLS:
+        _CALLS[key] = forward_calls(config, *given)
+    return _CALLS[key]

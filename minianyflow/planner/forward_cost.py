@@ -103,10 +103,8 @@ class ShapeNetworks(RunNetworks):
 
     def _transformer(self, source, dtype):
         chunks = {"full_chunk_limit": self.config.causal.full_chunks} if self.config.architecture == "causal" else {}
-        on_host = "base" in self.config.offload and torch.device(self.device).type == "cuda"
-        return build_transformer(
-            self.shape, self.config.architecture, "cpu" if on_host else self.device, dtype, **chunks
-        )
+        device = "cpu" if "base" in self.config.offload else self.device
+        return build_transformer(self.shape, self.config.architecture, device, dtype, **chunks)
 
 
 class ForwardCosts:
@@ -217,12 +215,12 @@ def _drop_gradient(weight):
 
 _COSTS = {}
 _DECISIVE = ("stage", "architecture", "trained", "checkpointing", "keep_attention", "precision", "rank", "teacher")
-_DECISIVE += ("velocity", "causal", "on_policy", "offload")
+_DECISIVE += ("velocity", "causal", "on_policy", "offload", "base_dtype")
 
 
 def forward_costs(config: Config, shape: dict, clip: tuple, prompt: tuple) -> ForwardCosts:
     """The ForwardCosts of a configuration, shared by all configurations with the same costs."""
-    config = replace(config, offload=[name for name in config.offload if name != "states"])  # which is no activation
+    config = replace(config, offload=["blocks"] * ("blocks" in config.offload), shard_base=False)  # of activations
     key = repr([*(getattr(config, name) for name in _DECISIVE), shape, clip, prompt])
     if key not in _COSTS:
         _COSTS[key] = ForwardCosts(config, shape, clip, prompt)

@@ -10,6 +10,7 @@ import gc
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from torch.utils.benchmark import Timer
 from minianyflow.planner.counters import LiveBytes
 from minianyflow.planner.forward_cost import ShapeNetworks
 from minianyflow.planner.plan import plan_run
-from minianyflow.planner.report import KINDS
+from minianyflow.planner.report import KINDS, ways
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import staging_folder
 from minianyflow.support.reports import markdown_table, mean
@@ -54,7 +55,8 @@ class Request:
     """What to measure: all cases, the number of timed steps, the clip, and the device.
 
     batch: clips per step, one after another; of two, one has r = t. clip: changes to the size's own. options: key=value
-    pairs for the configuration of every case. profile: whether to profile one more step.
+    pairs for the configuration of every case. profile: whether to profile one more step. ways: whether to take every
+    case in all `report.ways` to hold it, the smallest by plan first.
     """
 
     sizes: Sequence[str]
@@ -66,6 +68,7 @@ class Request:
     device: str = "cuda"
     options: Sequence[str] = ()
     profile: bool = False
+    ways: bool = False
 
     def __post_init__(self):
         if min(self.steps, self.batch) < 1:
@@ -96,9 +99,9 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
     report |= {"memory_gb": gpu.total_memory / 1e9 if gpu else None, "torch": torch.__version__}
     report |= {"cuda": torch.version.cuda, "matrix": matrix_rate(device), "steps": request.steps}
     report |= {"batch": request.batch, "options": list(request.options), "cases": []}
-    for case in product(sorted(request.sizes, key=list(SIZES).index), request.architectures, request.stages):
+    for case, options in _cases(request):
         with tempfile.TemporaryDirectory() as folder:
-            report["cases"].append(_check_case(request, case, folder, output, report, tell))
+            report["cases"].append(_check_case(replace(request, options=options), case, folder, output, report, tell))
         if gpu:
             gc.collect()
             torch.cuda.empty_cache()
@@ -110,9 +113,23 @@ def check(request: Request, output: str | Path, tell: Callable = print) -> dict:
     return report
 
 
+def _cases(request):
+    """Pairs of a case and its options, the smallest first."""
+    for case in product(sorted(request.sizes, key=list(SIZES).index), request.architectures, request.stages):
+        found = []
+        for memory, *words in ways(case[2]) if request.ways else [("",)]:
+            own = [f"memory={memory}", f"offload=[{','.join(words)}]"] if memory else []
+            with tempfile.TemporaryDirectory() as folder:
+                config, clip = settings(options := replace(request, options=[*request.options, *own]), case, folder)
+                peak = plan_run(config, clip, steps=[WARM_UP], advise=False).peak if request.ways else 0
+            found.append((peak, case, options.options))
+        yield from (pair for _, *pair in sorted(found, key=lambda one: one[0]))
+
+
 def _check_case(request, case, folder, output, report, tell):
     """The entry of a case in the report, with `left_out` if it does not fit."""
-    device, name = torch.device(request.device), " ".join(case)
+    device = torch.device(request.device)
+    name = " ".join([*case, *(option for option in request.options if request.ways)])
     config, clip = settings(request, case, folder)
     plan = plan_run(config, clip, steps=range(WARM_UP, WARM_UP + request.steps), advise=False)
     entry = {"case": name, "clip": clip, "plan": {"peak": plan.peak, "memory": plan.memory, "flop": plan.flop}}
@@ -234,9 +251,11 @@ def markdown(report: dict) -> str:
         f"{matrix['tflops']:.4g} TFLOP/s (median). Random weights; the mean of {steps} step{'s' * (steps > 1)} of "
         f"{batch} clip{'s, one after another' * (batch > 1)}{options}.",
     ]
-    titles = ["case", "clip", "s per step", "model TFLOP/s", "share", *PARTS, "plan", "off by"]
+    titles = ["case", "clip", "s per step", "model TFLOP/s", "share", *PARTS, "off by"]
     parts.append(markdown_table(titles, [_row(**entry) for entry in report["cases"]]))
-    parts.append("Memory in GB. Share: of the matrices' rate, counting model FLOP as the plan does, no recomputation.")
+    parts.append(
+        "GB, measured / planned. Share: of the matrices' rate, by model FLOP as planned, without recomputation."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -244,7 +263,10 @@ def _row(case, clip, plan, left_out=None, memory=None, seconds_a_step=0, tflops=
     measured, end = [""] * (3 + len(PARTS)), left_out
     if not left_out:
         measured = [f"{seconds_a_step:.4g}", f"{tflops:.4g}", f"{share:.1%}"]
-        measured += [f"{memory[part] / 1e9:.4g}" for part in PARTS]
+        planned = Counter(plan["memory"])
+        parts = planned["base weights"], planned["adapters"] + planned["trained weights"] + planned["averages"]
+        parts = [*parts, planned["optimiser"], plan["peak"]]
+        measured += [f"{memory[part] / 1e9:.4g} / {size / 1e9:.4g}" for part, size in zip(PARTS, parts, strict=True)]
         end = f"{plan['peak'] / memory['peak'] - 1:+.1%}"
     size = f"{clip['frames']} x {clip['height']} x {clip['width']}"
-    return [case, size, *measured, f"{plan['peak'] / 1e9:.4g}", end]
+    return [case, size, *measured, end]

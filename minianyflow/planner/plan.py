@@ -12,10 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from minianyflow.planner.forward_calls import ForwardCall, MicroBatch, forward_calls
+from minianyflow.planner.forward_calls import ForwardCall, MicroBatch, known_calls
 from minianyflow.planner.forward_cost import ForwardCosts, forward_costs
 from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
-from minianyflow.planner.report import OFFLOADS, SETUPS, SIZES, Plan
+from minianyflow.planner.report import SETUPS, SIZES, Plan, ways
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import read_json
 from minianyflow.wan.config import Config, load_config
@@ -27,7 +27,7 @@ from minianyflow.wan.shapes import SHAPES, latent_shape
 KINDS = {int: Count, bool: bool, float: float, tuple: list[int]}
 Shape = TypedDict("Shape", {name: KINDS[type(value)] for name, value in SHAPES["14b"].items()}, total=False)
 STEPS = 16  # number of steps whose draws are counted by default
-RUN = ("architecture", "stage", "base", "steps", "batch", "memory", "offload")
+RUN = ("architecture", "stage", "base", "steps", "batch", "memory", "offload", "shard_base")
 ADAM = 2  # numbers that AdamW holds per weight
 HUB = {
     f"{name}-{size}-Diffusers": size.lower()
@@ -56,6 +56,10 @@ def plan_run(
     check_split(config.batch, gpus, config.accumulate)
     if sharded and gpus == 1:
         raise InputError("weights sharded over 1 GPU; expected several GPUs, or weights that are not sharded")
+    if config.shard_base and gpus == 1:
+        raise InputError("shard_base=true on 1 GPU; expected several, or offload=[base]: it rests in CPU memory")
+    if config.sequence_parallel > 1:
+        raise InputError("sequence_parallel cannot be planned yet; plan sequence_parallel=1, which takes more memory")
     if sharded and "states" in config.offload:
         raise InputError("offload=states with FSDP2, which shards moments and averages; leave out one of them")
     setup = (find_gpu(gpu) if isinstance(gpu, str) else gpu, gpus, sharded)
@@ -103,11 +107,12 @@ def _clip(config, clip, channels):
 
 
 def published_plan(name: str) -> Plan:
-    """A plan of docs/plan.md by its name, like "14B causal on_policy, 8 x h200": one clip at a time on each GPU."""
-    stage, setup, *words = name.split(", ")
-    size, *overlays = stage.split()
-    config, (gpus, sharded) = load_config([SIZES[size], *overlays]), SETUPS[setup]
-    config = replace(config, accumulate=config.batch // gpus, memory="small", offload=words)  # for GPUs of all sizes
+    """A plan of docs/plan.md by its name, "14B causal on_policy, 1 x h200, small states": one clip at a time."""
+    stage, setup, *way = name.split(", ")
+    memory, *words = way[0].split() if way else ["small"]
+    (size, *overlays), (gpus, sharded) = stage.split(), SETUPS[setup]
+    config = load_config([SIZES[size], *overlays])
+    config = replace(config, accumulate=config.batch // gpus, memory=memory, offload=words)
     return plan_run(config, WAN_CLIP, gpus=gpus, sharded=sharded, advise=False)
 
 
@@ -118,24 +123,26 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     """
     (_, clip, (tokens, numbers)), (_, gpus, sharded) = sizes, setup
     costs = forward_costs(replace(config, rank=rank or config.rank), *sizes)
-    micro_batches, beside = forward_calls(config, clip, tokens * numbers, steps, gpus, exact)
+    micro_batches, beside = known_calls(config, clip, tokens * numbers, steps, gpus, exact)
     different = dict.fromkeys(call.per_row for part in micro_batches for call in part.calls)
     for call in tqdm(different, desc="counting", unit="forward", delay=2, leave=False, disable=None):
         costs(call)  # which is then known
     weights = forward_costs(config, *sizes).weights()
     resident, gradients = resident_bytes(config, weights, gpus, sharded)
+    host, in_turn, beside_computing, gathered = Counter(), 0, 0, Counter()
+    blocks, at_once = weights["blocks"][0], 0
+    if away := config.shard_base or "base" in config.offload:  # one block computes, the next is on its way
+        at_once = weights["blocks"][1] * (1 + ("base" in config.offload))
+        resident["base weights"] -= blocks * (1 - config.shard_base / gpus)
+        host |= {} if config.shard_base else {"base weights": blocks}
     moments = [
-        moment | {"batch": beside[part.role]}
+        moment | {"batch": beside[part.role], "base weights of a block": at_once}
         for part in micro_batches
         for moment in passing_bytes(config, costs, part, *gradients[part.role])
     ]
-    host, bus, moved = Counter(), 0, 0
-    if "base" in config.offload:
-        host["base weights"] = weights["blocks"][0]
-        resident["base weights"] -= host["base weights"]
     if "states" in config.offload:
         host |= {name: resident.pop(name) for name in ("averages", "optimiser")}
-        bus = 2 * (host["averages"] + host["optimiser"])
+        in_turn = len(steps) * gpus * 2 * (host["averages"] + host["optimiser"])
         for role, (size, _) in gradients.items():  # at its update
             average = host["averages"] * (role == "student")
             moments.append({"gradients": size, "optimiser": ADAM * size, "averages": average})
@@ -147,9 +154,11 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
         there = [call for call in part.calls if call.grad or (call.kind == "fill_cache" and call.cache in kept)]
         host["activations"] = max(host["activations"], sum(costs(call).stored for call in there))
         for call in part.calls:
-            cost = costs(call)
-            moved += cost.fetched * (1 + (call.unit is not None)) + call.grad * cost.fetched_again
-            moved += cost.stored * (call.grad or call.kind == "fill_cache")
+            cost, times = costs(call), 1 + (call.unit is not None)
+            in_turn += cost.fetched * (times + call.grad)  # caches; what else comes in the backward are kept inputs
+            beside_computing += cost.stored * (call.grad or call.kind == "fill_cache")
+            beside_computing += call.grad * (cost.fetched_again - cost.fetched)
+            gathered[part.step, part.process] += away * blocks * (times + call.grad)
             flop = cost.forward + call.grad * cost.backward
             processes[part.step, part.process] += flop
             roles[call.role] += flop
@@ -158,7 +167,10 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
             recomputed += call.grad * cost.recomputed
             again += (call.unit is not None) * cost.forward
     count, model = len(steps), sum(processes.values())
-    samples, slowest = count * config.batch, sum(max(processes[step, p] for p in range(gpus)) for step in steps)
+    samples = count * config.batch
+    slowest, gathers = (sum(max(of[step, p] for p in range(gpus)) for step in steps) for of in (processes, gathered))
+    links = gathers * (1 - 1 / gpus) if config.shard_base else 0  # a step gathers what its slowest process needs
+    beside_computing += 0 if config.shard_base else sum(gathered.values())
     return Plan(
         {name: getattr(config, name) for name in RUN} | {"clip": f"{4 * clip[0] - 3} x {8 * clip[2]} x {8 * clip[3]}"},
         *setup,
@@ -170,7 +182,11 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
         roles={role: flop / count / gpus for role, flop in roles.items()},
         work=1 + again / (model + recomputed),
         host={name: size for name, size in host.items() if size},
-        bus=bus + moved / count / gpus,
+        bus={
+            "in turn": in_turn / count / gpus,
+            "beside computing": beside_computing / count / gpus,
+            "between GPUs": links / count,
+        },
     )
 
 
@@ -244,50 +260,56 @@ def passing_bytes(config: Config, costs: ForwardCosts, part: MicroBatch, gradien
 
 
 def advice(plan: Plan, config: Config, sizes: tuple, steps: list[int]) -> list[tuple[dict, float]]:
-    """Options to change and the peak with them, in order of cost, up to the first that fit.
+    """Options to change and the peak with them, in order of cost, up to the first that fit; what costs time, by time.
 
     That a lower rank makes activations smaller is not counted.
     """
     tried = []
-    for changes in _changes(config, plan):
-        options = {name: value for name, value in changes.items() if hasattr(config, name)}
-        changed = replace(config, **options, alpha=changes.get("rank", config.alpha))
-        gpu = GPUS[changes["gpu"]] if "gpu" in changes else plan.gpu
-        setup = gpu, changes.get("gpus", plan.gpus), changes.get("sharded", plan.sharded)
-        other = _plan(changed, sizes, setup, steps, rank=config.rank)
-        tried.append((changes, other.peak))
-        if other.fits:
-            break
+    for group in _changes(config, plan):
+        plans = []
+        for changes in group:
+            options = {name: value for name, value in changes.items() if hasattr(config, name)}
+            changed = replace(config, **options, alpha=changes.get("rank", config.alpha))
+            gpu = GPUS[changes["gpu"]] if "gpu" in changes else plan.gpu
+            setup = gpu, changes.get("gpus", plan.gpus), changes.get("sharded", plan.sharded)
+            plans.append((changes, _plan(changed, sizes, setup, steps, rank=config.rank)))
+        for changes, other in sorted(plans, key=lambda pair: pair[1].seconds()):
+            tried.append((changes, other.peak))
+            if other.fits:
+                return tried
     return tried
 
 
 def _changes(config, plan):
-    """Sets of options to try, each complete: what costs no quality (checkpointing, micro-batches, FSDP2) adds up."""
-    changes = {}
+    """Groups of sets of options, each complete: what costs no quality adds up, then what costs time, then more."""
+    changes, can_rest = {}, config.trained == "lora" and not config.compiled
     for name, value in (("checkpointing", True), ("keep_attention", False)):
         if getattr(config, name) != value:
             changes |= {name: value}
-            yield changes
+            yield [changes]
     checkpointed, most = changes, config.batch // plan.gpus
     for number in range(config.accumulate + 1, most + 1):
         if most % number == 0:
             changes = checkpointed | {"accumulate": number}
-            yield changes
+            yield [changes]
+    plain = changes
+    if plan.gpus > 1 and can_rest and "base" not in config.offload:
+        changes = changes | {"shard_base": True}
+        yield [changes]
     if plan.gpus > 1 and not plan.sharded:
         changes = {"sharded": True} | changes
-        yield changes
-    plain, small = changes, {"memory": "fast"} if config.stage == "on_policy" else {}
-    for words in OFFLOADS[1:]:
-        impossible = "base" in words and (config.trained == "full" or config.compiled)
-        if not impossible and not plan.sharded and not {*words} <= {*config.offload}:
-            changes = {name: value for name, value in plain.items() if name != "sharded"}
-            changes |= {"offload": [*words]} | (small if "blocks" in words else {})
-            yield changes
+        yield [changes]
+    moves = [] if plan.sharded else [way for way in ways(config.stage) if "base" not in way or can_rest]
+    yield [
+        plain | ({"memory": memory} if config.stage == "on_policy" else {}) | {"offload": words}
+        for memory, *words in moves
+        if words != config.offload or config.stage == "on_policy"
+    ]
     for rank in (128, 64, 32):
         if config.trained == "lora" and rank < config.rank:
-            yield changes | {"rank": rank}
+            yield [changes | {"rank": rank}]
     if plan.gpus < 8 and config.batch % 8 == 0:
-        yield {"gpus": 8, "sharded": True} | checkpointed | {"accumulate": config.batch // 8}
+        yield [{"gpus": 8, "sharded": True} | checkpointed | {"accumulate": config.batch // 8}]
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory):
         if gpu.memory > plan.gpu.memory:
-            yield {"gpu": gpu.name} | plain
+            yield [{"gpu": gpu.name} | changes]

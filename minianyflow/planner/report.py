@@ -3,6 +3,7 @@
 Nothing heavy is imported here: plan.py makes plans.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from math import inf
@@ -14,17 +15,27 @@ from minianyflow.support.reports import markdown_table
 PRICE = 3.0  # per GPU-hour: an example for the docs, nobody's offer
 SIZES, KINDS = {"1.3B": "wan-1.3b", "14B": "wan-14b"}, ("bidirectional", "causal")
 SETUPS = {"1 x h200": (1, False), "8 x h200": (8, False), "8 x h200 with FSDP2": (8, True)}  # (GPUs, sharded)
-OFFLOADS = (  # sets of what rests in CPU memory, the cheapest first
-    (),
-    ("states",),
-    ("states", "blocks"),
-    ("states", "base"),
-    ("states", "blocks", "base"),
+WAYS = (  # to hold a run: what `memory` is, and what rests in CPU memory
+    ("fast",),
+    ("fast", "states"),
+    ("fast", "states", "blocks"),
+    ("small",),
+    ("small", "states"),
+    ("small", "states", "base"),
+    ("fast", "states", "blocks", "base"),
 )
 ONE_GPU = {"1.3B": "rtx4090", "14B": "h100"}  # of the bill
+COLUMNS = ("rtx4080", "rtx4090", "l40s", "h100", "pro6000", "h200")  # of the table: 16, 24, 48, 80, 96, 141 GB
 STAGES = [" ".join(words) for words in product(SIZES, KINDS, ("teacher", "forward", "on_policy"))]
-PUBLISHED = [f"{stage}, {setup}" for stage, setup in product(STAGES, SETUPS)]
-PUBLISHED += [f"{stage}, 1 x h200, states" for stage in STAGES]
+PUBLISHED = [f"{stage}, {setup}" for stage, setup in product(STAGES, [*SETUPS][1:])]
+
+
+def ways(stage: str) -> list[tuple[str, ...]]:
+    """Those of WAYS that differ for a stage: without rollouts none are recomputed."""
+    return [*dict.fromkeys(way if "on_policy" in stage else ("fast", *way[1:]) for way in WAYS)]
+
+
+PUBLISHED += [f"{stage}, 1 x h200, {' '.join(way)}" for stage in STAGES for way in ways(stage)]
 OUTSIDE = {  # bytes that training does not load: parameters of Wan2.1's text encoder (UMT5-XXL) and VAE
     "text encoder, bfloat16": 2 * 5_680_910_336,
     "VAE, float32": 4 * 126_892_531,
@@ -40,7 +51,8 @@ class Plan:
     of the slowest process over the mean. evaluations: {role: (forwards, backwards)} per sample. roles: FLOP by role.
     changes: if the run does not fit, pairs ({option: value}, bytes of the peak); every set of options is complete.
     work: of a step, over that without recomputed rollouts; hours grow by it. host: bytes of CPU memory by part, of one
-    process. bus: bytes that one GPU exchanges with it per step.
+    process. bus: bytes that one GPU exchanges per step: with it "in turn" with computing and "beside computing", and
+    "between GPUs".
     """
 
     run: dict
@@ -56,7 +68,7 @@ class Plan:
     changes: list = field(default_factory=list)
     work: float = 1.0
     host: dict = field(default_factory=dict)
-    bus: float = 0.0
+    bus: dict = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
@@ -69,8 +81,10 @@ class Plan:
         return self.gpu.holds(self.peak)
 
     def seconds(self, share: float = 0.5) -> float:
-        """Seconds per step if model FLOP reach `share` of the GPU's rate and copies, in turn, of its bus's."""
-        return (self.work * self.slowest * self.flop / self.gpu.rate + self.bus / self.gpu.bus) / share
+        """Seconds per step if model FLOP reach `share` of the GPU's rate, and copies of the rates of bus and links."""
+        compute, bus = self.work * self.slowest * self.flop / self.gpu.rate, Counter(self.bus)
+        apart = bus["in turn"] / self.gpu.bus + bus["between GPUs"] / self.gpu.link
+        return (max(compute, bus["beside computing"] / self.gpu.bus) + apart) / share
 
     def hours(self, share: float = 0.5) -> float:
         """Hours for all steps."""
@@ -110,7 +124,10 @@ def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: 
     if plan.host:
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.host.items())
         lines.append(f"  in CPU memory{' of each process' * (plan.gpus > 1)}: {parts}")
-        lines.append(f"  over the bus: {plan.bus / 1e9:.0f} GB per step, {plan.bus / gpu.bus / share:.1f} seconds")
+    for how, size in plan.bus.items():
+        rate = gpu.link if how == "between GPUs" else gpu.bus
+        text = f"  copied {how}: {size / 1e9:.0f} GB per step, {size / rate / share:.1f} seconds"
+        lines += [text] if size else []
     if plan.work > 1:
         lines.append(f"  memory=small: rollouts are recomputed, {plan.work:.2f} times the work")
     lines += ["  what to change; each line is complete:"] if plan.changes else []
@@ -155,36 +172,33 @@ def from_row(row: dict) -> Plan:
     return Plan(**row | {"gpu": GPUS[row["gpu"]]})
 
 
+def on_one_gpu(plans: dict[str, dict], stage: str, gpu: str) -> Plan | None:
+    """Of the plans of a stage on one GPU, the fastest that fits it; None if none does."""
+    known = [replace(from_row(row), gpu=GPUS[gpu]) for name, row in plans.items() if name.startswith(f"{stage}, 1 x")]
+    return min((plan for plan in known if plan.fits), key=Plan.seconds, default=None)
+
+
+def how(run: dict) -> str:
+    """What the run of a plan sets so as to fit, in few words: "small, states + base"; empty for nothing."""
+    words = ["small"] * (run["memory"] == "small" and run["stage"] == "on_policy")
+    return ", ".join(words + [" + ".join(run["offload"])] * bool(run["offload"]))
+
+
 def stage_table(plans: dict[str, dict], share: float = 0.5) -> str:
-    """One row per size, architecture and stage on one GPU: GPU-hours on every GPU of the table where it fits."""
-    rows = []
-    for name, row in plans.items():
-        plan, run = from_row(row), row["run"]
-        if plan.gpus == 1 and not run["offload"]:
-            on = [replace(plan, gpu=gpu) for gpu in GPUS.values()]
-            hours = [f"{other.hours(share):,.0f}" if other.fits else "-" for other in on]
-            work = [f"{run['steps']} x {run['batch']}", f"{plan.flop / 1e15:,.1f}", f"{plan.peak / 1e9:.0f}"]
-            rows.append([name.split(", ")[0], *work, *hours])
-    return markdown_table(["run", "steps x batch", "PFLOP per step", "GB", *GPUS], rows)
-
-
-def on_one_gpu(plans: dict[str, dict], stage: str) -> Plan:
-    """The plan of a stage on one GPU of ONE_GPU, with `states` in CPU memory where it fits with these alone."""
-    gpu = GPUS[ONE_GPU[stage.split()[0]]]
-    whole, moved = (replace(from_row(plans[f"{stage}, 1 x h200{more}"]), gpu=gpu) for more in ("", ", states"))
-    return whole if whole.fits else moved
-
-
-def offload_table(plans: dict[str, dict]) -> str:
-    """One row per size, architecture and stage: GB on one GPU and in CPU memory, without and with `states` there."""
+    """One row per size, architecture and stage: on GPUs of every memory the GPU-hours and GB of what fits, and how."""
     rows = []
     for stage in STAGES:
-        whole, moved = (from_row(plans[f"{stage}, 1 x h200{more}"]) for more in ("", ", states"))
-        sizes = whole.peak, moved.peak, sum(moved.host.values()), moved.bus
-        rows.append([stage, *(f"{size / 1e9:.1f}" for size in sizes)])
-    return markdown_table(
-        ["run", "GB on the GPU", "with states in CPU memory", "GB there", "GB per step over the bus"], rows
-    )
+        cells = [on_one_gpu(plans, stage, gpu) for gpu in COLUMNS]
+        texts = [
+            f"{plan.hours(share):,.0f} ({', '.join([f'{plan.peak / 1e9:.1f}', how(plan.run)]).rstrip(', ')})"
+            if plan
+            else "-"
+            for plan in cells
+        ]
+        run = cells[-1].run
+        rows.append([stage, f"{run['steps']} x {run['batch']}", f"{cells[-1].flop / 1e15:,.1f}", *texts])
+    titles = [f"{gpu}, {GPUS[gpu].memory / 1e9:g} GB" for gpu in COLUMNS]
+    return markdown_table(["run", "steps x batch", "PFLOP per step", *titles], rows)
 
 
 def bill_table(plans: dict[str, dict], price: float = PRICE, share: float = 0.5) -> str:
@@ -192,12 +206,13 @@ def bill_table(plans: dict[str, dict], price: float = PRICE, share: float = 0.5)
     rows, (_, *eight) = [], SETUPS
     for size, kind, several in product(SIZES, KINDS, (False, True)):
         stages = [f"{size} {stage}" for stage in ("bidirectional teacher", f"{kind} forward", f"{kind} on_policy")]
-        for setup in eight if several else (f"1 x {ONE_GPU[size]}",):
-            model = [from_row(plans[f"{stage}, {setup}"]) if several else on_one_gpu(plans, stage) for stage in stages]
-            if fits := all(plan.fits for plan in model):
+        for setup in eight if several else (ONE_GPU[size],):
+            known = [plans.get(f"{stage}, {setup}") or on_one_gpu(plans, stage, setup) for stage in stages]
+            model = [from_row(plan) if several else plan for plan in known]
+            if fits := all(plan and plan.fits for plan in model):
                 break
-        words = sorted({word for plan in model for word in plan.run["offload"]})
-        setup += f", offload=[{','.join(words)}]" if words else ""
+        words = " and ".join(dict.fromkeys(how(plan.run) for plan in model if how(plan.run)))
+        setup = setup if several else f"1 x {setup}{f', {words}' * bool(words)}"
         hours, peak = sum(plan.hours(share) for plan in model), max(plan.peak for plan in model)
         gpu_hours = model[0].gpus * hours
         bill = [f"{gpu_hours:,.0f}", f"{hours / 24:.1f}", f"{price * gpu_hours:,.0f}"]

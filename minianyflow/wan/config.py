@@ -34,7 +34,7 @@ LAYERS = {  # at most one of each, in this order: a later layer may set what an 
 }
 FREE = (  # what may change when a run resumes: on sound data, what a step computes is the same but for rounding
     *("runs", "output", "data_skip", "steps", "accumulate", "checkpointing", "keep_attention", "compiled", "device"),
-    *("memory", "offload", "checkpoints", "resume", "on_nan", "log", "samples"),
+    *("memory", "offload", "shard_base", "checkpoints", "resume", "on_nan", "log", "samples"),
 )
 PROMPTS = [
     "A red panda eats bamboo in a misty forest, close up, soft morning light.",
@@ -177,6 +177,9 @@ class Config:
     ema_after: int = option(1000, "steps before the average begins", ge=0)
 
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16: trained weights and times stay in float32")
+    base_dtype: Literal["precision", "int8"] = option(
+        "precision", "of the frozen blocks; int8: half of bf16, with an error that the run states; exports take bf16"
+    )
     checkpointing: bool = option(True, "recompute activations in the backward pass")
     keep_attention: bool = option(False, "but not those of self-attention: less work, twice the memory per block")
     compiled: bool = option(False, "torch.compile each block: minutes at the start, then fewer passes over memory")
@@ -188,6 +191,10 @@ class Config:
         "what rests in CPU memory; states: optimiser's moments and the average; blocks: their kept inputs, and causal "
         "caches; base: frozen weights of blocks, one block at a time on the GPU",
     )
+    sequence_parallel: Count = option(
+        1, "number of processes that share the tokens of a clip; 1: each has its own clips"
+    )
+    shard_base: bool = option(False, "each process keeps a part of every frozen block; all gather it for its forward")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one")
 
     causal: Causal = Field(default_factory=Causal)
@@ -287,12 +294,20 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
     yield small and "blocks" in c.offload, "offload memory", why
     why = "without checkpointing all of a block stays on the GPU; set checkpointing=true"
     yield not c.checkpointing and {"blocks", "base"} & {*c.offload}, "offload checkpointing", why
+    yield not c.checkpointing and c.shard_base, "shard_base checkpointing", why
     why = "the attention that is kept stays on the GPU; set one of them the other way"
     yield c.keep_attention and "blocks" in c.offload, "offload keep_attention", why
-    why = "no weights are frozen; set trained=lora, or leave base out"
-    yield "base" in c.offload and c.trained == "full", "offload trained", why
-    why = "a compiled block cannot change its weights; set compiled=false, or leave base out"
-    yield "base" in c.offload and c.compiled, "offload compiled", why
+    for name, resting in (("offload", "base" in c.offload), ("shard_base", c.shard_base)):
+        why = "no weights are frozen; set trained=lora, or leave the base where it is"
+        yield resting and c.trained == "full", f"{name} trained", why
+        why = "a compiled block cannot change its weights; set compiled=false, or leave the base where it is"
+        yield resting and c.compiled, f"{name} compiled", why
+    why = "a compiled block cannot exchange tokens; set one of them the other way"
+    yield c.sequence_parallel > 1 and c.compiled, "sequence_parallel compiled", why
+    why = "no weights are frozen; set trained=lora, or base_dtype=precision"
+    yield c.base_dtype == "int8" and c.trained == "full", "base_dtype trained", why
+    why = "frozen weights rest in one place; leave base out, or set shard_base=false"
+    yield c.shard_base and "base" in c.offload, "shard_base offload", why
     yield c.warmup >= c.steps, "warmup steps", "lr would never be reached; set warmup lower"
     yield c.ema_after >= c.steps, "ema_after steps", "the average would never begin; set ema_after lower"
     yield c.ema == 1, "ema", "the average would never move; set ema lower, like 0.999"

@@ -1,5 +1,6 @@
 """What AnyFlow published of the forward stage besides its targets: the weight of a row, and rebalancing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,10 +27,12 @@ class Rebalanced:
     The mean is over all processes, and over the micro-batches so far. A step without rows r = t takes the mean of the
     step before, or leaves losses as they are. Rebalancing cancels the time weight of the rows r < t, and the scaled
     loss no longer shows the error of the flow map: log the error without weights.
+    wait: is called before processes exchange these means: `RunNetworks.wait`.
     totals: of the step so far, the sum of the losses of rows r = t, their number, that of the other rows.
     """
 
     forward: Loss
+    wait: Callable[[], None] = lambda: None
     totals: Tensor | None = field(default=None, init=False)
 
     def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
@@ -39,6 +42,7 @@ class Rebalanced:
         goes_on = "part" in batch and bool(batch["part"][0])  # a later micro-batch of the same step
         known = torch.stack([loss[diagonal].sum(), diagonal.sum(), (~diagonal).sum()]).detach()
         if torch.distributed.is_initialized():
+            self.wait()
             torch.distributed.all_reduce(known)
         if goes_on and known[1] and before[2]:
             raise InputError("rows r = t after rows r < t of the same step; expected them first, as batch.deal does it")

@@ -115,7 +115,12 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet | Buckets, Checkpoin
     )
     if "states" in config.offload and accelerator.distributed_type == DistributedType.FSDP:
         raise InputError("offload=states with FSDP2, which shards moments and averages; set offload=[], or use DDP")
-    check_processes(data, accelerator.num_processes)
+    if config.shard_base and accelerator.num_processes == 1:
+        raise InputError("shard_base=true in one process; start several, or set offload=[base]: it rests in CPU memory")
+    if accelerator.num_processes % config.sequence_parallel:
+        problem = f"sequence_parallel={config.sequence_parallel} with {accelerator.num_processes} processes"
+        raise InputError(f"{problem}; expected a number that divides them")
+    check_processes(data, accelerator.num_processes // config.sequence_parallel)
     checkpoints.lock(accelerator)
     _check_unfinished(output)  # another run may have been at work, and done with it
     checkpoints.check_settings()
@@ -157,7 +162,7 @@ def save_run(
     if not accelerator.is_main_process:
         return None
     folder, counts, samples = Path(config.output), networks.counts(), config.steps * config.batch
-    samples //= accelerator.num_processes  # of this process, as the counts are
+    samples = samples * config.sequence_parallel // accelerator.num_processes  # of this process, as the counts are
     frames, channels, high, wide = data.shape
     factor, _ = CODECS.get(channels, CODECS[16])
     for name, role in roles.items():

@@ -9,9 +9,10 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks, stream_blocks
+from minianyflow.networks.blocks import checkpoint_blocks, compile_blocks
 from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.causal_attention import chunk_partition
+from minianyflow.networks.int8 import quantise
 from minianyflow.networks.lora_roles import (
     COARSE_PATCHES,
     EMBEDDERS,
@@ -23,6 +24,8 @@ from minianyflow.networks.lora_roles import (
 )
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.patches import use_per_frame_modulation
+from minianyflow.networks.resting import RestingBlocks
+from minianyflow.networks.sequence import TokenGroup, share_tokens
 from minianyflow.networks.wan import Autocast, WanNetwork
 from minianyflow.networks.weights import load_role
 from minianyflow.support.errors import InputError
@@ -42,6 +45,8 @@ class RunNetworks:
     ):
         self.sizes = sizes
         self.config, self.frames, self.device, self.counters = config, frames, device, {}
+        self.resting = self.error = None
+        self.tokens = TokenGroup(config.sequence_parallel) if config.sequence_parallel > 1 else None
         self.base = self._load(config.base) if config.trained == "lora" else None
 
     def trained(self, role: str, start: str | None = None) -> nn.Module:
@@ -88,14 +93,23 @@ class RunNetworks:
             found = "{} channels and prompts {} wide".format(*self.sizes)
             expected = "{} and {}, as {} takes: prepare the latents with this base".format(*takes, source)
             raise InputError(f"the latents in {config.data} have {found}; expected {expected}")
+        if config.base_dtype == "int8":
+            self.error = quantise(transformer.blocks)
         transformer = prepare_transformer(config, transformer)
-        if "base" in config.offload:
-            stream_blocks(transformer, self.device)
+        if self.tokens:
+            share_tokens(transformer, self.tokens)
+        if config.shard_base or "base" in config.offload:
+            self.resting = RestingBlocks(transformer, self.device, config.shard_base)
         return transformer
 
     def _transformer(self, source, dtype):
-        device = "cpu" if "base" in self.config.offload else self.device
+        device = "cpu" if self.config.shard_base or "base" in self.config.offload else self.device
         return transformer_of(self.config, source, dtype, device)
+
+    def wait(self) -> None:
+        """Where processes share the base: until none evaluates it. All call it before they exchange anything else."""
+        if self.config.shard_base:
+            self.resting.wait()
 
     def _compresses(self):
         """Whether a causal student learns from old chunks: clips that long, and a loss whose gradient gets there."""

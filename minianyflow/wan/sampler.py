@@ -73,12 +73,12 @@ def guided_network(u: Callable, config: Config, null: Tensor, scale: float) -> C
 
 
 def sample_while_training(
-    config: Config, data: LatentSet, student: Role, accelerator: Accelerator
+    config: Config, data: LatentSet, student: Role, accelerator: Accelerator, wait: Callable = lambda: None
 ) -> Callable[[int], None] | None:
     """`sample(done)` for `train_run`: clips of the averaged student in samples/, and in the trackers.
 
     With samples.last also those of its last weights, from the same noise. Processes share the clips by weights, step
-    count and prompt; the main one decodes and writes them.
+    count and prompt; the main one decodes and writes them. wait: `RunNetworks.wait`.
     """
     if not config.samples.every:
         return None
@@ -106,6 +106,7 @@ def sample_while_training(
             (name, n, k): sample(config, sources[name].network, noise[k, None], prompt[k, None], n).cpu()  # uncounted
             for n, name, k in [*jobs][accelerator.process_index :: accelerator.num_processes]
         }
+        wait()
         latents = {job: clip for some in gather_object([latents]) for job, clip in some.items()}
         if accelerator.is_main_process:
             vae.to(device)

@@ -5,6 +5,7 @@ course; only the networks are larger. `distil` trains the stage that a configura
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +17,7 @@ from minianyflow.guidance import Guidance, guided
 from minianyflow.networks.causal import causal_backward_simulation
 from minianyflow.networks.causal_attention import chunk_partition
 from minianyflow.networks.known_frames import know_first_frames
+from minianyflow.networks.sequence import check_tokens
 from minianyflow.networks.teacher_forcing import (
     TeacherForced,
     add_whole_clips,
@@ -80,17 +82,30 @@ def distil(config: Config, minutes: float | None = None) -> dict | None:
     and before this process is `minutes` old.
     """
     accelerator, data, checkpoints = prepare(config)
+    together = config.sequence_parallel
     networks = RunNetworks(config, data.shape[0], accelerator.device, (data.shape[1], data.null.shape[2]))
     null = {"prompt": data.null.to(accelerator.device)}
     size = networks.base and networks.base.config
     memory, why = choose_memory(config, size, data.shape, accelerator.device, accelerator.num_processes)
     if config.stage == "on_policy" and accelerator.is_main_process:
         print(f"memory={memory}: {why}", flush=True)
+    if networks.error is not None and accelerator.is_main_process:
+        print(
+            f"base_dtype=int8: weights of blocks are wrong by {float(networks.error):.2%} (root mean square)",
+            flush=True,
+        )
     roles = STAGES[config.stage](replace(config, memory=memory), networks, null)
+    for clips in getattr(data, "sets", [data]):
+        shape = roles["student"].network.network.transformer.config
+        per_frame = [
+            clips.shape[2] // n * (clips.shape[3] // n) for n in (2, 4)[: 1 + (config.architecture == "causal")]
+        ]
+        check_tokens(together, shape.num_attention_heads, *per_frame)
     check_host(config, size, roles, data.shape, accelerator.num_processes)
     stopwatch, watch, waits = Stopwatch(), guard(config, data), []
     checkpoints.stateful = {"networks": networks, "clock": stopwatch, "guard": watch}
-    part = accelerator.process_index, accelerator.num_processes
+    part = accelerator.process_index // together, accelerator.num_processes // together
+    show = sample_while_training(config, data, roles["student"], accelerator, networks.wait)
     history = train_run(
         roles,
         prefetch(draws(config, data, part), config.steps, waits),
@@ -103,9 +118,11 @@ def distil(config: Config, minutes: float | None = None) -> dict | None:
         checkpoints,
         watch,
         own_rows=True,
-        samples=(config.samples.every, sample_while_training(config, data, roles["student"], accelerator)),
+        samples=(config.samples.every, show),
         deadline=None if minutes is None else psutil.Process().create_time() + 60 * minutes,
         waits=waits,
+        wait=networks.wait if config.shard_base else None,
+        sharing=networks.tokens.sharing if networks.tokens else nullcontext,
     )
     return save_run(config, data, networks, roles, history, stopwatch.seconds, accelerator, waits)
 
@@ -130,7 +147,7 @@ def forward_loss(config: Config, networks: RunNetworks, null: dict) -> Callable:
         delta=config.delta,
     )
     whole = replace(loss, shares={}, weight=torch.ones_like, adaptive=0.0)
-    loss = Rebalanced(loss) if config.rebalance else loss
+    loss = Rebalanced(loss, networks.wait) if config.rebalance else loss
     return loss if config.architecture == "bidirectional" else TeacherForced(loss, whole)
 
 

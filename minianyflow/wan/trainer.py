@@ -6,7 +6,9 @@ from its step number alone and every process trains on its rows of it, so that o
 
 import signal
 import time
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -51,6 +53,8 @@ def train_run(
     samples=(0, None),
     deadline=None,
     waits=(),
+    wait=None,
+    sharing=nullcontext,
 ):
     """Train every role for `steps` steps; returns the history, a list of {"step", "ROLE/NAME": error}.
 
@@ -62,7 +66,8 @@ def train_run(
     checkpoints: a `checkpoints.Checkpoints`, to resume from and to save to. With it, after SIGTERM, Ctrl-C or the end
     of its launcher, or where another step may end after the `deadline` (seconds of time.time), the run finishes its
     step, saves, and raises `guard.Preempted`. guard: a `guard.Guard` for bad batches; None stops at the first.
-    waits: a list as `prefetch` has it, for the trackers.
+    waits: a list as `prefetch` has it, for the trackers. wait: `RunNetworks.wait`, if processes share the base.
+    sharing: `TokenGroup.sharing`, if they share the tokens of clips.
     Raises InputError if a loss is not finite, a weight that should learn gets no gradient, or one is frozen.
     """
     accelerator, guard = accelerator or Accelerator(), guard or Guard()
@@ -90,7 +95,11 @@ def train_run(
             batch, figures = draw(step), {"step": step}
             batch = batch if whole else deal(batch, *process)
             for name, role in roles.items():
-                raw = _step(name, role, *wrapped[name], batch, step, steps, accumulate, accelerator, guard)
+                for network, _ in wrapped.values():
+                    if wait and isinstance(network, FSDPModule):
+                        network.unshard()  # on all processes: in a forward, one would wait for those in other blocks
+                with sharing():
+                    raw = _step(name, role, *wrapped[name], batch, step, steps, accumulate, accelerator, guard, wait)
                 if raw is None:  # a bad batch
                     break
                 figures |= {f"{name}/{kind}": error for kind, error in raw.items()}
@@ -197,11 +206,25 @@ def _forward(network):
     return lambda *inputs, **condition: (network.module if current_unit()[1] else network)(*inputs, **condition)
 
 
-def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard):
+def _reduce(role, network):
+    """A backward of zero, which only adds up gradients over processes: in others, some would wait, some need blocks."""
+
+    def zero():
+        return 0 * sum(weight.sum() for weight in role.network.parameters() if weight.requires_grad)
+
+    with patch.object(role.network, "forward", zero):
+        network().backward()
+
+
+def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard, wait=None):
     """One step of one role: its figures by name, or None for a bad batch, which changes nothing."""
     before = loss_state(role.loss)
     no_sync = partial(accelerator.no_sync, network)
-    losses, figures = accumulate_gradient(role, batch, accumulate, _forward(network), no_sync)
+    with no_sync() if wait else nullcontext():
+        losses, figures = accumulate_gradient(role, batch, accumulate, _forward(network), no_sync)
+    if wait:
+        wait()
+        _reduce(role, network)
     check_gradients(name, role, first=step == 0)
     norm = 0.0
     if role.clip:  # accelerate's own function fails with two sharded networks

@@ -12,6 +12,7 @@ from minianyflow.planner import gpu_check
 from minianyflow.planner.commands import gpu_check as command
 from minianyflow.planner.gpu_check import Request, check, markdown, memory_reader, settings, too_large
 from minianyflow.planner.plan import plan_run
+from minianyflow.planner.report import ways
 from minianyflow.support.cli import run
 from tests.refused import refused
 
@@ -75,6 +76,19 @@ def test_memory_by_part(checked):
     assert memory["roles"] == pytest.approx(plan["memory"]["adapters"] + plan["memory"]["averages"], rel=0.05)
     assert memory["optimiser"] >= plan["memory"]["optimiser"]
     assert memory["peak"] == pytest.approx(plan["peak"], rel=0.3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["forward", "on_policy"])
+def test_every_way_to_hold_a_run_is_measured_the_smallest_first(stage, tmp_path):
+    report = check(tiny(stage, ways=True, steps=1), tmp_path)
+    assert len(report["cases"]) == len(ways(stage))
+    peaks = [entry["plan"]["peak"] for entry in report["cases"]]
+    assert peaks == sorted(peaks)
+    for entry in report["cases"]:
+        base = entry["plan"]["memory"]["base weights"]
+        assert entry["memory"]["base"] == pytest.approx(base, rel=0.05), entry["case"]
+        assert entry["memory"]["peak"] == pytest.approx(entry["plan"]["peak"], rel=0.3), entry["case"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from minianyflow.planner.forward_calls import ForwardCall
 from minianyflow.planner.forward_cost import ForwardCosts, attended_pairs
 from minianyflow.planner.gpus import GPUS, SPARE, Gpu, find_gpu
 from minianyflow.planner.plan import check_split, plan_run, published_plan, shape_of
-from minianyflow.planner.report import OFFLOADS, OUTSIDE, PUBLISHED, describe, from_row
+from minianyflow.planner.report import OUTSIDE, PUBLISHED, describe, from_row, ways
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
@@ -197,6 +197,12 @@ def test_several_gpus_share_the_work(settings):
     assert two.seconds() >= one.seconds() / 2
     assert two.memory["optimiser"] == one.memory["optimiser"] == 2 * sharded.memory["optimiser"]
     assert two.memory["base weights"] == sharded.memory["base weights"]
+    shared = planned(settings("bidirectional", "on_policy", "shard_base=true"), gpus=2)
+    blocks = 2 * (two.memory["base weights"] - shared.memory["base weights"])
+    assert 0 < blocks < two.memory["base weights"]
+    assert shared.memory["base weights of a block"] == pytest.approx(blocks / 4)  # one of four at a time
+    assert 0 == two.bus["between GPUs"] < shared.bus["between GPUs"]
+    assert shared.seconds() > two.seconds()
 
 
 @pytest.mark.slow
@@ -231,18 +237,20 @@ def test_a_run_that_does_not_fit_names_what_to_change(settings):
     assert low.changes[0][0] == {"checkpointing": True}
     assert [low.gpu.holds(peak) for _, peak in low.changes][-2:] == [False, True]  # up to the first that fits
     none, both = on(1e3, "checkpointing=false"), {"checkpointing": True, "accumulate": 4}
-    moves = [{"offload": [*words]} for words in OFFLOADS[1:]]
-    more = *(both | move for move in moves), {"gpu": "rtx4090"} | both
-    assert names(none) == [{"checkpointing": True}, both | {"accumulate": 2}, both, *more]
+    moves = [both | {"offload": list(words)} for _, *words in ways("forward")]
+    assert names(none)[:3] == [{"checkpointing": True}, both | {"accumulate": 2}, both]
+    assert sorted(map(str, names(none)[3:-1])) == sorted(map(str, moves[1:]))
+    assert names(none)[-1] == {"gpu": "rtx4080"} | both
     again = settings("bidirectional", "forward", "checkpointing=true", "accumulate=4")
     assert planned(again).peak == none.changes[2][1]  # each is complete: accumulate=4 alone has another peak
     lines = [line for line in describe(none).splitlines() if line.startswith("    ")]
     assert [line.endswith("not enough") for line in lines] == [True] * 7 + [False]
-    assert lines[7].startswith("    gpu=rtx4090 checkpointing=true accumulate=4: ")
+    assert lines[7].startswith("    gpu=rtx4080 checkpointing=true accumulate=4: ")
     keep = on(1e12, "keep_attention=true").peak
     assert names(on(keep * 0.99 / (1 - SPARE), "keep_attention=true")) == [{"keep_attention": False}]
-    several = on(1e3, "accumulate=2", gpus=2)
-    assert names(several) == [{"sharded": True}, *moves, {"gpu": "rtx4090", "sharded": True}]
+    several = names(on(1e3, "accumulate=2", gpus=2))
+    assert several[:2] == [{"shard_base": True}, {"sharded": True, "shard_base": True}]
+    assert several[-1] == {"gpu": "rtx4080", "sharded": True, "shard_base": True}
 
 
 # ---- the command, and bad input
@@ -280,6 +288,7 @@ BAD = {
     "--frames 10": "frames=10",
     "--memory 0": "a GPU with memory 0.0 GB",
     "--rate inf": "a GPU with rate inf",
+    "shard_base=true": "shard_base=true on 1 GPU",
     "--gpus 2 --sharded offload=[states]": "FSDP2, which shards moments and averages",
     "--sharded": "weights sharded over 1 GPU",
     "--config wan-1.3b base=someone/else": "not known here; expected a folder with transformer/config.json, or one of",
@@ -318,7 +327,7 @@ def test_the_command_prints_lines_and_json(settings, capsys):
     out = capsys.readouterr().out
     assert "planned, not measured\nclips of 9 x 64 x 96, 4 per step" in out
     assert "optimiser" in out
-    assert "    --gpu rtx4090 --sharded accumulate=2: " in out  # as the command takes them
+    assert "    --gpu rtx4080 --sharded accumulate=2 shard_base=true: " in out  # as the command takes them
 
 
 @pytest.mark.slow
@@ -333,7 +342,7 @@ def test_the_busiest_of_eight_gpus_does_little_more_than_the_mean(model, stage):
 
 
 PUBLISHED_PLANS = json.loads((ROOT / "docs/plan/plans.json").read_text())
-SOME = ["1.3B bidirectional forward, 1 x h200", "14B causal forward, 8 x h200 with FSDP2"]
+SOME = ["1.3B bidirectional forward, 1 x h200, fast", "14B causal forward, 8 x h200 with FSDP2"]
 
 
 @pytest.mark.parametrize("name", marked(PUBLISHED, SOME))

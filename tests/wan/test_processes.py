@@ -114,17 +114,17 @@ def main(report, *words):
     os._exit(0)  # as distill does after SIGTERM
 
 
-def launch(report, *given):
-    """Do runs, (kind, words), in two processes; for each run, what the processes report."""
+def launch(report, *given, count=2):
+    """Do runs, (kind, words), in two processes or more; for each run, what the processes report."""
     words = [str(word) for kind, words in given for word in ("--", kind, *words)][1:]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), __file__]
     done = subprocess.run([*command, str(report), *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(2)]
+    reports = [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(count)]
     for process in reports:
         for (kind, _), seen in zip(given, process, strict=True):
             assert seen["status"] in (0, 143), done.stderr[-3000:]
-            assert (seen["processes"], seen["kinds"], seen["sharded"]) == (2, [kind], [kind == "shard"])
+            assert (seen["processes"], seen["kinds"], seen["sharded"]) == (count, [kind], [kind == "shard"])
     return list(zip(*reports, strict=True))
 
 
@@ -188,13 +188,18 @@ def assert_same_training(folder, name, kind, plain, halves, steps):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path):
-    """SIGTERM reaches one of two processes: both save and stop, then go on, with all offloaded. DDP, and FSDP2."""
+    """SIGTERM reaches one of two processes: both save and stop, then go on, with all offloaded. DDP, and FSDP2.
+
+    The base rests in CPU memory, then processes share it, although they evaluate it unequally often.
+    """
     name, steps, given = "causal on_policy", 4, []
     plain = run_once("plain", *arguments(students, name, tmp_path / "plain" / name, steps))
     for kind in KINDS[1:]:
         whole, again = (arguments(students, name, tmp_path / place / name, steps) for place in (kind, f"{kind}-again"))
-        again += ["memory=fast", f"offload=[{'states,' * (kind == 'ddp')}blocks,base]"]
-        given += [(kind, whole), (kind, ["sigterm=3", *again]), (kind, again)]
+        again += ["memory=fast"]
+        offload = f"offload=[{'states,' * (kind == 'ddp')}blocks"
+        shared = [*again, f"{offload}]", "shard_base=true"]
+        given += [(kind, whole), (kind, ["sigterm=3", *again, f"{offload},base]"]), (kind, shared)]
     seen = launch(tmp_path / "report", *given)
     assert [[process["status"] for process in each] for each in seen] == 2 * [[0, 0], [143, 143], [0, 0]]
     for kind, halves, resumed in zip(KINDS[1:], seen[::3], seen[2::3], strict=True):
@@ -202,6 +207,42 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path)
         assert [len(process["rows"]) for process in resumed] == [steps - 2] * 2  # two steps were saved
         assert [entry["step"] for entry in history(tmp_path / f"{kind}-again" / name)] == list(range(steps))
         assert difference(tmp_path / kind, tmp_path / f"{kind}-again") < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count", "more"),
+    [
+        pytest.param("causal on_policy", "ddp", 2, [], marks=pytest.mark.slow),
+        pytest.param("causal on_policy", "shard", 4, ["shard_base=true"], marks=pytest.mark.long),
+        pytest.param("causal forward", "shard", 2, [], marks=pytest.mark.long),
+        pytest.param("bidirectional on_policy", "shard", 4, [], marks=pytest.mark.long),
+        pytest.param("bidirectional whole weights", "ddp", 2, [], marks=pytest.mark.long),
+    ],
+)
+def test_two_processes_share_the_tokens_of_a_clip(students, tmp_path, name, kind, count, more):
+    """Of four, two and two: they train as one, and processes that share a clip read the same rows."""
+    plain, own = (arguments(students, name, tmp_path / place / name, 3) for place in ("plain", kind))
+    rows = run_once("plain", *plain)["rows"]
+    (seen,) = launch(tmp_path / "report", (kind, [*own, "sequence_parallel=2", *more]), count=count)
+    losses = [
+        [entry[key] for entry in history(tmp_path / run / name) for key in entry if key.endswith("/loss")]
+        for run in ("plain", kind)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert difference(tmp_path / "plain" / name, tmp_path / kind / name) < 1e-5
+    assert [process["rows"] for process in seen[::2]] == [process["rows"] for process in seen[1::2]]
+    assert sorted(row for process in seen[::2] for row in process["rows"]) == sorted(rows)
+
+
+@pytest.mark.slow
+def test_what_several_processes_cannot_share_is_one_line(students, tmp_path, capsys):
+    words = arguments(students, "causal on_policy", tmp_path / "run", 3)
+    for option, message in {
+        "sequence_parallel=2": "sequence_parallel=2 with 1 processes; expected a number that divides them",
+        "shard_base=true": "shard_base=true in one process",
+    }.items():
+        assert run(lambda option=option: distill([*words, option])) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
