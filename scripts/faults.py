@@ -666,9 +666,9 @@ def inject(folder, kills, works, names):
     """Rows (injection, what happened, whether that is right)."""
     bench = Bench(folder)
     cases = {f"SIGKILL {seed + 1}": (lambda seed=seed: killed(bench, seed)) for seed in range(kills)}
-    for seed, work in product(range(works), WORKS):
+    for seed, work in product(range(works), [name for name in WORKS if name in names]):
         cases[f"{work}, SIGKILL {seed + 1}"] = lambda work=work, seed=seed: killed_work(bench, work, seed)
-    cases |= {name: (lambda name=name: INJECTIONS[name](bench)) for name in names}
+    cases |= {name: (lambda name=name: INJECTIONS[name](bench)) for name in names if name in INJECTIONS}
     for name, case in cases.items():
         try:
             what, right = case()
@@ -684,7 +684,7 @@ def main(argv=None):
     parser = Parser("faults.py", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=25, help="runs killed at a random moment (default: 25)")
     parser.add_argument("--works", type=int, default=5, help="kills of each other command and option (default: 5)")
-    known = list(INJECTIONS)
+    known = [*WORKS, *INJECTIONS]
     names = "of: " + ", ".join(map(repr, known))
     parser.add_argument("--only", nargs="*", default=known, choices=known, metavar="INJECTION", help=names)
     arguments = parser.parse_args(argv)

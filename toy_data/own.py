@@ -5,6 +5,7 @@ the points. A function stays what it is, samples alone: its truth is a long ODE 
 (minianyflow/plane/learnt.py). All are standardised: mean 0 and deviation 1, of each column, or of a picture as a whole.
 """
 
+import csv
 import inspect
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 from minianyflow.mixtures import GaussianMixture
 from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
+from minianyflow.support.files import open_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 FEWEST, LARGEST = 8, 32  # points; numbers a point: in more dimensions neither a fit nor a small network says much
@@ -96,10 +98,11 @@ def left_out_likelihood(points: Tensor, width: float) -> float:
 def of_picture(path: Path) -> Target:
     """A mixture with a Gaussian for each pixel, as heavy as the pixel differs from the shade of the picture's edge."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGBA")
+        image = open_picture(path)
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
         raise InputError(f"{path} is no picture ({problem}); expected a PNG or JPEG file") from None
+    if image is None:
+        raise InputError(f"{path} is an animation; expected one picture")
     paper, size = Image.new("RGBA", image.size, "white"), np.array(image.size)
     image = Image.alpha_composite(paper, image).convert("L")
     image.thumbnail((CELLS, CELLS), Image.Resampling.BOX)
@@ -155,7 +158,7 @@ def standardise(points: Tensor, name: str) -> tuple[Tensor, dict[str, list[float
 def read_points(path: Path) -> Tensor:
     """The points (n, D) of a text file: a point a line, its numbers apart by commas, semicolons, tabs or blanks.
 
-    A first line of names is left out. Beside semicolons a comma is a decimal point. InputError names the wrong line.
+    A first line of names alone is left out. Beside semicolons a comma is a decimal point. InputError names the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -166,23 +169,30 @@ def read_points(path: Path) -> Tensor:
         raise InputError(f"{path} is empty; expected a point a line, its numbers apart by commas")
     mark = next((mark for mark in ";\t," if mark in lines[-1][1]), None)
     decimal = "," if mark == ";" else "."
-    rows = [(number, [cell.strip(' "').replace(decimal, ".") for cell in line.split(mark)]) for number, line in lines]
-    if None in map(_number, rows[0][1]):
-        rows = rows[1:]
+    rows = [(number, [cell.strip().replace(decimal, ".") for cell in _cells(line, mark)]) for number, line in lines]
+    if not any(map(_is_number, rows[0][1])):  # names
+        names, *rows = rows
+        if not names[1][0] and [row[:1] for _, row in rows] == [[str(k)] for k in range(len(rows))]:
+            raise InputError(f"{path}: the first column has no name and counts the lines; save it without its index")
     for number, cells in rows:
         if len(cells) != len(rows[0][1]):
             wanted = f"line {rows[0][0]} has {len(rows[0][1])}; expected as many on every line"
             raise InputError(f"{path}: line {number} has {len(cells)} numbers, {wanted}")
         for cell in cells:
-            if _number(cell) is None or not math.isfinite(_number(cell)):
+            if not _is_number(cell):
                 wanted = "expected finite numbers below a line of names at most: correct or delete that line"
                 raise InputError(f"{path}: {cell!r} on line {number} is no number; {wanted}")
     values = [[float(cell) for cell in cells] for _, cells in rows]
     return torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(rows[0][1]) if rows else 0)
 
 
-def _number(text):
+def _cells(line, mark):
+    """The fields of a line; quotation marks may stand round one."""
+    return next(csv.reader([line], delimiter=mark, skipinitialspace=True)) if mark else line.split()
+
+
+def _is_number(text):
     try:
-        return float(text)
+        return "_" not in text and math.isfinite(float(text))
     except ValueError:
-        return None
+        return False

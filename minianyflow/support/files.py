@@ -130,6 +130,20 @@ def check_json(content, schema, path, expected):
     return content
 
 
+def open_picture(path):
+    """The picture in a file, RGBA, upright; None for an animation. Raises what Pillow raises."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as picture:
+        if getattr(picture, "is_animated", False):
+            return None
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):  # which Pillow would clip to its lowest 8 bits
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        return picture.convert("RGBA")
+
+
 def remove_leftovers(folder, surely=False):
     """Remove the unfinished folders of killed processes from `folder`; those of living processes stay.
 

@@ -1,25 +1,35 @@
-"""A thousand hostile inputs, the same in every run: each is read, or refused in one line; none ends in a traceback."""
+"""Hostile inputs and places, the same in every run: each is read, or refused in one line; none ends in a traceback."""
 
 import copy
 import json
+import os
 import random
+import resource
 import shutil
+import sys
+import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import yaml
+from PIL import Image
 
+from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
+from minianyflow.wan.commands import distill, evaluate, export, make_tiny_wan, sample
 from minianyflow.wan.config import OPTIONS, as_yaml, load_config
 from minianyflow.wan.data.captions import read_captions
+from minianyflow.wan.data.commands import prepare_latents
 from minianyflow.wan.data.latents import LatentSet, verify
+from minianyflow.wan.data.read_video import measure_clip, read_clip, read_video
 from minianyflow.wan.evaluate import labelled
 from minianyflow.wan.folders import load_parts, load_transformer
 from minianyflow.wan.run import read_run
 from minianyflow.wan.sources import identify, read_prompts
-from tests.wan.test_odd_inputs import EXPORTED, RUN
+from tests.wan.test_odd_inputs import BARS, CLEAR, EXPORTED, RUN, VP8, make
 
 DEEP = 10**5 * "["
 NASTY = [
@@ -219,6 +229,25 @@ def pipeline(draw, folder, tiny):
         shutil.copy(tiny / name, place / name)
 
 
+KINDS = {"a.mp4": (), "b.mkv": (), "c.webm": VP8, "d.avi": (), "e.gif": (), "f.ts": (), "g.mov": ("-c:v", "png")}
+KINDS |= {"h.mp4": ("-movflags", "frag_keyframe"), "i.y4m": ("-pix_fmt", "yuv420p"), "j.png": ()}
+
+
+def video(draw, folder):
+    name = draw.choice([*KINDS])
+    if not (whole := folder / f"whole-{name}").exists():
+        source = CLEAR if name == "g.mov" else BARS
+        if name == "j.png":
+            Image.new("RGBA", (64, 48), (9, 200, 30, 90)).save(whole)
+        else:
+            make(whole, source, "-frames:v", 8, *KINDS[name])
+    (path := folder / draw.choice([name, f"x{draw.choice([*KINDS])}"])).write_bytes(
+        whole.read_bytes() if draw.random() < 0.1 else spoiled_bytes(draw, whole.read_bytes())
+    )
+    action = draw.choice([read_clip, read_video, lambda path, frames, *size: measure_clip(path, frames)])
+    action(path, draw.choice([1, 5]), 16, 32)
+
+
 def path(draw, folder):
     text = draw.choice(
         [
@@ -257,7 +286,7 @@ def load_transformer_of(name):
 def test_a_thousand_hostile_inputs(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     kinds = [(captions, 200), (configuration, 250), (shard, 120), (manifest, 120), (run_folder, 90), (exported, 60)]
-    kinds += [(pipeline, 90), (path, 70)]
+    kinds += [(pipeline, 90), (path, 70), (video, 200)]
     faults, done = [], 0
     for kind, count in kinds:
         for seed in range(count):
@@ -274,5 +303,122 @@ def test_a_thousand_hostile_inputs(tiny, tmp_path, monkeypatch):
                     f"{kind.__name__} {seed}: {type(problem).__name__}: {str(problem)[:150]!r} {place(problem)}"
                 )
             done += 1
-    assert done == 1000
+    assert done == 1200
     assert not faults, "\n".join([f"{len(faults)} of {done}:", *faults])
+
+
+# Places: every command, where its output cannot be written, its input cannot be read, or nobody reads what it prints
+
+SIZE = ["--frames=9", "--height=32", "--width=48", "--length=32", "--device=cpu"]
+TINY = ["--config", "bidirectional", "forward", "tiny", "steps=2", "log.tracker=none", "samples.every=0"]
+PARTS = {"base": "", "videos": "/videos", "captions": "/captions.jsonl"}
+WORKS = {  # of the folder of inputs and of the output
+    "make-tiny-wan": lambda here, out: make_tiny_wan([out]),
+    "prepare": lambda here, out: prepare_latents(
+        [*(f"--{name}={here}/wan{end}" for name, end in PARTS.items()), *SIZE, f"--output={out}"]
+    ),
+    "distill": lambda here, out: distill([*TINY, f"base={here}/wan", f"data={here}/wan/latents", f"output={out}"]),
+    "sample": lambda here, out: sample([f"{here}/run", "--prompt", "x", "--steps", "1", f"--output={out}"]),
+    "stream": lambda here, out: sample(
+        [f"{here}/causal", "--prompt", "x", "--steps", "1", "--stream=1", f"--output={out}"]
+    ),
+    "export": lambda here, out: export([f"{here}/run", out]),
+    "export --lora": lambda here, out: export([f"{here}/run", out, "--lora"]),
+    "evaluate": lambda here, out: evaluate(
+        [f"{here}/run", f"--prompts={here}/p.txt", "--steps", "1", "2", "--videos=1", f"--output={out}"]
+    ),
+}
+
+
+def forked(action, before=lambda: None):
+    """(exit status, what it wrote to stderr) of a command in a process of its own; before() is called in it first."""
+    reading, writing = os.pipe()
+    if not (number := os.fork()):
+        status = 70
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(writing, 2)
+            sys.stdout, sys.stderr = map(partial(open, mode="w", closefd=False), (1, 2))  # not those of the tests
+            before()
+            status = run(action)
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with open(reading) as file:
+        said = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), said
+
+
+def full():
+    """No file grows beyond a kilobyte: the system itself refuses more, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+
+def nobody():
+    """Another user, as far as this one may become one."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+
+
+PLACES = {  # what happens in the process; whether it must be refused
+    "a full disk": (full, True),
+    "a file in the way": (lambda: None, True),
+    "below a file": (lambda: None, True),
+    "of another user": (nobody, True),
+    "unreadable inputs": (nobody, True),
+    "stdout is full": (lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1), False),
+    "stdout is closed": (lambda: os.close(1), False),
+    "stdout is a closed pipe": (lambda: os.dup2(closed_pipe(), 1), False),
+}
+
+
+def closed_pipe():
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A tiny Wan, a run of each architecture and a file of prompts, in a folder that others may read."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    made = [lambda: make_tiny_wan([f"{folder}/wan"]), lambda: WORKS["distill"](folder, f"{folder}/run")]
+    causal = [*TINY, "causal.bidirectional=0.5", f"base={folder}/wan", f"data={folder}/wan/latents"]
+    causal[1] = "causal"
+    made += [lambda: distill([*causal, f"output={folder}/causal"])]
+    for action in made:
+        assert forked(action)[0] == 0
+    (folder / "p.txt").write_text("a red square\n")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("work", WORKS)
+def test_every_command_in_every_place(here, work, where):
+    before, refused = PLACES[where]
+    with tempfile.TemporaryDirectory(dir=here) as place:
+        place, inputs = Path(place), here
+        place.chmod(0o777 if where == "unreadable inputs" else 0o755)
+        out = place / "out"
+        if where in ("a file in the way", "below a file"):
+            out.write_text("mine")
+        if where == "unreadable inputs":
+            (inputs := place / "inputs").mkdir(mode=0o700)
+            for path in here.iterdir():
+                (inputs / path.name).symlink_to(path) if path.name != place.name else None
+        if work == "make-tiny-wan" and where == "unreadable inputs":
+            return  # it has none
+        target = out / "in" if where == "below a file" else out
+        status, said = forked(lambda: WORKS[work](inputs, str(target)), before)
+        errors = [line for line in said.splitlines() if line.startswith("error:")]
+        assert "Traceback" not in said
+        assert "not foreseen" not in said
+        assert status in ((2,) if refused else (0, 2, 141)), said
+        assert len(errors) == (status == 2), said
+        assert not list(place.rglob(".unfinished-*"))
+        if where in ("a file in the way", "below a file"):
+            assert out.read_text() == "mine"

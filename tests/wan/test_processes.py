@@ -315,11 +315,16 @@ def test_two_launchers_train_and_sample_as_one_process(students, tmp_path, by):
     assert (tmp_path / "two/samples/000004/sheet.png").is_file()
 
 
+EACH = ["--kills", "2", "--works", "1"]
 SOME = ["--kills", "1", "--only", "two runs, one folder", "disk full while saving"]
 
 
 @pytest.mark.parametrize(
-    "options", [pytest.param(SOME, marks=pytest.mark.slow), pytest.param(["--kills", "4"], marks=pytest.mark.long)]
+    "options",
+    [
+        pytest.param(SOME, marks=pytest.mark.slow),
+        pytest.param(EACH, marks=pytest.mark.long),
+    ],
 )
 def test_a_run_that_is_broken_loses_nothing_that_was_saved(options):
     """Parts of `make faults`."""

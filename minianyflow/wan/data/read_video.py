@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minianyflow.support.errors import InputError
+from minianyflow.support.files import open_picture
 from minianyflow.wan.data.options import FPS
 
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
@@ -156,11 +157,9 @@ def to_float(video: Tensor) -> Tensor:
 def _read_picture(path):
     """The picture, transparency over black, or None where the file is none. An animation is a video."""
     try:
-        with Image.open(path) as picture:
-            if getattr(picture, "is_animated", False):
-                return None
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("RGB")
+        picture = open_picture(path)
+        black = Image.new("RGBA", picture.size, "black") if picture else None
+        return picture and Image.alpha_composite(black, picture).convert("RGB")
     except UnidentifiedImageError:
         return None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
