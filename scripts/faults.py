@@ -231,15 +231,8 @@ def on_policy(bench, output, *options):
     """The on-policy stage, from the undisturbed run."""
     given = [option for option in bench.options if option != "forward"]
     stage = given.index("causal") + 1
-    return [
-        distill,
-        *given[:stage],
-        "on_policy",
-        *given[stage:],
-        f"student={bench.whole}",
-        *options,
-        f"output={output}",
-    ]
+    starts = [f"student={bench.whole}", "teacher=null", f"output={output}"]
+    return [distill, *given[:stage], "on_policy", *given[stage:], *starts, *options]
 
 
 def killed_work(bench, name, seed):
@@ -634,7 +627,7 @@ def full_at_the_end(bench):
 
 INJECTIONS = {
     "SIGTERM": terminated,
-    "--minutes": out_of_minutes,
+    "minutes": out_of_minutes,
     "SIGTERM to a launcher": launched(1),
     "the same, two processes": launched(2),
     "SIGKILL to one of two": one_of_two_killed,

@@ -107,7 +107,9 @@ def read_json(path, expected, schema=dict):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise InputError(f"{path} is nested too deeply; {expected}") from None
-    except (OSError, ValueError) as problem:
+    except OSError as problem:
+        raise InputError(f"{path} cannot be read ({problem.strerror}); {expected}") from None
+    except ValueError as problem:
         raise InputError(f"{path} is not JSON ({problem}); {expected}") from None
     return check_json(content, schema, path, expected)
 

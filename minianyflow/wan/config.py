@@ -43,7 +43,8 @@ PROMPTS = [
 typed = dataclass(config=ConfigDict(strict=True, allow_inf_nan=False))
 Text = Annotated[str, "text"]  # taken as it is written: a folder may be called 007
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Steps = Annotated[int, Field(ge=1, le=10**5)]  # of a rollout
 
 
 def _interval(value):
@@ -88,7 +89,7 @@ class Causal:
 class OnPolicy:
     """What stage=on_policy adds: backward simulation and distribution matching."""
 
-    rollouts: list[Count] = option([2, 4, 8, 16, 50], "step counts of the simulated rollouts", min_length=1)
+    rollouts: list[Steps] = option([2, 4, 8, 16, 50], "step counts of the simulated rollouts", min_length=1)
     shared_rollout: bool = option(False, "whether all rows of a step simulate one step of one rollout")
     null_prompts: Literal["everywhere", "forward"] = option("everywhere", "what sees them; forward: its loss alone")
     real_guidance: float = option(4.0, "guidance scale of the teacher: null + scale (text - null)", ge=1)
@@ -128,7 +129,7 @@ class Samples:
     """Clips that are sampled while training."""
 
     every: Interval = option("2 h", "steps, or time, between samples; first and last step, too; 0: never")
-    steps: list[Count] = option([1, 4, 32], "step counts of the samples", min_length=1)
+    steps: list[Steps] = option([1, 4, 32], "step counts of the samples", min_length=1)
     last: bool = option(False, "whether the last weights are sampled beside their average, too")
     prompts: list[Text] = option(PROMPTS, "prompts of the samples")
 
@@ -146,7 +147,7 @@ class Config:
     teacher: Text | None = option(None, "run folder of the tuned teacher; null: the base itself")
     data: Text = option("data/wan-1.3b", "folder of captioned latents")
     data_skip: int = option(0, "number of broken clips that are left out; one more stops the run", ge=0)
-    seed: int = option(0, "seed of weights, data order and noise", ge=0)
+    seed: int = option(0, "seed of weights, data order and noise", ge=0, le=2**53)
 
     objective: Objective = option("mixed", "what the flow map is regressed on; mixed: half eulerian, half semigroup")
     velocity: Literal["data", "base"] | None = option(None, "data: eps - x; base: the teacher's; null: by objective")

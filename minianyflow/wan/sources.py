@@ -47,6 +47,7 @@ class ExportedLora(TypedDict):
     shift: float
 
 
+MOST_STEPS = 10**5
 EXPECTED = "the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
 
 
@@ -136,8 +137,8 @@ def _is_run(name):
 def check_numbers(steps: list[int], **frames: int | None) -> None:
     """Raise InputError for step counts or numbers of frames that no source can make."""
     for count in steps:
-        if count < 1:
-            raise InputError(f"{count} steps; expected whole numbers, at least 1")
+        if not 1 <= count <= MOST_STEPS:
+            raise InputError(f"{count} steps; expected whole numbers, at least 1, at most {MOST_STEPS}")
     for name, number in frames.items():
         if number is not None and (number < 1 or number % 4 != 1):
             raise InputError(f"{name} {number}; expected 4 n + 1, like 1, 17 or 81: the codec takes four together")

@@ -22,7 +22,7 @@ from minianyflow.wan.data.captions import Clip, read_captions
 from minianyflow.wan.data.latents import read_manifest, write_latents
 from minianyflow.wan.data.options import Options
 from minianyflow.wan.data.prepare import Preparation, model_identity
-from minianyflow.wan.data.read_video import read_clip, read_frames, read_video
+from minianyflow.wan.data.read_video import measure_clip, read_clip, read_frames, read_video
 from minianyflow.wan.data.write_video import write_clip
 from minianyflow.wan.folders import decode_latents, load_parts, load_transformer
 from minianyflow.wan.run import read_run
@@ -162,6 +162,8 @@ ROWS = {
     "above": ("../a.mp4,x\n", "outside --videos"),
     "above, inside": ("a/../../b.mp4,x\n", "outside --videos"),
     "absolute": ("/a.mp4,x\n", "outside --videos"),
+    "the folder": (".,x\n", "outside --videos"),
+    "no name of a file": ("a\0.mp4,x\n", "outside --videos"),
     "twice": ("a.mp4,x\n./a.mp4,y\n", "a.mp4 is in lines 2 and 3"),
     "twice, deeper": ("b//a.mp4,x\nb/./a.mp4,y\n", "b/a.mp4 is in lines 2 and 3"),
 }
@@ -173,6 +175,39 @@ def test_captions_that_would_be_misread_are_named(tmp_path, how):
     (tmp_path / "c.csv").write_text("file,caption\n" + rows)
     with refused(message):
         read_captions(tmp_path / "c.csv")
+
+
+LINES = {
+    "a name twice": (
+        '{"file": "a.mp4", "caption": "x", "caption": "y"}',
+        "line 1 of .* comes twice among file, caption",
+    ),
+    "a list of pairs": ('[["file", "a.mp4"], ["caption", "x"]]', r"not a JSON object \(a list\)"),
+    "half an emoji": ('{"file": "a.mp4", "caption": "\\ud83d"}', "not a JSON object"),
+    "a column twice": ("file,caption,caption\na.mp4,x,y", "the column 'caption' more than once"),
+    "a blank before a name": ("file, caption\na.mp4,x", "has 'file', ' caption'; expected"),
+}
+
+
+@pytest.mark.parametrize("how", LINES)
+def test_captions_of_which_one_would_win_in_silence_are_refused(tmp_path, how):
+    text, message = LINES[how]
+    path = tmp_path / ("c.csv" if text.startswith("file") else "c.jsonl")
+    path.write_text(text)
+    with refused(message):
+        read_captions(path)
+
+
+def test_a_name_is_a_file_and_never_an_address_or_a_list_of_files(tmp_path, monkeypatch):
+    make(tmp_path / "a.mp4", BARS)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile 'http://127.0.0.1:9/a.mp4'\n")
+    monkeypatch.chdir(tmp_path)
+    assert len(read_frames("a.mp4", 2, 32, 32)) == 2
+    for name in ("concat:a.mp4|a.mp4", "data:a", "subfile,,start,0,end,0,,:a.mp4", "list.mp4"):
+        with refused("cannot be read"):
+            read_frames(name, 2, 32, 32)
+        with refused("cannot be read"):
+            measure_clip(name, 2)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -36,10 +36,10 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
     for number, row in rows:
         name, caption = (row.get(column) for column in ("file", "caption"))
         if not isinstance(name, str) or not isinstance(caption, str) or not name:
-            columns = ", ".join(map(str, row)) or "nothing"
+            columns = ", ".join(map(repr, row)) or "nothing"
             raise InputError(f"line {number} of {path} has {columns}; expected texts named file and caption")
         name = os.path.normpath(name)
-        if os.path.isabs(name) or Path(name).parts[0] == "..":
+        if os.path.isabs(name) or "\0" in name or Path(name).parts[:1] in ((), ("..",)):
             raise InputError(f"{name} in line {number} of {path} is outside --videos; expected a file inside")
         if name in first_lines:
             raise InputError(f"{name} is in lines {first_lines[name]} and {number} of {path}; expected each file once")
@@ -54,6 +54,8 @@ def _csv_rows(path, lines):
     reader, start = csv.DictReader(lines, strict=True), 2
     expected = "expected quotation marks round a caption with commas, and each doubled inside"
     try:
+        if twice := {name for name in reader.fieldnames or () if reader.fieldnames.count(name) > 1}:
+            raise InputError(f"{path} has the column {min(twice)!r} more than once; expected one caption per file")
         for row in reader:
             if None in row:
                 raise InputError(f"line {reader.line_num} of {path} has more fields than columns; {expected}")
@@ -67,9 +69,18 @@ def _jsonl_rows(path, lines):
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = dict(json.loads(line))
+                row = json.loads(line, object_pairs_hook=_once)
+                if not isinstance(row, dict):
+                    raise TypeError(f"a {type(row).__name__}")
                 json.dumps(row, ensure_ascii=False).encode()  # a text that was cut to a length may end in half an emoji
             except (ValueError, TypeError) as problem:
                 expected = 'expected {"file": ..., "caption": ...}; for a csv name the file .csv'
                 raise InputError(f"line {number} of {path} is not a JSON object ({problem}); {expected}") from None
             yield number, row
+
+
+def _once(pairs):
+    """A JSON object. ValueError for a name that comes twice: json would keep its last value alone."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"a name comes twice among {', '.join(name for name, _ in pairs)}")
+    return row

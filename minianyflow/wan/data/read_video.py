@@ -24,6 +24,7 @@ WIDE = {"color_primaries": "bt2020", "color_space": "bt2020nc", "color_trc": "bt
 ALPHA = re.compile(r"yuva|rgba|bgra|argb|abgr|gbrap|ya\d+|pal8|ayuv|vuya")
 FLAGS = "lanczos+accurate_rnd+full_chroma_int"  # without these two colours are up to two levels too dark
 OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
+ONLY_FILES = ["-protocol_whitelist", "file"]  # a playlist in a video's clothes fetches nothing
 LATE = 0.1  # of an output frame's time: a frame that begins so little after its instant counts, as containers round
 
 
@@ -81,7 +82,8 @@ def read_clip(
     options = ["-vf", ",".join(filters), "-frames:v", str(frames), "-an", "-sn", "-dn"]
     video, count = torch.empty(frames, height, width, 3, dtype=torch.uint8), 0
     try:
-        pictures = imageio_ffmpeg.read_frames(str(path), input_params=decoder, output_params=options)
+        decoder = [*ONLY_FILES, *decoder]
+        pictures = imageio_ffmpeg.read_frames(f"file:{path}", input_params=decoder, output_params=options)
         next(pictures)  # the first value describes the file
         for picture in pictures:
             video[count] = torch.frombuffer(bytearray(picture), dtype=torch.uint8).view(video[0].shape)
@@ -114,9 +116,10 @@ def _describe(path, seconds):
 
 def _info(path, decoder, filters, *options):
     """What ffmpeg says of a video that passes `filters`."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *decoder, "-i", str(path), "-vf", filters]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *ONLY_FILES, *decoder]
+    command += ["-i", f"file:{path}", "-vf", filters, *options, "-an", "-f", "null", "-"]
     try:
-        done = subprocess.run([*command, *options, "-an", "-f", "null", "-"], capture_output=True, check=False)
+        done = subprocess.run(command, capture_output=True, check=False)
     except (OSError, ValueError) as problem:
         raise InputError(f"{path} cannot be read ({problem}); expected a picture or a video") from None
     return done.stderr.decode(errors="replace")
@@ -142,7 +145,8 @@ def measure_clip(path: str | Path, most: int, fps: float = FPS) -> tuple[int, fl
     """
     filters = f"settb=AVTB,setpts=(PTS-STARTPTS)-{LATE / fps}/TB,fps={fps}:round=up,scale=w=round(360*dar):h=360"
     try:
-        pictures = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", filters, "-frames:v", str(most), "-an"])
+        options = {"input_params": ONLY_FILES, "output_params": ["-vf", filters, "-frames:v", str(most), "-an"]}
+        pictures = imageio_ffmpeg.read_frames(f"file:{path}", **options)
         width, height = next(pictures)["size"]
         return sum(1 for _ in pictures), width / height
     except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration) as problem:
