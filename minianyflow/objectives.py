@@ -97,7 +97,7 @@ def teacher_step_target(
     r: Times,
     s: Times,
     velocity: Velocity,
-    solver: str = "midpoint",
+    solver: str = "heun",
     **condition: Condition,
 ) -> State:
     """The average velocity of one step of the teacher's `velocity` t -> s, then the jump s -> r, r <= s < t.
@@ -144,7 +144,7 @@ class FlowMapLoss:
     Raises InputError for shares, guidance and velocity that do not go together.
     """
 
-    longest_step, solver = 1 / 16, "midpoint"  # of the teacher
+    longest_step, solver = 1 / 16, "heun"  # of the teacher
     shares: Mapping[str, float]
     velocity: Velocity | None = None
     guidance: Guidance | None = None

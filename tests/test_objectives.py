@@ -192,7 +192,7 @@ def test_a_teachers_step_errs_by_its_cube_and_ends_at_r():
     assert gaps[2] / gaps[3] == pytest.approx(8, rel=0.2)
     assert max(gaps) < 4e-4  # 1.3e-4
     loss = FlowMapLoss({"teacher_step": 1.0}, GAUSSIAN.velocity)
-    loss.longest_step = 0.5
+    loss.longest_step, loss.solver = 0.5, "midpoint"
     batch = {"t": t, "r": r, "x": z, "eps": z}
     whole = loss.target("teacher_step", pytest.fail, batch, torch.arange(20), z[:20])[0]  # t - r < .5: no student
     half = (t - r)[:, None] / 2

@@ -19,41 +19,62 @@ def means(report, method, measure="sliced_w2"):
     return dict(zip(NFE, seed_means(report["methods"][method][measure]), strict=True))
 
 
+def committed(name):
+    return json.loads((ROOT / "docs/plane" / name).read_text())
+
+
 def claims(report):
+    """What README says of a run; the bounds are thrice what other seeds read, or compare methods with each other."""
     taught, path = means(report, "teacher_step"), means(report, "teacher_step", "path_error")
-    for nfe, bar in ((1, 0.020), (4, 0.018), (16, 0.013), (64, 0.009)):
-        assert taught[nfe] <= bar, f"flow map at {nfe}: {taught[nfe]:.4f}"
+    consistency, lost = means(report, "consistency"), means(report, "consistency", "path_error")
+    other = committed("fresh.json")
+    for name, found in (("teacher_step, spiral", taught), ("consistency, spiral", {1: consistency[1]})):
+        bars = dict(zip(other["methods"][name]["nfe"], seed_means(other["methods"][name]["sliced_w2"]), strict=True))
+        assert all(found[nfe] < 3 * bars[nfe] for nfe in found if nfe in bars), name
     for fewer, more in ((4, 8), (8, 16), (16, 32), (32, 64)):
         assert path[more] < path[fewer]
+    floor, fresh_noise = (report["floors"][name]["sliced_w2"] for name in ("exact flow", "fresh noise, pooled"))
     for name in ("eulerian", "lagrangian", "semigroup", "mixed", "teacher_step"):  # more steps help every flow map
         flow_map = means(report, name)
         assert flow_map[128] < 0.7 * flow_map[4]
-        assert flow_map[128] < 0.012
-    consistency, lost = means(report, "consistency"), means(report, "consistency", "path_error")
-    pooled, floor = means(report, "consistency", "sliced_w2_pooled"), report["floors"]["fresh noise, pooled"]
-    assert consistency[1] <= 0.015  # no weak baseline
+        assert flow_map[128] < 3 * mean(floor)
+    pooled = means(report, "consistency", "sliced_w2_pooled")
     assert consistency[1] < taught[1]  # the better one-step sampler
-    assert max(pooled.values()) < mean(floor["sliced_w2"]) + 3 * stdev(floor["sliced_w2"])  # as good as it can be seen
+    assert max(pooled.values()) < mean(fresh_noise) + 3 * stdev(fresh_noise)  # as good as it can be seen
     assert min(pooled[nfe] for nfe in NFE[1:]) > pooled[1]  # and more steps do not help it
     assert taught[128] < 0.7 * taught[1]  # as they help the flow map
-    assert taught[128] < 1.3 * mean(report["floors"]["exact flow"]["sliced_w2"])  # to its floor
-    assert lost[1] < 0.05 < 0.8 < lost[2] < 1.5 < lost[4] < lost[128]  # and the path is lost at once
-    euler = means(report, "euler")
-    assert euler[1] == pytest.approx(1.073, rel=0.02)
-    assert euler[8] == pytest.approx(0.090, rel=0.04)
-    assert euler[64] == pytest.approx(0.0115, rel=0.15)
-    assert mean(report["floors"]["exact flow"]["sliced_w2"]) < 0.0045
+    assert taught[128] < 1.3 * mean(floor)  # to its floor
+    assert 10 * lost[1] < lost[2] < lost[4] < lost[128]  # and the path is lost at once
     cost = [report["methods"][name]["evaluations"] for name in METHODS[1:]]
     assert max(cost) <= 1.01 * min(cost)
 
 
 def test_the_committed_run_bears_the_claims_out():
-    claims(json.loads((ROOT / "docs/plane/any_step.json").read_text()))
+    claims(committed("any_step.json"))
+
+
+def test_five_fresh_seeds_bear_the_page_out():
+    """docs/plane.md: consistency ahead at one step on each seed, path errors that fall on each seed and target."""
+    report = committed("fresh.json")
+    methods, taught = report["methods"], report["methods"]["teacher_step, spiral"]
+    assert len(report["seeds"]) == 5
+    assert not set(report["seeds"]) & set(committed("any_step.json")["seeds"])
+    one_step = {name: [seed[0] for seed in method["sliced_w2"]] for name, method in methods.items()}
+    assert max(one_step["consistency, spiral"]) < min(one_step["teacher_step, spiral"])
+    for name in methods:
+        if name.startswith("teacher_step"):
+            assert all(seed == sorted(seed, reverse=True) for seed in methods[name]["path_error"]), name
+    assert seed_means(taught["sliced_w2"])[-1] < 1.3 * report["floors"]["exact flow, spiral"]["sliced_w2"]
 
 
 @pytest.mark.long
 def test_a_fresh_run_bears_the_claims_out(tmp_path):
-    claims(run(output=tmp_path, quiet=True))
+    report = run(output=tmp_path, quiet=True)
+    claims(report)
+    for found, read in zip(
+        means(report, "euler").values(), means(committed("any_step.json"), "euler").values(), strict=True
+    ):
+        assert found == pytest.approx(read, rel=0.01)  # nothing is trained there
 
 
 @pytest.mark.slow
