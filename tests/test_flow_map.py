@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minianyflow.flow_map import end_point, jump, rollout, velocity
+from minianyflow.flow_map import end_point, jump, rollout, tangent, velocity
 from minianyflow.interpolant import clean_from_velocity, data_velocity, interpolate, score_from_velocity
 from minianyflow.measures import path_error, sobol_noise
 from minianyflow.objectives import eulerian_target, lagrangian_target, semigroup_target
@@ -44,7 +44,8 @@ def test_each_target_of_the_exact_map_is_the_exact_map(spiral):
 
 
 def test_tangent_and_score(spiral):
-    z, t, _, _ = states(spiral)
+    z, t, _, r = states(spiral)
+    assert torch.equal(tangent(spiral.average_velocity)(z, t, r), spiral.velocity(z, t))
     assert torch.allclose(score_from_velocity(spiral.velocity(z, t), z, t), spiral.score(z, t), rtol=1e-6)
     assert torch.equal(velocity(spiral.average_velocity, z, t), spiral.velocity(z, t))
     assert largest(spiral.average_velocity(z, t, t - 1e-6), spiral.velocity(z, t)) < 1e-5  # continuous at the diagonal
