@@ -16,10 +16,10 @@ from torch import Tensor
 
 from minianyflow.batch import Batch
 from minianyflow.consistency import ConsistencyLoss
-from minianyflow.interpolant import broadcast_time
+from minianyflow.interpolant import broadcast_time, interpolate
 from minianyflow.measures import sliced_w2
 from minianyflow.notation import Network
-from minianyflow.objectives import DELTA, FlowMapLoss, eulerian_target
+from minianyflow.objectives import DELTA, FlowMapLoss, adaptive_weight, eulerian_target
 from minianyflow.plane.commands import race_options
 from minianyflow.plane.race import (
     BUDGET,
@@ -105,19 +105,19 @@ def continuous_target(
 
 
 class ContinuousLoss(ConsistencyLoss):
-    """Continuous consistency distillation; the tangent is warmed up over `warmup` steps."""
+    """Continuous consistency distillation, at any time; the tangent is warmed up over `warmup` steps."""
 
     calls, warmup = 0, 1000
 
     def __call__(self, u, batch):
         """As ConsistencyLoss."""
-        self.u, self.calls = u, self.calls + 1
-        return super().__call__(u, batch)
-
-    def target(self, z, t, out, condition):
-        """As ConsistencyLoss."""
-        v, warm = self.velocity(z, t, **condition), min(1.0, self.calls / self.warmup)
-        return continuous_target(partial(self.u, **condition), z, t, v, out.detach(), warm)
+        self.calls += 1
+        t, u = batch["t"], partial(u, **batch.get("condition", {}))
+        z, warm = interpolate(batch["x"], batch["eps"], t), min(1.0, self.calls / self.warmup)
+        out, v = u(z, t, torch.zeros_like(t)), self.velocity(z, t, **batch.get("condition", {}))
+        error = (out - continuous_target(u, z, t, v, out.detach(), warm)).square().flatten(1).mean(1)
+        loss = self.weight(t) * error * adaptive_weight(error, self.adaptive)
+        return loss, {"consistency": error.detach().mean()}
 
 
 # Factors on the budget, or None, and settings of the method (race.SETTINGS); all else as in the demo.

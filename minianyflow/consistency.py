@@ -54,11 +54,6 @@ class ConsistencyLoss:
         if self.average is None or self.grid < 1:
             raise InputError("consistency distillation needs average=, an EMA of the student, and grid >= 1")
 
-    def target(self, z: State, t: Times, out: State, condition: dict[str, Condition]) -> State:
-        """The target of the network's output `out` at (z, t)."""
-        s = (t - 1 / self.grid).clamp(min=0)
-        return consistency_target(self.average, z, t, s, self.velocity, self.solver, **condition)
-
     def __call__(self, u: Network, batch: Batch) -> tuple[Losses, Errors]:
         """Weighted losses (B,), and the mean squared error without weights.
 
@@ -67,8 +62,8 @@ class ConsistencyLoss:
         t, condition = batch["t"], batch.get("condition", {})
         if self.form == "discrete":
             t = (t * self.grid).ceil().clamp(min=1) / self.grid
-        z = interpolate(batch["x"], batch["eps"], t)
-        out = u(z, t, torch.zeros_like(t), **condition)
-        error = (out - self.target(z, t, out, condition)).square().flatten(1).mean(1)
+        z, s = interpolate(batch["x"], batch["eps"], t), (t - 1 / self.grid).clamp(min=0)
+        target = consistency_target(self.average, z, t, s, self.velocity, self.solver, **condition)
+        error = (u(z, t, torch.zeros_like(t), **condition) - target).square().flatten(1).mean(1)
         loss = self.weight(t) * error * adaptive_weight(error, self.adaptive)
         return loss, {"consistency": error.detach().mean()}
