@@ -27,6 +27,9 @@ class TokenGroup:
         groups = [distributed.new_group([*range(first, first + size)]) for first in range(0, processes, size)]
         self.rank, self.group = rank % size, groups[rank // size]
 
+    def __deepcopy__(self, memo):
+        return self  # the average of whole weights is of the same processes
+
     @contextmanager
     def sharing(self) -> Iterator[None]:
         """Inside, the blocks of `share_tokens` do so: for what all processes of the group evaluate alike."""

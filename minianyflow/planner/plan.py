@@ -303,7 +303,7 @@ def _changes(config, plan):
     yield [
         plain | ({"memory": memory} if config.stage == "on_policy" else {}) | {"offload": words}
         for memory, *words in moves
-        if words != config.offload or config.stage == "on_policy"
+        if words != config.offload or (config.stage == "on_policy" and memory != config.memory)
     ]
     for rank in (128, 64, 32):
         if config.trained == "lora" and rank < config.rank:
