@@ -33,7 +33,7 @@ from typing_extensions import TypedDict
 
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import LOCK, UNFINISHED, check_json, lock_folder, remove_leftovers
-from minianyflow.wan.guard import any_process, warn
+from minianyflow.wan.guard import agree, warn
 from minianyflow.wan.trainer import loss_state
 
 METADATA, STATE, TENSORS, MANIFEST = ".metadata", "state.json", "state.pt", "manifest.json"
@@ -119,7 +119,7 @@ class Checkpoints:
         older = ", ".join(folder.name for folder in self.folders()) or "none"
         tensors, losses = _tensors(roles), {name: loss_state(role.loss) for name, role in roles.items()}
         checked = [*tensors.values(), *(tensor for state in losses.values() for tensor in state.values())]
-        if any_process(not all(map(_finite, checked)), accelerator):
+        if agree([not all(map(_finite, checked))], accelerator)[0]:
             raise InputError(
                 f"weights are not finite after {done} steps; not saved, and those before are as they were ({older}): "
                 "lower lr, name another folder with output=FOLDER"

@@ -30,6 +30,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ByT5Tokenizer, PretrainedConfig, UMT5Config, UMT5EncoderModel
 from typing_extensions import TypedDict
@@ -262,6 +263,10 @@ def load(source: str | Path, name: str, action: Callable):
             return action()
     except Exception as problem:
         why = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        cause = problem
+        while cause := cause.__cause__ or cause.__context__:  # diffusers says that the hub lacks a file
+            if isinstance(cause, LocalEntryNotFoundError):
+                why = "the hub is not reached, and it was not fetched before"
         todo = "fetch or make it again" if Path(source).is_dir() else "check the name and the network, or give a folder"
         raise InputError(f"the {name} of {source} does not load ({why}); {todo}") from None
 

@@ -51,7 +51,7 @@ class Guard:
     def is_bad(self, losses, norm, accelerator) -> bool:
         """Whether the step of a role is bad on any process. losses: one (B,) per micro-batch."""
         fine = all(bool((loss.isfinite() & (loss <= self.above)).all()) for loss in losses)
-        return any_process(not (fine and math.isfinite(float(norm))), accelerator)
+        return agree([not (fine and math.isfinite(float(norm)))], accelerator)[0]
 
     def record(self, step, role, losses, batch, accelerator) -> None:
         """Write the bad rows of all processes down, and skip the batch or raise InputError. batch: of this process."""
@@ -87,11 +87,6 @@ class Guard:
     def load_state_dict(self, state):
         """Resume from a checkpoint."""
         self.skipped = list(state["skipped"])
-
-
-def any_process(flag: bool, accelerator) -> bool:
-    """Whether `flag` is true on any process."""
-    return agree([flag], accelerator)[0]
 
 
 def agree(flags: list[bool], accelerator) -> list[bool]:

@@ -59,12 +59,12 @@ class Stopwatch:
     """Seconds of training, those before a checkpoint included."""
 
     def __init__(self):
-        self.before, self.start = 0.0, time.perf_counter()
+        self.start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """So far."""
-        return self.before + time.perf_counter() - self.start
+        return time.perf_counter() - self.start
 
     def state_dict(self) -> dict:
         """The seconds, for a checkpoint."""
@@ -72,7 +72,7 @@ class Stopwatch:
 
     def load_state_dict(self, state: dict) -> None:
         """Resume from a checkpoint."""
-        self.before, self.start = state["seconds"], time.perf_counter()
+        self.start = time.perf_counter() - state["seconds"]
 
 
 def run_identity(config: Config, data: LatentSet | Buckets) -> dict:
@@ -165,6 +165,7 @@ def save_run(
     samples = samples * config.sequence_parallel // accelerator.num_processes  # of this process, as the counts are
     frames, channels, high, wide = data.shape
     factor, _ = CODECS.get(channels, CODECS[16])
+    clip = {"frames": 4 * frames - 3, "height": factor * high, "width": factor * wide, "length": data.null.shape[1]}
     for name, role in roles.items():
         _save(folder, name if role.average is None else f"{name}-last", networks, role.network.network)
         if role.average is not None:
@@ -176,12 +177,7 @@ def save_run(
         "batch": config.batch,
         "processes": accelerator.num_processes,
         "distribution": accelerator.distributed_type.value,
-        "clip": {
-            "frames": 4 * frames - 3,
-            "height": factor * high,
-            "width": factor * wide,
-            "length": data.null.shape[1],
-        },
+        "clip": clip,
         "seconds": round(seconds, 1),
         "waiting_for_data": waiting_share(waits),
         "evaluations_a_sample": {

@@ -29,7 +29,7 @@ from minianyflow.on_policy import FakeScoreLoss, OnPolicyLoss, backward_simulati
 from minianyflow.times import draw_pairs, generator
 from minianyflow.training import Role
 from minianyflow.wan.config import Config
-from minianyflow.wan.data.buckets import Buckets
+from minianyflow.wan.data.buckets import GOLDEN, Buckets
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.memory import check_host, choose_memory
 from minianyflow.wan.prefetch import prefetch
@@ -40,7 +40,6 @@ from minianyflow.wan.sampler import sample_while_training
 from minianyflow.wan.trainer import train_run
 
 ROLLOUTS, CONTEXT, WHOLE = 3, 4, 5  # keys (seed, key, step) of random numbers, beside those of the data
-GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly: each objective gets its share of any few steps
 
 
 def teacher(config: Config, networks: RunNetworks, null: dict) -> dict[str, Role]:
@@ -169,7 +168,7 @@ def draws(config: Config, data: LatentSet | Buckets, part: tuple[int, int] = (0,
 
     def draw(step):
         batch = data.draw(step, config.batch, config.seed, part, **pairs)
-        batch["objective_draw"].fill_(step * GOLDEN % 1)  # one objective per step: rows of one cost on every process
+        batch["objective_draw"].fill_(step * GOLDEN % 1)  # one per step: rows of one cost on every process; evenly
         if "dropped" in batch:
             batch = drop_prompts(batch, data.null, config)
         if config.stage == "on_policy":

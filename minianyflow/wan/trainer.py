@@ -107,16 +107,8 @@ def train_run(
             if good:
                 shown.set_postfix_str(f"loss {float(next(v for k, v in figures.items() if '/loss' in k)):.4g}", False)
             done, over = step + 1, deadline is not None and time.time() + max(longest, time.time() - began) > deadline
-            stop, log, save, show = agree(
-                [
-                    bool(received) or launcher_gone() or over,
-                    *(
-                        accelerator.is_main_process and one.due(n)
-                        for one, n in zip(every, (step, done, done), strict=True)
-                    ),
-                ],
-                accelerator,
-            )
+            due = [accelerator.is_main_process and one.due(n) for one, n in zip(every, (step, done, done), strict=True)]
+            stop, log, save, show = agree([bool(received) or launcher_gone() or over, *due], accelerator)
             if good and (log or last or step == 0):
                 numbers = {kind: float(value) for kind, value in figures.items()}
                 history.append(mean_figures(gather_object([numbers])))

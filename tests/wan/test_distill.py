@@ -315,7 +315,7 @@ BAD = {
     ),
     "unwritable": (["bidirectional", "forward", "tiny"], ["output=/proc/run"], "cannot write to /proc/run"),
     "no run": (["bidirectional", "on_policy", "tiny"], ["student=./nowhere"], "no folder ./nowhere"),
-    "another rank": (["bidirectional", "on_policy", "tiny"], ["rank=2"], "rank 4"),
+    "another rank": (["bidirectional", "on_policy", "tiny"], ["rank=2"], "in a run, set rank=4 alpha=4"),
     "whole weights": (["bidirectional", "on_policy", "tiny"], ["student={folder}/wan"], "set trained=full"),
     "adapters": (["bidirectional", "on_policy", "tiny"], ["trained=full"], "holds adapters"),
 }

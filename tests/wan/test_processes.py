@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from minianyflow.support.install import ROOT
 from minianyflow.wan import guard, stages, trainer
 from minianyflow.wan import run as runs
 from minianyflow.wan.commands import distill
+from minianyflow.wan.data.latents import LatentSet, write_latents
 
 STEPS, KINDS = 20, ("plain", "ddp", "shard")
 RUNS = {  # on-policy with one row per process: then processes differ in how often they evaluate a network
@@ -44,6 +46,8 @@ RUNS = {  # on-policy with one row per process: then processes differ in how oft
     for stage in ("teacher", "forward", "on_policy")
 }
 RUNS["causal forward"][1] = "forward-published"  # which rebalances: two processes accumulate it
+MIXED = "bidirectional forward of buckets"
+RUNS[MIXED] = ["bidirectional", "forward"]
 RUNS |= {f"{architecture} whole weights": [architecture, "on_policy"] for architecture in ("bidirectional", "causal")}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -85,8 +89,11 @@ def run_once(kind, *words):
         return figures
 
     def watched_draws(config, data, *part):
-        rows = data.rows
-        data.rows = lambda indices: (seen["rows"].extend(map(int, indices)), rows(indices))[1]
+        for number, one in enumerate(getattr(data, "sets", [data])):
+            one.rows = lambda rows, number=number, read=one.rows: (
+                seen["rows"].extend([number, int(row)] for row in rows),
+                read(rows),
+            )[1]
         return draws(config, data, *part)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -130,9 +137,13 @@ def launch(report, *given, count=2):
 
 @pytest.fixture(scope="module")
 def students(tiny, tmp_path_factory):
-    """A folder with a tiny Wan and runs of the forward stage, for on-policy runs to start from."""
-    folder = tmp_path_factory.mktemp("students")
+    """A folder with a tiny Wan, two buckets, and runs of the forward stage, for on-policy runs to start from."""
+    folder, data = tmp_path_factory.mktemp("students"), LatentSet(tiny / "latents")
     (folder / "wan").symlink_to(tiny)
+    latents, prompts = data.rows(range(8))
+    for frames, rows in ((5, slice(5)), (3, slice(5, 8))):
+        captions = data.captions(range(8))[rows]
+        write_latents(folder / f"mixed/{frames}", latents[rows, :frames], prompts[rows], data.null, captions)
     for name in ("bidirectional forward", "causal forward"):
         assert run_once("plain", *arguments(folder, name, folder / name, 2))["status"] == 0
     return folder
@@ -141,7 +152,8 @@ def students(tiny, tmp_path_factory):
 def arguments(folder, name, output, steps):
     """Arguments of distill for one of RUNS."""
     architecture, stage = RUNS[name]
-    words = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents", f"output={output}", f"steps={steps}"]
+    data = "mixed" if name == MIXED else "wan/latents"
+    words = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/{data}", f"output={output}", f"steps={steps}"]
     if stage == "on_policy":
         words += ["batch=2", f"student={folder}/{architecture} forward", "teacher=null"]
     if stage == "forward-published":
@@ -190,17 +202,24 @@ def assert_same_training(folder, name, kind, plain, halves, steps):
 def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path):
     """SIGTERM reaches one of two processes: both save and stop, then go on, with all offloaded. DDP, and FSDP2.
 
-    The base rests in CPU memory, then processes share it, although they evaluate it unequally often.
+    The base rests in CPU memory, then processes share it, although they evaluate it unequally often. Before: buckets.
     """
-    name, steps, given = "causal on_policy", 4, []
-    plain = run_once("plain", *arguments(students, name, tmp_path / "plain" / name, steps))
+    name, steps, other = "causal on_policy", 4, tmp_path / "buckets"
+    alone, mixed = (arguments(students, MIXED, other / kind / MIXED, STEPS) for kind in KINDS[:2])
+    plain, given = run_once("plain", *arguments(students, name, tmp_path / "plain" / name, steps)), [("ddp", mixed)]
     for kind in KINDS[1:]:
         whole, again = (arguments(students, name, tmp_path / place / name, steps) for place in (kind, f"{kind}-again"))
         again += ["memory=fast"]
         offload = f"offload=[{'states,' * (kind == 'ddp')}blocks"
         shared = [*again, f"{offload}]", "shard_base=true"]
         given += [(kind, whole), (kind, ["sigterm=3", *again, f"{offload},base]"]), (kind, shared)]
-    seen = launch(tmp_path / "report", *given)
+    buckets, *seen = launch(tmp_path / "report", *given)
+    assert_same_training(other, MIXED, "ddp", run_once("plain", *alone), buckets, STEPS)
+    one, two = ([number for number, _ in process["rows"]] for process in buckets)  # of the bucket, two rows per step
+    assert one == two == [number for number in one[::2] for _ in range(2)]
+    counts = Counter(map(tuple, buckets[0]["rows"] + buckets[1]["rows"]))
+    assert len(counts) == 8
+    assert {*counts.values()} <= {STEPS * 4 // 8 + more for more in (-1, 0, 1)}
     assert [[process["status"] for process in each] for each in seen] == 2 * [[0, 0], [143, 143], [0, 0]]
     for kind, halves, resumed in zip(KINDS[1:], seen[::3], seen[2::3], strict=True):
         assert_same_training(tmp_path, name, kind, plain, halves, steps)

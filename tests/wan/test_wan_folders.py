@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, WanPipeline, WanTransformer3DModel
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from minianyflow.networks.causal import CausalNetwork, causal_from
@@ -395,6 +396,16 @@ def test_the_hub_is_asked_only_for_names_and_its_failure_is_one_line(monkeypatch
     with pytest.raises(InputError, match=r"of nobody/nothing does not load \(We could not connect\); check the name"):
         load_transformer("nobody/nothing", "bidirectional")
     assert asked == [("nobody/nothing", "transformer")]
+
+    def offline(**_):
+        try:
+            raise LocalEntryNotFoundError("Cannot find it on disk")
+        except EntryNotFoundError:
+            raise OSError("nobody/nothing does not appear to have a file named config.json.") from None
+
+    monkeypatch.setattr(WanTransformer3DModel, "load_config", offline)
+    with refused(r"nobody/nothing does not load \(the hub is not reached, .*\); check the name and the network"):
+        load_transformer("nobody/nothing", "bidirectional")
 
 
 # The other parts
