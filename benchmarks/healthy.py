@@ -12,7 +12,9 @@ and the distance from held-out clips (w2: sliced W2 x 1000).
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +34,7 @@ from minianyflow.video import report as video
 from minianyflow.video import stages
 from minianyflow.wan.trainer import train_run
 
-SEED, ROWS, CLIPS, LOOKS = 0, 32, 128, 8
+SEEDS, ROWS, CLIPS, LOOKS = (0, 1, 2), 32, 128, 8
 KINDS = {  # {kind of stage: (its healthy run, its parent, learning rate, loss)}
     "teacher": ("teacher", "", 6e-3, {}),
     "flow_map": ("forward", "teacher", 3e-3, stages.EULERIAN),
@@ -54,13 +56,13 @@ LOSSES = {"teacher": "teacher/loss", "flow_map": "student/loss", "on_policy": "s
 KEPT = {"loss", "gradient_norm", "tangent", "eulerian", "distribution matching"}
 
 
-def build(earlier: stages.Earlier, kind: str, changes: dict) -> tuple[dict[str, Role], Callable]:
+def build(earlier: stages.Earlier, kind: str, seed: int, changes: dict) -> tuple[dict[str, Role], Callable]:
     """The roles of a run and its batches, as the stages of small video have them, with `changes`."""
     _, parent, lr, loss = KINDS[kind]
     options = {"lr": changes.get("lr", lr), "options": changes.get("loss", loss)}
     guidance = changes.get("guidance", stages.GUIDANCE)
     stage = stages.Stage(kind, parent, rows=ROWS, stream=11, guidance=guidance, **options)
-    roles, draw = stages.BUILDERS[kind](stage, SEED, earlier)
+    roles, draw = stages.BUILDERS[kind](stage, seed, earlier)
     next(iter(roles.values())).warmup = 10
     if "fake_lr" in changes:
         roles["fake"].lr = changes["fake_lr"]
@@ -90,10 +92,10 @@ def _figures(clips, balls):
     return {name: float(values.square().mean().sqrt()) for name, values in numbers.items()}
 
 
-def train_case(name: str, folder: Path, clips: tuple[Tensor, Tensor]) -> dict:
+def train_case(name: str, seed: int, folder: Path, clips: tuple[Tensor, Tensor]) -> dict:
     """One case: history and measures, as columns, at about LOOKS steps; and the line that stopped it, if one did."""
     kind, steps, changes = CASES[name]
-    roles, draw = build(stages.Earlier(folder), kind, changes)
+    roles, draw = build(stages.Earlier(folder), kind, seed, changes)
     network, measures, history, stopped = next(iter(roles.values())).network, [], [], None
     accelerator = Accelerator(cpu=True)
     accelerator.log = lambda values, step: history.append({"step": step} | values)
@@ -113,13 +115,16 @@ def columns(entries: list[dict]) -> dict[str, list[float]]:
 
 
 def run(folder: str | Path = "outputs/healthy") -> dict:
-    """Train every case; writes healthy.json and a figure per case, all or none."""
+    """Train every case with every seed; writes healthy.json and a figure per case, all or none.
+
+    The report: {case: [what `train_case` returns, per seed]}.
+    """
     torch.set_num_threads(1)
     where, (x, balls) = material("video", Path(folder) / "video")
     clips = x[:CLIPS], balls[:CLIPS]
-    report = {name: train_case(name, where, clips) for name in tqdm(CASES, unit="case")}
+    report = {name: [train_case(name, seed, where, clips) for seed in SEEDS] for name in tqdm(CASES, unit="case")}
     with staging_folder(folder) as unfinished:
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in report.items())
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entries)}" for name, entries in report.items())
         (unfinished / "healthy.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
         for name in CASES:
             save_figure(draw(report, name), unfinished / f"{name}.png", dpi=80, colours=16)
@@ -127,7 +132,10 @@ def run(folder: str | Path = "outputs/healthy") -> dict:
 
 
 def draw(report: dict, name: str) -> Figure:
-    """A case beside the healthy run of its stage, which is grey: losses, gradient norm, and what samples measure."""
+    """A case beside the healthy run of its stage, which is grey: losses, gradient norm, and what samples measure.
+
+    A line per seed.
+    """
     kind = CASES[name][0]
     losses = {LOSSES[kind]: "0", "fake/loss": "1"} if kind == "on_policy" else {LOSSES[kind]: "0"}
     panels = {"loss": ("history", list(losses)), "gradient norm": ("history", [f"{student_of(kind)}/gradient_norm"])}
@@ -135,10 +143,11 @@ def draw(report: dict, name: str) -> Figure:
     figure = Figure((15, 3), layout="constrained")
     for axes, (title, (part, keys)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for who in dict.fromkeys((HEALTHY[kind], name)):
-            columns, colour = report[who][part], "0.6" if who == HEALTHY[kind] else COLOURS["consistency"]
-            for key, line in zip(keys, ("-", ":"), strict=False):
-                label = f"{key.replace('student/', '')}, {who}"
-                axes.plot(columns["step"], columns[key], line, marker="o", markersize=3, color=colour, label=label)
+            colour = "0.6" if who == HEALTHY[kind] else COLOURS["consistency"]
+            for (number, entry), (key, line) in product(enumerate(report[who]), zip(keys, ("-", ":"), strict=False)):
+                label = None if number else f"{key.replace('student/', '')}, {who}"
+                style = {"marker": "o", "markersize": 3, "linewidth": 1, "color": colour, "label": label}
+                axes.plot(entry[part]["step"], entry[part][key], line, **style)
         axes.set_title(title, fontsize=14)
         axes.set_xlabel("step", fontsize=12)
         if part == "history":
@@ -152,16 +161,24 @@ def draw(report: dict, name: str) -> Figure:
 
 
 def table(report: dict) -> str:
-    """The first and the last figures of all cases."""
+    """The first and the last figures of all cases: means of the seeds (the range of the last)."""
     rows = []
     for name, (kind, *_) in CASES.items():
-        history, measures = report[name]["history"], report[name]["measures"]
-        losses = [history[LOSSES[kind]], history.get("fake/loss"), history[f"{student_of(kind)}/gradient_norm"]]
-        cells = [f"{values[0]:.3g} to {values[-1]:.3g}" if values else "" for values in losses]
-        rows.append([name, *cells, *(f"{measures[key][-1]:.2f}" for key in ("spread", "motion", "size"))])
-        rows[-1].append(f"{measures['w2'][-1]:.0f}")
+        cells = []
+        for key in (LOSSES[kind], "fake/loss", f"{student_of(kind)}/gradient_norm"):
+            values = [entry["history"][key] for entry in report[name] if key in entry["history"]]
+            first = f"{fmean(one[0] for one in values):.3g} to " if values else ""
+            cells.append(first + mean_and_range([one[-1] for one in values], ".3g"))
+        for key, form in (("spread", ".2f"), ("motion", ".2f"), ("size", ".2f"), ("w2", ".0f")):
+            cells.append(mean_and_range([entry["measures"][key][-1] for entry in report[name]], form))
+        rows.append([name, *cells])
     header = ["run", "loss", "of the fake score", "gradient norm", "spread", "motion", "size", "distance"]
     return markdown_table(header, rows)
+
+
+def mean_and_range(values: list[float], form: str) -> str:
+    """The mean (largest - smallest) as text; of no values an empty one."""
+    return f"{fmean(values):{form}} ({max(values) - min(values):{form}})" if values else ""
 
 
 def student_of(kind: str) -> str:
