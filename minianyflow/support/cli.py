@@ -5,6 +5,7 @@ This module needs nothing but Python until a command that needs more is run: `se
 
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
@@ -170,9 +171,16 @@ def utf8(text):
     return text
 
 
+def seed(text):
+    """A whole number that a random generator takes, as the type of an argument."""
+    if not re.fullmatch(r"-?[0-9]{1,15}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at most 15 digits")
+    return int(text)
+
+
 def whole_numbers(text):
     """'0,1,2' to (0, 1, 2), as the type of an argument."""
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
+        return tuple(seed(part.strip()) for part in text.split(","))
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r}; expected numbers with commas between, like 0,1,2") from None

@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import warnings
 from itertools import cycle
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from minianyflow.support.errors import InputError, choose
 
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a caption in a script that no font here has
 # Okabe and Ito's palette: distinct with any colour vision.
 COLOURS = {
     "exact": "#000000",

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 
-from minianyflow.support.cli import Parser, utf8
+from minianyflow.support.cli import Parser, seed, utf8
 from minianyflow.support.errors import InputError
 
 SOURCES = "run folder, exported pipeline, or name on the hub like nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers"
@@ -178,7 +178,7 @@ def make_tiny_wan(argv: list[str]) -> int:
     """Make a tiny Wan: a pipeline folder in Wan2.1's layout, of random weights, with captioned videos and latents."""
     parser = Parser("minianyflow make-tiny-wan", description=make_tiny_wan.__doc__)
     parser.add_argument("output", metavar="OUT", help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other weights and clips (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="another seed, other weights and clips (default: 0)")
     arguments = parser.parse_args(argv)
     from minianyflow.wan import folders
     from minianyflow.wan.data.latents import LatentSet
@@ -194,7 +194,7 @@ def make_tiny_wan(argv: list[str]) -> int:
 def _sampling_options(parser, output):
     for name, words in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"{words} (default: the source's, or Wan2.1's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for all (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise, the same for all (default: 0)")
     parser.add_argument("--output", default=output, metavar="OUT", help=f"folder (default: {output})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on a GPU, fp32 on a CPU)")

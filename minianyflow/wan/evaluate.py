@@ -66,8 +66,8 @@ def evaluate(
     """
     check_numbers(steps, frames=(clip or {}).get("frames"))
     for name, number in (("videos", videos), ("batch", batch), ("guidance", guidance)):
-        if not number >= 1:
-            raise InputError(f"{name} {number}; expected at least 1")
+        if not 1 <= number <= 10**6:
+            raise InputError(f"{name} {number}; expected at least 1, at most a million")
     steps, names, texts = sorted(set(steps)), labelled(sources), list(dict.fromkeys(read_prompts(file=prompts)))
     clips = {name: identify(name)[1] | (clip or {}) for name in names.values()}
     sizes = {name: "{frames} x {height} x {width}".format(**size) for name, size in clips.items()}

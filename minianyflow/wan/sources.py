@@ -47,7 +47,7 @@ class ExportedLora(TypedDict):
     shift: float
 
 
-MOST_STEPS = 10**5
+MOST_STEPS, LONGEST = 10**5, 10**5
 EXPECTED = "the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
 
 
@@ -150,8 +150,9 @@ def check_clip(source: Source, clip: dict[str, int], context: int = 0) -> None:
     frames, chunks = (clip["frames"] - 1) // 4 + 1, ()
     if causal:
         chunks = chunk_partition(frames, source.config.causal.first, source.config.causal.rest, ragged=True)
-    if not causal and frames > size.rope_max_seq_len:
-        raise InputError(f"{clip['frames']} frames; expected at most {4 * size.rope_max_seq_len - 3}")
+    most = size.rope_max_seq_len  # positions along each axis
+    if not causal and frames > most:
+        raise InputError(f"{clip['frames']} frames; expected at most {4 * most - 3}")
     coarse = causal and compressed_chunks(chunks, size.full_chunk_limit)
     _, *patches = size.compressed_patch_size if coarse else size.patch_size
     for side, patch in zip(("height", "width"), patches, strict=True):
@@ -159,8 +160,10 @@ def check_clip(source: Source, clip: dict[str, int], context: int = 0) -> None:
         if clip[side] < 1 or clip[side] % multiple:
             expected = f"a multiple of {multiple}: the codec's {source.factor}, patches of {patch}"
             raise InputError(f"{side} {clip[side]}; expected {expected}")
-    if clip["length"] < 1:
-        raise InputError(f"length {clip['length']}; expected at least 1 token, 512 for Wan2.1")
+        if clip[side] > (largest := most * source.factor * size.patch_size[-1]):
+            raise InputError(f"{side} {clip[side]}; expected at most {largest}, which the model has places for")
+    if not 1 <= clip["length"] <= LONGEST:
+        raise InputError(f"length {clip['length']}; expected 1 to {LONGEST} tokens, 512 for Wan2.1")
     if context >= clip["frames"]:
         raise InputError(f"a start of {context} frames in a clip of {clip['frames']}; expected fewer, or more frames")
     ends = [4 * sum(chunks[:count]) - 3 for count in range(1, len(chunks))]

@@ -403,6 +403,8 @@ def test_bad_input_is_one_line(folder, made, evaluate, capsys, tmp_path):
         (["eulerian", "--videos", 0], "videos 0; expected at least 1"),
         (["eulerian", "--batch", -1], "batch -1; expected at least 1"),
         (["eulerian", "--guidance", 0.5], "guidance 0.5; expected at least 1"),
+        (["eulerian", "--guidance", "inf"], "guidance inf; expected at least 1, at most a million"),
+        (["eulerian", "--videos", 10**13], "at most a million"),
         (["eulerian", "--frames", 16], "frames 16; expected 4 n"),
         (["eulerian", tmp_path / "short"], r"clips of 17 x 16 x 16 \(eulerian\), 13 x 16 x 16 \(.*; expected one"),
         (["teacher", "--guidance", 2, "--data", tmp_path / "same"], "does not say of which text its null prompt is; "),

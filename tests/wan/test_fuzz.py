@@ -1,5 +1,6 @@
 """Hostile inputs and places, the same in every run: each is read, or refused in one line; none ends in a traceback."""
 
+import codecs
 import copy
 import json
 import os
@@ -357,6 +358,7 @@ def full():
 
 def nobody():
     """Another user, as far as this one may become one."""
+    codecs.lookup("utf-8-sig")  # loaded while this Python itself may be read
     if os.geteuid() == 0:
         os.setuid(65534)
 

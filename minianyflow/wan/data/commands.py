@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from minianyflow.support.cli import Parser
+from minianyflow.support.cli import Parser, seed
 from minianyflow.support.errors import InputError
 
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -38,7 +38,7 @@ def prepare_latents(argv) -> int:
     add("--limit", type=int, metavar="N", help="the first N clips only")
     add("--skip", type=float, default=0.1, metavar="SHARE", help="stop if more is skipped (default: 0.1 of the clips)")
     add("--links", action="store_true", help="take files that are links out of the folder of the videos, too")
-    add("--seed", type=int, default=0, help="which clips the contact sheet shows (default: 0)")
+    add("--seed", type=seed, default=0, help="which clips the contact sheet shows (default: 0)")
     add("--dry-run", action="store_true", help="say how much disk and time it takes, and stop")
     add("--verify", action="store_true", help="check a finished OUT")
     arguments = parser.parse_args(argv)
