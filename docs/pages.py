@@ -38,6 +38,7 @@ TABLES = {  # {page: {name: arguments of `table`}}
     "docs/video.md": {
         "any_step": (_TABLES + "video_table", _VIDEO),
         "motion": (_TABLES + "video_motion", "video/motion.json"),
+        "draws": (_TABLES + "video_draws", "video/motion.json", "draws"),
         "tries": ("benchmarks.motion:table", "video/motion_tries.json"),
         "costs": (_TABLES + "video_costs", _VIDEO),
         "causal": (_TABLES + "video_causal", _VIDEO),

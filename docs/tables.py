@@ -22,6 +22,7 @@ ROWS = {
     "sliced_w2": "sliced W2 of latents",
     "path_error": "distance to own sample of 128 steps",
     "temporal_roughness": "roughness in time",
+    "persistence": "flow that the next latent frame keeps",
     "frechet": "Frechet distance of latents",
 }
 
@@ -67,6 +68,18 @@ def video_motion(report: dict) -> str:
     rows += [row(name, by_seed) for name, by_seed in report["methods"].items()]
     names = (name.replace("_", " ") for name in MOTION_MEASURES)
     return markdown_table(["one ball (two balls)", *names, "sliced W2 x 1000"], rows)
+
+
+def video_draws(report: dict) -> str:
+    """What networks that keep velocities keep: the mean over draws, and their range."""
+
+    def cell(draws, prompt, measure):
+        values = [draw[prompt][measure] for draw in draws]
+        return f"{mean(values):.2f} ({max(values) - min(values):.2f})"
+
+    columns = [(prompt, measure) for prompt in ("one ball", "two balls") for measure in ("straight", "kept", "right")]
+    rows = [[name.replace("_", "-"), *(cell(draws, *column) for column in columns)] for name, draws in report.items()]
+    return markdown_table(["evaluations", *(f"{prompt}: {measure}" for prompt, measure in columns)], rows)
 
 
 def video_costs(report: dict) -> str:

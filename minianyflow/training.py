@@ -26,9 +26,9 @@ from minianyflow.support.muon import Muon
 class Role:
     """network: u(z, t, r). loss: `loss(network, batch) -> losses (B,), errors by name`; may be set later.
 
-    AdamW at `lr`, times a linear warm-up over `warmup` steps, times a cosine that falls to zero over the whole run if
-    `cosine`. muon: instead, with this learning rate, same warm-up and cosine, square weights (n, n), or stacks of them
-    (S, n, n), step by `Muon`, momentum .95, without decay. clip: largest gradient norm.
+    AdamW at `lr`, times a linear warm-up over `warmup` steps, times a cosine that falls to zero, of which the run takes
+    the share `cosine`; 0: none. muon: instead, with this learning rate, same warm-up and cosine, square weights (n, n),
+    or stacks of them (S, n, n), step by `Muon`, momentum .95, without decay. clip: largest gradient norm.
     average: the moving average of the weights with decay `ema`, from step `ema_after` on, to sample from. With
     ema=None there is none. offload: see `states`. Raises InputError for a network without weights to train.
     """
@@ -40,7 +40,7 @@ class Role:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup: int = 200
-    cosine: bool = True
+    cosine: float = 1.0
     clip: float | None = None
     ema: float | None = 0.999
     ema_after: int = 0
@@ -61,7 +61,7 @@ class Role:
     def schedule(self, step: int, steps: int, rate: float | None = None) -> float:
         """The learning rate at `step` of `steps`; rate: the highest, by default `lr`."""
         rate = (self.lr if rate is None else rate) * min(1.0, (step + 1) / max(self.warmup, 1))
-        return rate * (0.5 * (1 + math.cos(math.pi * step / steps)) if self.cosine else 1.0)
+        return rate * 0.5 * (1 + math.cos(math.pi * step / steps * self.cosine))
 
     def update(self, step: int, steps: int, optimizer: object = None) -> None:
         """One optimiser step along the gradients, and one of the average. optimizer: the role's own, wrapped."""

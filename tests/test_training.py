@@ -169,6 +169,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert role.schedule(50, 100) == pytest.approx(0.5)
     assert role.schedule(99, 100) < 1e-3
     assert student(lr=1.0, warmup=0, cosine=False).schedule(99, 100) == 1.0
+    assert student(lr=1.0, warmup=0, cosine=0.5).schedule(100, 100) == pytest.approx(0.5)
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ class Dense(nn.Module):
     """A residual network on all numbers of a clip, modulated by its times and its prompt.
 
     shape: (F, C, H, W) of a clip. inner: width of what the times become. prompt: (L, D); (): it sees no prompt, no r.
-    half: gradients are computed in bfloat16, which new processors multiply faster; samples always in float32.
+    half: gradients are computed in bfloat16, which new processors multiply faster; samples in float32, if not inside
+    autocast.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Dense(nn.Module):
         if [*z.shape[1:]] != self.config["shape"]:
             expected = f"(B, {', '.join(map(str, self.config['shape']))}): a dense network takes clips of one size"
             raise InputError(f"latents {tuple(z.shape)}; expected {expected}")
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.half and torch.is_grad_enabled()):
+        half = torch.is_autocast_enabled(z.device.type) or (self.half and torch.is_grad_enabled())
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=half):
             embedded = self.time[0](_phases(t))
             if self.config["prompt"]:
                 embedded = embedded + self.target(_phases(r)) + self.text(prompt.flatten(1))

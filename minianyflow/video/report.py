@@ -137,10 +137,11 @@ def run(
 ) -> dict:
     """Sample and measure every trained network in `weights`; writes and returns the report, any_step.json.
 
-    names: stages, all by default; every seed that is there. extras: all measures beside sliced W2, the teacher guided
-    and its exact ODE, long clips and stock's padding for causal students, and the pictures. All files or none.
+    names: stages, by default all that are there; every seed that is there. extras: all measures beside sliced W2, the
+    teacher guided and its exact ODE, long clips and stock's padding for causal students, and the pictures. All files
+    or none.
     """
-    names = [name for name, stage in STAGES.items() if stage.kind != "codec"] if names is None else list(names)
+    names = trained_in(weights) if names is None else list(names)
     if min(nfes, default=0) < 1 or not {*nfes} & {*CAUSAL_NFE}:
         raise InputError(f"step counts {(*nfes,)}; expected 1 or more, with one of {CAUSAL_NFE}: causal take those")
     codec_path = path_of(weights, "codec")
@@ -196,6 +197,12 @@ def padding(name: str, results: dict) -> dict:
     (ours, our_ends), (stock, stock_ends) = results[name, 0], results[name, "padded"]
     difference = (our_ends[PADDED] - stock_ends[PADDED]).square().mean().sqrt()
     return {"ours": ours[PADDED], "stock": stock[PADDED], "root_mean_square_difference": float(difference)}
+
+
+def trained_in(weights: str | Path) -> list[str]:
+    """The stages after the codec that a folder holds; all, if it holds none: reading them names what is missing."""
+    names = [name for name, stage in STAGES.items() if stage.kind != "codec"]
+    return [name for name in names if any(path_of(weights, name, s).exists() for s in STAGES[name].seeds)] or names
 
 
 def seeds_in(weights: str | Path, name: str) -> Sequence[int]:

@@ -42,7 +42,7 @@ from toy_data import blobs
 
 WEIGHTS = Path(blobs.__file__).parent / "video"  # of the committed run
 CLIPS = 16384  # encoded once, for all stages
-DENSE_CLIPS = 4  # times as many, for dense networks
+DENSE_CLIPS, TWO = 4, 0.65  # for dense networks: times as many, share of rows with two balls
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ STAGES = {
     "causal_on_policy": Stage("causal_on_policy", "causal", 100, 64, 1e-4, THREE, stream=3, guidance=GUIDANCE),
     "causal_gradient": Stage("causal_on_policy", "causal", 100, 64, 1e-4, (0,), GRADIENT, 3, GUIDANCE),
     "causal_forward_only": Stage("causal", "causal", 227, options=EULERIAN, stream=6, guidance=GUIDANCE),
-    "inertia_teacher": Stage("dense_teacher", "codec", 40000, 256, lr=2e-3),
-    "inertia": Stage("dense", "inertia_teacher", 8000, 256, lr=2e-3, options=EULERIAN),
+    "inertia_teacher": Stage("dense_teacher", "codec", 52500, 256, lr=3e-3),
+    "inertia": Stage("dense", "inertia_teacher", 2000, 128, lr=2e-3, options=EULERIAN),
 }
 
 
@@ -115,12 +115,15 @@ class Earlier:
         self.latents, self.balls = data["latents"], data["balls"]
         self.prompts = TextEncoder()(["", *blobs.PROMPTS])  # (3, L, D); number 0 is the null prompt
 
-    def batch(self, rows: int, source: torch.Generator, drop: float = 0.0, **pairs):
+    def batch(self, rows: int, source: torch.Generator, drop: float = 0.0, two: float | None = None, **pairs):
         """x, eps (rows, 5, 4, 4, 4), pairs of times, and prompts, with probability `drop` the null prompt.
 
-        pairs: of `draw_pairs`; with `known`, that share of rows knows its first frame.
+        two: share of clips of two balls, by default the data's. pairs: of `draw_pairs`; with `known`, that share of
+        rows knows its first frame.
         """
         index = torch.randint(len(self.latents), (rows,), generator=source)
+        if two is not None:  # clips of one ball and of two take turns
+            index = index - index % 2 + (torch.rand(rows, generator=source) < two)
         dropped = torch.rand(rows, generator=source) < drop
         prompt = self.prompts[torch.where(dropped, 0, self.balls[index])]
         x = self.latents[index]
@@ -214,13 +217,18 @@ def build_on_policy(stage: Stage, seed: int, earlier: Earlier) -> Built:
 
 def build_dense(stage: Stage, seed: int, earlier: Earlier) -> Built:
     """Flow matching on data, or the forward stage, of a dense network that puts out the clean clip."""
+    options = {"two": TWO}
     if stage.kind == "dense":
-        network, loss, options = earlier.network(stage.parent), earlier.forward(stage, stage.parent), {}
+        network, loss, share = earlier.network(stage.parent), earlier.forward(stage, stage.parent), 2 / 7
+        loss.velocity = torch.autocast("cpu", torch.bfloat16)(loss.velocity)  # no difference of it is taken
+        loss.weight, options = torch.ones_like, options | {"diagonal": 0.4, "end": 0.2}  # the first jump counts, too
     else:
         torch.manual_seed(seed)
-        network = FromClean(Dense(192, 32, shape=earlier.latents.shape[1:], prompt=earlier.prompts.shape[1:]))
-        loss, options = FlowMapLoss({}, weight=torch.ones_like), FLOW_MATCHING
-    return {"dense": _role(network, stage, loss)}, earlier.draw(stage, seed, **options)
+        network = FromClean(Dense(256, 32, shape=earlier.latents.shape[1:], prompt=earlier.prompts.shape[1:]))
+        loss, share = FlowMapLoss({}, weight=torch.ones_like), 3 / 4
+        options |= FLOW_MATCHING | {"diagonal_time": "logit_normal"}  # most of motion is decided amid
+    # each was stopped before its rate had fallen to zero, at these shares of the fall; its average is what is kept
+    return {"dense": _role(network, stage, loss, ema=0.999, cosine=share)}, earlier.draw(stage, seed, **options)
 
 
 def _role(network, stage, loss, lr=None, ema=0.99, **options):
