@@ -246,10 +246,11 @@ def test_a_kernel_ends_when_its_notebook_is_closed(browser, lab):
         open_notebook(page, lab, "closed.ipynb")
         own = page.evaluate(f"{KERNEL}.id")
         assert own in kernels()
-        page.evaluate("jupyterapp.shell.currentWidget.close()")
-        end = time.monotonic() + 60
+        page.evaluate("() => { jupyterapp.shell.currentWidget.close() }")
+        page.click(".jp-Dialog button:has-text('Discard')")  # JupyterLab asks whether to save it
+        end = time.monotonic() + 120
         while own in kernels() and time.monotonic() < end:
-            time.sleep(0.1)
+            page.wait_for_timeout(200)
         assert own not in kernels()
 
 
