@@ -111,7 +111,7 @@ def execute(path: Path, figures=None) -> nbformat.NotebookNode:
 
     notebook = nbformat.read(path, as_version=4)
     environment = os.environ | ({FIGURES: str(Path(figures).resolve())} if figures else {})
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False)
+    client = NotebookClient(notebook, timeout=600, startup_timeout=600, kernel_name="python3", record_timing=False)
     try:
         client.execute(env=environment, cwd=str(path.parent))
     except CellExecutionError as problem:

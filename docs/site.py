@@ -89,6 +89,7 @@ def build(output="outputs/site", quiet: bool = False) -> Path:
 
 SETTINGS = {
     "project": "minianyflow",
+    "author": "the minianyflow authors",
     "extensions": ["myst_nb", "docs.site"],
     "html_theme": "sphinx_book_theme",
     "html_title": "minianyflow: any-step generation",
