@@ -248,6 +248,8 @@ def notebook_source(path: Path, pages: dict) -> dict:
             continue
         if cell["metadata"].get("jupyter", {}).get("outputs_hidden"):
             cell["metadata"]["tags"] = ["hide-output"]
+        if "except ModuleNotFoundError" in text:  # the cell that installs
+            cell["metadata"]["tags"] = ["hide-input"]
         scene = re.search(r"^scenes\.(\w+)\(", text, re.M)
         after = next(("".join(other["source"]) for other in cells[k + 1 :] if other["cell_type"] == "markdown"), "")
         for output in cell["outputs"]:

@@ -424,7 +424,9 @@ def test_a_finger_moves_a_noise_and_scrolls_elsewhere_and_keys_do_as_well(browse
         moved = page.evaluate(noise)
         assert moved[1] > y + 0.1
         assert page.evaluate("scrollY") == 0
-        swipe([2.3, -2.3], -200)
+        x, y = page.evaluate(WHERE, [2.3, -2.3])
+        gesture = {"x": x, "y": y, "yDistance": -200, "gestureSourceType": "touch"}
+        send("Input.synthesizeScrollGesture", gesture)
         page.wait_for_function("scrollY > 20")
         assert page.evaluate(noise) == moved
         page.locator(f"{PLAYER} canvas").first.press("1")
