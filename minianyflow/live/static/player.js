@@ -124,7 +124,9 @@ class Plane {
       return (far(best) * canvas.clientWidth) / (2 * spec.limit) < 24 ? best : -1;
     };
     const inside = (place) => place.map((value) => clamp(value, -spec.limit, spec.limit));
-    canvas.ontouchstart = (event) => nearest(event.touches[0]) >= 0 && event.preventDefault(); // elsewhere the page scrolls
+    canvas.ontouchstart = (event) => {
+      if (nearest(event.touches[0]) >= 0) event.preventDefault(); // elsewhere the page scrolls: a handler that returns false would stop it
+    };
     canvas.onpointerdown = (event) => {
       const best = nearest(event);
       if (event.button || best < 0) return;
