@@ -52,7 +52,7 @@ def audit():
 
     Wrong are versions with a known vulnerability, and a Python that the lock does not install on. Both need a network.
     """
-    listed, wrong = ROOT / "build/audit.txt", []
+    listed, wrong, skipped = ROOT / "build/audit.txt", [], []
     listed.parent.mkdir(exist_ok=True)
     listed.write_text(f"{AUDIT}\n")
     try:
@@ -63,6 +63,7 @@ def audit():
     done = _quiet(*command, "--requirement", ROOT / "requirements.txt")
     try:
         for package in json.loads(done.stdout)["dependencies"]:
+            skipped += [package["skip_reason"]] if "skip_reason" in package else []
             for known in package.get("vulns", ()):
                 fixed = ", ".join(known["fix_versions"]) or "none yet"
                 wrong.append(f"{package['name']} {package['version']}: {known['id']}; fixed in {fixed}")
@@ -73,7 +74,7 @@ def audit():
         install = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--require-hashes"]
         if (done := _quiet(*install, *where, "-r", ROOT / LOCK)).returncode:
             wrong.append(f"the lock does not install on Python {version}: {_last_line(done)}")
-    return wrong, []
+    return wrong, [f"{len(skipped)} packages not audited: {skipped[0]}"] if skipped else []
 
 
 def _quiet(*command):

@@ -1,11 +1,13 @@
 """What is installed, pinned and imported agrees with what is said."""
 
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -125,3 +127,28 @@ def test_set_up_does_nothing_where_it_is_done_and_names_what_failed(tmp_path, mo
     monkeypatch.setattr(install.sys, "version_info", (3, 10, 0))
     with pytest.raises(InputError, match=r"expected 3\.11 or newer"):
         install.setup()
+
+
+@pytest.mark.parametrize("found", ["known", "skipped", "none", "no network"])
+def test_an_audit_names_what_is_known_and_what_it_could_not_look_up(tmp_path, monkeypatch, found):
+    packages = {
+        "known": {"name": "x", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]},
+        "skipped": {"name": "x", "skip_reason": "not found"},
+        "none": {"name": "x", "version": "1", "vulns": []},
+    }
+    report = json.dumps({"dependencies": [packages[found]]}) if found in packages else ""
+
+    def quiet(*command):
+        audits = "pip_audit" in command
+        said = "warning\nno such host" if audits else "no wheel"
+        return SimpleNamespace(stdout=report, stderr=said, returncode=int("3.14" in command))
+
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install, "_environment", lambda *given: "python")
+    monkeypatch.setattr(install, "_quiet", quiet)
+    wheels = [] if found == "no network" else ["the lock does not install on Python 3.14: no wheel"]
+    unknown = {"skipped": ["1 packages not audited: not found"], "no network": ["not audited: no such host"]}
+    assert install.audit() == (
+        ["x 1: CVE-1; fixed in 2"] * (found == "known") + wheels,
+        unknown.get(found, []),
+    )
