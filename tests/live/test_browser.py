@@ -174,7 +174,7 @@ def test_a_stream_goes_on_while_hands_change_it(stage):
     """The frame's number never falls; steps and prompt that are moved on the way are those of the next chunks."""
     page = run_in(stage, "from minianyflow.live import scenes\nscenes.stream()")
     shown = "document.querySelector('.lm-bar output:last-of-type').textContent.split('= ')[1]"
-    page.evaluate(f"() => {{ window.heard = []; setInterval(() => heard.push(Number({shown})), 5); }}")
+    page.evaluate(f"() => {{ window.heard = []; window.hears = setInterval(() => heard.push(Number({shown})), 5); }}")
     page.click(".lm-bar button >> text=Play")
     page.wait_for_function("() => heard.at(-1) > 24")
     move(controls(page)["steps a chunk"])
@@ -185,6 +185,7 @@ def test_a_stream_goes_on_while_hands_change_it(stage):
     heard = page.evaluate("() => heard")
     assert heard == sorted(heard)
     assert page.locator(".lm-measures b").count() == 3
+    page.evaluate("() => clearInterval(hears)")
     page.click(".lm-bar button >> text=Pause")
     is_well(page)
 
