@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from diffusers import LTXVideoTransformer3DModel, SD3Transformer2DModel
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks.backbones import Backbone, FlowMapBackbone, call_ltx, call_sd3
@@ -113,7 +114,7 @@ def race(family, seed, on_policy=True):
     def copied(u):
         return copy.deepcopy(u).requires_grad_(True)
 
-    stock = EvaluationCounter(None)
+    stock = EvaluationCounter(nn.Identity())  # of the teacher, when it is learnt
     teacher = role(Backbone(transformer, call, TINY_TIMESTEPS), FlowMapLoss({}))
     stock.network = learn("teacher", TEACHER, {"teacher": teacher}, diagonal=1.0, end=0.0)
     real = partial(velocity, stock)

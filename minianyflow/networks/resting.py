@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import distributed, nn
 
+from minianyflow.networks.sequence import TIMEOUT
 from minianyflow.support import host
 
 ALIGNED = 16  # bytes: where a weight of any dtype may begin
@@ -28,7 +29,8 @@ class RestingBlocks:
 
     def __init__(self, transformer: nn.Module, device: torch.device | str, shared: bool = False):
         self.device, self.shared, self.blocks, self.ahead = device, shared, [], {}
-        self.ballots = distributed.new_group(backend="gloo") if shared else None  # of CPUs: no GPU waits for a vote
+        # a group of CPUs: no GPU waits for a vote
+        self.ballots = distributed.new_group(backend="gloo", timeout=TIMEOUT) if shared else None
         for number, block in enumerate(transformer.blocks):
             self.blocks.append(self._rest(block))
             block.forward = partial(self._run, number, block.forward)

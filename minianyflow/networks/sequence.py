@@ -11,6 +11,7 @@ inside as well as outside.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -18,13 +19,16 @@ from torch import Tensor, distributed, nn
 
 from minianyflow.support.errors import InputError
 
+TIMEOUT = timedelta(days=1)  # one process samples while the others wait, longer than the ten minutes of NCCL
+
 
 class TokenGroup:
     """The `size` processes, with neighbouring numbers, that share a clip; on inside `sharing` alone."""
 
     def __init__(self, size: int):
         processes, rank, self.size, self.on = distributed.get_world_size(), distributed.get_rank(), size, False
-        groups = [distributed.new_group([*range(first, first + size)]) for first in range(0, processes, size)]
+        starts = range(0, processes, size)
+        groups = [distributed.new_group([*range(first, first + size)], timeout=TIMEOUT) for first in starts]
         self.rank, self.group = rank % size, groups[rank // size]
 
     def __deepcopy__(self, memo):

@@ -293,12 +293,14 @@ def _changes(config, plan):
             changes = checkpointed | {"accumulate": number}
             yield [changes]
     plain = changes
-    if plan.gpus > 1 and can_rest and "base" not in config.offload:
-        changes = changes | {"shard_base": True}
+    if plan.gpus > 1 and can_rest and "base" not in config.offload and not config.shard_base:
+        unequal = config.stage == "on_policy" and not config.on_policy.shared_rollout
+        changes = changes | {"shard_base": True} | ({"on_policy.shared_rollout": True} if unequal else {})
         yield [changes]
     if plan.gpus > 1 and not plan.sharded:
         changes = {"sharded": True} | changes
         yield [changes]
+    can_rest = can_rest and not config.shard_base
     moves = [] if plan.sharded else [way for way in ways(config.stage) if "base" not in way or can_rest]
     yield [
         plain | ({"memory": memory} if config.stage == "on_policy" else {}) | {"offload": words}

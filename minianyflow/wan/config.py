@@ -309,6 +309,9 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
     yield c.base_dtype == "int8" and c.trained == "full", "base_dtype trained", why
     why = "frozen weights rest in one place; leave base out, or set shard_base=false"
     yield c.shard_base and "base" in c.offload, "shard_base offload", why
+    why = "processes would evaluate unequally often and wait for each other for ever; set on_policy.shared_rollout=true"
+    unequal = c.stage == "on_policy" and c.shard_base and not c.on_policy.shared_rollout
+    yield unequal, "shard_base on_policy.shared_rollout", why
     yield c.warmup >= c.steps, "warmup steps", "lr would never be reached; set warmup lower"
     yield c.ema_after >= c.steps, "ema_after steps", "the average would never begin; set ema_after lower"
     yield c.ema == 1, "ema", "the average would never move; set ema lower, like 0.999"

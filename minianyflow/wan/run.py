@@ -13,7 +13,6 @@ import json
 import math
 import os
 import time
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import TypedDict
 
 from minianyflow.networks.lora_roles import merge_role
+from minianyflow.networks.sequence import TIMEOUT
 from minianyflow.networks.weights import fingerprint, load_role, save_role
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import read_json, remove_leftovers, staging_folder
@@ -50,9 +50,6 @@ class Run(TypedDict):
     steps: Count
     clip: Clip
     history: list[dict]
-
-
-TIMEOUT = timedelta(days=1)  # one process samples while the others wait, longer than the ten minutes of NCCL
 
 
 class Stopwatch:
@@ -105,7 +102,7 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet | Buckets, Checkpoin
     device = find_device(config.device)
     torch.set_float32_matmul_precision("high")  # adapters are float32
     tracker = None if config.log.tracker == "none" else config.log.tracker
-    unused = DistributedDataParallelKwargs(find_unused_parameters=config.architecture == "causal")  # coarse patches
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.architecture == "causal" or config.shard_base)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",  # wan.Autocast, where weights are float32
@@ -113,8 +110,12 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet | Buckets, Checkpoin
         project_dir=config.output,
         kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
-    if "states" in config.offload and accelerator.distributed_type == DistributedType.FSDP:
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if "states" in config.offload and sharded:
         raise InputError("offload=states with FSDP2, which shards moments and averages; set offload=[], or use DDP")
+    if sharded and config.shard_base and config.architecture == "causal" and config.stage != "on_policy":
+        moved = "its weights of coarse patches would move in steps that do not use them"
+        raise InputError(f"shard_base=true with FSDP2 and a causal student: {moved}; use DDP, or set shard_base=false")
     if config.shard_base and accelerator.num_processes == 1:
         raise InputError("shard_base=true in one process; start several, or set offload=[base]: it rests in CPU memory")
     if accelerator.num_processes % config.sequence_parallel:

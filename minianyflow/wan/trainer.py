@@ -14,6 +14,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import distributed
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -204,8 +205,14 @@ def _reduce(role, network):
     def zero():
         return 0 * sum(weight.sum() for weight in role.network.parameters() if weight.requires_grad)
 
+    weights = [weight for weight in role.network.parameters() if weight.requires_grad]
+    used = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32, device=weights[0].device)
+    distributed.all_reduce(used, distributed.ReduceOp.MAX)
     with patch.object(role.network, "forward", zero):
         network().backward()
+    if isinstance(network, DistributedDataParallel):  # FSDP2 keeps gradients elsewhere until they are added up
+        for weight, somewhere in zip(weights, used.tolist(), strict=True):
+            weight.grad = weight.grad if somewhere else None  # no optimiser moves what no process used
 
 
 def _step(name, role, network, optimizer, batch, step, steps, accumulate, accelerator, guard, wait=None):

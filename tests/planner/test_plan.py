@@ -197,7 +197,7 @@ def test_several_gpus_share_the_work(settings):
     assert two.seconds() >= one.seconds() / 2
     assert two.memory["optimiser"] == one.memory["optimiser"] == 2 * sharded.memory["optimiser"]
     assert two.memory["base weights"] == sharded.memory["base weights"]
-    shared = planned(settings("bidirectional", "on_policy", "shard_base=true"), gpus=2)
+    shared = planned(settings("bidirectional", "on_policy", "shard_base=true", "on_policy.shared_rollout=true"), gpus=2)
     blocks = 2 * (two.memory["base weights"] - shared.memory["base weights"])
     assert 0 < blocks < two.memory["base weights"]
     assert shared.memory["base weights of a block"] == pytest.approx(blocks / 2)  # one of two at a time

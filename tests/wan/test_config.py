@@ -224,6 +224,7 @@ CONTRADICTIONS = {
     ("shard_base=true", "trained=full"): "shard_base=True, trained=full: no weights are frozen",
     ("shard_base=true", "offload=[base]"): "frozen weights rest in one place",
     ("shard_base=true", "checkpointing=false"): "shard_base=True, checkpointing=False: ",
+    ("shard_base=true", "stage=on_policy", "student=x"): "shard_base=True, on_policy.shared_rollout=False: ",
     ("base_dtype=int8", "trained=full"): "base_dtype=int8, trained=full: no weights are frozen",
     ("sequence_parallel=2", "compiled=true"): "sequence_parallel=2, compiled=True: ",
     ("offload=[base]", "compiled=true"): r"offload=\['base'\], compiled=True: ",

@@ -69,7 +69,7 @@ def call(*arguments, steps=STEPS, videos=VIDEOS, data=("--data", "held_out")):
 def evaluate(folder, monkeypatch):
     """`call`, without real videos."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sampled, "write_clip", lambda path, clip: path.write_bytes(b"a video"))
+    monkeypatch.setattr(sampled, "write_clip", lambda path, clip, fps: path.write_bytes(b"a video"))
     monkeypatch.setattr(evaluation, "sheet", lambda samples, steps: Figure((1, 1)))
     return call
 
@@ -320,13 +320,13 @@ def test_an_interruption_leaves_whole_files_and_the_same_end(folder, made, evalu
         write = sampled.write_clip
         counted = []
 
-        def full(path, clip):
+        def full(path, clip, fps):
             assert "videos" not in path.parts  # a kill may leave it there, and VBench takes what it finds in a folder
             counted.append(path)
             path.write_bytes(b"half a video")
             if len(counted) == 5:
                 raise OSError(28, "No space left on device")
-            write(path, clip)
+            write(path, clip, fps)
 
         patch.setattr(sampled, "write_clip", full)
         assert evaluate("eulerian", "--output", "out_cut") == 2

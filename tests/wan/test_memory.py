@@ -153,7 +153,7 @@ def test_int8_rounds_each_weight_by_half_a_step_at_most():
 
 def test_one_process_has_none_to_share_its_base_with(settings):
     with refused("shard_base=true in one process; start several, or set offload="):
-        distil(settings("bidirectional", "shard_base=true"))
+        distil(settings("bidirectional", "shard_base=true", "on_policy.shared_rollout=true"))
 
 
 def test_a_host_without_room_is_said_before_training(settings, monkeypatch):

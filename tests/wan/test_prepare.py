@@ -388,7 +388,10 @@ def test_verify_says_what_is_wrong(here, tmp_path, capsys):
 GOOD = '{"file": "a.mp4", "caption": "a"}\n'
 CAPTIONS = {
     "no file": (None, r"captions .* cannot be read \(.*No such file or directory.*\); expected jsonl or csv"),
-    "other keys": ('{"path": "a.mp4", "text": "a"}\n', r"line 1 of .* has path, text; expected texts named file and"),
+    "other keys": (
+        '{"path": "a.mp4", "text": "a"}\n',
+        r"line 1 of .* has 'path', 'text'; expected texts named file and",
+    ),
     "no json": (GOOD + "a.mp4,a\n", r"line 2 of .* is not a JSON object .*for a csv name the file \.csv"),
     "twice": (GOOD + GOOD, r"a\.mp4 is in lines 1 and 2 of .*; expected each file once"),
     "empty": ("\n", r"no clips in .*; expected one line per clip"),
@@ -397,8 +400,8 @@ CAPTIONS = {
         "line 1 .* not a JSON object .*surrogates not",
     ),
     "list": ("[1]\n", "line 1 of .* is not a JSON object"),
-    "number": ('{"file": "a.mp4", "caption": 3}\n', r"line 1 of .* has file, caption; expected texts"),
-    "csv columns": ("video,caption\na.mp4,red\n", "line 2 of .* has video, caption; expected texts named file and"),
+    "number": ('{"file": "a.mp4", "caption": 3}\n', r"line 1 of .* has 'file', 'caption'; expected texts"),
+    "csv columns": ("video,caption\na.mp4,red\n", "line 2 of .* has 'video', 'caption'; expected texts named file and"),
     "csv not UTF-8": (b"file,caption\na.mp4,\xff\n", r"cannot be read \(.*\); expected jsonl or csv in UTF-8"),
 }
 

@@ -202,17 +202,20 @@ def assert_same_training(folder, name, kind, plain, halves, steps):
 def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path):
     """SIGTERM reaches one of two processes: both save and stop, then go on, with all offloaded. DDP, and FSDP2.
 
-    The base rests in CPU memory, then processes share it, although they evaluate it unequally often. Before: buckets.
+    The base rests in CPU memory, although they evaluate it unequally often; they share it where jumps are as many.
     """
     name, steps, other = "causal on_policy", 4, tmp_path / "buckets"
     alone, mixed = (arguments(students, MIXED, other / kind / MIXED, STEPS) for kind in KINDS[:2])
     plain, given = run_once("plain", *arguments(students, name, tmp_path / "plain" / name, steps)), [("ddp", mixed)]
+    alike = ["on_policy.shared_rollout=true", "seed=3"]
+    one_base = run_once("plain", *arguments(students, name, tmp_path / "shared" / "plain" / name, steps), *alike)
     for kind in KINDS[1:]:
         whole, again = (arguments(students, name, tmp_path / place / name, steps) for place in (kind, f"{kind}-again"))
         again += ["memory=fast"]
         offload = f"offload=[{'states,' * (kind == 'ddp')}blocks"
-        shared = [*again, f"{offload}]", "shard_base=true"]
-        given += [(kind, whole), (kind, ["sigterm=3", *again, f"{offload},base]"]), (kind, shared)]
+        shared = [*arguments(students, name, tmp_path / "shared" / kind / name, steps), *alike, "shard_base=true"]
+        given += [(kind, whole), (kind, ["sigterm=3", *again, f"{offload},base]"]), (kind, [*again, f"{offload}]"])]
+        given += [(kind, shared)]
     buckets, *seen = launch(tmp_path / "report", *given)
     assert_same_training(other, MIXED, "ddp", run_once("plain", *alone), buckets, STEPS)
     one, two = ([number for number, _ in process["rows"]] for process in buckets)  # of the bucket, two rows per step
@@ -220,9 +223,10 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path)
     counts = Counter(map(tuple, buckets[0]["rows"] + buckets[1]["rows"]))
     assert len(counts) == 8
     assert {*counts.values()} <= {STEPS * 4 // 8 + more for more in (-1, 0, 1)}
-    assert [[process["status"] for process in each] for each in seen] == 2 * [[0, 0], [143, 143], [0, 0]]
-    for kind, halves, resumed in zip(KINDS[1:], seen[::3], seen[2::3], strict=True):
+    assert [[process["status"] for process in each] for each in seen] == 2 * [[0, 0], [143, 143], [0, 0], [0, 0]]
+    for kind, halves, resumed, shared in zip(KINDS[1:], seen[::4], seen[2::4], seen[3::4], strict=True):
         assert_same_training(tmp_path, name, kind, plain, halves, steps)
+        assert_same_training(tmp_path / "shared", name, kind, one_base, shared, steps)
         assert [len(process["rows"]) for process in resumed] == [steps - 2] * 2  # two steps were saved
         assert [entry["step"] for entry in history(tmp_path / f"{kind}-again" / name)] == list(range(steps))
         assert difference(tmp_path / kind, tmp_path / f"{kind}-again") < 1e-5
@@ -232,7 +236,7 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path)
     ("name", "kind", "count", "more"),
     [
         pytest.param("causal on_policy", "ddp", 2, [], marks=pytest.mark.slow),
-        pytest.param("causal on_policy", "shard", 4, ["shard_base=true"], marks=pytest.mark.long),
+        pytest.param("causal forward", "ddp", 4, ["shard_base=true"], marks=pytest.mark.long),
         pytest.param("causal forward", "shard", 2, [], marks=pytest.mark.long),
         pytest.param("bidirectional on_policy", "shard", 4, [], marks=pytest.mark.long),
         pytest.param("bidirectional whole weights", "ddp", 2, [], marks=pytest.mark.long),
