@@ -293,12 +293,14 @@ def _changes(config, plan):
             changes = checkpointed | {"accumulate": number}
             yield [changes]
     plain = changes
-    if plan.gpus > 1 and can_rest and "base" not in config.offload and not config.shard_base:
+    ddp_alone = config.architecture == "causal" and config.stage != "on_policy"  # as the run says
+    can_share = can_rest and "base" not in config.offload and not config.shard_base
+    if plan.gpus > 1 and can_share and not (ddp_alone and plan.sharded):
         unequal = config.stage == "on_policy" and not config.on_policy.shared_rollout
         changes = changes | {"shard_base": True} | ({"on_policy.shared_rollout": True} if unequal else {})
         yield [changes]
     if plan.gpus > 1 and not plan.sharded:
-        changes = {"sharded": True} | changes
+        changes = {"sharded": True} | (plain if ddp_alone else changes)
         yield [changes]
     can_rest = can_rest and not config.shard_base
     moves = [] if plan.sharded else [way for way in ways(config.stage) if "base" not in way or can_rest]
