@@ -168,11 +168,12 @@ def tidy(cell: nbformat.NotebookNode) -> None:
 
 
 def fold(cells: list[nbformat.NotebookNode]) -> None:
-    """Hide the saved outputs that would answer a prediction on its own screen: a click, or a run, shows them."""
+    """Hide the saved outputs between a prediction and its folded answer: a click, or a run, shows them."""
     asked = False
     for cell in cells:
         if cell.cell_type == "markdown":
-            asked = "**Predict" in cell.source
+            over = re.search("<details|^#", cell.source, re.M)
+            asked = "**Predict" in cell.source or (asked and not over)
         elif asked and "scenes." not in cell.source:  # a scene hides its own answer
             cell.metadata = {"jupyter": {"outputs_hidden": True}}
 

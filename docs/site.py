@@ -68,22 +68,23 @@ def build(output="outputs/site", quiet: bool = False) -> Path:
         ) from None
 
     with TemporaryDirectory() as work, staging_folder(output) as target:
-        source, extra, words = Path(work, "source"), Path(work, "extra"), StringIO()
+        source, extra, built, words = Path(work, "source"), Path(work, "extra"), Path(work, "built"), StringIO()
         write_pages(extra / "scenes", quiet=quiet)
         write_sources(source)
         write_code(extra / "code", source)
         (extra / "class.html").write_text(deck(), encoding="utf-8")
         settings = {"html_extra_path": [str(extra)]} | SETTINGS
         with redirect_stdout(words), redirect_stderr(words):
-            app = Sphinx(source, None, target, Path(work, "trees"), "html", settings, warning=words, status=None)
+            app = Sphinx(source, None, built, Path(work, "trees"), "html", settings, warning=words, status=None)
             app.build()
         problems = [line for line in words.getvalue().splitlines() if "WARNING" in line or "ERROR" in line]
         if problems:
             raise InputError(f"the site has {len(problems)} faults; the first: {problems[0]}")
         for rest in (".buildinfo", "objects.inv", "_sources"):
-            shutil.rmtree(target / rest, True) if (target / rest).is_dir() else (target / rest).unlink(missing_ok=True)
-        for path in (*target.rglob("*.map"), *target.rglob("*webpack-macros.html")):
+            shutil.rmtree(built / rest, True) if (built / rest).is_dir() else (built / rest).unlink(missing_ok=True)
+        for path in (*built.rglob("*.map"), *built.rglob("*webpack-macros.html")):
             path.unlink()
+        shutil.copytree(built, target, dirs_exist_ok=True)  # myst_nb leaves copies of all figures beside its folder
     return Path(output) / "index.html"
 
 
@@ -99,7 +100,12 @@ SETTINGS = {
     "html_context": {"default_mode": "auto"},
     "html_copy_source": False,
     "html_show_sourcelink": False,
-    "html_theme_options": {"use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1},
+    "html_theme_options": {
+        "use_download_button": False,
+        "use_fullscreen_button": False,
+        "show_navbar_depth": 1,
+        "secondary_sidebar_items": {"**": ["page-toc"], "index": [], "scenes": []},  # scenes want the width
+    },
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
     "myst_enable_extensions": ["dollarmath", "amsmath", "attrs_inline"],

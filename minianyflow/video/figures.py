@@ -42,7 +42,9 @@ def player(video, titles=None, columns=8, scale=6, fps=8):
     """
     from IPython.display import Image as NotebookImage
 
-    return NotebookImage(data=animated_png(video, titles, columns, scale, fps), format="png")
+    rows = [" ".join(label.split()) for label in video] if isinstance(video, dict) else []
+    words = "clips side by side, in a loop" + (f"; a row each for {'; '.join(rows)}" if rows else "")
+    return NotebookImage(data=animated_png(video, titles, columns, scale, fps), format="png", alt=words)
 
 
 def animated_png(video, titles: Sequence[str] | None = None, columns=8, scale=6, fps=8) -> bytes:

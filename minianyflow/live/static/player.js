@@ -259,6 +259,11 @@ class Sketch {
     context.restore();
   }
 
+  later(x, y) {
+    const { label, to } = this.player.axis;
+    this.text(`shown at ${label} = ${to}`, x, y);
+  }
+
   path(points, colour, width, dash = []) {
     const { context } = this;
     context.beginPath();
@@ -445,7 +450,9 @@ class Chart extends Sketch {
     for (const tick of spec.times) this.text(String(tick), x(tick), bottom + 14);
     this.text(spec.xlabel, (left + right) / 2, bottom + 34);
     this.path([[left, top], [left, bottom], [right, bottom]], "#777777", 1);
-    for (const { from, to, height, colour } of spec.history?.[Math.round(at)] || spec.bars || []) {
+    const shown = this.player.seen(), bars = spec.history?.[Math.round(at)] || spec.bars || [];
+    if (!shown) this.later((left + right) / 2, (top + bottom) / 2);
+    for (const { from, to, height, colour } of shown ? bars : []) {
       const [a, b] = [x(from), x(to)].sort((one, other) => one - other);
       Object.assign(context, { fillStyle: this.player.ink(colour), strokeStyle: this.player.ink(colour.slice(0, 7)), lineWidth: 2 }); // a rim shows through others
       context.fillRect(a + 1, y(height), Math.max(2, b - a - 2), bottom - y(height));
@@ -455,7 +462,7 @@ class Chart extends Sketch {
     let row = 0;
     for (const { points, times, colour, dash, label } of spec.lines || []) {
       const { values, scale } = points;
-      this.path(times.map((time, k) => [x(time), y(values[k] * scale)]), colour, 2.5, dash || []);
+      if (shown) this.path(times.map((time, k) => [x(time), y(values[k] * scale)]), colour, 2.5, dash || []);
       values.forEach((value) => hash.add(value));
       if (label) {
         this.path([[left + 6, 14 + 20 * row], [left + 40, 14 + 20 * row]], colour, 3, dash || []);
@@ -480,7 +487,7 @@ class Curve extends Sketch {
     this.text("steps", (left + right) / 2, bottom + 34);
     this.path([[x(spec.at), top], [x(spec.at), bottom]], "#777777", 1.5, [4, 4]);
     this.path([[left, top], [left, bottom], [right, bottom]], "#777777", 1);
-    if (!this.player.seen()) return this.text("shown at t = 0", (left + right) / 2, (top + bottom) / 2);
+    if (!this.player.seen()) return this.later((left + right) / 2, (top + bottom) / 2);
     for (const { colour, places } of spec.lines) {
       const edge = (sign) => places.map(([steps, value, scatter]) => [x(steps), y(value + sign * scatter)]), { context } = this;
       context.beginPath();

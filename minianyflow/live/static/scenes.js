@@ -187,7 +187,7 @@ function* triangle(world, state) {
         world.panel("exact flow", world.colours.exact, exact, exact, { trace: false, measures: { "path error": ".000", ...evaluations(math.solves(fine)) } }),
       ],
       note: "Both begin at the exact states at t. Black dots: the same six particles. Thick grey: where the exact flow takes them. Grey dots: its ends.",
-      axis: ahead([from, ...fine.slice(1)]), paths: [learned, exact], drag: from === 1,
+      axis: ahead([from, ...fine.slice(1)]), paths: [learned, exact], drag: from === 1, hides: true,
     };
   }
 }
@@ -225,7 +225,7 @@ function* backwardSimulation(world, { steps, g, method, dataset, seed }) {
       bars,
     ],
     note: `Bars: the on-policy gradient (its norm) that reaches the weights through each evaluation; 128 samples. Dark: all ${steps} steps. Coloured: the ${jumps}. Thick grey: the exact flow.`,
-    axis: ahead(math.timeGrid(32)), paths: [exact, whole, few], drag: true,
+    axis: ahead(math.timeGrid(32)), paths: [exact, whole, few], drag: true, hides: true,
   });
   for (const end of [FIRST, world.particles]) {
     for (const paths of [exact, whole, few]) paths.extend(end), end > FIRST && (yield null);
@@ -313,7 +313,7 @@ function* endless(world, { steps, copy, seed, left, right }) {
     ]);
   }
   const note = "Every frame is made after its own frames, ten times as many as in training. Bars: the speeds of the last 16 frames; of data .17 each.";
-  yield { panels: shown.flat(), note, axis: ahead(times, "frame", 0), duration: 12000, position: 1 };
+  yield { panels: shown.flat(), note, axis: ahead(times, "frame", 0), duration: 12000, hides: true };
 }
 
 function* exposure(world, state) {
@@ -355,7 +355,7 @@ function* exposure(world, state) {
     const lines = [state.left, state.right].flatMap((arm) => [["own", []], ["true", [7, 5]]].filter(([mode]) => known[`${arm} ${mode}`]).map(([mode, dash]) => line(known[`${arm} ${mode}`].mean, colours[arm], dash, `${arm}, ${mode}`)));
     const chart = { kind: "chart", title: "radius error", xlabel: "frame", times: [0, 5, 10, 15], log: true, limits: [0.025, 0.8], ticks: [0.03, 0.1, 0.3], lines: [...lines, data_line], aspect: 1 };
     const note = `Every frame is made after ${context === "true" ? "true frames" : "its own frames"}. Black dots: three clips, the same noise left and right.${context === "true" ? " Thick grey: the true clips." : ""}`;
-    yield { panels: [...rings, chart], note, axis: ahead([...Array(frames).keys()], "frame", 0), duration: 6000, position: 1 };
+    yield { panels: [...rings, chart], note, axis: ahead([...Array(frames).keys()], "frame", 0), duration: 6000, hides: true };
   }
 }
 
