@@ -60,7 +60,6 @@ READ = """() => ({
   ids: [...document.querySelectorAll("[id], a[name]")].map((part) => part.id || part.name),
   dumb: [...document.images].filter((image) => image.alt.trim().length < 4).map((image) => image.src),
   nameless: [...document.querySelectorAll("iframe")].filter((frame) => !frame.title).map((frame) => frame.src),
-  wide: document.documentElement.scrollWidth - innerWidth,
 })"""
 
 
@@ -69,14 +68,20 @@ def page_faults(browser, folder: Path) -> tuple[int, list[str]]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
     ids, links, seen, faults = {}, set(), 0, []
     with served(folder) as address:
-        for root, width in product((folder.as_uri(), address), (1400, 390)):
-            with watched(browser, {"width": width, "height": 900}) as page:
+        for root, widths in (
+            (folder.as_uri(), (1400, 390)),
+            (address, (390, 1400)),
+        ):  # opened in one, turned to the other
+            with watched(browser) as page:
                 for name in names:
+                    page.set_viewport_size({"width": widths[0], "height": 900})
                     page.goto(f"{root}/{name}")
-                    for theme in ("light", "dark"):
+                    for width, theme in product(widths, ("light", "dark")):
+                        page.set_viewport_size({"width": width, "height": 900})
                         page.emulate_media(color_scheme=theme)
-                        read, seen = page.evaluate(READ), seen + 1
-                        faults += [f"{name}: wider than {width}, {theme}"] * (read["wide"] > 0)
+                        wide, seen = page.evaluate("document.documentElement.scrollWidth > innerWidth"), seen + 1
+                        faults += [f"{name}: wider than {width}, {theme}"] * wide
+                    read = page.evaluate(READ)
                     faults += [f"{name}: no words for {part}" for part in read["dumb"] + read["nameless"]]
                     faults += [f"{name}: {complaint}" for complaint in page.complaints]
                     page.complaints.clear()

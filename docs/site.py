@@ -45,6 +45,27 @@ DOCS = (*DOCS, "peers", "backbones")
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 FRAME = '<iframe class="scene" src="{up}scenes/{name}.html" title="{title}" loading="lazy" height="640"></iframe>'
 
+FIRST = """# One network, any number of steps
+
+The same 1000 noises, four ways to data. **Predict** first: with one, two, four, 64 *steps*, which panels are right, and
+which black dots end where the thick grey path ends? Then play, move *steps*, drag a ring: it is a noise.
+
+{frame}
+
+<details><summary>When you have played it</summary>
+
+**Euler** walks along the velocity: far off with few steps, right with many. The **flow map** jumps along the exact path:
+near with one step, nearer with more. The **consistency** map is near with one step, too; for more it adds fresh noise and
+jumps again, so its samples stay good (sliced W2), and its dots leave their paths (path error). *A flow map goes on; a
+consistency map starts over.*
+
+</details>
+
+Go on: [draw a target and watch it learn](scenes.md#draw-and-learn) · [ten minutes](notebooks/ten_minutes.ipynb) ·
+[the course](notebooks/course.md) · teaching: <a href="class.html">90 minutes of slides</a>
+
+"""
+
 
 def site(argv: list[str]) -> int:
     """Build the course as a site, offline: one folder for any static host or a USB stick."""
@@ -168,11 +189,7 @@ def write_sources(source: Path) -> None:
     }
     branch = "```{{toctree}}\n:hidden:\n:caption: {}\n{}\n```".format
     tree = "\n".join(branch(caption, "\n".join(names)) for caption, names in parts.items())
-    first = f"# One network, any number of steps\n\n{FRAME.format(up='', name='race', title=SCENES['race'][2])}\n\n"
-    first += (
-        "**Predict, then play:** which panels get better with more *steps*, and which black dots keep their paths? "
-    )
-    first += "Drag a ring: it is a noise.\n\n"
+    first = FIRST.format(frame=FRAME.format(up="", name="race", title=SCENES["race"][2]))
     (source / "index.md").write_text(
         first + f"## The claim, in five sentences\n{linked(claim, ROOT, pages)}\n\n{tree}\n", encoding="utf-8"
     )

@@ -153,3 +153,25 @@ def test_a_drawn_line_is_learnt_and_a_point_is_refused(tabs, tab):
         assert "WebAssembly is switched off" in page.inner_text(".lm-note")
     page.get_by_role("button", name="Stop").click()
     assert page.get_by_role("button", name="Learn").count() == 1
+
+
+HIDE = """(hidden) => {
+  Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+def test_a_page_in_the_background_rests_and_says_so(tabs):
+    page, pupil = tabs["fast"], "player.world.school.pupils[0]"
+    page.evaluate("player.set({ learners: 'mixed', target: 'heart', learning: null })")
+    page.get_by_role("button", name="Learn").click()
+    page.wait_for_function(f"{pupil}.steps > 0")
+    page.evaluate(HIDE, True)
+    page.wait_for_function(f"{pupil}.waits")
+    steps = page.evaluate(f"{pupil}.steps")
+    page.wait_for_timeout(500)
+    assert page.evaluate(f"{pupil}.steps") == steps
+    page.evaluate(HIDE, False)
+    page.wait_for_function(f"(steps) => {pupil}.steps > steps", arg=steps)
+    page.get_by_text("was in the background").wait_for()
+    page.get_by_role("button", name="Stop").click()

@@ -614,7 +614,7 @@ export function mountPlayer(element, content, options = {}) {
       const wide = part.canvas.clientWidth, size = Math.max(1, Math.round(wide * ratio));
       if (part.size !== size || part.ratio !== ratio || part.unit !== unit) {
         const tall = Math.max(1, Math.round(size * part.aspect));
-        Object.assign(part.canvas, { width: size, height: tall });
+        if (part.canvas.width !== size || part.canvas.height !== tall) Object.assign(part.canvas, { width: size, height: tall });
         part.canvas.style.aspectRatio = `${size} / ${tall}`;
         part.drawing.prepare(part.canvas.getContext("2d", { willReadFrequently: true }), size, ratio * unit, tall);
         Object.assign(part, { size, ratio, unit });
