@@ -54,10 +54,10 @@ which black dots end where the thick grey path ends? Then play, move *steps*, dr
 
 <details><summary>When you have played it</summary>
 
-**Euler** walks along the velocity: far off with few steps, right with many. The **flow map** jumps along the exact path:
-near with one step, nearer with more. The **consistency** map is near with one step, too; for more it adds fresh noise and
-jumps again, so its samples stay good (sliced W2), and its dots leave their paths (path error). *A flow map goes on; a
-consistency map starts over.*
+**Euler** walks along the velocity: far off with few steps, right with many. The **flow map** jumps along the exact
+path: near with one step, nearer with more. The **consistency** map is near with one step, too; for more it adds fresh
+noise and jumps again, so its samples stay good (sliced W2), and its dots leave their paths (path error). *A flow map
+goes on; a consistency map starts over.*
 
 </details>
 

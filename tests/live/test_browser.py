@@ -387,7 +387,12 @@ def test_a_page_fits_projectors_and_phones_in_light_and_dark(browser, pages, nam
         page.add_init_script(WRITTEN)
         page.goto(pages[name].as_uri())
         page.wait_for_selector(DONE)
-        for width, height, theme in ((1280, 720, "light"), (1920, 1080, "dark"), (390, 844, "dark"), (640, 360, "light")):
+        for width, height, theme in (
+            (1280, 720, "light"),
+            (1920, 1080, "dark"),
+            (390, 844, "dark"),
+            (640, 360, "light"),
+        ):
             page.set_viewport_size({"width": width, "height": height})
             page.emulate_media(color_scheme=theme)
             page.evaluate("() => (window.written = [], player.again())")
