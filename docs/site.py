@@ -189,9 +189,10 @@ def write_sources(source: Path) -> None:
     }
     branch = "```{{toctree}}\n:hidden:\n:caption: {}\n{}\n```".format
     tree = "\n".join(branch(caption, "\n".join(names)) for caption, names in parts.items())
-    first = FIRST.format(frame=FRAME.format(up="", name="race", title=SCENES["race"][2]))
+    frame = FRAME.replace("lazy", "eager").format(up="", name="race", title=SCENES["race"][2])
     (source / "index.md").write_text(
-        first + f"## The claim, in five sentences\n{linked(claim, ROOT, pages)}\n\n{tree}\n", encoding="utf-8"
+        FIRST.format(frame=frame) + f"## The claim, in five sentences\n{linked(claim, ROOT, pages)}\n\n{tree}\n",
+        encoding="utf-8",
     )
     (source / "notebooks/course.md").write_text(linked(readme, ROOT / "notebooks", pages), encoding="utf-8")
     frames = "\n\n".join(

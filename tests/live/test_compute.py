@@ -30,10 +30,14 @@ from toy_data.circle import CircleProcess
 
 pytestmark = pytest.mark.slow
 
-# A panel's points (T, n, 2) and measures, once all of them are there.
+# A panel's points (T, n, 2) and measures, once all of them are there; the curve beside them may still be on its way.
 PANELS = """async (state) => {
+  const before = player.shown(), all = ({ count, measures }) => (
+    [undefined, player.world.particles].includes(count) && !JSON.stringify(measures ?? "").includes("…"));
   player.set(state);
-  while (player.root.dataset.done !== "1") await new Promise((done) => setTimeout(done, 20));
+  const there = () =>
+    player.root.dataset.done === "1" || (player.shown() !== before && player.shown().panels.every(all));
+  while (!there()) await new Promise((done) => setTimeout(done, 20));
   const plain = ({ points, chain, measures, bars }) => (
     { chain, measures, bars, shape: points?.shape, points: points && [...points.values] });
   return player.shown().panels.map(plain);
