@@ -3,7 +3,7 @@
 import torch
 
 from minianyflow import sample_euler, sobol_noise, time_grid
-from minianyflow.course.exercises import check, finish
+from minianyflow.course.exercises import check, finish, sealed
 from toy_data import plane
 
 spiral, z = plane.load("spiral"), sobol_noise(64, (2,))
@@ -15,7 +15,7 @@ def gets_worse():
     ...  # your lines here
 
 
-check("1", gets_worse, "consistency", "look at the curves: which line ends higher than it began?")
+check("1", gets_worse, sealed("ImNvbnNpc3RlbmN5Ig=="), "look at the curves: which line ends higher than it began?")
 
 
 # 2. Euler by hand (10 minutes). Two steps, 1 -> 1/2 -> 0. velocity(z, t) wants t as a vector, one time a row.

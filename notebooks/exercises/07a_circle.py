@@ -3,7 +3,7 @@
 import torch
 
 from minianyflow import EvaluationCounter, generator
-from minianyflow.course.exercises import check, finish
+from minianyflow.course.exercises import check, finish, sealed
 from minianyflow.plane.circle_measures import fit_speed, measure_clips
 from minianyflow.plane.circle_student import CausalMLP, simulate
 from toy_data.circle import SPEEDS, CircleProcess
@@ -81,6 +81,6 @@ def caught(clips):
 
 
 hint = "the first 32 frames of a clip at one speed, the others at another; all six speeds in equal shares, both times"
-check("4", lambda: caught(forgetful()), [True, 0.0], hint)
+check("4", lambda: caught(forgetful()), sealed("W3RydWUsIDAuMF0="), hint)
 
 finish()

@@ -5,7 +5,7 @@ import math
 import torch
 
 from minianyflow import generator
-from minianyflow.course.exercises import check, finish
+from minianyflow.course.exercises import check, finish, sealed
 from toy_data.own import left_out_likelihood
 
 points = torch.randn(60, 2, generator=generator(0), dtype=torch.float64) * torch.tensor([3.0, 700.0]) + 5
@@ -18,7 +18,10 @@ def truth_of_a_function():
 
 
 check(
-    "1", truth_of_a_function, "learnt", "without a formula, and without kernels around points, what gives a velocity?"
+    "1",
+    truth_of_a_function,
+    sealed("ImxlYXJudCI="),
+    "without a formula, and without kernels around points, what gives a velocity?",
 )
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from minianyflow import end_point, sample_consistency, sobol_noise, time_grid
-from minianyflow.course.exercises import check, finish
+from minianyflow.course.exercises import check, finish, sealed
 from toy_data.gaussians import Gaussian
 
 line, noise = Gaussian(mean=1.0, sigma=0.75), sobol_noise(256, (1,))
@@ -18,7 +18,12 @@ def is_lost():
     # END
 
 
-check("1", is_lost, "path", "fresh noise moves a state to another path; an exact map takes any state of z_t to data")
+check(
+    "1",
+    is_lost,
+    sealed("InBhdGgi"),
+    "fresh noise moves a state to another path; an exact map takes any state of z_t to data",
+)
 
 
 # 2. f by hand (10 minutes). Data N(mean, sigma^2) on the line; the flow keeps a point at the same number of spreads

@@ -3,7 +3,7 @@
 import torch
 
 from minianyflow import EvaluationCounter, generator, rollout, time_grid
-from minianyflow.course.exercises import check, finish
+from minianyflow.course.exercises import check, finish, sealed
 from minianyflow.networks.causal import causal_backward_simulation, causal_rollout
 from minianyflow.networks.causal_attention import attend, causal_mask
 from minianyflow.networks.weights import load_codec, load_network
@@ -119,6 +119,11 @@ def both(count):
     return None if any(answer is None or answer is ... for answer in answers) else answers
 
 
-check("4, how many", lambda: both(zeros_added), [124, 120, 0, 104], "Python's % is never negative: -8 % 128 is 120")
+check(
+    "4, how many",
+    lambda: both(zeros_added),
+    sealed("WzEyNCwgMTIwLCAwLCAxMDRd"),
+    "Python's % is never negative: -8 % 128 is 120",
+)
 
 finish()

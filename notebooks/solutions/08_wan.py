@@ -3,7 +3,7 @@
 import torch
 
 from minianyflow import FLOW_MAPS, FlowMapLoss, Guidance, draw_pairs, generator
-from minianyflow.course.exercises import check, finish
+from minianyflow.course.exercises import check, finish, sealed
 from minianyflow.networks.lora_roles import Adapter, add_role, merge_role
 from minianyflow.networks.wan import tiny_transformer
 
@@ -42,7 +42,7 @@ def hours(forwards, backwards):
 
 
 hint = "TFLOP of all steps over TFLOP a second of all GPUs; 3600 s an hour"
-check("1, hours", lambda: hours(11.8, 4.6), 24.149333, hint)
+check("1, hours", lambda: hours(11.8, 4.6), sealed("MjQuMTQ5MzMz"), hint)
 
 
 # 2. Out of the adapter, into the weights (10 minutes). A layer with a LoRA gives W x + alpha / rank B A x. For export it must be

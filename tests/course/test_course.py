@@ -134,6 +134,7 @@ def test_student_files_are_made_from_the_solutions(solution):
     student = (runner.EXERCISES / solution.name).read_text()
     assert student == runner.student_copy(solution.read_text())
     assert student.count(runner.GAP) == solution.read_text().count("# SOLUTION") >= 3
+    assert not re.search(r'check\(\s*"[^"]+",\s*\w+,\s*["\d]', student)  # an answer in plain sight
 
 
 RUN = """
