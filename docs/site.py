@@ -48,7 +48,7 @@ FRAME = '<iframe class="scene" src="{up}scenes/{name}.html" title="{title}" load
 FIRST = """# One network, any number of steps
 
 The same 1000 noises, four ways to data. **Predict** first: with one, two, four, 64 *steps*, which panels are right, and
-which black dots end where the thick grey path ends? Then play, move *steps*, drag a ring: it is a noise.
+which large dots end where the thick grey path ends? Then play, move *steps*, drag a ring: it is a noise.
 
 {frame}
 

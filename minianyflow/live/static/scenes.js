@@ -123,7 +123,7 @@ function* race(world, { steps, dataset, flow_map, seed }) {
   world.noise(seed);
   const target = world.target(dataset), { colours, labels } = world, exact = world.exact(dataset), methods = ["euler", flow_map, "consistency"];
   const paths = [exact, ...methods.map((method) => world.sampled(method, dataset, steps))], names = ["exact", ...methods];
-  const note = "Rings: the same six noises; drag one, or choose it by its digit and move it by the arrow keys. Black dots: where they are. Thick grey: where the exact flow takes them. Grey dots: its ends.";
+  const note = "Rings: the same six noises; drag one, or choose it by its digit and move it by the arrow keys. Large dots: where they are. Thick grey: where the exact flow takes them. Grey dots: its ends.";
   const times = math.timeGrid(steps), curves = {};
   const scene = (measures) => ({
     panels: [...paths.map((path, k) => world.panel(labels[names[k]], colours[names[k]], path, exact, { trace: k > 0, measures: { ...measures(k), ...evaluations(k ? steps : exact.evaluations ?? "…") } })), curve()],
@@ -186,7 +186,7 @@ function* triangle(world, state) {
         world.panel(title, colour, learned, exact, { measures: { ...error, ...evaluations(chain.length - 1) } }),
         world.panel("exact flow", world.colours.exact, exact, exact, { trace: false, measures: { "path error": ".000", ...evaluations(math.solves(fine)) } }),
       ],
-      note: "Both begin at the exact states at t. Black dots: the same six particles. Thick grey: where the exact flow takes them. Grey dots: its ends.",
+      note: "Both begin at the exact states at t. Large dots: the same six particles. Thick grey: where the exact flow takes them. Grey dots: its ends.",
       axis: ahead([from, ...fine.slice(1)]), paths: [learned, exact], drag: from === 1, hides: true,
     };
   }
@@ -224,7 +224,7 @@ function* backwardSimulation(world, { steps, g, method, dataset, seed }) {
         world.panel(title, colour, paths, exact, { measures: { "path error": fixed(math.pathError(paths.end(), exact.end())), ...evaluations(paths.times.length - 1) } })),
       bars,
     ],
-    note: `Bars: the on-policy gradient (its norm) that reaches the weights through each evaluation; 128 samples. Dark: all ${steps} steps. Coloured: the ${jumps}. Thick grey: the exact flow.`,
+    note: `Bars: the on-policy gradient (its norm) that reaches the weights through each evaluation; 128 samples. Grey: all ${steps} steps. Coloured: the ${jumps}. Thick grey: the exact flow.`,
     axis: ahead(math.timeGrid(32)), paths: [exact, whole, few], drag: true, hides: true,
   });
   for (const end of [FIRST, world.particles]) {
@@ -354,7 +354,7 @@ function* exposure(world, state) {
     });
     const lines = [state.left, state.right].flatMap((arm) => [["own", []], ["true", [7, 5]]].filter(([mode]) => known[`${arm} ${mode}`]).map(([mode, dash]) => line(known[`${arm} ${mode}`].mean, colours[arm], dash, `${arm}, ${mode}`)));
     const chart = { kind: "chart", title: "radius error", xlabel: "frame", times: [0, 5, 10, 15], log: true, limits: [0.025, 0.8], ticks: [0.03, 0.1, 0.3], lines: [...lines, data_line], aspect: 1 };
-    const note = `Every frame is made after ${context === "true" ? "true frames" : "its own frames"}. Black dots: three clips, the same noise left and right.${context === "true" ? " Thick grey: the true clips." : ""}`;
+    const note = `Every frame is made after ${context === "true" ? "true frames" : "its own frames"}. Large dots: three clips, the same noise left and right.${context === "true" ? " Thick grey: the true clips." : ""}`;
     yield { panels: [...rings, chart], note, axis: ahead([...Array(frames).keys()], "frame", 0), duration: 6000, hides: true };
   }
 }
@@ -433,7 +433,7 @@ function* draw(world, state) {
     const lines = (school?.pupils ?? []).map(({ method, history }) => ({ points: { values: history.map(([, error]) => error), scale: 1 }, times: history.map(([seconds]) => seconds), colour: colours[method], dash: method === "eulerian" ? [7, 4] : [] }));
     const longest = Math.max(5, ...lines.flatMap(({ times }) => times.at(-1) ?? 0)), chart = { kind: "chart", title: "error of one step", xlabel: "seconds", span: [0, longest], aspect: 1, log: true, limits: [0.02, 2], ticks: [0.03, 0.1, 0.3, 1], times: [0, Math.round(longest / 2), Math.round(longest)], lines, measures: { dashed: "Eulerian" } };
     const shared = cores < methods.length ? ` ${methods.length} methods share ${cores} ${cores > 1 ? "cores" : "core"}: choose one to see it learn faster.` : "";
-    const note = school ? `Grey dots: the ends of the exact flow; thick grey: its paths.${shared}${school.paused ? " The page was in the background: learning paused there." : ""}` : "Draw on the left, lift the pen, press Learn. Predict first: which one is recognisable first, and which keeps the black dots' paths with more steps?";
+    const note = school ? `Grey dots: the ends of the exact flow; thick grey: its paths.${shared}${school.paused ? " The page was in the background: learning paused there." : ""}` : "Draw on the left, lift the pen, press Learn. Predict first: which one is recognisable first, and which keeps the large dots' paths with more steps?";
     return { panels: [pen, ...shown, chart], note, axis: ahead(fine), position: 1, buttons: [school?.pupils.every(({ steps }) => steps === learning.STEPS) ? ["Again", { learning: null }] : school ? ["Stop", { learning: null }] : ["Learn", { learning: key }], clear] };
   };
   yield scene();
