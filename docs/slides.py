@@ -26,11 +26,13 @@ def deck() -> str:
 
 def figures(notebook: str, section: str) -> str:
     """The saved figures of one section of a notebook, folded."""
-    here, images, words = "", [], section.replace("-", " ").capitalize()
+    here, images, words = "", [], ""
     cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text("utf-8"))["cells"]
     for k, cell in enumerate(cells):
         if cell["cell_type"] == "markdown":
-            here = next((slug(line) for line in reversed(cell["source"]) if line.startswith("#")), here)
+            heading = next((line.strip("# \n") for line in reversed(cell["source"]) if line.startswith("#")), "")
+            here = slug(heading) if heading else here
+            words = heading if here == section and heading else words
         elif here == section:
             after = next(("".join(other["source"]) for other in cells[k:] if other["cell_type"] == "markdown"), "")
             for output in (output for output in cell["outputs"] if "image/png" in output.get("data", {})):
