@@ -70,7 +70,8 @@ def _small_figures(shell, name):
         number = next(numbers)
         if folder := os.environ.get(FIGURES):
             (Path(folder) / f"{name}-{number}.png").write_bytes(small_png(figure, dpi=160))
-        titles = (axes.get_title() or axes.get_ylabel() for axes in figure.axes)
+        titles = [axes.get_title() or axes.get_ylabel() or axes.get_xlabel() for axes in figure.axes]
+        titles = titles if any(titles) else [figure.get_label()]
         return small_png(figure, dpi=80), {"alt": "; ".join(" ".join(title.split()) for title in titles if title)}
 
     shell.display_formatter.formatters["image/png"].for_type(Figure, show)

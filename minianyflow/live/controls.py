@@ -121,7 +121,7 @@ class Scene(anywidget.AnyWidget):
         data["text/plain"] = f"{self.title} (run this cell to move it)"
         if self.saved.exists():
             data["image/png"] = base64.b64encode(self.saved.read_bytes()).decode()
-            metadata["image/png"] = {"alt": f"{self.title}: the scene as it opens"}
+            metadata["image/png"] = {"alt": f"{self.title}: a picture of the scene"}
         return data, metadata
 
     @property
