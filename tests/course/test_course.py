@@ -113,6 +113,7 @@ def test_its_figures_are_there_and_small(notebook):
     assert len(nbformat.writes(notebook)) < 1e6
     outputs = [output for cell in code(notebook) for output in cell.outputs if "image/png" in output.get("data", {})]
     images = [Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))) for output in outputs]
+    assert all(len(output.metadata.get("image/png", {}).get("alt", "")) > 5 for output in outputs)
     assert all(image.mode == "L" for image in images if image.is_animated)  # a player: grey, like its videos
     still = [image for image in images if not image.is_animated]
     assert len(still) >= 3
