@@ -8,12 +8,14 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from importlib import import_module
 
 from minianyflow.support.errors import InputError, choose
 
 LONGEST = 1000  # characters of an error
+PATIENCE = 10  # seconds that further processes keep an error to themselves
 COMMANDS = {  # name: where its function of argv is; docs/ is in no wheel
     "setup": "support.commands:setup",
     "demo": "plane.commands:demo",
@@ -86,6 +88,7 @@ def command(name):
 def main(argv=None):
     """Run one command; returns its exit status. Every error is one line; --traceback shows where it comes from."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their cores to others
     named = argv and argv[0] not in ("-h", "--help")
     return run((lambda: command(argv[0])(argv[1:])) if named else (lambda: _list_commands(argv)), argv)
 
@@ -119,6 +122,9 @@ def run(command, argv=None):
             raise
         status, line = _explained(problem)
         _drop_unwritten()
+        if status != 130 and int(os.environ.get("RANK", 0)):  # its launcher ends it once another has ended
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(PATIENCE)
         if "--traceback" in (sys.argv if argv is None else argv):
             traceback.print_exc()
         if line:

@@ -51,6 +51,10 @@ MOST_STEPS, LONGEST = 10**5, 10**5
 EXPECTED = "the folder of a run or of an export, released weights like nvidia/AnyFlow-..., or Wan2.1"
 
 
+class NoPrompts(InputError):
+    """A file of prompts is empty, or gone."""
+
+
 @dataclass
 class Source:
     """What is sampled: u(z, t, r, prompt), its configuration, its usual clip, pixels per side of a latent.
@@ -172,14 +176,15 @@ def check_clip(source: Source, clip: dict[str, int], context: int = 0) -> None:
 
 
 def read_prompts(texts: list[str] | None = None, file: str | Path | None = None) -> list[str]:
-    """The prompts that are not empty, of a list or one per line of a file. Raises InputError if there are none."""
+    """The prompts that are not empty, of a list or one per line of a file. Raises NoPrompts if there are none."""
     if file is not None:
         try:
             texts = Path(file).read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
         except (OSError, UnicodeDecodeError) as problem:
             why = getattr(problem, "strerror", None) or "not UTF-8"
-            raise InputError(f"cannot read {file} ({why}); expected a text file, one prompt per line") from None
+            kind = NoPrompts if isinstance(problem, FileNotFoundError) else InputError
+            raise kind(f"cannot read {file} ({why}); expected a text file, one prompt per line") from None
     prompts = [text.strip() for text in texts if text.strip()]
     if not prompts:
-        raise InputError(f"no prompts in {file or 'the list'}; expected at least one that is not empty")
+        raise NoPrompts(f"no prompts in {file or 'the list'}; expected at least one that is not empty")
     return prompts

@@ -1,5 +1,6 @@
 """Clips without end: a causal network chunk by chunk, frames written as they come."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from minianyflow.times import generator, time_grid
 from minianyflow.wan.data.write_video import GrowingClip
 from minianyflow.wan.folders import embed, encode_video, load_parts, stream_decoder
 from minianyflow.wan.sample import open_source
-from minianyflow.wan.sources import check_numbers
+from minianyflow.wan.sources import NoPrompts, check_numbers
 
 
 def stream_frames(
@@ -108,19 +109,26 @@ def stream_clip(
     """Write `stream.mp4`, which can be played while it grows, and with write=["png"] every frame without loss.
 
     seconds: of video. prompts, steps: take turns, each in an equal part. prompts() is called before each chunk, so that
-    they may change on the way. options: of `Stream`. Returns seconds to the first frame, frames per second, and the
-    number of frames. Raises InputError as `Stream`.
+    they may change on the way; while it raises NoPrompts, as an editor writes its file, the last ones go on. options:
+    of `Stream`. Returns seconds to the first frame, frames per second, and the number of frames. Raises InputError as
+    `Stream`.
     """
     if not seconds > 0 or "latents" in write:
         wrong = "latents of a stream are not written" if seconds > 0 else f"a stream of {seconds:g} seconds"
         raise InputError(f"{wrong}; expected more than 0 seconds, as frames or png")
     check_numbers(steps)
-    stream = Stream(source, prompts(), **options)
+    stream = Stream(source, texts := prompts(), **options)
     wanted = round(seconds * stream.source.fps)
     latents = (wanted + 2) // 4 + 1  # the first is one frame, each other four
     chunks = max(0, -((stream.first - latents) // stream.rest)) + 1
-    turns = ((prompts(), steps, k) for k in range(chunks))
-    jobs = (tuple(each[k * len(each) // chunks] for each in both) for *both, k in turns)
+
+    def jobs():
+        now = texts
+        for k in range(chunks):
+            with contextlib.suppress(NoPrompts):
+                now = prompts()
+            yield tuple(each[k * len(each) // chunks] for each in (now, steps))
+
     folder = Path(output)
     try:
         (folder / "stream").mkdir(parents=True, exist_ok=True) if "png" in write else folder.mkdir(
@@ -131,7 +139,7 @@ def stream_clip(
             GrowingClip(folder / "stream.mp4", stream.source.fps) as film,
             tqdm(total=wanted, unit="frame", desc="streaming") as bar,
         ):
-            for frames in stream.frames(jobs, seed):
+            for frames in stream.frames(jobs(), seed):
                 made = film.add(frames[: wanted - count])
                 first = first or time.perf_counter() - start
                 for number, frame in enumerate(made, count) if "png" in write else ():

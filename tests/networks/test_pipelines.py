@@ -3,11 +3,14 @@
 import copy
 import json
 import re
+import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, DiffusionPipeline
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalAttnProcessor
+from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
 from minianyflow.networks.causal import CausalNetwork, causal_rollout
@@ -138,6 +141,18 @@ def test_the_causal_pipeline_is_our_rollout(causal_folder, causal, parts):
     assert distance(sample(ours, longer, 2, **options), expected) < 1e-5
     assert {type(block.attn1.processor) for block in untouched.transformer.blocks} == {AnyFlowCausalAttnProcessor}
     assert not [file for file in causal_folder.rglob("*.json") if "minianyflow" in file.read_text()]
+
+
+def test_a_causal_folder_without_its_attention_is_one_line(causal_folder, tmp_path, monkeypatch):
+    """In stock diffusers, by the README's own loading: nothing is sampled with another attention."""
+    shutil.copytree(causal_folder, tmp_path / "lacking", ignore=shutil.ignore_patterns("pipeline.py"))
+    monkeypatch.chdir(tmp_path)
+    said = []
+    monkeypatch.setattr(dynamic_modules_utils.logger, "error", said.append)
+    monkeypatch.setattr(dynamic_modules_utils, "hf_hub_download", Mock(side_effect=OSError("not on the hub")))
+    with pytest.raises(OSError, match="not on the hub"):
+        whole("lacking")
+    assert said == ["Could not locate the pipeline.py inside lacking."]
 
 
 def test_the_networks_own_chunks_are_saved(parts, tmp_path):

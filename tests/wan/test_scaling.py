@@ -70,6 +70,12 @@ def test_the_first_week_fits_in_the_hours_of_its_page():
         total = {gpu: total[gpu] + hours[gpu] for gpu in total}
         row = [plans["rtx4090"].peak / 1e9, *hours.values()]
         assert f"| {stage.replace('_', '-')} | {row[0]:.1f} | {row[1]:.2f} | {row[2]:.2f} |" in page
+    five = [load_config(["wan-5b", "bidirectional", stage, "first-week"]) for stage in STAGES]
+    five = [plan_run(replace(config, data=""), WEEK, gpu="rtx4090", advise=False) for config in five]
+    teacher, forward, on_policy = (plan.peak / 1e9 for plan in five)
+    hours = sum(plan.hours(0.5) for plan in five)
+    expected = f"{teacher:.1f}, {forward:.1f} and {on_policy:.1f} GB and, on an RTX 4090, {hours:.1f} hours in all"
+    assert expected in page.replace("\n", " ")
     assert f"| in all | | {total['rtx4090']:.1f} | {total['h100']:.1f} |" in page
     assert f"(examples) | | {0.5 * total['rtx4090']:.1f} | {3 * total['h100']:.1f} |" in page
 

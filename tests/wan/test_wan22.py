@@ -12,6 +12,7 @@ from minianyflow.planner.plan import plan_run
 from minianyflow.support.cli import run
 from minianyflow.wan.commands import distill, export, sample
 from minianyflow.wan.config import load_config
+from minianyflow.wan.data.prepare import fps_of_base
 from minianyflow.wan.data.read_video import read_video
 from minianyflow.wan.folders import decode_latents, encode_video, load_parts, make_tiny_wan, stream_decoder
 from minianyflow.wan.shapes import SHAPES, build_transformer, latent_shape
@@ -30,6 +31,7 @@ def tiny(tmp_path_factory):
 def test_its_folder_is_the_layout_of_the_model(tiny):
     """48 channels, 4 x 16 x 16 pixels a latent; frames go through the codec, whole and piece by piece."""
     assert WanPipeline.from_pretrained(tiny).config.expand_timesteps
+    assert fps_of_base(tiny) == 24  # as prepare-latents takes its videos
     (vae,) = load_parts(tiny, "vae")
     video = torch.rand(1, 9, 3, 64, 96)
     latents = encode_video(vae, video)

@@ -30,7 +30,7 @@ def prepare_latents(argv) -> int:
     add("--width", type=int, default=832, help="pixels (default: 832)")
     words = "FRAMESxHEIGHTxWIDTH, several: in place of one size, each clip goes where it fits"
     add("--bucket", dest="buckets", nargs="+", metavar="SIZE", help=words)
-    add("--fps", type=float, default=16.0, help="frames per second (default: 16, as Wan's)")
+    add("--fps", type=float, help="frames per second (default: the model's, 16 of Wan2.1, 24 of Wan2.2-TI2V-5B)")
     add("--length", type=int, default=512, help="tokens of a prompt (default: 512)")
     add("--null", metavar="TEXT", help="the null prompt (default: Wan2.1's negative prompt)")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the stored numbers (default: bf16)")
@@ -88,9 +88,12 @@ def _prepare(arguments):
     from minianyflow.wan.data.buckets import read_bucket, sort_clips
     from minianyflow.wan.data.captions import read_captions
     from minianyflow.wan.data.latents import MANIFEST
+    from minianyflow.wan.data.prepare import fps_of_base
 
     options = _options(arguments)
     clips, output = read_captions(arguments.captions, arguments.limit), Path(arguments.output)
+    if arguments.fps is None:
+        options = dataclasses.replace(options, fps=fps_of_base(arguments.base or BASE))
     buckets = {name: read_bucket(name, options) for name in arguments.buckets or ()}
     is_set, is_buckets = (output / MANIFEST).exists(), any(output.glob(f"*/{MANIFEST}"))
     if is_buckets if not buckets else is_set:

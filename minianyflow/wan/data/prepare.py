@@ -40,7 +40,7 @@ from minianyflow.wan.data.latents import (
     read_manifest,
     without_padding,
 )
-from minianyflow.wan.data.options import DTYPES, Options
+from minianyflow.wan.data.options import DTYPES, Options, fps_of
 from minianyflow.wan.data.read_video import read_clip, to_float
 from minianyflow.wan.data.write_video import clip_sheet
 from minianyflow.wan.folders import (
@@ -58,7 +58,7 @@ SKIPPED = "skipped.jsonl"  # which clips were skipped, and why
 SHEET, SHOWN, SIDE = "sheet.png", 16, 160  # the contact sheet, clips on it, pixels of a still's longer side
 CLEANED = "ftfy, HTML entities, blanks"  # what diffusers' prompt_clean does to a caption, as Wan's own code
 ROUND = 1024  # prompts that are in memory while their videos are encoded
-TIMED = 8  # clips that are encoded to estimate the disk and the time for all
+TIMED = 8  # clips, and one of so many, that are encoded at most to estimate the disk and the time for all
 CHANGES = {  # {what: the words of the report}
     "repeated": "clips with repeated frames",
     "cut": "captions cut at {} tokens",
@@ -78,6 +78,11 @@ def fetch(base: str) -> Path:
         return Path(base)
     parts = ["model_index.json", "vae/*", "text_encoder/*", "tokenizer/*"]
     return Path(load(base, "pipeline", lambda: huggingface_hub.snapshot_download(base, allow_patterns=parts)))
+
+
+def fps_of_base(base: str) -> float:
+    """Frames per second of the videos that a pipeline makes."""
+    return float(fps_of(read_json(fetch(base) / "vae/config.json", "expected a pipeline folder").get("z_dim")))
 
 
 def model_identity(folder: Path) -> dict[str, str]:
@@ -157,7 +162,7 @@ class Preparation:
 
         A few of them are encoded, which `encode` will encode again. Raises InputError if there is too little room.
         """
-        few = pending[:: -(-len(pending) // TIMED)]
+        few = pending[:: max(TIMED, -(-len(pending) // TIMED))]
         for numbers in (few[:1], few):  # the first one loads the models
             start = time.perf_counter()
             prompts = [self._encode_prompt(number) for number in numbers]
