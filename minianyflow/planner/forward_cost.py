@@ -115,7 +115,7 @@ class ForwardCosts:
 
     def __init__(self, config: Config, shape: dict, clip: tuple, prompt: tuple):
         self.config, self.shape, self.clip, self.prompt = config, shape, clip, prompt
-        self.layers, self._measured, self._caches = shape["num_layers"], {}, {}
+        self.layers, self._costs, self._measured, self._caches = shape["num_layers"], {}, {}, {}
         self.few, self.more = min(2, self.layers), min(3, self.layers)  # numbers of blocks that are measured
         self.networks = {layers: self.build(layers) for layers in {self.few, self.more}}
 
@@ -155,13 +155,19 @@ class ForwardCosts:
 
     def __call__(self, call: ForwardCall) -> Cost:
         """The cost of all rows of a call. What does not grow with the rows, like RoPE tables, counts once."""
-        few, more = (self._measure(layers, call.per_row) for layers in (self.few, self.more))
+        per_row, rows = key = call.per_row, call.rows
+        if key not in self._costs:
+            self._costs[key] = self._cost(per_row, rows)
+        return self._costs[key]
+
+    def _cost(self, per_row, rows):
+        few, more = (self._measure(layers, per_row) for layers in (self.few, self.more))
         one_row = few + (more + few * -1) * (self.layers - self.few)
         one_row = replace(one_row, transient=more.transient, returning=more.returning)  # of one block at a time
-        if call.rows == 1:
+        if rows == 1:
             return one_row
-        two = self._measure(self.few, replace(call.per_row, rows=2))
-        return one_row * call.rows + (few * 2 + two * -1) * (1 - call.rows)
+        two = self._measure(self.few, replace(per_row, rows=2))
+        return one_row * rows + (few * 2 + two * -1) * (1 - rows)
 
     def _measure(self, layers, call):
         if (layers, call) not in self._measured:
