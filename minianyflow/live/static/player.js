@@ -157,17 +157,15 @@ class Plane {
     this.stamp(this.back, px, py, spots, colour);
   }
 
+  // Thousands a picture: no array is made in here.
   stamp(pixels, px, py, spots, [r, g, b]) {
     const { size } = this, solid = packed([r, g, b]);
-    for (const [dx, dy, cover] of spots) {
-      const x = px + dx, y = py + dy;
+    for (let s = 0; s < spots.length; s++) {
+      const spot = spots[s], x = px + spot[0], y = py + spot[1], cover = spot[2];
       if (x < 0 || y < 0 || x >= size || y >= size) continue;
-      const where = y * size + x;
+      const where = y * size + x, old = pixels[where], left = 1 - cover;
       if (cover === 1) pixels[where] = solid;
-      else {
-        const old = pixels[where], left = 1 - cover;
-        pixels[where] = packed([cover * r + left * (old & 255), cover * g + left * ((old >> 8) & 255), cover * b + left * ((old >> 16) & 255)]);
-      }
+      else pixels[where] = (255 << 24) | ((cover * b + left * ((old >> 16) & 255)) << 16) | ((cover * g + left * ((old >> 8) & 255)) << 8) | (cover * r + left * (old & 255));
     }
   }
 
@@ -177,9 +175,9 @@ class Plane {
     const times = buffer ? this.spec.times : new Array(shape[0]).fill(0), grey = rgb(this.player.ink("#a5a5a5"));
     const mark = (px, py, when, shape) => {
       if (!buffer) return this.stamp(this.back, px, py, shape, grey);
-      for (const [dx, dy, cover] of shape) {
-        const x = px + dx, y = py + dy;
-        if (cover > 0.4 && x >= 0 && y >= 0 && x < size && y < size && buffer[y * size + x] > when) buffer[y * size + x] = when;
+      for (let s = 0; s < shape.length; s++) {
+        const spot = shape[s], x = px + spot[0], y = py + spot[1];
+        if (spot[2] > 0.4 && x >= 0 && y >= 0 && x < size && y < size && buffer[y * size + x] > when) buffer[y * size + x] = when;
       }
     };
     for (let k = 0; k < shape[0]; k++) {
@@ -734,7 +732,7 @@ export function mountPlayer(element, content, options = {}) {
  *  `page.scenes[key]`, key: the chosen values joined by "|", is shown, or ask(state) is called, for `show` later. */
 export function mountScene(element, page, payload, ask = () => {}, changed = () => {}) {
   const root = make("div", element, "lm-scene"), row = make("div", root, "lm-choices"), state = { ...page.state }, inputs = {};
-  let work = null, shown = null, world = null, next = null, asked = false; // next: the chunk of a stream that came meanwhile
+  let work = null, shown = null, world = null, next = null, asked = false, told = 0; // next: the chunk of a stream that came meanwhile
   const player = mountPlayer(root, null, { onPick: pick, onMove: (i, place) => (world.drag(i, place, new Set(shown.paths)), player.again()), onSettle: refresh, onStroke, onPress: set, onEnd });
   for (const { name, label, values, labels, slider } of page.controls) {
     const box = make("label", row, "", label), input = make(slider ? "input" : "select", box), shows = slider ? make("output", box) : null;
@@ -784,7 +782,9 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
         state[name] = values[Math.min(input.max, values.indexOf(state[name]))];
       }
     for (const name in inputs) inputs[name](state[name]);
-    changed({ ...state });
+    clearTimeout(told);
+    if (world) told = setTimeout(changed, 100, { ...state }); // the picture first, then the kernel
+    else changed({ ...state });
     const held = page.scenes?.[page.controls.map(({ name }) => state[name]).join("|")];
     if (held) show(held, payload);
     else if (!world) player.guarded(ask)({ ...state });
