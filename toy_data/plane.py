@@ -12,6 +12,7 @@ import torch
 
 from minianyflow.mixtures import GaussianMixture
 from minianyflow.support.errors import InputError, choose
+from minianyflow.support.files import regular
 from toy_data.own import PICTURES, Sampled, Target, of_function, of_picture, of_points, read_points
 
 
@@ -71,7 +72,7 @@ def target(what: What) -> Target:
     if isinstance(what, Sampled):
         return Target("samples", what, "learnt", "a long ODE of a learnt velocity")
     if isinstance(what, Path) or (isinstance(what, str) and Path(what).suffix):
-        path = Path(what)
+        path = regular(what)
         return of_picture(path) if path.suffix.lower() in PICTURES else of_points(read_points(path), path.name)
     if callable(what):
         return of_function(what, getattr(what, "__name__", "sample"))

@@ -27,7 +27,7 @@ from minianyflow.networks.dense import Dense, FromClean
 from minianyflow.networks.lora_roles import Adapter, add_role, remove_role, role_options, roles_of
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.support.errors import InputError, choose
-from minianyflow.support.files import check_json, read_json, staging_folder
+from minianyflow.support.files import check_json, read_json, regular, staging_folder
 
 FORMAT = "minianyflow 1"
 KINDS = ("wan", "causal", "dense", "codec")
@@ -220,8 +220,9 @@ def fingerprint(source: str | Path) -> str:
         return str(source)
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     digest, tensors = hashlib.sha256(), {}
+    files = sorted(folder.glob("[!.]*.safetensors")) if folder.is_dir() else [folder]
     try:
-        for file in sorted(folder.glob("[!.]*.safetensors")) if folder.is_dir() else [folder]:
+        for file in map(regular, files):
             opened = safe_open(file, "pt")
             tensors |= dict.fromkeys(opened.keys(), opened)
         if (folder / "config.json").is_file():
@@ -233,6 +234,8 @@ def fingerprint(source: str | Path) -> str:
             flat, ends = tensor.reshape(-1).view(torch.uint8), SAMPLED * tensor.element_size()
             digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
             digest.update(torch.cat([flat[:ends], flat[-ends:]]).numpy().tobytes())
+    except InputError:
+        raise
     except (SafetensorError, OSError, ValueError) as problem:
         raise InputError(f"the weights in {source} cannot be read ({problem}); fetch or make them again") from None
     return f"weights {digest.hexdigest()[:12]}" if tensors else str(source)

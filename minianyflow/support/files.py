@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -98,13 +99,28 @@ def unfinished_folder(parent, target):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def regular(path):
+    """The path of a file. Raises InputError for a pipe, a socket or a device: one might wait for these for ever.
+
+    What is not there, or a folder, is left to whoever opens it.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        mode = stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path} is a pipe, a socket or a device; expected a file: write it to one first")
+    return Path(path)
+
+
 def read_json(path, expected, schema=dict):
     """The content of a JSON file. schema: a type that `check_json` takes.
 
     Raises InputError, which says what is `expected`, for a file that cannot be read, and names the field that differs.
     """
+    path = regular(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise InputError(f"{path} is nested too deeply; {expected}") from None
     except OSError as problem:

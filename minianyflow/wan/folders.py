@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -351,13 +352,20 @@ def stream_decoder(vae: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _scale(vae):
     """Mean and spread of raw latents, (1, C, 1, 1, 1) each."""
+    return mean_and_spread(vae.config).to(vae.device, vae.dtype).view(2, 1, -1, 1, 1, 1)
+
+
+def mean_and_spread(config: dict) -> Tensor:
+    """Mean and spread of raw latents in a codec's configuration, (2, C). Raises InputError where they are not."""
+    count = config.get("z_dim", 16)
     for name in ("latents_mean", "latents_std"):
-        numbers, count = vae.config.get(name), vae.config.z_dim
+        numbers = config.get(name)
         if not isinstance(numbers, (list, tuple)) or len(numbers) != count:
             found = f"{len(numbers)} numbers" if isinstance(numbers, (list, tuple)) else json.dumps(numbers)
             raise InputError(f"{name} in the codec's config.json is {found}; expected {count}: fetch it again")
-    pair = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
-    return pair.view(2, 1, -1, 1, 1, 1)
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise InputError(f"{name} in the codec's config.json holds {numbers}; expected numbers: fetch it again")
+    return torch.tensor([config["latents_mean"], config["latents_std"]], dtype=torch.float64)
 
 
 # A tiny Wan, of random weights

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from minianyflow.networks.causal_attention import chunk_partition, compressed_chunks
 from minianyflow.networks.pipelines import load_lora
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import check_json, read_json
+from minianyflow.support.files import check_json, read_json, regular
 from minianyflow.wan.config import Config, load_config
 from minianyflow.wan.data.options import WAN_CLIP, fps_of
 from minianyflow.wan.folders import (
@@ -179,7 +179,7 @@ def read_prompts(texts: list[str] | None = None, file: str | Path | None = None)
     """The prompts that are not empty, of a list or one per line of a file. Raises NoPrompts if there are none."""
     if file is not None:
         try:
-            texts = Path(file).read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
+            texts = regular(file).read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
         except (OSError, UnicodeDecodeError) as problem:
             why = getattr(problem, "strerror", None) or "not UTF-8"
             kind = NoPrompts if isinstance(problem, FileNotFoundError) else InputError

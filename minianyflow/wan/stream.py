@@ -16,7 +16,7 @@ from minianyflow.times import generator, time_grid
 from minianyflow.wan.data.write_video import GrowingClip
 from minianyflow.wan.folders import embed, encode_video, load_parts, stream_decoder
 from minianyflow.wan.sample import open_source
-from minianyflow.wan.sources import NoPrompts, check_numbers
+from minianyflow.wan.sources import LONGEST, NoPrompts, check_numbers
 
 
 def stream_frames(
@@ -113,9 +113,10 @@ def stream_clip(
     of `Stream`. Returns seconds to the first frame, frames per second, and the number of frames. Raises InputError as
     `Stream`.
     """
-    if not seconds > 0 or "latents" in write:
-        wrong = "latents of a stream are not written" if seconds > 0 else f"a stream of {seconds:g} seconds"
-        raise InputError(f"{wrong}; expected more than 0 seconds, as frames or png")
+    if not 0 < seconds <= LONGEST:
+        raise InputError(f"a stream of {seconds:g} seconds; expected more than 0, at most {LONGEST}")
+    if "latents" in write:
+        raise InputError("--write latents of a stream; they are not kept: expected png, or nothing")
     check_numbers(steps)
     stream = Stream(source, texts := prompts(), **options)
     wanted = round(seconds * stream.source.fps)

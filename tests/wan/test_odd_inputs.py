@@ -1,7 +1,9 @@
 """Odd files that people have: each is read as it is meant, or refused in one line; nothing is wrong in silence."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,8 +21,9 @@ from minianyflow.planner.plan import shape_of
 from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan.config import as_yaml, load_config
 from minianyflow.wan.data.captions import Clip, read_captions
-from minianyflow.wan.data.latents import read_manifest, write_latents
+from minianyflow.wan.data.latents import read_file, read_manifest, write_latents
 from minianyflow.wan.data.options import Options
+from minianyflow.wan.data.parquet import convert_parquet
 from minianyflow.wan.data.prepare import Preparation, model_identity
 from minianyflow.wan.data.read_video import measure_clip, read_clip, read_frames, read_video
 from minianyflow.wan.data.write_video import write_clip
@@ -30,6 +33,7 @@ from minianyflow.wan.samples import Samples
 from minianyflow.wan.sources import identify, read_prompts
 from minianyflow.wan.stages import distil
 from tests.refused import refused
+from toy_data import plane
 
 GREY = "nullsrc=size=64x64:rate={}:duration={},geq=lum='20+N*3':cb=128:cr=128,format=yuv420p"
 LOSSLESS, VP8 = ("-c:v", "libx264", "-qp", "0"), ("-c:v", "libvpx", "-b:v", "8M")
@@ -244,12 +248,45 @@ def test_hidden_files_change_nothing(tmp_path):
     assert (model_identity(tmp_path), fingerprint(tmp_path / "vae")) == before
 
 
-@pytest.mark.parametrize("mean", [None, [0.0] * 48, 0.0])
+@pytest.mark.parametrize("mean", [None, [0.0] * 48, 0.0, ["0"] * 16, [[0.0]] * 16, [0.0] * 15 + [float("nan")]])
 def test_a_codec_without_its_mean_is_one_line(mean):
-    config = {"latents_mean": mean, "latents_std": [1.0] * 16}
-    vae = SimpleNamespace(config=SimpleNamespace(z_dim=16, get=config.get, **config))
-    with refused("latents_mean in the codec's config.json is .*; expected 16"):
-        decode_latents(vae, torch.zeros(1, 1, 16, 2, 2))
+    config = {"z_dim": 16, "latents_mean": mean, "latents_std": [1.0] * 16}
+    with refused("latents_mean in the codec's config.json (is|holds) .*; expected (16|numbers)"):
+        decode_latents(SimpleNamespace(config=config), torch.zeros(1, 1, 16, 2, 2))
+
+
+# What is no file: one would wait for it for ever
+
+WAITING = {
+    "captions": read_captions,
+    "prompts": lambda path: read_prompts(None, path),
+    "points": plane.target,
+    "a video": lambda path: read_frames(path, 1, 16, 16),
+    "a video, measured": lambda path: measure_clip(path, 1),
+    "a picture": lambda path: plane.target(path.rename(path.with_suffix(".png"))),
+    "weights": fingerprint,
+    "latents": read_file,
+    "a configuration": lambda path: load_config([path.rename(path.with_suffix(".yaml"))]),
+    "a manifest": lambda path: read_manifest(path.rename(path.with_name("manifest.json")).parent),
+    "parquet": lambda path: convert_parquet(
+        path.rename(path.with_suffix(".parquet")).parent, path.parent, path.with_name("out"), Options()
+    ),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+@pytest.mark.parametrize("kind", WAITING)
+def test_a_pipe_and_a_device_are_one_line(tmp_path, monkeypatch, kind):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text("{}")
+    os.mkfifo(tmp_path / "a")
+    signal.alarm(20)  # ends the test, should it wait
+    with refused("a pipe, a socket or a device; expected a file|no file"):
+        WAITING[kind](tmp_path / "a")
+    signal.alarm(0)
+    if kind in ("captions", "prompts"):
+        with refused("a device; expected a file"):
+            WAITING[kind]("/dev/zero")
 
 
 # Files of ours that others changed

@@ -1,6 +1,8 @@
 """FastVideo's latents, converted: a file made to its layout, and files of others."""
 
 import json
+import math
+import struct
 
 import pyarrow
 import pytest
@@ -57,11 +59,16 @@ def test_latents_of_fastvideo_become_the_set_that_encoding_makes(tiny, tmp_path,
     wide = rows[0] | {"vae_latent_shape": [16, 5, 4, 16]}
     other = rows[0] | {"text_embedding_shape": [len(rows[0]["text_embedding_bytes"]) // 4, 1]}
     renamed = {name.replace("vae_latent", "latent"): value for name, value in rows[0].items()}
+    nan = rows[0]["vae_latent_bytes"][:-4] + struct.pack("f", math.nan)
     for number, (bad, message) in enumerate(
         (
             ([short], "vae_latent in row 0 of"),
             ([rows[1], wide], "expected (16, 5, 8, 8) as before: sort files by shape"),
             ([other], "expected at most 32 x 32"),
+            ([rows[0] | {"vae_latent_bytes": nan}], "row 0 of"),
+            ([rows[0] | {"caption": 3}], "has the caption 3; expected a text"),
+            ([rows[0] | {"caption": "x", "vae_latent_dtype": "nn"}], "vae_latent in row 0 of"),
+            ([rows[0] | {"vae_latent_shape": None}], "vae_latent in row 0 of"),
             ([renamed], "lacks vae_latent_bytes (3 columns of 7); expected FastVideo's layout"),
         )
     ):
@@ -69,6 +76,10 @@ def test_latents_of_fastvideo_become_the_set_that_encoding_makes(tiny, tmp_path,
         assert call(f"bad{number}") == 2
         (line,) = capsys.readouterr().err.splitlines()[-1:]
         assert message in line
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:1]).slice(0, 0), folder / "a.parquet")
+    (folder / "deeper/b.parquet").rename(folder / "deeper/.b.parquet")  # hidden: never read
+    assert call("none") == 2
+    assert "have no rows" in capsys.readouterr().err
     (folder / "a.parquet").write_text("text")
     assert call("bad") == 2
     assert "a.parquet is no parquet file" in capsys.readouterr().err

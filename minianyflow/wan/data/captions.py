@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minianyflow.support.errors import InputError
+from minianyflow.support.files import regular
 
 
 class Clip(NamedTuple):
@@ -22,7 +23,7 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
     file: jsonl of {"file": ..., "caption": ...}, or csv with the columns file and caption; other columns are ignored.
     Raises InputError, with the line, for another form and for a video that comes twice.
     """
-    path = Path(file)
+    path = regular(file)
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}; expected at least 1")
     try:

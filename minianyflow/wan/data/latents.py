@@ -30,7 +30,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from minianyflow.batch import Batch, deal
 from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import check_json, read_json, staging_folder
+from minianyflow.support.files import check_json, read_json, regular, staging_folder
 from minianyflow.times import draw_pairs, generator
 
 Count = Annotated[int, Field(ge=1, le=10**8)]
@@ -244,6 +244,7 @@ def _digest(tensors, text):
 
 def read_file(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a safetensors file by name, and its metadata. Raises InputError for a broken file."""
+    path = regular(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = check_json(json.loads((file.metadata() or {}).get("minianyflow", "{}")), Metadata, path, AGAIN)

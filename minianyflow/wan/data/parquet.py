@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import read_json, staging_folder
+from minianyflow.support.files import read_json, regular, staging_folder
 from minianyflow.wan.data.latents import (
     MANIFEST,
     NULL,
@@ -23,7 +23,7 @@ from minianyflow.wan.data.latents import (
     without_padding,
 )
 from minianyflow.wan.data.options import DTYPES, Options
-from minianyflow.wan.folders import embed
+from minianyflow.wan.folders import embed, mean_and_spread
 
 PARTS = [f"{name}_{part}" for name in ("vae_latent", "text_embedding") for part in ("bytes", "shape", "dtype")]
 COLUMNS = {*PARTS, "caption"}
@@ -37,12 +37,15 @@ def convert_parquet(source: str | Path, base: str, output: str | Path, options: 
     Raises InputError for files of another layout, rows of several shapes, and a folder that holds other latents.
     """
     source, output, dtype = Path(source), Path(output), DTYPES[options.dtype]
-    files = sorted(source.rglob("*.parquet"))
+    found = (path.relative_to(source) for path in source.rglob("*.parquet"))
+    files = [source / path for path in sorted(found) if not any(part.startswith(".") for part in path.parts)]
     if not files:
         raise InputError(f"no parquet files in {source}; expected a folder of FastVideo's")
     counts = [_check(file) for file in files]
+    if not sum(counts):
+        raise InputError(f"the parquet files in {source} have no rows; expected a clip a row: fetch them again")
     codec = read_json(Path(base) / "vae/config.json", "expected a pipeline folder, as --base")
-    mean, std = (torch.tensor(codec[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    mean, std = mean_and_spread(codec).float().view(2, 1, -1, 1, 1)
     made = {"parquet": hashlib.sha256(repr([(f.name, f.stat().st_size) for f in files]).encode()).hexdigest()[:12]}
     made |= {"dtype": options.dtype, "null": options.null, "length": options.length}
     found = read_manifest(output, unfinished=True)
@@ -61,6 +64,10 @@ def convert_parquet(source: str | Path, base: str, output: str | Path, options: 
         if prompt.ndim != 2 or prompt.shape[1] != null.shape[2] or len(without_padding(prompt)) > options.length:
             expected = f"at most {options.length} x {null.shape[2]}"
             raise InputError(f"{where} has a prompt {tuple(prompt.shape)}; expected {expected}: see --base, --length")
+        if not (latents.isfinite().all() and prompt.isfinite().all()):
+            raise InputError(f"{where} holds numbers that are not finite; leave that row out, or make it again")
+        if not isinstance(row["caption"], str | None):
+            raise InputError(f"{where} has the caption {row['caption']!r}; expected a text")
         if not (output / clip_name(number)).exists():
             normalised = (latents.transpose(0, 1) - mean) / std
             tensors = {"latents": normalised.to(dtype), "prompt": without_padding(prompt).to(dtype)}
@@ -77,9 +84,9 @@ def _check(file) -> int:
     except ImportError:
         raise InputError("pyarrow is not installed here, which reads parquet: pip install pyarrow") from None
     try:
-        opened = parquet.ParquetFile(file)
+        opened = parquet.ParquetFile(regular(file))
     except (OSError, ArrowException) as problem:
-        raise InputError(f"{file} is no parquet file ({str(problem).splitlines()[0]}); fetch it again") from None
+        raise InputError(f"{file} is no parquet file ({problem}); fetch it again") from None
     if lacking := COLUMNS - {*opened.schema_arrow.names}:
         expected = "expected FastVideo's layout of text to video"
         raise InputError(f"{file} lacks {min(lacking)} ({len(lacking)} columns of {len(COLUMNS)}); {expected}")
@@ -88,12 +95,16 @@ def _check(file) -> int:
 
 def _rows(files) -> Iterator[tuple[str, dict]]:
     """(where it is, {column: value}) of every row; a few rows are in memory at a time."""
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     for file in files:
-        batches = parquet.ParquetFile(file).iter_batches(batch_size=4, columns=[*COLUMNS])
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"row {index} of {file}", row) for index, row in enumerate(rows))
+        batches, index = parquet.ParquetFile(file).iter_batches(batch_size=4, columns=[*COLUMNS]), 0
+        try:
+            for row in (row for batch in batches for row in batch.to_pylist()):
+                yield f"row {index} of {file}", row
+                index += 1
+        except (OSError, ArrowException, UnicodeDecodeError) as problem:
+            raise InputError(f"{file} cannot be read after row {index} ({problem}); fetch it again") from None
 
 
 def _tensor(row, name, where) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import open_picture
+from minianyflow.support.files import open_picture, regular
 from minianyflow.wan.data.options import FPS
 
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
@@ -117,7 +117,7 @@ def _describe(path, seconds):
 def _info(path, decoder, filters, *options):
     """What ffmpeg says of a video that passes `filters`."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *ONLY_FILES, *decoder]
-    command += ["-i", f"file:{path}", "-vf", filters, *options, "-an", "-f", "null", "-"]
+    command += ["-i", f"file:{regular(path)}", "-vf", filters, *options, "-an", "-f", "null", "-"]
     try:
         done = subprocess.run(command, capture_output=True, check=False)
     except (OSError, ValueError) as problem:
@@ -143,6 +143,7 @@ def measure_clip(path: str | Path, most: int, fps: float = FPS) -> tuple[int, fl
 
     Raises InputError as `read_video`.
     """
+    regular(path)
     filters = f"settb=AVTB,setpts=(PTS-STARTPTS)-{LATE / fps}/TB,fps={fps}:round=up,scale=w=round(360*dar):h=360"
     try:
         options = {"input_params": ONLY_FILES, "output_params": ["-vf", filters, "-frames:v", str(most), "-an"]}
