@@ -178,6 +178,8 @@ def check_clip(source: Source, clip: dict[str, int], context: int = 0) -> None:
 def read_prompts(texts: list[str] | None = None, file: str | Path | None = None) -> list[str]:
     """The prompts that are not empty, of a list or one per line of a file. Raises NoPrompts if there are none."""
     if file is not None:
+        if Path(file).suffix.lower() in (".csv", ".tsv", ".json", ".jsonl"):
+            raise InputError(f"{file} is a table by its name; expected a text file, one prompt per line, like a .txt")
         try:
             texts = regular(file).read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
         except (OSError, UnicodeDecodeError) as problem:

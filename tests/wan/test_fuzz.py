@@ -158,9 +158,9 @@ def captions(draw, folder):
         if draw.random() < 0.5
         else b'{"file": "a.mp4", "caption": "x"}\n' * 2
     )
-    path = folder / draw.choice(["c.csv", "c.jsonl"])
+    path = folder / draw.choice(["c.csv", "c.jsonl", "p.txt"])
     path.write_bytes(spoiled_bytes(draw, rows))
-    draw.choice([read_captions, lambda file: read_prompts(None, file)])(path)
+    read_prompts(None, path) if path.suffix == ".txt" else read_captions(path)
 
 
 def configuration(draw, folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,25 @@ def test_a_late_start_an_edit_list_and_a_variable_rate(tmp_path):
     ffmpeg("-i", path, "-vf", "select='not(between(n,3,5))'", "-fps_mode", "vfr", *LOSSLESS, tmp_path / "gap.mkv")
     assert numbers(tmp_path / "gap.mkv") == [0, 1, 2, 2, 2, 2, *range(6, 13)]
     assert read_clip(tmp_path / "gap.mkv", 13, 64, 64)[1] == {"repeated": 3}
+
+
+def test_what_ffmpeg_would_read_wrong_in_silence_is_skipped_with_the_reason(tmp_path):
+    parts = [make(tmp_path / f"{side}.ts", f"testsrc2=size={side}x{side}:rate=16:duration=0.5") for side in (64, 96)]
+    (tmp_path / "sizes.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    make(tmp_path / "raw.h264", GREY.format(16, 1))
+    make(tmp_path / "raw.mjpeg", GREY.format(16, 1))
+    for k in range(9):
+        Image.new("L", (64, 64), 9 * k).save(tmp_path / f"a{k}.png")
+    Image.new("L", (64, 64)).save(tmp_path / "a%d.png")
+    spoiled = bytearray(make(tmp_path / "damaged.mp4", "testsrc2=size=128x96:rate=16", "-frames:v", 20).read_bytes())
+    place = spoiled.index(b"mdat") + 2000
+    spoiled[place : place + 200] = random.Random(0).randbytes(200)
+    (tmp_path / "damaged.mp4").write_bytes(spoiled)
+    reasons = {"sizes.ts": "changes its size", "raw.h264": "no times", "raw.mjpeg": "no times"}
+    reasons |= {"a%d.png": "rename it without %", "damaged.mp4": "is damaged"}
+    for name, reason in reasons.items():
+        with refused(reason):
+            read_clip(tmp_path / name, 5 if name == "a%d.png" else 13, 64, 64)
 
 
 @pytest.mark.parametrize(("transfer", "name"), [("arib-std-b67", "HLG"), ("smpte2084", "PQ"), ("bt709", "BT.2020")])
@@ -223,6 +243,13 @@ def test_captions_and_prompts_are_read_as_they_were_meant(tmp_path, encoding, en
     assert read_captions(tmp_path / "c.csv") == [("a.mp4", text), ("..b.mp4", 'say "x"\nand y')]
     (tmp_path / "p.txt").write_bytes(f"{text}{end}{end}two".encode(encoding))
     assert read_prompts(None, tmp_path / "p.txt") == [text, "two"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "TSV", "json", "jsonl"])
+def test_captions_are_no_prompts(tmp_path, kind):
+    (tmp_path / f"c.{kind}").write_text('{"file": "a.mp4", "caption": "x"}\n')
+    with refused("is a table by its name; expected a text file"):
+        read_prompts(None, tmp_path / f"c.{kind}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "cp1252", "latin-1"])

@@ -25,7 +25,10 @@ ALPHA = re.compile(r"yuva|rgba|bgra|argb|abgr|gbrap|ya\d+|pal8|ayuv|vuya")
 FLAGS = "lanczos+accurate_rnd+full_chroma_int"  # without these two colours are up to two levels too dark
 OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
 ONLY_FILES = ["-protocol_whitelist", "file"]  # a playlist in a video's clothes fetches nothing
+TIMELESS = ("h264", "hevc", "vvc", "mjpeg", "m4v", "obu")  # raw streams: ffmpeg would assume a rate
+FAULTS = {"corrupt decoded frame": "is damaged", "Reconfiguring filter graph": "changes its size or colours midway"}
 LATE = 0.1  # of an output frame's time: a frame that begins so little after its instant counts, as containers round
+SHOWN = "settb=AVTB,setpts=(PTS-STARTPTS)-{late}/TB,fps={fps}:round=up"  # the frames shown every 1 / fps seconds
 
 
 def read_video(path: str | Path, frames: int, height: int, width: int, fps: float = FPS) -> Tensor:
@@ -63,7 +66,7 @@ def read_clip(
     """
     expected = "expected a picture, or a video as ffmpeg reads it"
     about, decoder = _describe(path, frames / fps)
-    filters = [f"settb=AVTB,setpts=(PTS-STARTPTS)-{LATE / fps}/TB,fps={fps}:round=up"]
+    filters = [SHOWN.format(late=LATE / fps, fps=fps)]
     changes = _changes(about)
     if "interlaced" in changes:
         filters.insert(0, "bwdif=deint=interlaced:mode=send_frame")
@@ -79,20 +82,18 @@ def read_clip(
     colours = [*(["setparams=" + ":".join(missing)] if missing else []), TO_BT709] if "colours" in changes else []
     scale += matrix * (untagged and not colours and not alpha)
     filters += [*colours, *alpha, scale, "format=gbrp", f"crop={width}:{height}"]
-    options = ["-vf", ",".join(filters), "-frames:v", str(frames), "-an", "-sn", "-dn"]
-    video, count = torch.empty(frames, height, width, 3, dtype=torch.uint8), 0
-    try:
-        decoder = [*ONLY_FILES, *decoder]
-        pictures = imageio_ffmpeg.read_frames(f"file:{path}", input_params=decoder, output_params=options)
-        next(pictures)  # the first value describes the file
-        for picture in pictures:
-            video[count] = torch.frombuffer(bytearray(picture), dtype=torch.uint8).view(video[0].shape)
-            count += 1
-    except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration) as problem:
-        why = next((line.strip() for line in reversed(str(problem).splitlines()) if line.strip()), "no video in it")
-        raise InputError(f"{path} cannot be read ({why}); {expected}") from None
+    options = ["-frames:v", str(frames), "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-f", "rawvideo"]
+    data, said = _ffmpeg(path, decoder, ",".join(filters), *options)
+    count = len(data) // (height * width * 3)
+    if not count:
+        why = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "no video in it")
+        raise InputError(f"{path} cannot be read ({why}); {expected}")
+    for words, what in FAULTS.items():
+        if words in said:
+            raise InputError(f"{path} {what} (ffmpeg: {words}); mend it, or leave it out")
     if count < frames:
         raise InputError(f"{path} is too short ({count} frames at {fps:g} per second); expected at least {frames}")
+    video = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(frames, height, width, 3)
     repeated = sum(map(torch.equal, video[1:], video[:-1]))
     return video, ({"repeated": repeated} if repeated else {}) | changes
 
@@ -102,27 +103,33 @@ def _describe(path, seconds):
 
     `transparent` is there, the format, if any of the first `seconds` is.
     """
-    text, decoder = _info(path, [], "showinfo", "-frames:v", "1"), []
+    _, text = _ffmpeg(path, [], "showinfo", "-frames:v", "1", "-f", "null")
+    kind, decoder = re.search(r"Input #0, ([\w,]+), from", text), []
+    if kind and kind[1] in TIMELESS:
+        expected = "expected a container: ffmpeg -r RATE -i FILE -c copy FILE.mkv"
+        raise InputError(f"{path} is a raw stream, which has no times; {expected}")
+    if kind and kind[1] == "image2" and "%" in str(path):
+        raise InputError(f"{path} is a pattern of names for ffmpeg; rename it without %")
     about = dict(re.findall(r"(\w+):\s*(\S+)", " ".join(re.findall(r"showinfo.*\] (?:n:|color).*", text))))
     codec = re.search(r"Video: (vp[89])\b", text)
     if codec and re.search(r"alpha_mode\s*:\s*1", text):  # the usual decoders do not see it
         about["fmt"], decoder = "yuva420p", ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]]]
     if ALPHA.match(about.get("fmt", "")):  # every GIF has an alpha channel; most are opaque
-        alpha = _info(path, decoder, "alphaextract,format=gray,showinfo", "-t", f"{seconds}")
+        _, alpha = _ffmpeg(path, decoder, "alphaextract,format=gray,showinfo", "-t", f"{seconds}", "-f", "null")
         if set(re.findall(r" mean:\[(.*?)\] stdev:\[(.*?)\]", alpha)) != {("255", "0.0")}:
             about["transparent"] = about["fmt"]
     return about, decoder
 
 
-def _info(path, decoder, filters, *options):
-    """What ffmpeg says of a video that passes `filters`."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *ONLY_FILES, *decoder]
-    command += ["-i", f"file:{regular(path)}", "-vf", filters, *options, "-an", "-f", "null", "-"]
+def _ffmpeg(path, decoder, filters, *options):
+    """What ffmpeg makes of a video that passes `filters`, as bytes, and what it says."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", *ONLY_FILES, *decoder]
+    command += ["-i", f"file:{regular(path)}", "-vf", filters, "-an", "-sn", "-dn", *options, "-"]
     try:
         done = subprocess.run(command, capture_output=True, check=False)
     except (OSError, ValueError) as problem:
         raise InputError(f"{path} cannot be read ({problem}); expected a picture or a video") from None
-    return done.stderr.decode(errors="replace")
+    return done.stdout, done.stderr.decode(errors="replace")
 
 
 def _changes(about):
@@ -143,15 +150,14 @@ def measure_clip(path: str | Path, most: int, fps: float = FPS) -> tuple[int, fl
 
     Raises InputError as `read_video`.
     """
-    regular(path)
-    filters = f"settb=AVTB,setpts=(PTS-STARTPTS)-{LATE / fps}/TB,fps={fps}:round=up,scale=w=round(360*dar):h=360"
-    try:
-        options = {"input_params": ONLY_FILES, "output_params": ["-vf", filters, "-frames:v", str(most), "-an"]}
-        pictures = imageio_ffmpeg.read_frames(f"file:{path}", **options)
-        width, height = next(pictures)["size"]
-        return sum(1 for _ in pictures), width / height
-    except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration) as problem:
-        raise InputError(f"{path} cannot be read ({type(problem).__name__}); expected a video") from None
+    about, decoder = _describe(path, 0)
+    if "s" not in about:
+        raise InputError(f"{path} cannot be read; expected a video")
+    _, said = _ffmpeg(
+        path, decoder, SHOWN.format(late=LATE / fps, fps=fps) + ",showinfo", "-frames:v", str(most), "-f", "null"
+    )
+    (width, height), (wide, high) = (map(int, re.split("[x/]", about[name])) for name in ("s", "sar"))
+    return len(re.findall(r"showinfo.*\] n:", said)), width / height * (wide / high if wide and high else 1)
 
 
 def to_float(video: Tensor) -> Tensor:
