@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from minianyflow.support.cli import COMMANDS, command, main, run
+from minianyflow.support.files import staging_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
         (["video", "--nfe", "1,four"], "argument --nfe: '1,four'"),
         (["video", "--nfe", "0,1"], "expected 1 or more"),
         (["video", "--nfe", "32,64"], "causal take those"),
+        (["demo", "--output=~/x"], "the shell leaves this ~ as it is; write --output ~/x"),
         (["dmeo"], "did you mean 'demo'"),
     ],
 )
@@ -169,7 +171,7 @@ def gone(group, seconds=15):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("kill", marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", ["Ctrl-C", *(pytest.param(how, marks=pytest.mark.long) for how in ("TERM", "KILL"))])
 def test_an_interrupted_demo_leaves_what_was_there(tmp_path, how):
     (tmp_path / "any_step.json").write_text("of an earlier run")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and its children, ignore it
@@ -181,11 +183,13 @@ def test_an_interrupted_demo_leaves_what_was_there(tmp_path, how):
     if how == "Ctrl-C":
         os.killpg(running.pid, signal.SIGINT)  # every process of the group
     else:
-        running.terminate()  # the parent alone
-    assert running.wait(timeout=60) == 130
+        running.send_signal(signal.Signals[f"SIG{how}"])  # the parent alone
+    assert running.wait(timeout=60) == (-signal.SIGKILL if how == "KILL" else 130)
     printed = running.stderr.read()
-    assert "interrupted" in printed
+    assert ("interrupted" in printed) == (how != "KILL")
     assert "Traceback" not in printed
+    with staging_folder(tmp_path):  # which the next demo begins with
+        pass
     assert [file.name for file in tmp_path.iterdir()] == ["any_step.json"]
     assert (tmp_path / "any_step.json").read_text() == "of an earlier run"
     assert gone(running.pid)  # nobody is left behind

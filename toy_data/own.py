@@ -169,7 +169,10 @@ def read_points(path: Path) -> Tensor:
         raise InputError(f"{path} is empty; expected a point a line, its numbers apart by commas")
     mark = next((mark for mark in ";\t," if mark in lines[-1][1]), None)
     decimal = "," if mark == ";" else "."
-    rows = [(number, [cell.strip().replace(decimal, ".") for cell in _cells(line, mark)]) for number, line in lines]
+    try:
+        rows = [(number, [cell.strip().replace(decimal, ".") for cell in _cells(line, mark)]) for number, line in lines]
+    except csv.Error as problem:
+        raise InputError(f"{path} cannot be read ({problem}); expected a point a line") from None
     if not any(map(_is_number, rows[0][1])):  # names
         names, *rows = rows
         if not names[1][0] and [row[:1] for _, row in rows] == [[str(k)] for k in range(len(rows))]:

@@ -54,6 +54,9 @@ class Parser(argparse.ArgumentParser):
         """The arguments without --traceback."""
         found, others = super().parse_known_args(args, namespace)
         vars(found).pop("traceback", None)
+        for name, value in vars(found).items():
+            if str(value).startswith("~/"):
+                self.error(f"--{name}={value}: the shell leaves this ~ as it is; write --{name} {value}, or the path")
         return found, others
 
     def error(self, message):

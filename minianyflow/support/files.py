@@ -157,6 +157,8 @@ def open_picture(path):
         if getattr(picture, "is_animated", False):
             return None
         picture = ImageOps.exif_transpose(picture)
+        if picture.mode in ("I", "F"):
+            raise ValueError("its numbers have 32 bits; expected 8 or 16")
         if picture.mode.startswith("I;16"):  # which Pillow would clip to its lowest 8 bits
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
         return picture.convert("RGBA")

@@ -239,6 +239,9 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
         raise _wrong(problem.errors()[0], values, origin) from None
     config.velocity = config.velocity or ("base" if config.objective == "lagrangian" else "data")
     flat = dict(_flat(asdict(config)))
+    for name in flat:
+        if name in TEXTS and str(flat[name]).startswith("~"):
+            raise InputError(f"{name}={flat[name]}; nobody expands ~ here: write the whole path")
     for wrong, names, why in _contradictions(config):
         if wrong:
             raise InputError(f"{', '.join(f'{name}={flat[name]}' for name in names.split())}: {why}")
@@ -402,6 +405,8 @@ def _value(node, name=""):
     text, quoted = (node.value, bool(node.style)) if node else ("", False)
     if text.lower() in ("null", "~", "") and not quoted:
         return None
+    if quoted and node.style in "|>":
+        text = text.rstrip("\n")  # the end of a block is no part of the text
     if quoted or name in TEXTS or not JSON_VALUE.fullmatch(text):
         return text
     return json.loads(text.lower().lstrip("+"))

@@ -66,6 +66,7 @@ BAD_TABLES = {
     "all equal": ("0.1,7\n" * 20, "column 1 has no spread; expected different numbers: leave it out"),
     "a flat column": (rows(torch.cat([POINTS, 0 * POINTS[:, :1]], 1)), "column 3 has no spread"),
     "a thousand dimensions": (rows(torch.randn(9, 1000)), "has points of 1000 numbers; expected 1 to 32: choose some"),
+    "a field without end": (rows(POINTS) + "\n" + "1" * 140_000 + ",2", "cannot be read .field larger"),
     "another encoding": ("höhe,b\n".encode("latin-1") + rows(POINTS).encode(), "cannot be read"),
 }
 

@@ -110,6 +110,8 @@ def test_a_text_stays_what_was_written(tmp_path, text):
     """Whatever YAML takes it for, on the command line and in a file, and once more after the run wrote it down."""
     mine, again = tmp_path / "mine.yaml", tmp_path / "again.yaml"
     mine.write_text(f"output: {text}\nstudent: {text}\nsamples:\n  prompts:\n  - {text}\n  - '{text}: x'\n")
+    assert load_config([mine]).output == text
+    mine.write_text(mine.read_text().replace(f"output: {text}", f"output: >\n  {text}\n"))
     line = [f"output={text}", f"student={text}", f"samples.prompts=[{text}, '{text}: x']"]
     for config in (load_config([mine]), load_config((), line)):
         again.write_text(as_yaml(config))
@@ -205,6 +207,7 @@ def test_a_wrong_option_in_a_file_names_the_file(tmp_path):
 
 
 CONTRADICTIONS = {
+    ("output=~/x",): "output=~/x; nobody expands ~ here",
     ("objective=mixed", "guidance.published=true"): "guidance.published=True, objective=mixed: .* for eulerian alone",
     ("objective=lagrangian", "velocity=data"): "objective=lagrangian, velocity=data: .*; set velocity=base",
     ("batch=6", "accumulate=4"): "batch=6, accumulate=4: the micro-batches would not be equal",

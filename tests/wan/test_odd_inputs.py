@@ -107,6 +107,10 @@ def test_what_ffmpeg_would_read_wrong_in_silence_is_skipped_with_the_reason(tmp_
     spoiled[place : place + 200] = random.Random(0).randbytes(200)
     (tmp_path / "damaged.mp4").write_bytes(spoiled)
     reasons = {"sizes.ts": "changes its size", "raw.h264": "no times", "raw.mjpeg": "no times"}
+    (tmp_path / "notes.txt").write_text("hello\n" * 500)
+    make(tmp_path / "a.mp4", GREY.format(16, 1))
+    (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\na.mp4\n#EXT-X-ENDLIST\n")
+    reasons |= {"notes.txt": "is a text", "a.m3u8": "a list of files"}
     reasons |= {"a%d.png": "rename it without %", "damaged.mp4": "is damaged"}
     for name, reason in reasons.items():
         with refused(reason):
@@ -125,6 +129,18 @@ def test_hdr_and_wide_colours_become_bt709(tmp_path, transfer, name):
     )
     assert changes == {"colours": name}
     assert float((found.float() - expected.float()).abs().mean()) < 12  # what is brightest is compressed
+
+
+@pytest.mark.parametrize("primaries", ["smpte432", "smpte431"])
+def test_p3_becomes_bt709(tmp_path, primaries):
+    source = (
+        "color=0x903020:size=64x64:rate=16:duration=0.2,format=gbrp,setparams=color_primaries=bt709:color_trc=bt709"
+    )
+    source += f":colorspace=gbr:range=pc,zscale=p={primaries}:t=bt709:m=bt709:r=tv,format=yuv444p"
+    tags = ("-color_primaries", primaries, "-color_trc", "bt709", "-colorspace", "bt709")
+    frames, changes = read_clip(make(tmp_path / "a.mp4", source, *LOSSLESS, *tags), 1, 64, 64)
+    assert changes == {"colours": "P3"}
+    assert (frames[0, 5, 5].int() - torch.tensor([0x90, 0x30, 0x20])).abs().max() <= 4
 
 
 @pytest.mark.parametrize(
@@ -210,6 +226,11 @@ LINES = {
     "half an emoji": ('{"file": "a.mp4", "caption": "\\ud83d"}', "not a JSON object"),
     "a column twice": ("file,caption,caption\na.mp4,x,y", "the column 'caption' more than once"),
     "a blank before a name": ("file, caption\na.mp4,x", "has 'file', ' caption'; expected"),
+    "semicolons": ("file;caption\na.mp4;x, y", "line 1 of .* has 'file;caption'; expected the columns"),
+    "no names": ("filea.mp4,x", "line 1 of .* has 'filea.mp4', 'x'; expected the columns"),
+    "a list": ('[{"file": "a.mp4", "caption": "x"}]', "not a JSON object"),
+    "no text": ('{"file": "a.mp4", "caption": null}', "expected texts"),
+    "two in a line": ('{"file": "a.mp4", "caption": "x"}{"file": "b.mp4", "caption": "x"}', "not a JSON object"),
 }
 
 

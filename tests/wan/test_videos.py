@@ -125,7 +125,10 @@ def test_files_that_cannot_be_read_are_one_line(folder, tmp_path):
     broken = {"text.mp4": b"hello", "empty.mp4": b"", "cut.mp4": clip[:1500], "cut.png": sheet[:2000]}
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
-    messages = dict.fromkeys(broken, "cannot be read") | {"nothing.mp4": "no file .*; expected a video or a picture"}
+    Image.new("F", (9, 9)).save(tmp_path / "float.tif")
+    messages = dict.fromkeys((*broken, "float.tif"), "cannot be read") | {
+        "nothing.mp4": "no file .*; expected a video or a picture"
+    }
     for name, message in (messages | {".": "no file"}).items():
         with refused(message):
             read_video(tmp_path / name, 1, 16, 16)

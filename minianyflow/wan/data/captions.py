@@ -55,7 +55,13 @@ def _csv_rows(path, lines):
     reader, start = csv.DictReader(lines, strict=True), 2
     expected = "expected quotation marks round a caption with commas, and each doubled inside"
     try:
-        if twice := {name for name in reader.fieldnames or () if reader.fieldnames.count(name) > 1}:
+        names = reader.fieldnames or ()
+        if not {"file", "caption"} <= {*names}:
+            found = ", ".join(map(repr, names)) or "nothing"
+            raise InputError(
+                f"line 1 of {path} has {found}; expected the columns file and caption, with a comma between"
+            )
+        if twice := {name for name in names if names.count(name) > 1}:
             raise InputError(f"{path} has the column {min(twice)!r} more than once; expected one caption per file")
         for row in reader:
             if None in row:

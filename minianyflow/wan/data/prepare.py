@@ -231,7 +231,7 @@ class Preparation:
     def _read(self, clip):
         """Bytes (T, H, W, 3), or the reason why there are none; and what was changed."""
         path, options = self.videos / clip.file, self.options
-        if not clip.caption:
+        if not any(letter.isprintable() for letter in clip.caption.replace(" ", "")):  # it may be of width 0
             return "empty caption", {}
         if not self.links and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.videos)):
             return "is a link out of --videos (expected a file inside; --links takes it)", {}

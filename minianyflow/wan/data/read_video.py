@@ -17,6 +17,7 @@ from minianyflow.wan.data.options import FPS
 
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
 HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}  # ffmpeg's names of the transfer functions
+PRIMARIES = {"bt2020": "BT.2020", "smpte432": "P3", "smpte431": "P3"}
 # BT.2408: 203 cd/m2 is the white of ordinary video. Up to 0.8 of it light is kept, what is brighter is compressed.
 TONE_MAP = "tonemap=mobius:param=0.8:desat=0"
 TO_BT709 = f"zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,{TONE_MAP},zscale=t=bt709:m=gbr:r=pc,format=gbrp"
@@ -25,7 +26,9 @@ ALPHA = re.compile(r"yuva|rgba|bgra|argb|abgr|gbrap|ya\d+|pal8|ayuv|vuya")
 FLAGS = "lanczos+accurate_rnd+full_chroma_int"  # without these two colours are up to two levels too dark
 OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
 ONLY_FILES = ["-protocol_whitelist", "file"]  # a playlist in a video's clothes fetches nothing
-TIMELESS = ("h264", "hevc", "vvc", "mjpeg", "m4v", "obu")  # raw streams: ffmpeg would assume a rate
+RAW = ("h264", "hevc", "vvc", "mjpeg", "m4v", "obu")  # ffmpeg would assume a rate
+UNFIT = dict.fromkeys(RAW, "a raw stream, which has no times") | {"tty": "a text", "svg_pipe": "a drawing"}
+UNFIT |= dict.fromkeys(("hls", "dash", "concat"), "a list of files")
 FAULTS = {"corrupt decoded frame": "is damaged", "Reconfiguring filter graph": "changes its size or colours midway"}
 LATE = 0.1  # of an output frame's time: a frame that begins so little after its instant counts, as containers round
 SHOWN = "settb=AVTB,setpts=(PTS-STARTPTS)-{late}/TB,fps={fps}:round=up"  # the frames shown every 1 / fps seconds
@@ -86,7 +89,10 @@ def read_clip(
     data, said = _ffmpeg(path, decoder, ",".join(filters), *options)
     count = len(data) // (height * width * 3)
     if not count:
-        why = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "no video in it")
+        why = next(
+            (line.strip() for line in reversed(said.splitlines()) if line.strip() and line[:6] != "frame="),
+            "no video in it",
+        )
         raise InputError(f"{path} cannot be read ({why}); {expected}")
     for words, what in FAULTS.items():
         if words in said:
@@ -105,9 +111,8 @@ def _describe(path, seconds):
     """
     _, text = _ffmpeg(path, [], "showinfo", "-frames:v", "1", "-f", "null")
     kind, decoder = re.search(r"Input #0, ([\w,]+), from", text), []
-    if kind and kind[1] in TIMELESS:
-        expected = "expected a container: ffmpeg -r RATE -i FILE -c copy FILE.mkv"
-        raise InputError(f"{path} is a raw stream, which has no times; {expected}")
+    if kind and kind[1] in UNFIT:
+        raise InputError(f"{path} is {UNFIT[kind[1]]}; expected a video in a container, like mp4 or mkv")
     if kind and kind[1] == "image2" and "%" in str(path):
         raise InputError(f"{path} is a pattern of names for ffmpeg; rename it without %")
     about = dict(re.findall(r"(\w+):\s*(\S+)", " ".join(re.findall(r"showinfo.*\] (?:n:|color).*", text))))
@@ -136,8 +141,8 @@ def _changes(about):
     """What must be done to a video that is `about` so: {what: why}."""
     transfer, primaries = about.get("color_trc"), about.get("color_primaries")
     changes = {}
-    if transfer in HDR or primaries == "bt2020":
-        changes["colours"] = HDR.get(transfer, "BT.2020")
+    if transfer in HDR or primaries in PRIMARIES:
+        changes["colours"] = HDR.get(transfer) or PRIMARIES[primaries]
     if "transparent" in about:
         changes["transparent"] = about["transparent"]
     if about.get("i") in ("T", "B"):
@@ -157,7 +162,7 @@ def measure_clip(path: str | Path, most: int, fps: float = FPS) -> tuple[int, fl
         path, decoder, SHOWN.format(late=LATE / fps, fps=fps) + ",showinfo", "-frames:v", str(most), "-f", "null"
     )
     (width, height), (wide, high) = (map(int, re.split("[x/]", about[name])) for name in ("s", "sar"))
-    return len(re.findall(r"showinfo.*\] n:", said)), width / height * (wide / high if wide and high else 1)
+    return min(most, len(re.findall(r"showinfo.*\] n:", said))), width / height * (wide / high if wide and high else 1)
 
 
 def to_float(video: Tensor) -> Tensor:
