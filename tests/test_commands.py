@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
         (["video", "--nfe", "0,1"], "expected 1 or more"),
         (["video", "--nfe", "32,64"], "causal take those"),
         (["demo", "--output=~/x"], "the shell leaves this ~ as it is; write --output ~/x"),
+        (["demo", "--workers=--"], "--workers=-- gives no value"),
         (["dmeo"], "did you mean 'demo'"),
     ],
 )

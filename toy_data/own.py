@@ -99,7 +99,7 @@ def of_picture(path: Path) -> Target:
     """A mixture with a Gaussian for each pixel, as heavy as the pixel differs from the shade of the picture's edge."""
     try:
         image = open_picture(path)
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
         raise InputError(f"{path} is no picture ({problem}); expected a PNG or JPEG file") from None
     if image is None:
         raise InputError(f"{path} is an animation; expected one picture")

@@ -71,8 +71,10 @@ class Request:
     ways: bool = False
 
     def __post_init__(self):
-        if min(self.steps, self.batch) < 1:
-            raise InputError(f"{self.steps} steps of {self.batch} clips; expected at least one of each")
+        if not (1 <= self.steps <= 10**5 and 1 <= self.batch <= 10**5):
+            raise InputError(
+                f"{self.steps} steps of {self.batch} clips; expected one of each at least, {10**5} at most"
+            )
         Options(**self.clip)  # raises for what Wan cannot take
         for name in [option.split("=")[0] for option in self.options]:
             if name in OWN:

@@ -52,6 +52,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """The arguments without --traceback."""
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch("--[a-z-]+=--", word):  # Python before 3.13 takes it for an empty list
+                self.error(f"{word} gives no value")
         found, others = super().parse_known_args(args, namespace)
         vars(found).pop("traceback", None)
         for name, value in vars(found).items():

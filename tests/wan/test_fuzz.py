@@ -1,8 +1,11 @@
 """Hostile inputs and places, the same in every run: each is read, or refused in one line; none ends in a traceback."""
 
 import codecs
+import contextlib
 import copy
+import io
 import json
+import math
 import os
 import random
 import resource
@@ -14,23 +17,29 @@ from functools import partial
 from pathlib import Path
 
 import huggingface_hub
+import pyarrow
 import pytest
+import torch
 import yaml
 from PIL import Image
+from pyarrow import parquet
 
-from minianyflow.support.cli import run
+from minianyflow.support.cli import command, run
 from minianyflow.support.errors import InputError
 from minianyflow.wan.commands import distill, evaluate, export, make_tiny_wan, sample
 from minianyflow.wan.config import OPTIONS, as_yaml, load_config
 from minianyflow.wan.data.captions import read_captions
 from minianyflow.wan.data.commands import prepare_latents
 from minianyflow.wan.data.latents import LatentSet, verify
+from minianyflow.wan.data.options import Options
+from minianyflow.wan.data.parquet import convert_parquet
 from minianyflow.wan.data.read_video import measure_clip, read_clip, read_video
 from minianyflow.wan.evaluate import labelled
 from minianyflow.wan.folders import load_parts, load_transformer
 from minianyflow.wan.run import read_run
 from minianyflow.wan.sources import identify, read_prompts
 from tests.wan.test_odd_inputs import BARS, CLEAR, EXPORTED, RUN, VP8, make
+from toy_data import plane
 
 DEEP = 10**5 * "["
 NASTY = [
@@ -249,6 +258,68 @@ def video(draw, folder):
     action(path, draw.choice([1, 5]), 16, 32)
 
 
+def points(draw, folder):
+    file = folder / draw.choice(["p.csv", "p.txt", "p.png"])
+    if file.suffix == ".png":
+        Image.new("RGBA", (9, 6), (9, 200, 30, 90)).save(file)
+    else:
+        table = "x,y\n" + "".join(f"{k % 7}.5,{k * k % 11}.25\n" for k in range(20))
+        file.write_text(table.replace(",", draw.choice(",;\t ")))
+    file.write_bytes(spoiled_bytes(draw, file.read_bytes()))
+    plane.target(file)
+
+
+def parquets(draw, folder, tiny):
+    source, row = folder / f"parquet-{draw.random()}", {"caption": "x"}
+    source.mkdir()
+    for name, shape in (("vae_latent", [16, 1, 2, 2]), ("text_embedding", [3, 32])):
+        row[f"{name}_bytes"], row[f"{name}_shape"] = bytes(4 * math.prod(shape)), shape
+        row[f"{name}_dtype"] = "float32"
+    if draw.random() < 0.5:
+        row[draw.choice([*row])] = draw.choice([None, -1, 1.5, "x", "", b"x", [2], [-1] * 4, [2**40] * 4, [], "nn"])
+    parquet.write_table(pyarrow.Table.from_pylist([row] * draw.choice([0, 1, 2])), source / "a.parquet")
+    if draw.random() < 0.4:
+        (source / "a.parquet").write_bytes(spoiled_bytes(draw, (source / "a.parquet").read_bytes()))
+    convert_parquet(source, str(tiny), source / "out", Options(length=32))
+
+
+NUMBERS = ["", "-1", "0", "nan", "inf", "1e400", "9" * 5000, "1e9", "0x10", "1_000", "a", "é" * 300, "../..", "\udcff"]
+NUMBERS += [
+    str(2**63),
+    "--",
+    "-",
+    "1e-320",
+    "1,2",
+    "2.5",
+    "17",
+    "a\nb",
+    "~/x",
+    "/dev/null",
+    "/proc/self/mem",
+    "1 2",
+    "*",
+]
+COMMANDS = {  # what follows each, of the folder of the tiny Wan; the options of which one is spoiled
+    "plan": ("--config causal forward tiny data={0}/latents", "gpu gpus memory rate price share frames height"),
+    "sample": ("{0} --prompt x --steps 1 --length 32", "prompts steps image context stream base seed length width"),
+    "evaluate": ("{0} --prompts p.txt", "steps data videos batch guidance negative seed frames"),
+    "export": ("{0} out", "role dtype layout push"),
+    "prepare-latents": ("--videos {0} --captions c.csv --base {0} --output o", "parquet bucket fps length limit skip"),
+    "distill": ("--config bidirectional forward tiny base={0} data={0} output=o", "minutes config"),
+    "demo": ("--output o", "data dataset evaluations seeds workers"),
+    "gpu-check": ("--sizes tiny --device cpu --output o", "steps batch set architectures frames height width"),
+    "live-html": ("--scene race", "scene"),
+}
+
+
+def arguments(draw, folder, tiny):
+    name = draw.choice([*COMMANDS])
+    given, options = COMMANDS[name]
+    argv = [*given.format(tiny).split(), f"--{draw.choice(options.split())}={draw.choice(NUMBERS)}"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        command(name)(argv)
+
+
 def path(draw, folder):
     text = draw.choice(
         [
@@ -283,15 +354,27 @@ def load_transformer_of(name):
     load_transformer(name, "causal")
 
 
+def begun(*given, **options):
+    raise InputError("the work began")
+
+
 @pytest.mark.long
 def test_a_thousand_hostile_inputs(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     kinds = [(captions, 200), (configuration, 250), (shard, 120), (manifest, 120), (run_folder, 90), (exported, 60)]
-    kinds += [(pipeline, 90), (path, 70), (video, 200)]
+    kinds += [(pipeline, 90), (path, 70), (video, 200), (points, 150), (parquets, 100), (arguments, 150)]
+    embedded = torch.zeros(1, 32, 32)
+    monkeypatch.setattr("minianyflow.wan.data.parquet.embed", lambda *given: embedded)
+    works = ["wan.sample.embed", "wan.stream.embed", "wan.evaluate.Samples", "planner.gpu_check.measure"]
+    for work in (*works, "plane.race.run_jobs", "live.pages.page_text"):  # what is long, and begins where all was taken
+        monkeypatch.setattr(f"minianyflow.{work}", begun)
+    monkeypatch.chdir(tmp_path)
+    Path("c.csv").write_text("file,caption\na.mp4,x\n")
+    Path("p.txt").write_text("a red square\n")
     faults, done = [], 0
     for kind, count in kinds:
         for seed in range(count):
-            more = (tiny,) if kind in (shard, manifest, pipeline) else ()
+            more = (tiny,) if kind in (shard, manifest, pipeline, parquets, arguments) else ()
             try:
                 kind(random.Random(seed), tmp_path, *more)
             except InputError as problem:
@@ -304,7 +387,7 @@ def test_a_thousand_hostile_inputs(tiny, tmp_path, monkeypatch):
                     f"{kind.__name__} {seed}: {type(problem).__name__}: {str(problem)[:150]!r} {place(problem)}"
                 )
             done += 1
-    assert done == 1200
+    assert done == 1600
     assert not faults, "\n".join([f"{len(faults)} of {done}:", *faults])
 
 

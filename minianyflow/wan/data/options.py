@@ -46,6 +46,6 @@ class Options:
             value = getattr(self, name)
             if value < 16 or value % 16:
                 raise InputError(f"{name}={value}; expected a multiple of 16")
-        for name, most in (("fps", 1000), ("length", 10**5)):
+        for name, most in (("fps", 1000), *((name, 10**5) for name in ("length", "frames", "height", "width"))):
             if not 0 < getattr(self, name) <= most:
                 raise InputError(f"{name}={getattr(self, name)}; expected more than 0, at most {most}")
