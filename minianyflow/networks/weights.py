@@ -90,6 +90,8 @@ def read_weights(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
     except (ValueError, RecursionError) as problem:
         raise InputError(f"{path}: its configuration cannot be read ({problem}); make it again") from None
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    if ill := next((name for name, value in state.items() if not bool(value.isfinite().all())), None):
+        raise InputError(f"{path}: {ill} holds numbers that are not finite; take an earlier checkpoint, or train anew")
     return state, config, provenance
 
 

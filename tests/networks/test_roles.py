@@ -429,6 +429,7 @@ REFUSED = {
     r"has for blocks\.2\S* no weights; expected \(3, 64\)": lambda path: load_role(path, base(num_layers=3), "r"),
     r"blocks\.1\S* \(3, 64\); expected none of that name": lambda path: load_role(path, base(num_layers=1), "r"),
     "those there are: .*r": lambda path: load_role(path.with_name("s.safetensors"), base(), "r"),
+    r"r.safetensors: \S* holds numbers that are not finite": lambda path: load_role(ill(path), base(), "r"),
     "is cut short": lambda path: load_role(cut(path), base(), "r"),
     r"not a \.safetensors": lambda path: save_role(path.with_suffix(".pt"), with_role(), "r"),
     "unknown role 'q'": lambda path: save_role(path, with_role(), "q"),
@@ -451,6 +452,14 @@ def with_role(rank=RANK, **options):
     transformer = base()
     add_role(transformer, "r", rank, **options)
     return transformer
+
+
+def ill(path):
+    transformer = with_role()
+    next(iter(roles.Adapter(transformer, "r").parameters())).data[0] = float("nan")
+    (other := path.parent / "ill").mkdir()
+    save_role(other / path.name, transformer, "r")
+    return other / path.name
 
 
 @pytest.fixture(scope="module")
