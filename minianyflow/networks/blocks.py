@@ -1,6 +1,7 @@
 """How the blocks of a transformer run: recomputed in the backward, under the role of their forward; compiled."""
 
 import contextlib
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,22 +17,25 @@ ATTENTION = tuple(  # kernels of scaled_dot_product_attention
 )
 
 
-def checkpoint_blocks(transformer: nn.Module, keep_attention: bool = False, offload: bool = False) -> None:
+def checkpoint_blocks(
+    transformer: nn.Module, keep_attention: bool = False, offload: bool = False, embedder: bool = False
+) -> None:
     """Keep only the input of each block, and recompute the block in its backward, under the role of its forward.
 
     keep_attention: the output of fused self-attention is kept as well, (B, N, D) per block: it is most of the work.
-    offload: what is kept of a block waits for the backward in CPU memory.
+    offload: what is kept of a block waits for the backward in CPU memory. embedder: that of times and text is
+    recomputed, too; RestingBlocks needs that, and comes before.
     The backward raises RuntimeError if the recomputation finds another role: its gradient would be wrong, silently.
     """
 
     stack = host.Stack()
 
-    def recompute(block, *arguments):
+    def recompute(block, *arguments, forward=None, **options):
         role = active_role(block)
 
-        def run(*arguments):
+        def run(*arguments, **options):
             try:
-                return block(*arguments)
+                return (forward or block)(*arguments, **options)
             finally:  # even after an exception: a recomputation stops by one once it has all that it needs
                 if (found := active_role(block)) != role:
                     wrong = f"a block of role {role!r} is recomputed under {found!r}: its gradient would be wrong"
@@ -48,11 +52,14 @@ def checkpoint_blocks(transformer: nn.Module, keep_attention: bool = False, offl
                 keeping, reading = create_selective_checkpoint_contexts(_keep_attention)
             return keeping, under_role(reading)
 
-        options = {"use_reentrant": False, "preserve_rng_state": False}  # no block draws random numbers
+        options |= {"use_reentrant": False, "preserve_rng_state": False}  # no block draws random numbers
         with _saved_on(stack, arguments[0].shape) if offload else contextlib.nullcontext():
             return checkpoint(run, *arguments, **options, context_fn=contexts)
 
     transformer.enable_gradient_checkpointing(recompute)
+    if embedder:
+        module = transformer.condition_embedder
+        module.forward = partial(recompute, module, forward=module.forward)
 
 
 def _saved_on(stack, shape):

@@ -1,5 +1,7 @@
 """Frozen weights of blocks that rest elsewhere: a block's come for its forward alone, and for its recomputation.
 
+The embedder of times and text counts as the first block.
+
 They rest in CPU memory, from where the next block's are on their way while a block computes; or each process keeps a
 part of every block, and all gather it together. Processes differ in which block they need next, as their rows do: so
 before each gather they agree on one, and those that need another throw it away. Forwards go first; recomputations come
@@ -31,10 +33,11 @@ class RestingBlocks:
         self.device, self.shared, self.blocks, self.ahead = device, shared, [], {}
         # a group of CPUs: no GPU waits for a vote
         self.ballots = distributed.new_group(backend="gloo", timeout=TIMEOUT) if shared else None
-        for number, block in enumerate(transformer.blocks):
+        blocks = (transformer.condition_embedder, *transformer.blocks)
+        for number, block in enumerate(blocks):
             self.blocks.append(self._rest(block))
             block.forward = partial(self._run, number, block.forward)
-        resting = {id(weight) for weight in transformer.blocks.parameters()}
+        resting = {id(weight) for block in blocks for weight in block.parameters()}
         for tensor in (*transformer.parameters(), *transformer.buffers()):
             tensor.data = tensor.data if id(tensor) in resting else tensor.data.to(device)
 
@@ -77,8 +80,8 @@ class RestingBlocks:
     def _fetch(self, place):
         """The bytes of a block; those of the next are then on their way."""
         whole = (self.ahead.pop(place, None) or host.send(self._at(place), self.device))()
-        last = place % len(self.blocks) == len(self.blocks) - 1  # what comes then, nobody knows
-        self.ahead = {} if last else {place + 1: host.send(self._at(place + 1), self.device)}
+        ends = (len(self.blocks) - 1, 2 * len(self.blocks) - 2, 2 * len(self.blocks) - 1)  # who knows what comes then
+        self.ahead = {} if place in ends else {place + 1: host.send(self._at(place + 1), self.device)}
         return whole
 
     def gather(self, place: int) -> torch.Tensor | None:

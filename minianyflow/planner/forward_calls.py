@@ -159,7 +159,7 @@ _CALLS = {}
 
 def known_calls(config: Config, *given) -> tuple[list[MicroBatch], dict]:
     """`forward_calls`, once for all configurations that differ in what rests elsewhere."""
-    config = replace(config, offload=[], shard_base=False)
+    config = replace(config, offload=[], shard_base=False, sequence_parallel=1)
     key = repr((config, given))
     if key not in _CALLS:
         _CALLS[key] = forward_calls(config, *given)

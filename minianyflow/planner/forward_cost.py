@@ -9,6 +9,7 @@ import torch
 
 from minianyflow.networks.causal_attention import causal_mask, chunk_partition, compressed_chunks
 from minianyflow.networks.lora_roles import add_role
+from minianyflow.networks.sequence import TokenGroup
 from minianyflow.planner.counters import LiveBytes, fused_attention, tensors_in
 from minianyflow.planner.forward_calls import ForwardCall
 from minianyflow.wan.config import Config
@@ -23,7 +24,8 @@ class Cost:
     FLOP: of the `forward`; of the `backward` without recomputation; `recomputed` by checkpointing in the backward.
     Bytes: `saved` from forward to backward; further bytes at the peak of the forward (`transient`) and of the backward
     (`returning`); the `cache` that a causal network fills; bytes that the forward has `stored` in CPU memory and those
-    that it `fetched` from there, the backward `fetched_again`. The output and gradients of weights are not included.
+    that it `fetched` from there, the backward `fetched_again`; bytes that processes which share the tokens `exchanged`,
+    and again in the backward. The output and gradients of weights are not included.
     """
 
     forward: float = 0.0
@@ -36,6 +38,8 @@ class Cost:
     stored: float = 0.0
     fetched: float = 0.0
     fetched_again: float = 0.0
+    exchanged: float = 0.0
+    exchanged_again: float = 0.0
 
     def __add__(self, other):
         return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
@@ -44,19 +48,46 @@ class Cost:
         return Cost(*(factor * value for value in astuple(self)))
 
 
-def measure(network, inputs: tuple, condition: dict, grad: bool, pairs: int | None = None) -> Cost:
+class CountedGroup(TokenGroup):
+    """The first of `size` processes that share the tokens of a clip, without the others: `exchanged` bytes so far."""
+
+    def __init__(self, size: int):
+        self.size, self.rank, self.on, self.exchanged = size, 0, True, 0.0
+
+    def swap(self, parts: torch.Tensor) -> torch.Tensor:
+        """As TokenGroup."""
+        self.exchanged += parts.nbytes * (1 - 1 / self.size)
+        return torch.empty_like(parts)
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """As TokenGroup."""
+        self.exchanged += part.nbytes * (self.size - 1)
+        return part.new_empty(self.size, *part.shape)
+
+
+def measure(
+    network,
+    inputs: tuple,
+    condition: dict,
+    grad: bool,
+    pairs: int | None = None,
+    group: CountedGroup | None = None,
+) -> Cost:
     """The cost of `network(*inputs, **condition)` on the meta device, including a backward if `grad`.
 
-    pairs: number of (query, key) pairs that the attention mask keeps. Gradients of weights are dropped at once.
+    pairs: number of (query, key) pairs that the attention mask keeps. group: with whom it shares tokens. Gradients of
+    weights are dropped at once.
     """
     transformer = network.transformer
     weights = [*transformer.parameters(), *transformer.buffers(), rope_table(transformer)]
+    group = group or CountedGroup(1)
+    start = group.exchanged
     counter = LiveBytes([*weights, *tensors_in((inputs, condition))])
     with torch.set_grad_enabled(grad), counter, counter.host_memory(), fused_attention(counter, pairs):
         out = tensors_in(network(*inputs, **condition))
         storages = {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in out if counter.is_live(tensor)}
         size = sum(storage.nbytes() for storage in storages.values())
-        stored, fetched = counter.stored, counter.fetched
+        stored, fetched, exchanged = counter.stored, counter.fetched, group.exchanged - start
         forward, saved, peak = counter.flop, max(counter.now - size, 0), counter.peak
         before = counter.peak = counter.now
         counter.recomputed = 0
@@ -74,6 +105,8 @@ def measure(network, inputs: tuple, condition: dict, grad: bool, pairs: int | No
         stored=stored,
         fetched=fetched,
         fetched_again=counter.fetched - fetched,
+        exchanged=exchanged,
+        exchanged_again=group.exchanged - start - exchanged,
     )
 
 
@@ -101,6 +134,8 @@ class ShapeNetworks(RunNetworks):
             add_role(self.base, "teacher", config.rank, config.alpha)
             self.config = replace(self.config, teacher=config.teacher)  # the adapter is there: nothing is loaded
 
+    _group = CountedGroup
+
     def _transformer(self, source, dtype):
         chunks = {"full_chunk_limit": self.config.causal.full_chunks} if self.config.architecture == "causal" else {}
         device = "cpu" if "base" in self.config.offload else self.device
@@ -117,6 +152,7 @@ class ForwardCosts:
         self.config, self.shape, self.clip, self.prompt = config, shape, clip, prompt
         self.layers, self._costs, self._measured, self._caches = shape["num_layers"], {}, {}, {}
         self.few, self.more = min(2, self.layers), min(3, self.layers)  # numbers of blocks that are measured
+        self.groups = {}
         self.networks = {layers: self.build(layers) for layers in {self.few, self.more}}
 
     def build(self, layers: int) -> dict:
@@ -127,13 +163,14 @@ class ForwardCosts:
             networks = ShapeNetworks(config, self.clip[0], self.shape | {"num_layers": layers})
             roles = {role: networks.trained(role).network for role in ("student", "fake")[: 1 + whole]}
             roles["teacher"] = networks.teacher(whole=whole).network
+            self.groups[layers] = networks.tokens
         for network in roles.values():
             for weight in _trained(network):
                 weight.register_post_accumulate_grad_hook(_drop_gradient)
         return roles
 
     def weights(self) -> dict[str, tuple[float, float]]:
-        """Bytes of weights, gradients and RoPE tables by role: in all, and of one block; of the base's blocks."""
+        """Bytes of weights, gradients and RoPE tables by role, and of what rests: in all, and of one block."""
         few, more = (self._weights(self.networks[layers]) for layers in (self.few, self.more))
         block = {name: more[name] - size for name, size in few.items()}
         further = self.layers - self.few
@@ -150,8 +187,15 @@ class ForwardCosts:
             size["base"] = _nbytes(transformers[0].parameters()) - sum(size.values())
         else:
             size |= {"base": frozen * size["teacher"], "teacher": 0}
-        blocks = _nbytes(w for name, w in transformers[0].blocks.named_parameters() if ".lora_" not in name)
-        return size | gradients | {"blocks": blocks, "tables": _nbytes(map(rope_table, transformers))}
+        blocks, embedder = (
+            _nbytes(weight for name, weight in part.named_parameters() if ".lora_" not in name)
+            for part in (transformers[0].blocks, transformers[0].condition_embedder)
+        )
+        return (
+            size
+            | gradients
+            | {"blocks": blocks, "embedder": embedder, "tables": _nbytes(map(rope_table, transformers))}
+        )
 
     def __call__(self, call: ForwardCall) -> Cost:
         """The cost of all rows of a call. What does not grow with the rows, like RoPE tables, counts once."""
@@ -171,10 +215,10 @@ class ForwardCosts:
 
     def _measure(self, layers, call):
         if (layers, call) not in self._measured:
-            self._measured[layers, call] = self.measure(self.networks[layers][call.role], call)
+            self._measured[layers, call] = self.measure(self.networks[layers][call.role], call, self.groups[layers])
         return self._measured[layers, call]
 
-    def measure(self, network, call: ForwardCall) -> Cost:
+    def measure(self, network, call: ForwardCall, group: CountedGroup | None = None) -> Cost:
         """The cost of a call of a network on the meta device."""
         with torch.device("meta"):
             z = torch.empty(call.rows, call.frames, *self.clip[1:], requires_grad=call.state_grad)
@@ -196,7 +240,7 @@ class ForwardCosts:
             condition = {"cache": self._caches[key]}
         elif call.kind == "one_chunk" and self.config.architecture == "causal":
             condition = {"single_chunk": torch.empty_like(t)}
-        return measure(network, inputs, condition, call.grad, pairs)
+        return measure(network, inputs, condition, call.grad, pairs, group)
 
     def _pairs(self, call, clean, mode):
         chunks, (_, _, height, width) = self.config.causal, self.clip
@@ -221,7 +265,7 @@ def _drop_gradient(weight):
 
 _COSTS = {}
 _DECISIVE = ("stage", "architecture", "trained", "checkpointing", "keep_attention", "precision", "rank", "teacher")
-_DECISIVE += ("velocity", "causal", "on_policy", "offload", "base_dtype")
+_DECISIVE += ("velocity", "causal", "on_policy", "offload", "base_dtype", "sequence_parallel")
 
 
 def forward_costs(config: Config, shape: dict, clip: tuple, prompt: tuple) -> ForwardCosts:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from minianyflow.networks.sequence import check_tokens
 from minianyflow.planner.forward_calls import ForwardCall, MicroBatch, known_calls
 from minianyflow.planner.forward_cost import ForwardCosts, forward_costs
 from minianyflow.planner.gpus import GPUS, Gpu, find_gpu
@@ -27,7 +28,7 @@ from minianyflow.wan.shapes import SHAPES, latent_shape
 KINDS = {int: Count, bool: bool, float: float, tuple: list[int]}
 Shape = TypedDict("Shape", {name: KINDS[type(value)] for name, value in SHAPES["14b"].items()}, total=False)
 STEPS = 16  # number of steps whose draws are counted by default
-RUN = ("architecture", "stage", "base", "steps", "batch", "memory", "offload", "shard_base")
+RUN = ("architecture", "stage", "base", "steps", "batch", "memory", "offload", "shard_base", "sequence_parallel")
 ADAM = 2  # numbers that AdamW holds per weight
 HUB = {
     f"{name}-{size}-Diffusers": size.lower()
@@ -53,13 +54,18 @@ def plan_run(
         )
     shape = shape_of(config.base)
     clip_shape, length = _clip(config, clip, shape["in_channels"])
-    check_split(config.batch, gpus, config.accumulate)
+    if gpus % config.sequence_parallel:
+        raise InputError(
+            f"sequence_parallel={config.sequence_parallel} on {gpus} GPUs; expected a number that divides them"
+        )
+    full, coarse = (clip_shape[2] // n * (clip_shape[3] // n) for n in (2, 4))
+    coarse = coarse if config.architecture == "causal" else 0
+    check_tokens(config.sequence_parallel, shape["num_attention_heads"], full, coarse)
+    check_split(config.batch, gpus // config.sequence_parallel, config.accumulate)
     if sharded and gpus == 1:
         raise InputError("weights sharded over 1 GPU; expected several GPUs, or weights that are not sharded")
     if config.shard_base and gpus == 1:
         raise InputError("shard_base=true on 1 GPU; expected several, or offload=[base]: it rests in CPU memory")
-    if config.sequence_parallel > 1:
-        raise InputError("sequence_parallel cannot be planned yet; plan sequence_parallel=1, which takes more memory")
     if sharded and "states" in config.offload:
         raise InputError("offload=states with FSDP2, which shards moments and averages; leave out one of them")
     setup = (find_gpu(gpu) if isinstance(gpu, str) else gpu, gpus, sharded)
@@ -122,19 +128,20 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     rank: that activations are counted with, if not the configuration's.
     """
     (_, clip, (tokens, numbers)), (_, gpus, sharded) = sizes, setup
+    groups = gpus // config.sequence_parallel  # of GPUs that share their clips; a micro-batch is a group's
     costs = forward_costs(replace(config, rank=rank or config.rank), *sizes)
-    micro_batches, beside = known_calls(config, clip, tokens * numbers, steps, gpus, exact)
+    micro_batches, beside = known_calls(config, clip, tokens * numbers, steps, groups, exact)
     different = dict.fromkeys(call.per_row for part in micro_batches for call in part.calls)
     for call in tqdm(different, desc="counting", unit="forward", delay=2, leave=False, disable=None):
         costs(call)  # which is then known
     weights = forward_costs(config, *sizes).weights()
     resident, gradients = resident_bytes(config, weights, gpus, sharded)
-    host, in_turn, beside_computing, gathered = Counter(), 0, 0, Counter()
-    blocks, at_once = weights["blocks"][0], 0
+    host, in_turn, beside_computing, gathered, exchanged = Counter(), 0, 0, Counter(), Counter()
+    resting, at_once = weights["blocks"][0] + weights["embedder"][0], 0
     if away := config.shard_base or "base" in config.offload:  # one block computes, the next is on its way
         at_once = weights["blocks"][1] * (1 + ("base" in config.offload))
-        resident["base weights"] -= blocks * (1 - config.shard_base / gpus)
-        host |= {} if config.shard_base else {"base weights": blocks}
+        resident["base weights"] -= resting * (1 - config.shard_base / gpus)
+        host |= {} if config.shard_base else {"base weights": resting}
     moments = [
         moment | {"batch": beside[part.role], "base weights of a block": at_once}
         for part in micro_batches
@@ -142,7 +149,7 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     ]
     if "states" in config.offload:
         host |= {name: resident.pop(name) for name in ("averages", "optimiser")}
-        in_turn = len(steps) * gpus * 2 * (host["averages"] + host["optimiser"])
+        in_turn = len(steps) * groups * 2 * (host["averages"] + host["optimiser"])
         for role, (size, _) in gradients.items():  # at its update
             average = host["averages"] * (role == "student")
             moments.append({"gradients": size, "optimiser": ADAM * size, "averages": average})
@@ -158,7 +165,8 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
             in_turn += cost.fetched * (times + call.grad)  # caches; what else comes in the backward are kept inputs
             beside_computing += cost.stored * (call.grad or call.kind == "fill_cache")
             beside_computing += call.grad * (cost.fetched_again - cost.fetched)
-            gathered[part.step, part.process] += away * blocks * (times + call.grad)
+            gathered[part.step, part.process] += away * resting * (times + call.grad)
+            exchanged[part.step, part.process] += times * cost.exchanged + call.grad * cost.exchanged_again
             flop = cost.forward + call.grad * cost.backward
             processes[part.step, part.process] += flop
             roles[call.role] += flop
@@ -168,23 +176,25 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
             again += (call.unit is not None) * cost.forward
     count, model = len(steps), sum(processes.values())
     samples = count * config.batch
-    slowest, gathers = (sum(max(of[step, p] for p in range(gpus)) for step in steps) for of in (processes, gathered))
-    links = gathers * (1 - 1 / gpus) if config.shard_base else 0  # a step gathers what its slowest process needs
+    slowest, gathers, links = (  # a step gathers what its slowest process needs
+        sum(max(of[step, p] for p in range(groups)) for step in steps) for of in (processes, gathered, exchanged)
+    )
+    links += gathers * (1 - 1 / gpus) if config.shard_base else 0
     beside_computing += 0 if config.shard_base else sum(gathered.values())
     return Plan(
         {name: getattr(config, name) for name in RUN} | {"clip": f"{4 * clip[0] - 3} x {8 * clip[2]} x {8 * clip[3]}"},
         *setup,
         memory=memory,
-        flop=model / count / gpus,
-        flop_with_recompute=(model + recomputed + again) / count / gpus,
-        slowest=slowest * gpus / model,
+        flop=model / count / groups,
+        flop_with_recompute=(model + recomputed + again) / count / groups,
+        slowest=slowest * groups / model,
         evaluations={role: (forwards[role] / samples, backwards[role] / samples) for role in forwards},
-        roles={role: flop / count / gpus for role, flop in roles.items()},
+        roles={role: flop / count / groups for role, flop in roles.items()},
         work=1 + again / (model + recomputed),
         host={name: size for name, size in host.items() if size},
         bus={
-            "in turn": in_turn / count / gpus,
-            "beside computing": beside_computing / count / gpus,
+            "in turn": in_turn / count / groups,
+            "beside computing": beside_computing / count / groups,
             "between GPUs": links / count,
         },
     )
@@ -287,7 +297,7 @@ def _changes(config, plan):
         if getattr(config, name) != value:
             changes |= {name: value}
             yield [changes]
-    checkpointed, most = changes, config.batch // plan.gpus
+    checkpointed, most = changes, config.batch * config.sequence_parallel // plan.gpus
     for number in range(config.accumulate + 1, most + 1):
         if most % number == 0:
             changes = checkpointed | {"accumulate": number}
@@ -312,7 +322,7 @@ def _changes(config, plan):
     for rank in (128, 64, 32):
         if config.trained == "lora" and rank < config.rank:
             yield [changes | {"rank": rank}]
-    if plan.gpus < 8 and config.batch % 8 == 0:
+    if plan.gpus < 8 and config.batch % 8 == 0 and config.sequence_parallel == 1:
         yield [{"gpus": 8, "sharded": True} | checkpointed | {"accumulate": config.batch // 8}]
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory):
         if gpu.memory > plan.gpu.memory:

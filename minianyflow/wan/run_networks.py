@@ -46,8 +46,10 @@ class RunNetworks:
         self.sizes = sizes
         self.config, self.frames, self.device, self.counters = config, frames, device, {}
         self.resting = self.error = None
-        self.tokens = TokenGroup(config.sequence_parallel) if config.sequence_parallel > 1 else None
+        self.tokens = self._group(config.sequence_parallel) if config.sequence_parallel > 1 else None
         self.base = self._load(config.base) if config.trained == "lora" else None
+
+    _group = TokenGroup
 
     def trained(self, role: str, start: str | None = None) -> nn.Module:
         """The network of `role`, to train, from the run `start` or as the base is. A fake score sees whole clips."""
@@ -98,8 +100,10 @@ class RunNetworks:
         transformer = prepare_transformer(config, transformer)
         if self.tokens:
             share_tokens(transformer, self.tokens)
-        if config.shard_base or "base" in config.offload:
+        if resting := config.shard_base or "base" in config.offload:
             self.resting = RestingBlocks(transformer, self.device, config.shard_base)
+        if config.checkpointing:
+            checkpoint_blocks(transformer, config.keep_attention, "blocks" in config.offload, embedder=resting)
         return transformer
 
     def _transformer(self, source, dtype):
@@ -153,10 +157,8 @@ def transformer_of(config: Config, source: str | Path, dtype=torch.float32, devi
 
 
 def prepare_transformer(config: Config, transformer: nn.Module) -> nn.Module:
-    """A frozen transformer as a run uses it: per-frame modulation, recomputation and compilation of blocks."""
+    """A frozen transformer as a run uses it: per-frame modulation, compilation of blocks."""
     use_per_frame_modulation(transformer)
-    if config.checkpointing:
-        checkpoint_blocks(transformer, config.keep_attention, "blocks" in config.offload)
     if config.compiled:
         compile_blocks(transformer)
     return transformer.requires_grad_(False)

@@ -26,28 +26,31 @@ def events(monkeypatch):
 
 def inputs(transformer):
     torch.manual_seed(0)
-    return torch.randn(1, 3, 4, 8, 8, requires_grad=True), torch.ones(1), torch.zeros(1), torch.randn(1, 4, 16)
+    z, t, r, prompt = torch.randn(1, 3, 4, 8, 8), torch.ones(1), torch.zeros(1), torch.randn(1, 4, 16)
+    return z.requires_grad_(), t, r, prompt.requires_grad_()
 
 
 def test_the_next_block_is_on_its_way_while_one_computes(events):
-    """In the forward, and from the last block to the first in the backward; at the end of each nothing is."""
+    """The embedder is block 0, recomputed last and only if it learns: it is never sent ahead in the backward."""
     transformer = use_per_frame_modulation(tiny_transformer().requires_grad_(False))
-    z, *rest = inputs(transformer)
-    WanNetwork(transformer)(z, *rest).square().sum().backward()
-    expected, z.grad = z.grad, None
-    checkpoint_blocks(transformer)
+    z, *rest, prompt = inputs(transformer)
+    WanNetwork(transformer)(z, *rest, prompt).square().sum().backward()
+    expected = z.grad, prompt.grad
+    z.grad = prompt.grad = None
     parts = [part.data_ptr() for part, _ in RestingBlocks(transformer, "cpu").blocks]
-    out = WanNetwork(transformer)(z, *rest)
+    checkpoint_blocks(transformer, embedder=True)
+    out = WanNetwork(transformer)(z, *rest, prompt)
     there = [(what, parts.index(number)) for what, number in events]
-    assert there == [("send", 0), *(pair for n in range(3) for pair in (("there", n), ("send", n + 1))), ("there", 3)]
+    assert there == [("send", 0), *(pair for n in range(4) for pair in (("there", n), ("send", n + 1))), ("there", 4)]
     events.clear()
     out.square().sum().backward()
     there = [(what, parts.index(number)) for what, number in events]
-    back = [("send", 3), *(pair for n in (3, 2, 1) for pair in (("there", n), ("send", n - 1))), ("there", 0)]
-    assert there == back
-    assert torch.equal(z.grad, expected)
-    kept = {name: weight.untyped_storage().nbytes() for name, weight in transformer.blocks.named_parameters()}
-    assert max(kept.values()) <= 4  # placeholders
+    back = [("send", 4), *(pair for n in (4, 3, 2) for pair in (("there", n), ("send", n - 1))), ("there", 1)]
+    assert there == [*back, ("send", 0), ("there", 0)]
+    assert torch.equal(z.grad, expected[0])
+    assert torch.equal(prompt.grad, expected[1])
+    weights = (*transformer.blocks.parameters(), *transformer.condition_embedder.parameters())
+    assert max(weight.untyped_storage().nbytes() for weight in weights) <= 4  # placeholders
 
 
 def test_kept_inputs_come_back_one_ahead(events):

@@ -91,7 +91,7 @@ class Step:
             yield transformer.rope._build_freqs(torch.device("cpu"))
             streamed = "base" in self.config.offload
             for name, weight in transformer.named_parameters():
-                if not streamed or "lora_" in name or not name.startswith("blocks."):
+                if not streamed or "lora_" in name or not name.startswith(("blocks.", "condition_embedder.")):
                     yield weight
 
     def bytes(self):
@@ -198,11 +198,25 @@ def test_several_gpus_share_the_work(settings):
     assert two.memory["optimiser"] == one.memory["optimiser"] == 2 * sharded.memory["optimiser"]
     assert two.memory["base weights"] == sharded.memory["base weights"]
     shared = planned(settings("bidirectional", "on_policy", "shard_base=true", "on_policy.shared_rollout=true"), gpus=2)
-    blocks = 2 * (two.memory["base weights"] - shared.memory["base weights"])
-    assert 0 < blocks < two.memory["base weights"]
-    assert shared.memory["base weights of a block"] == pytest.approx(blocks / 2)  # one of two at a time
+    resting = 2 * (two.memory["base weights"] - shared.memory["base weights"])
+    assert 0 < resting < two.memory["base weights"]
+    assert 0 < shared.memory["base weights of a block"] < resting / 2  # two blocks and the embedder, one at a time
     assert 0 == two.bus["between GPUs"] < shared.bus["between GPUs"]
     assert shared.seconds() > two.seconds()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("bidirectional", "forward"), ("causal", "on_policy")], ids=" ".join)
+def test_gpus_that_share_a_clip_share_its_work_and_memory(settings, words):
+    """One clip at a time on one GPU, and on two: embedders, and keys and values of the prompt, are computed on both."""
+    apart, together = (
+        planned(settings(*words, f"sequence_parallel={n}", f"accumulate={2 * n}"), gpus=2) for n in (1, 2)
+    )
+    assert apart.flop < together.flop < 1.2 * apart.flop
+    parts = ("activations", "rollout jumps", "causal cache")
+    passing = [sum(size for part, size in plan.memory.items() if part.startswith(parts)) for plan in (apart, together)]
+    assert passing[0] / 2 < passing[1] < 0.97 * passing[0]  # large clips: nearly half
+    assert 0 == apart.bus["between GPUs"] < together.bus["between GPUs"]
 
 
 @pytest.mark.slow
