@@ -161,7 +161,9 @@ def test_keep_attention_is_planned(settings, stage):
         plans.append(planned(config))
         steps.append(Step(config, 1))
     (kept, recomputed), (more, less) = [sum(step.bytes()) for step in steps], [step.work()[0] for step in steps]
-    assert plans[0].peak - plans[1].peak == pytest.approx(kept - recomputed, rel=0.1)
+    assert [plan.peak for plan in plans] == pytest.approx([kept, recomputed], rel=0.1)
+    if stage == "forward":  # on-policy the two peaks are of other moments
+        assert plans[0].peak - plans[1].peak == pytest.approx(kept - recomputed, rel=0.1)
     assert plans[0].flop_with_recompute - plans[1].flop_with_recompute == pytest.approx(more - less, rel=0.1)
     assert kept > recomputed
     assert more < less
