@@ -215,6 +215,8 @@ WORKS = {
     "offload": lambda bench, out: [distill, *bench.options, "offload=[states,blocks,base]", f"output={out}"],
     "memory=small": lambda bench, out: on_policy(bench, out, "memory=small"),
     "on-policy, offload": lambda bench, out: on_policy(bench, out, "offload=[states,base]", "memory=small"),
+    "int8": lambda bench, out: [distill, *bench.options, "base_dtype=int8", f"output={out}"],
+    "image to video": lambda bench, out: [distill, *bench.options, "i2v_prob=0.5", f"output={out}"],
     "buckets": lambda bench, out: [distill, *bench.options, f"data={bench.buckets()}", f"output={out}"],
     "prepare": lambda bench, out: [*bench.preparing(out), "--frames=9", "--height=32", "--width=48"],
     "prepare --bucket": lambda bench, out: [*bench.preparing(out), "--bucket", "9x32x48", "17x32x32"],
@@ -288,14 +290,14 @@ def terminated(bench):
     return f"exit {status}, {said[0]}", (status, again, len(said)) == (143, 0, 1) and bench.same(output)
 
 
-def launch(bench, output, processes):
+def launch(bench, output, processes, *options):
     """Start a run with `accelerate launch`: the launcher, and the log."""
     log = bench.folder / f"{output.name}.log"
     several = [f"--num_processes={processes}", *(["--multi_gpu"] if processes > 1 else ["--config_file", ONE])]
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, SCRIPT, *bench.options]
     with log.open("a") as file:
         process = subprocess.Popen(
-            [*map(str, command), f"output={output}"],
+            [*map(str, command), f"output={output}", *options],
             stdout=file,
             stderr=file,
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -309,12 +311,12 @@ def ran_as(path, processes):
     return (made["processes"], made["distribution"]) == (processes, "MULTI_CPU" if processes > 1 else "NO")
 
 
-def one_of_two_killed(bench):
+def one_of_two_killed(bench, *options):
     """SIGKILL to one of two processes in the middle of a save; two go on, and end as two that nothing disturbed."""
     output, whole = bench.new(), bench.new()
-    undisturbed, _ = launch(bench, whole, 2)
+    undisturbed, _ = launch(bench, whole, 2, *options)
     status = undisturbed.wait()
-    process, _ = launch(bench, output, 2)
+    process, _ = launch(bench, output, 2, *options)
     wait_for(output / "checkpoints" / ".unfinished-000004", 120)
     workers = psutil.Process(process.pid).children()
     workers[-1].kill()
@@ -322,7 +324,7 @@ def one_of_two_killed(bench):
     wait_for_lock(output / "checkpoints")
     saved = saved_steps(output)
     two = ran_as(checkpoints(output)[0] / "state.json", 2) and not (output / "run.json").exists()
-    again, _ = launch(bench, output, 2)
+    again, _ = launch(bench, output, 2, *options)
     right = (status, killed, again.wait(), len(workers)) == (0, 1, 0, 2) and saved[0] in (2, 4)
     right = right and two and all(ran_as(folder / "run.json", 2) for folder in (whole, output))
     return f"launcher: exit {killed}, {saved[0]} steps were saved", right and weights(output) == weights(whole)
@@ -631,6 +633,8 @@ INJECTIONS = {
     "SIGTERM to a launcher": launched(1),
     "the same, two processes": launched(2),
     "SIGKILL to one of two": one_of_two_killed,
+    "the same, shard_base": lambda bench: one_of_two_killed(bench, "shard_base=true"),
+    "the same, sequence_parallel": lambda bench: one_of_two_killed(bench, "sequence_parallel=2"),
     "Ctrl-C while saving": interrupted,
     "SIGKILL at the very end": killed_at_the_end,
     "disk full at the end": full_at_the_end,
