@@ -58,9 +58,10 @@ class Guard:
         losses = gather_object(torch.cat(losses).tolist())
         rows = gather_object(batch["row"].tolist()) if "row" in batch else []
         places = gather_object(batch["place"].tolist()) if "place" in batch else range(len(losses))
-        bad = [index for index, loss in enumerate(losses) if not (math.isfinite(loss) and loss <= self.above)]
-        bad = bad or list(range(len(losses)))  # the gradient is not finite: any row may be the cause
-        entry = {"step": step, "role": role, "numbers": [step * len(losses) + places[index] for index in bad]}
+        once = {place: index for index, place in enumerate(places)}  # processes that share a clip have the same rows
+        bad = [index for index in once.values() if not (math.isfinite(losses[index]) and losses[index] <= self.above)]
+        bad = bad or list(once.values())  # the gradient is not finite: any row may be the cause
+        entry = {"step": step, "role": role, "numbers": [step * len(once) + places[index] for index in bad]}
         if rows:
             entry["rows"] = [rows[index] for index in bad]
             entry |= {"files": self.files(entry["rows"])} if self.files else {}

@@ -1,6 +1,7 @@
 """The loop of long runs: two processes equal one, bad batches, trackers that fail."""
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -140,6 +141,15 @@ def test_a_bad_batch_is_written_down_and_stops_the_run(tmp_path):
             run(student(), poisoned([3]), guard=Guard(folder=tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "bad_batch.json").read_text().splitlines()]
     assert lines == 2 * [{"step": 3, "role": "student", "numbers": [3 * 16 + 5], "losses": ["nan"]}]
+
+
+def test_a_row_of_processes_that_share_a_clip_is_written_down_once(tmp_path):
+    """All of them have it: here two processes, and of two rows the first is bad."""
+    losses, twice = torch.tensor([math.nan, 1.0, math.nan, 1.0]), {"place": [0, 1, 0, 1], "row": [7, 8, 7, 8]}
+    batch = {name: torch.tensor(values) for name, values in twice.items()}
+    Guard(1, folder=tmp_path).record(3, "student", [losses], batch, Accelerator(cpu=True))
+    line = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert line == {"step": 3, "role": "student", "numbers": [6], "rows": [7], "losses": ["nan"]}
 
 
 def test_bad_batches_are_skipped_within_a_bound_and_change_nothing(tmp_path, capsys):
