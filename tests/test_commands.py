@@ -86,7 +86,8 @@ from minianyflow.support import cli, errors
 def command():
     print("begun", flush=True)
     raise errors.InputError("a bucket is too small")
-cli.PATIENCE = float(os.environ["PATIENCE"])
+cli.PATIENCE, sleep = float(os.environ["PATIENCE"]), cli.time.sleep
+cli.time.sleep = lambda seconds: (print("waits", flush=True), sleep(seconds))
 raise SystemExit(cli.run(command))
 """
 
@@ -94,12 +95,12 @@ raise SystemExit(cli.run(command))
 @pytest.mark.parametrize(("rank", "patience", "said"), [(0, 60, 1), (1, 0, 1), (1, 60, 0)])
 def test_what_all_processes_say_is_one_line(rank, patience, said):
     """Further ones wait, and their launcher ends them once the first has ended; one that fails alone says so."""
-    environment = os.environ | {"RANK": str(rank), "PATIENCE": str(patience)}
+    environment = os.environ | {"LOCAL_RANK": str(rank), "PATIENCE": str(patience)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", ALIKE], cwd=ROOT, env=environment, **pipes) as process:
         assert process.stdout.readline() == "begun\n"
         if not said:
-            time.sleep(0.5)
+            assert process.stdout.readline() == "waits\n"
             process.terminate()
         assert process.stderr.read() == "error: a bucket is too small\n" * said
         assert process.wait(60) == (2 if said else -signal.SIGTERM)

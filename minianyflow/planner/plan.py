@@ -61,7 +61,7 @@ def plan_run(
     full, coarse = (clip_shape[2] // n * (clip_shape[3] // n) for n in (2, 4))
     coarse = coarse if config.architecture == "causal" else 0
     check_tokens(config.sequence_parallel, shape["num_attention_heads"], full, coarse)
-    check_split(config.batch, gpus // config.sequence_parallel, config.accumulate)
+    check_split(config.batch, gpus, config.accumulate, config.sequence_parallel)
     if sharded and gpus == 1:
         raise InputError("weights sharded over 1 GPU; expected several GPUs, or weights that are not sharded")
     if config.shard_base and gpus == 1:
@@ -77,13 +77,16 @@ def plan_run(
     return replace(plan, changes=advice(plan, config, sizes, numbers)) if advise and not plan.fits else plan
 
 
-def check_split(batch: int, gpus: int, accumulate: int) -> None:
-    """Raise InputError if a batch does not divide into `accumulate` equal micro-batches per GPU; names what does."""
-    if gpus < 1 or batch % gpus:
-        divisors = sorted((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - gpus))
-        near = " or ".join(map(str, sorted(divisors[:2])))
+def check_split(batch: int, gpus: int, accumulate: int, together: int = 1) -> None:
+    """Raise InputError if a batch does not divide into `accumulate` equal micro-batches per GPU; names what does.
+
+    together: number of GPUs that share a clip.
+    """
+    if gpus < 1 or batch % (groups := gpus // together):
+        fit = [n * together for n in range(1, batch + 1) if batch % n == 0]
+        near = " or ".join(map(str, sorted(sorted(fit, key=lambda n: abs(n - gpus))[:2])))
         raise InputError(f"batch={batch} on {gpus} GPUs; expected equal parts: {near} GPUs, or another batch")
-    if (most := batch // gpus) % accumulate:
+    if (most := batch // groups) % accumulate:
         raise InputError(
             f"batch={batch} on {gpus} GPUs with accumulate={accumulate}; expected micro-batches of equal size: "
             f"accumulate={most} is one clip at a time on each GPU, the least memory"
@@ -181,8 +184,10 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     )
     links += gathers * (1 - 1 / gpus) if config.shard_base else 0
     beside_computing += 0 if config.shard_base else sum(gathered.values())
+    factor = CODECS.get(clip[1], CODECS[16])[0]  # pixels per side of a latent
+    pixels = f"{4 * clip[0] - 3} x {factor * clip[2]} x {factor * clip[3]}"
     return Plan(
-        {name: getattr(config, name) for name in RUN} | {"clip": f"{4 * clip[0] - 3} x {8 * clip[2]} x {8 * clip[3]}"},
+        {name: getattr(config, name) for name in RUN} | {"clip": pixels},
         *setup,
         memory=memory,
         flop=model / count / groups,

@@ -57,9 +57,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word} gives no value")
         found, others = super().parse_known_args(args, namespace)
         vars(found).pop("traceback", None)
-        for name, value in vars(found).items():
-            if str(value).startswith("~/"):
-                self.error(f"--{name}={value}: the shell leaves this ~ as it is; write --{name} {value}, or the path")
+        for value in vars(found).values():
+            for word in value if isinstance(value, list) else [value]:
+                if str(word).startswith("~/"):
+                    self.error(f"{word}: nobody has put a folder in the place of this ~; write the whole path")
         return found, others
 
     def error(self, message):
@@ -128,11 +129,12 @@ def run(command, argv=None):
             raise
         status, line = _explained(problem)
         _drop_unwritten()
-        if status != 130 and int(os.environ.get("RANK", 0)):  # its launcher ends it once another has ended
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PATIENCE)
         if "--traceback" in (sys.argv if argv is None else argv):
             traceback.print_exc()
+        elif status != 130 and os.environ.get("LOCAL_RANK", "0") not in ("", "0"):  # one of several processes
+            for number in (signal.SIGTERM, signal.SIGINT):  # its launcher ends it once another has ended
+                signal.signal(number, signal.SIG_DFL)
+            time.sleep(PATIENCE)
         if line:
             print(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...", file=sys.stderr)
         return status

@@ -184,8 +184,7 @@ def read_prompts(texts: list[str] | None = None, file: str | Path | None = None)
             texts = regular(file).read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
         except (OSError, UnicodeDecodeError) as problem:
             why = getattr(problem, "strerror", None) or "not UTF-8"
-            kind = NoPrompts if isinstance(problem, FileNotFoundError) else InputError
-            raise kind(f"cannot read {file} ({why}); expected a text file, one prompt per line") from None
+            raise NoPrompts(f"cannot read {file} ({why}); expected a text file, one prompt per line") from None
     prompts = [text.strip() for text in texts if text.strip()]
     if not prompts:
         raise NoPrompts(f"no prompts in {file or 'the list'}; expected at least one that is not empty")

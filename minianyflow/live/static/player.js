@@ -810,7 +810,7 @@ export function mountScene(element, page, payload, ask = () => {}, changed = () 
     if (page.kind in COMPUTED) world = new World({ ...page, data: filled(page.data, unpack(page, payload)) });
     refresh();
   })();
-  const destroy = () => ((work = null), world?.dismiss(), player.destroy());
+  const destroy = () => (clearTimeout(told), (work = null), world?.dismiss(), player.destroy());
   return { ...player, destroy, show, arrive, state, world, shown: () => shown, set };
 }
 

@@ -58,7 +58,7 @@ SKIPPED = "skipped.jsonl"  # which clips were skipped, and why
 SHEET, SHOWN, SIDE = "sheet.png", 16, 160  # the contact sheet, clips on it, pixels of a still's longer side
 CLEANED = "ftfy, HTML entities, blanks"  # what diffusers' prompt_clean does to a caption, as Wan's own code
 ROUND = 1024  # prompts that are in memory while their videos are encoded
-TIMED = 8  # clips, and one of so many, that are encoded at most to estimate the disk and the time for all
+TIMED = 8  # to estimate the disk and the time for all, at most so many clips are encoded, and at most one of so many
 CHANGES = {  # {what: the words of the report}
     "repeated": "clips with repeated frames",
     "cut": "captions cut at {} tokens",
@@ -126,7 +126,7 @@ class Preparation:
         self.source, self.dtype = fetch(self.base), DTYPES[self.options.dtype]
         codec = read_json(self.source / "vae/config.json", "expected a pipeline folder")
         channels, factor = codec.get("z_dim"), codec.get("scale_factor_spatial", 8)
-        if channels is None:
+        if not isinstance(channels, int):
             raise InputError(f"the vae of {self.source} has no z_dim; expected a pipeline of Wan's family")
         shape = self.options
         if shape.height % (2 * factor) or shape.width % (2 * factor):
@@ -163,13 +163,14 @@ class Preparation:
         A few of them are encoded, which `encode` will encode again. Raises InputError if there is too little room.
         """
         few = pending[:: max(TIMED, -(-len(pending) // TIMED))]
-        for numbers in (few[:1], few):  # the first one loads the models
+        for numbers in (few[:1], few, pending[: TIMED**2]):  # the first one loads the models
             start = time.perf_counter()
             prompts = [self._encode_prompt(number) for number in numbers]
-            for _ in self._encode_videos(numbers):
-                pass
-        seconds = (time.perf_counter() - start) / len(few)
-        tokens = sum(map(torch.numel, prompts)) / len(few)
+            encoded = sum(not isinstance(latents, str) for _, latents, _ in self._encode_videos(numbers))
+            if numbers is few and encoded:  # else all of the few will be skipped
+                break
+        seconds = (time.perf_counter() - start) / max(encoded, 1)
+        tokens = sum(map(torch.numel, prompts)) / len(prompts)
         size = len(pending) * (HEADER + self.dtype.itemsize * (math.prod(self.shape) + tokens))
         place = next(folder for folder in (self.output.absolute(), *self.output.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free

@@ -1,6 +1,5 @@
 """Videos and pictures as frames: where a clip is read, by ffmpeg."""
 
-import logging
 import re
 import subprocess
 from pathlib import Path
@@ -15,13 +14,11 @@ from minianyflow.support.errors import InputError
 from minianyflow.support.files import open_picture, regular
 from minianyflow.wan.data.options import FPS
 
-logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is resized, as all are
 HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}  # ffmpeg's names of the transfer functions
 PRIMARIES = {"bt2020": "BT.2020", "smpte432": "P3", "smpte431": "P3"}
 # BT.2408: 203 cd/m2 is the white of ordinary video. Up to 0.8 of it light is kept, what is brighter is compressed.
 TONE_MAP = "tonemap=mobius:param=0.8:desat=0"
-TO_BT709 = f"zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,{TONE_MAP},zscale=t=bt709:m=gbr:r=pc,format=gbrp"
-WIDE = {"color_primaries": "bt2020", "color_space": "bt2020nc", "color_trc": "bt709"}  # what a file may leave out
+LINEAR, BT709 = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709", "zscale=t=bt709:m=gbr:r=pc,format=gbrp"
 ALPHA = re.compile(r"yuva|rgba|bgra|argb|abgr|gbrap|ya\d+|pal8|ayuv|vuya")
 FLAGS = "lanczos+accurate_rnd+full_chroma_int"  # without these two colours are up to two levels too dark
 OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
@@ -63,9 +60,10 @@ def read_clip(
     """The first frames of a video, bytes (T, H, W, 3), cut in the centre and resized by ffmpeg; and what was changed.
 
     They are the frames shown 0, 1 / fps, 2 / fps, ... seconds after the first, upright, in square pixels and in BT.709
-    (untagged: BT.601 up to 576 lines): HDR and BT.2020 are tone-mapped, transparency lies over black, interlaced
-    frames are deinterlaced. The changes: {"repeated": frames that equal the one before, "colours", "transparent",
-    "interlaced": why}, as far as they happened. Raises InputError as `read_video`.
+    (untagged: BT.601 up to 576 lines): BT.2020 and P3 are converted, HDR is tone-mapped, transparency lies over black,
+    interlaced frames are deinterlaced. The changes: {"repeated": frames that equal the one before, "colours",
+    "transparent", "interlaced": why}, as far as they happened. A fault that ffmpeg meets up to a few frames after the
+    last one counts. Raises InputError as `read_video`.
     """
     expected = "expected a picture, or a video as ffmpeg reads it"
     about, decoder = _describe(path, frames / fps)
@@ -77,12 +75,7 @@ def read_clip(
     untagged = about.get("color_space") in ("unknown", None)
     matrix = ":in_color_matrix=" + ("bt709" if int(about.get("s", "0x0").split("x")[1]) > 576 else "bt601")
     alpha = [OVER_BLACK] if "transparent" in changes else []
-    missing = [
-        f"{name.replace('_space', 'space')}={value}"
-        for name, value in WIDE.items()
-        if about.get(name) in ("unknown", None)
-    ]
-    colours = [*(["setparams=" + ":".join(missing)] if missing else []), TO_BT709] if "colours" in changes else []
+    colours = _to_bt709(about) if "colours" in changes else []
     scale += matrix * (untagged and not colours and not alpha)
     filters += [*colours, *alpha, scale, "format=gbrp", f"crop={width}:{height}"]
     options = ["-frames:v", str(frames), "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-f", "rawvideo"]
@@ -135,6 +128,16 @@ def _ffmpeg(path, decoder, filters, *options):
     except (OSError, ValueError) as problem:
         raise InputError(f"{path} cannot be read ({problem}); expected a picture or a video") from None
     return done.stdout, done.stderr.decode(errors="replace")
+
+
+def _to_bt709(about):
+    """The filters that make BT.709 of HDR, BT.2020 or P3; what a video that is `about` so leaves out is set first."""
+    hdr = about.get("color_trc") in HDR
+    matrix = "bt2020nc" if hdr or about.get("color_primaries") == "bt2020" else "bt709"
+    usual = {"color_primaries": "bt2020", "color_space": matrix, "color_trc": "bt709"}
+    missing = [name for name in usual if about.get(name) in ("unknown", None)]
+    given = ":".join(f"{name.replace('_space', 'space')}={usual[name]}" for name in missing)
+    return [*[f"setparams={given}"] * bool(given), LINEAR, *[TONE_MAP] * hdr, BT709]
 
 
 def _changes(about):
