@@ -207,18 +207,34 @@ def test_several_gpus_share_the_work(settings):
     assert shared.seconds() > two.seconds()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [("bidirectional", "forward"), ("causal", "on_policy")], ids=" ".join)
-def test_gpus_that_share_a_clip_share_its_work_and_memory(settings, words):
+@pytest.mark.parametrize("kind", marked(["bidirectional forward", "causal on_policy"], ["bidirectional forward"]))
+def test_gpus_that_share_a_clip_share_its_work_and_memory(settings, kind):
     """One clip at a time on one GPU, and on two: embedders, and keys and values of the prompt, are computed on both."""
     apart, together = (
-        planned(settings(*words, f"sequence_parallel={n}", f"accumulate={2 * n}"), gpus=2) for n in (1, 2)
+        planned(settings(*kind.split(), f"sequence_parallel={n}", f"accumulate={2 * n}"), gpus=2) for n in (1, 2)
     )
     assert apart.flop < together.flop < 1.2 * apart.flop
     parts = ("activations", "rollout jumps", "causal cache")
     passing = [sum(size for part, size in plan.memory.items() if part.startswith(parts)) for plan in (apart, together)]
     assert passing[0] / 2 < passing[1] < 0.97 * passing[0]  # large clips: nearly half
     assert 0 == apart.bus["between GPUs"] < together.bus["between GPUs"]
+
+
+@pytest.mark.long
+def test_the_pages_say_what_eight_gpus_save_by_sharing():
+    def plan(*options):
+        config = load_config(["wan-14b", "bidirectional", "on_policy"], ["memory=fast", *options])
+        return plan_run(config, WAN_CLIP, gpus=8, advise=False)
+
+    apart, together = (plan(f"accumulate={2 * n}", f"sequence_parallel={n}") for n in (1, 2))
+    shared = plan("accumulate=2", "shard_base=true", "on_policy.shared_rollout=true")
+    page, other = ((ROOT / f"docs/{name}.md").read_text() for name in ("plan", "scaling"))
+    gb = [f"{plan.peak / 1e9:.0f}" for plan in (together, apart)]
+    assert "N = 2 takes {} GB\n  in place of {}, and .1% more work".format(*gb) in page
+    assert together.flop / apart.flop == pytest.approx(1.001, abs=5e-4)
+    exchanged = together.bus["between GPUs"]
+    assert f"exchanged, {exchanged / 1e9:,.0f} GB per step, take 5 of its {together.seconds():.0f} seconds" in page
+    assert f"{shared.memory['base weights'] / 1e9:.1f} GB of 14B on each of eight GPUs" in other
 
 
 @pytest.mark.slow
