@@ -73,7 +73,7 @@ class Request:
     def __post_init__(self):
         if not (1 <= self.steps <= 10**5 and 1 <= self.batch <= 10**5):
             raise InputError(
-                f"{self.steps} steps of {self.batch} clips; expected one of each at least, {10**5} at most"
+                f"{self.steps} steps of {self.batch} clips; expected at least one of each, at most {10**5}"
             )
         Options(**self.clip)  # raises for what Wan cannot take
         for name in [option.split("=")[0] for option in self.options]:

@@ -15,7 +15,6 @@ from minianyflow.objectives import eulerian_target
 from minianyflow.support.errors import InputError
 from minianyflow.training import Role
 
-TIMED = pytest.param("ltx", marks=pytest.mark.slow), pytest.param("sd3", marks=pytest.mark.long)
 T, R = torch.tensor([0.95, 0.4]), torch.tensor([0.3, 0.0])
 
 
@@ -114,7 +113,8 @@ def test_both_derivatives_see_the_jump(made):
     assert float((difference - exact).norm()) < 0.1 * float((without - exact).norm())
 
 
-@pytest.mark.parametrize("family", TIMED)
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["ltx", "sd3"])
 def test_the_forward_stage_makes_it_any_step(family):
     """One to four jumps are closer to the truth than the teacher is after four times as many Euler steps."""
     reached, _ = race(family, 0, on_policy=False)

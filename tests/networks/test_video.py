@@ -28,8 +28,9 @@ def test_trained_weights_give_the_output_of_diffusers(name, size):
     z, prompt = torch.randn(2, size[0], 4, *size[1:], generator=generator(1)), TextEncoder()(["one ball", "two balls"])
     for t, r in ((T, R), (torch.rand(2, size[0], generator=generator(2)), torch.zeros(2, size[0]))):
         expected = network(z, t, r, prompt)
-        assert float((ours(z, t, r, prompt) - expected).abs().max()) < 1e-5
-        assert float(expected.abs().max()) > 0.1
+        largest = float(expected.abs().max())
+        assert float((ours(z, t, r, prompt) - expected).abs().max()) < 2e-5 * largest  # rounding of float32
+        assert largest > 0.1
 
 
 def test_gradients_are_those_of_diffusers():

@@ -401,7 +401,7 @@ CAPTIONS = {
     ),
     "list": ("[1]\n", "line 1 of .* is not a JSON object"),
     "number": ('{"file": "a.mp4", "caption": 3}\n', r"line 1 of .* has 'file', 'caption'; expected texts"),
-    "csv columns": ("video,caption\na.mp4,red\n", "line 2 of .* has 'video', 'caption'; expected texts named file and"),
+    "csv columns": ("video,caption\na.mp4,red\n", "line 1 of .* has 'video', 'caption'; expected the columns file and"),
     "csv not UTF-8": (b"file,caption\na.mp4,\xff\n", r"cannot be read \(.*\); expected jsonl or csv in UTF-8"),
 }
 
