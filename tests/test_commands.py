@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
         (["video", "--nfe", "1,four"], "argument --nfe: '1,four'"),
         (["video", "--nfe", "0,1"], "expected 1 or more"),
         (["video", "--nfe", "32,64"], "causal take those"),
-        (["demo", "--output=~/x"], "the shell leaves this ~ as it is; write --output ~/x"),
+        (["demo", "--output=~/x"], "nobody has put a folder in the place of this ~; write the whole path"),
         (["demo", "--workers=--"], "--workers=-- gives no value"),
         (["dmeo"], "did you mean 'demo'"),
     ],
