@@ -16,7 +16,7 @@ weights: setup  ## train the video codec, teacher and students anew (an hour)
 wan-tiny: setup  ## distil a tiny Wan2.1: every stage, both architectures (under five minutes)
 	@.venv/bin/python scripts/wan_tiny.py
 
-faults: setup ## kill, fill, cut and poison tiny runs; every one must lose nothing (about six minutes)
+faults: setup ## kill, fill, cut and poison tiny runs; every one must lose nothing (about ten minutes)
 	@.venv/bin/python scripts/faults.py
 
 lab: setup    ## the course, in JupyterLab
