@@ -40,6 +40,8 @@ class RunNetworks:
     Raises InputError for one that takes other sizes.
     """
 
+    _group = TokenGroup  # the processes that share a clip; the planner counts with a stand-in
+
     def __init__(
         self, config: Config, frames: int, device: torch.device | str = "cpu", sizes: tuple[int, int] | None = None
     ):
@@ -48,8 +50,6 @@ class RunNetworks:
         self.resting = self.error = None
         self.tokens = self._group(config.sequence_parallel) if config.sequence_parallel > 1 else None
         self.base = self._load(config.base) if config.trained == "lora" else None
-
-    _group = TokenGroup
 
     def trained(self, role: str, start: str | None = None) -> nn.Module:
         """The network of `role`, to train, from the run `start` or as the base is. A fake score sees whole clips."""

@@ -52,7 +52,7 @@ EXPECTED = "the folder of a run or of an export, released weights like nvidia/An
 
 
 class NoPrompts(InputError):
-    """A file of prompts is empty, or gone."""
+    """A file of prompts is empty, gone, or cannot be read now."""
 
 
 @dataclass

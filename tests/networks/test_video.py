@@ -29,7 +29,7 @@ def test_trained_weights_give_the_output_of_diffusers(name, size):
     for t, r in ((T, R), (torch.rand(2, size[0], generator=generator(2)), torch.zeros(2, size[0]))):
         expected = network(z, t, r, prompt)
         largest = float(expected.abs().max())
-        assert float((ours(z, t, r, prompt) - expected).abs().max()) < 2e-5 * largest  # rounding of float32
+        assert float((ours(z, t, r, prompt) - expected).abs().max()) < 6e-6 * largest  # reads 1.7e-6 at most
         assert largest > 0.1
 
 
