@@ -18,13 +18,18 @@ ATTENTION = tuple(  # kernels of scaled_dot_product_attention
 
 
 def checkpoint_blocks(
-    transformer: nn.Module, keep_attention: bool = False, offload: bool = False, embedder: bool = False
+    transformer: nn.Module,
+    keep_attention: bool = False,
+    offload: bool = False,
+    embedder: bool = False,
+    halves: bool = False,
 ) -> None:
     """Keep only the input of each block, and recompute the block in its backward, under the role of its forward.
 
     keep_attention: the output of fused self-attention is kept as well, (B, N, D) per block: it is most of the work.
     offload: what is kept of a block waits for the backward in CPU memory. embedder: that of times and text is
-    recomputed, too; RestingBlocks needs that, and comes before.
+    recomputed, too; RestingBlocks needs that, and comes before. halves: the input of each half is kept, and a half is
+    recomputed at a time: the part up to self-attention, and the rest. That is twice as much to keep, and no more work.
     The backward raises RuntimeError if the recomputation finds another role: its gradient would be wrong, silently.
     """
 
@@ -56,10 +61,19 @@ def checkpoint_blocks(
         with _saved_on(stack, arguments[0].shape) if offload else contextlib.nullcontext():
             return checkpoint(run, *arguments, **options, context_fn=contexts)
 
-    transformer.enable_gradient_checkpointing(recompute)
+    if halves:
+        for block in transformer.blocks:
+            first, second = (partial(recompute, block, forward=partial(block.forward, half=half)) for half in (0, 1))
+            block.forward = partial(_in_turn, first, second)
+    else:
+        transformer.enable_gradient_checkpointing(recompute)
     if embedder:
         module = transformer.condition_embedder
         module.forward = partial(recompute, module, forward=module.forward)
+
+
+def _in_turn(first, second, hidden, *arguments):
+    return second(first(hidden, *arguments), *arguments)
 
 
 def _saved_on(stack, shape):

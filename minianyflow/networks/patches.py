@@ -101,16 +101,22 @@ def _rotations(rope, **layout):
     return rotations | {"tokens": (sizes["full_token_per_frame"], sizes.get("compressed_token_per_frame", 0))}
 
 
-def _block(block, hidden, prompt, modulation, rotations, mask, kv_cache=None, kv_cache_flag=None):
-    """As diffusers' block, for modulation (B, frames, 6, D) instead of (B, N, 6, D)."""
+def _block(block, hidden, prompt, modulation, rotations, mask, kv_cache=None, kv_cache_flag=None, half=None):
+    """As diffusers' block, for modulation (B, frames, 6, D) instead of (B, N, 6, D).
+
+    half: 0, only the part up to self-attention; 1, only the rest.
+    """
     # (B, frames, D) each
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulation.float()).unbind(2)
     per_frame = partial(_per_frame, tokens=rotations["tokens"])
     cache = {} if kv_cache is None else {"kv_cache": kv_cache, "kv_cache_flag": kv_cache_flag}
 
-    x = per_frame(_shift_and_scale, block.norm1(hidden.float()), shift, scale).type_as(hidden)
-    x = block.attn1(x, attention_mask=mask, rotary_emb=rotations, **cache)
-    hidden = (hidden.float() + per_frame(torch.mul, x, gate)).type_as(hidden)
+    if half != 1:
+        x = per_frame(_shift_and_scale, block.norm1(hidden.float()), shift, scale).type_as(hidden)
+        x = block.attn1(x, attention_mask=mask, rotary_emb=rotations, **cache)
+        hidden = (hidden.float() + per_frame(torch.mul, x, gate)).type_as(hidden)
+    if half == 0:
+        return hidden
 
     x = block.norm2(hidden.float()).type_as(hidden)
     hidden = hidden + block.attn2(x, encoder_hidden_states=prompt)

@@ -270,7 +270,8 @@ _DECISIVE += ("velocity", "causal", "on_policy", "offload", "base_dtype", "seque
 
 def forward_costs(config: Config, shape: dict, clip: tuple, prompt: tuple) -> ForwardCosts:
     """The ForwardCosts of a configuration, shared by all configurations with the same costs."""
-    config = replace(config, offload=["blocks"] * ("blocks" in config.offload), shard_base=False)  # of activations
+    words = [word for word in config.offload if word in ("blocks", "halves")]  # of activations
+    config = replace(config, offload=words, shard_base=False)
     key = repr([*(getattr(config, name) for name in _DECISIVE), shape, clip, prompt])
     if key not in _COSTS:
         _COSTS[key] = ForwardCosts(config, shape, clip, prompt)

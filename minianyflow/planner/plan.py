@@ -318,7 +318,8 @@ def _changes(config, plan):
         changes = {"sharded": True} | (plain if ddp_alone else changes)
         yield [changes]
     can_rest = can_rest and not config.shard_base
-    moves = [] if plan.sharded else [way for way in ways(config.stage) if "base" not in way or can_rest]
+    never = {*["base"] * (not can_rest), *["halves"] * config.compiled}
+    moves = [] if plan.sharded else [way for way in ways(config.stage) if not never & {*way}]
     yield [
         plain | ({"memory": memory} if config.stage == "on_policy" else {}) | {"offload": words}
         for memory, *words in moves

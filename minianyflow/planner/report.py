@@ -19,6 +19,7 @@ WAYS = (  # to hold a run: what `memory` is, and what rests in CPU memory
     ("fast",),
     ("fast", "states"),
     ("fast", "states", "blocks"),
+    ("fast", "states", "blocks", "halves"),
     ("small",),
     ("small", "states"),
     ("small", "states", "base"),

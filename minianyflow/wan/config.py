@@ -187,10 +187,11 @@ class Config:
     memory: Literal["auto", "fast", "small"] = option(
         "auto", "of a rollout, small keeps states and recomputes all jumps but the last; auto: where fast does not fit"
     )
-    offload: list[Literal["states", "blocks", "base"]] = option(
+    offload: list[Literal["states", "blocks", "halves", "base"]] = option(
         [],
         "what rests in CPU memory; states: optimiser's moments and the average; blocks: their kept inputs, and causal "
-        "caches; base: frozen weights of blocks, one block at a time on the GPU",
+        "caches; halves: two inputs per block, so that half of one is recomputed at a time; base: frozen weights of "
+        "blocks, one block at a time on the GPU",
     )
     sequence_parallel: Count = option(
         1, "number of processes that share the tokens of a clip; 1: each has its own clips"
@@ -299,6 +300,11 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
     why = "without checkpointing all of a block stays on the GPU; set checkpointing=true"
     yield not c.checkpointing and {"blocks", "base"} & {*c.offload}, "offload checkpointing", why
     yield not c.checkpointing and c.shard_base, "shard_base checkpointing", why
+    why = "halves are those of blocks whose inputs are kept: add blocks"
+    yield "halves" in c.offload and "blocks" not in c.offload, "offload", why
+    why = "the second half of a block is recomputed alone; leave out halves, or let weights stay and blocks uncompiled"
+    whole = "base" in c.offload or c.shard_base or c.compiled
+    yield "halves" in c.offload and whole, "offload shard_base compiled", why
     why = "the attention that is kept stays on the GPU; set one of them the other way"
     yield c.keep_attention and "blocks" in c.offload, "offload keep_attention", why
     for name, resting in (("offload", "base" in c.offload), ("shard_base", c.shard_base)):

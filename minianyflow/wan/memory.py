@@ -46,7 +46,8 @@ def rollout_bytes(config: Config, size: dict, clip: tuple, processes: int = 1) -
     recent = [sum(partition[max(0, index + 1 - chunks.full_chunks) : index]) for index in range(len(partition))]
     caches = 2 * sum(new + (old - new) / 4 for old, new in zip(before, recent, strict=True))  # old frames are coarse
     adapters = 4 * layers * config.rank * (10 * width + 2 * size["ffn_dim"])
-    return frame * (3 * frames + caches), frame * frames * (1 + BLOCK / layers) + ROLES * adapters
+    jumps = 3 * (1 + ("halves" in config.offload)) * frames
+    return frame * (jumps + caches), frame * frames * (1 + BLOCK / layers) + ROLES * adapters
 
 
 def check_host(config: Config, size: dict | None, roles: dict, clip: tuple, processes: int = 1) -> None:

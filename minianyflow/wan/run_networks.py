@@ -103,7 +103,8 @@ class RunNetworks:
         if resting := config.shard_base or "base" in config.offload:
             self.resting = RestingBlocks(transformer, self.device, config.shard_base)
         if config.checkpointing:
-            checkpoint_blocks(transformer, config.keep_attention, "blocks" in config.offload, embedder=resting)
+            offload, halves = ("blocks" in config.offload), ("halves" in config.offload)
+            checkpoint_blocks(transformer, config.keep_attention, offload, embedder=resting, halves=halves)
         return transformer
 
     def _transformer(self, source, dtype):

@@ -34,6 +34,16 @@ def test_attention_that_is_kept_is_not_computed_again(architecture):
     assert all(torch.equal(part, first) for other in found[1:] for part, first in zip(other, found[0], strict=True))
 
 
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_a_block_in_halves_has_its_gradient_and_no_more_attention(architecture):
+    whole, halves = (use_per_frame_modulation(adapted(architecture)) for _ in range(2))
+    checkpoint_blocks(halves, offload=True, halves=True)
+    with Watch() as watch:
+        found = output_and_gradient(network(halves))
+    assert watch.attended == 4 * SHAPE["num_layers"]  # to itself and to the text, twice
+    assert all(map(torch.equal, found, output_and_gradient(network(whole))))
+
+
 # ---- compiled
 
 

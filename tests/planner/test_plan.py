@@ -128,7 +128,7 @@ SMALL = ["causal on_policy lora true memory=small", "bidirectional on_policy lor
 SMALL += ["bidirectional forward lora true offload=[base]"]
 CASES = product(("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false"))
 CASES = [" ".join(case) for case in CASES] + [SLOW[-1], "bidirectional forward lora false accumulate=4", *SMALL]
-CASES += ["causal on_policy lora true offload=[states,blocks,base]"]
+CASES += [f"causal on_policy lora true offload=[states,blocks,{more}]" for more in ("base", "halves")]
 
 
 def marked(cases, slow, fast=()):
@@ -276,8 +276,8 @@ def test_a_run_that_does_not_fit_names_what_to_change(settings):
     again = settings("bidirectional", "forward", "checkpointing=true", "accumulate=4")
     assert planned(again).peak == none.changes[2][1]  # each is complete: accumulate=4 alone has another peak
     lines = [line for line in describe(none).splitlines() if line.startswith("    ")]
-    assert [line.endswith("not enough") for line in lines] == [True] * 7 + [False]
-    assert lines[7].startswith("    gpu=rtx4080 checkpointing=true accumulate=4: ")
+    assert [line.endswith("not enough") for line in lines] == [True] * 8 + [False]
+    assert lines[8].startswith("    gpu=rtx4080 checkpointing=true accumulate=4: ")
     keep = on(1e12, "keep_attention=true").peak
     assert names(on(keep * 0.99 / (1 - SPARE), "keep_attention=true")) == [{"keep_attention": False}]
     several = names(on(1e3, "accumulate=2", gpus=2))

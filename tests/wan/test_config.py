@@ -223,6 +223,8 @@ CONTRADICTIONS = {
     ("stage=on_policy", "student=x", "memory=small", "offload=[blocks]"): r"offload=\['blocks'\], memory=small: ",
     ("offload=[base]", "checkpointing=false"): r"offload=\['base'\], checkpointing=False: ",
     ("offload=[blocks]", "keep_attention=true"): r"offload=\['blocks'\], keep_attention=True: ",
+    ("offload=[halves]",): r"offload=\['halves'\]: halves are those of blocks",
+    ("offload=[blocks,halves,base]",): "the second half of a block is recomputed alone",
     ("offload=[base]", "trained=full"): r"offload=\['base'\], trained=full: no weights are frozen",
     ("shard_base=true", "trained=full"): "shard_base=True, trained=full: no weights are frozen",
     ("shard_base=true", "offload=[base]"): "frozen weights rest in one place",

@@ -69,6 +69,7 @@ ON_H100 = on_one_gpu(PLANS, "14B causal on_policy", "h100").run  # how the plan 
 OFFLOADED = [
     ("bidirectional", "auto", "states"),
     pytest.param("bidirectional", "auto", "blocks base", marks=pytest.mark.long),
+    pytest.param("bidirectional", "auto", "blocks halves", marks=pytest.mark.slow),
     pytest.param("causal", "auto", "states blocks base", marks=pytest.mark.slow),
     pytest.param("causal", ON_H100["memory"], " ".join(ON_H100["offload"]), marks=pytest.mark.slow),
 ]
