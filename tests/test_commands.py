@@ -51,6 +51,7 @@ def test_bad_input_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
         (MemoryError(), 2, "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't\nallocate memory"), 2, "out of memory"),
         (RecursionError("maximum depth"), 2, "nested too deeply"),
+        (UnicodeEncodeError("ascii", "caf\u00e9", 3, 4, "not in range"), 2, r"'caf\xe9' cannot be written as ascii"),
         (BrokenPipeError(), 141, ""),
         (KeyboardInterrupt(), 130, "interrupted"),
         (type("PanicException", (BaseException,), {})("of a library\nin Rust"), 1, "of a library in Rust"),
@@ -78,6 +79,13 @@ def test_output_that_nobody_can_take_is_one_line():
         done = subprocess.run(help_of, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "No space left" in done.stderr
+
+
+def test_letters_that_a_locale_does_not_have_end_no_work():
+    code = r"from minianyflow.support import cli; raise SystemExit(cli.run(lambda: print('\u4e00') or 0))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [rb"\u4e00"], b"")
 
 
 ALIKE = """

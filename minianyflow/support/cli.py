@@ -120,6 +120,8 @@ def run(command, argv=None):
     """
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interruption, too
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # letters that a locale does not have end no work
         status = command()
         if sys.stdout:
             sys.stdout.flush()  # a full disk is told of here, not while Python ends
@@ -158,6 +160,9 @@ def _explained(problem):
             2,
             f"error: out of memory ({words or 'no details'}); ask for less at a time: smaller sizes, fewer workers",
         )
+    if isinstance(problem, UnicodeEncodeError):
+        found = f"{problem.object[:200]!a} cannot be written as {problem.encoding}"
+        return 2, f"error: {found}; expected names and texts in UTF-8: set PYTHONUTF8=1 and run the same again"
     if isinstance(problem, OSError):
         place = problem.filename2 or problem.filename or "the output"
         return 2, f"error: {place}: {words}; expected a place to read and write with room left: mend it, run again"

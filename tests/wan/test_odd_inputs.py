@@ -28,7 +28,7 @@ from minianyflow.wan.data.parquet import convert_parquet
 from minianyflow.wan.data.prepare import Preparation, model_identity
 from minianyflow.wan.data.read_video import measure_clip, read_clip, read_frames, read_video
 from minianyflow.wan.data.write_video import write_clip
-from minianyflow.wan.folders import decode_latents, load_parts, load_transformer
+from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts, load_transformer
 from minianyflow.wan.run import read_run
 from minianyflow.wan.samples import Samples
 from minianyflow.wan.sources import identify, read_prompts
@@ -283,6 +283,25 @@ def test_other_encodings_are_one_line(tmp_path, encoding):
         (tmp_path / name).write_bytes("file,caption\na.mp4,café\n".encode(encoding))
         with refused("UTF-8"):
             read(tmp_path / name)
+
+
+WRITTEN = {  # as captions are written; as Wan's own code cleans them
+    "typographic": ("a woman’s “red” ball", 'a woman\'s "red" ball'),
+    "single, turned round": ("‚red‘ ball", "'red' ball"),
+    "an entity": ("red &amp; blue", "red & blue"),
+    "an entity of an entity": ("&amp;quot;red&amp;quot; ball", '"red" ball'),
+    "read as cp1252 once": ("a womanâ€™s ball", "a woman's ball"),
+    "wide letters": ("ｒｅｄ ball", "red ball"),
+    "a ligature": ("ﬁre", "fire"),
+    "blanks": ("a\u00a0red \t\r\n ball ", "a red ball"),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_captions_are_cleaned_as_wans_own_code_does(tiny, how):
+    written, cleaned = WRITTEN[how]
+    embedded = encode_prompts(*load_parts(tiny, "tokenizer", "text_encoder"), [written, cleaned], 32)
+    assert torch.equal(*embedded)
 
 
 # Model folders

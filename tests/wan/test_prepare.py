@@ -212,7 +212,8 @@ def test_what_was_changed_is_counted_in_the_summary_and_the_manifest(own, tmp_pa
     assert run(own, own / "out", f"--captions={tmp_path}/rows.jsonl") == 0
     expected = {"captions cut at 32 tokens": 1, "clips with repeated frames": 1, "colours converted from HLG": 1}
     expected |= {"frames repeated": 4, "skipped: cannot be read": 2, "skipped: is too short": 1}
-    assert json.loads((own / "out/manifest.json").read_text())["report"] == expected
+    manifest = json.loads((own / "out/manifest.json").read_text())
+    assert (manifest["report"], manifest["cleaned"]) == (expected, "ftfy, HTML entities, blanks")
     out = capsys.readouterr().out
     assert all(f"  {what}: {count}\n" in out for what, count in expected.items())
 
@@ -476,4 +477,4 @@ def test_the_command_says_what_is_missing_and_has_the_defaults_of_the_library(tm
     assert given.null is given.fps is None  # Wan's, of the base
     assert all(getattr(given, name) == getattr(Options(), name) for name in (*TINY, "dtype"))
     assert given.skip == prepare.SKIP
-    assert len(WAN_NULL.split("，")) == 28  # noqa: RUF001
+    assert len(WAN_NULL.split("，")) == 28

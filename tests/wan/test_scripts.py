@@ -1,6 +1,7 @@
 """Export and sampling of a tiny Wan: what comes out is the run's own network, or one line."""
 
 import json
+import locale
 import os
 import re
 import shutil
@@ -171,6 +172,21 @@ def test_the_export_says_what_it_is(runs, exported, architecture):
     assert (made["role"], made["stage"], made["base"]) == ("student", "forward", str(runs / "wan"))
     assert "licence" in readme
     assert ("pads the keys" in readme) == (architecture == "causal")
+
+
+@pytest.mark.skipif(bool(sys.flags.utf8_mode), reason="no locale counts then")
+@pytest.mark.parametrize(("prompt", "more"), [("一只红色的熊猫", []), ("un café", ["--lora"]), ("“a” – 🐼", [])])
+def test_a_locale_that_is_not_utf8_changes_no_file(runs, tmp_path, prompt, more):
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        assert locale.getencoding() != "UTF-8"
+        make_run(runs, "bidirectional", "forward", tmp_path / "run", f"samples.prompts=['{prompt}']")
+        assert load_run(tmp_path / "run")[1].samples.prompts == [prompt]
+        assert run_main(export, [str(tmp_path / "run"), str(tmp_path / "out"), *more]) == 0
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert prompt in (tmp_path / "out/README.md").read_text("utf-8")
 
 
 def test_a_short_last_chunk_is_written(runs, embedded, tmp_path):
