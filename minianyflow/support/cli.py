@@ -161,7 +161,7 @@ def _explained(problem):
             f"error: out of memory ({words or 'no details'}); ask for less at a time: smaller sizes, fewer workers",
         )
     if isinstance(problem, UnicodeEncodeError):
-        found = f"{problem.object[:200]!a} cannot be written as {problem.encoding}"
+        found = f"{problem.object[max(0, problem.start - 99) : problem.end]!a} cannot be written as {problem.encoding}"
         return 2, f"error: {found}; expected names and texts in UTF-8: set PYTHONUTF8=1 and run the same again"
     if isinstance(problem, OSError):
         place = problem.filename2 or problem.filename or "the output"

@@ -335,9 +335,13 @@ def test_an_interruption_leaves_whole_files_and_the_same_end(folder, made, evalu
     assert len(list(out.rglob("*.mp4"))) == 2 * 8 + 4
     assert not list(out.rglob(".unfinished*"))
     assert not (folder / "out_cut/any_step.json").exists()
+    for killed in (out, out.parent):  # what SIGKILL leaves; `make faults` sends it
+        (killed / ".unfinished-killed").mkdir()
+        (killed / ".unfinished-killed/clip.mp4").write_bytes(b"half")
     calls = spied(monkeypatch)
     assert evaluate("eulerian", "--output", "out_cut") == 0
     assert calls == [(8, 4)]
+    assert not list(out.parent.rglob(".unfinished*"))
     for steps in STEPS:
         assert float((kept(folder / "out_cut", "eulerian", steps) - kept(made, "eulerian", steps)).abs().max()) < 1e-5
     mine, whole = (report_of(each)["methods"]["eulerian"] for each in (folder / "out_cut", made))
