@@ -27,6 +27,7 @@ from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.causal_attention import chunk_partition
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.wan import PROMPT_LENGTH, TextEncoder, WanNetwork
+from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import new_folder
 from minianyflow.times import time_grid
@@ -186,6 +187,9 @@ def load_lora(transformer: nn.Module, folder: str | Path) -> None:
     except Exception as problem:  # diffusers and peft raise any kind of error for a file they cannot use
         why = " ".join(str(problem).split())[:200]
         raise InputError(f"the adapter in {folder} does not load ({why}); name the base that it was made for") from None
+    for name, weight in transformer.named_parameters():
+        if "lora_" in name:
+            check_finite(f"{name} in {folder}", weight, "fetch or make it again")
 
 
 def _scheduler(network, shift):

@@ -26,6 +26,7 @@ from minianyflow.networks.codec import Codec
 from minianyflow.networks.dense import Dense, FromClean
 from minianyflow.networks.lora_roles import Adapter, add_role, remove_role, role_options, roles_of
 from minianyflow.networks.wan import WanNetwork
+from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import check_json, read_json, regular, staging_folder
 
@@ -90,8 +91,8 @@ def read_weights(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
     except (ValueError, RecursionError) as problem:
         raise InputError(f"{path}: its configuration cannot be read ({problem}); make it again") from None
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    if ill := next((name for name, value in state.items() if not bool(value.isfinite().all())), None):
-        raise InputError(f"{path}: {ill} holds numbers that are not finite; take an earlier checkpoint, or train anew")
+    for name, value in state.items():
+        check_finite(f"{name} in {path}", value, "fetch or make it again")
     return state, config, provenance
 
 

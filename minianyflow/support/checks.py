@@ -1,6 +1,5 @@
 """What a state, times and a time grid must be: checks at the boundary of public functions, one line per complaint."""
 
-import torch
 from torch import Tensor
 
 from minianyflow.support.errors import InputError
@@ -25,10 +24,10 @@ def check_times(t: Tensor, r: Tensor) -> None:
         raise InputError("found r > t; a jump goes from t down to r <= t (1 is noise, 0 is data): swap them")
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """Raise InputError if the tensor `value` has NaN or infinite entries."""
-    if not bool(torch.isfinite(value).all()):
-        raise InputError(f"{name} holds NaN or infinite values; expected finite numbers: look for a division by zero")
+def check_finite(name: str, value: Tensor, todo: str = "look for a division by zero") -> None:
+    """Raise InputError, which says what is to do, if the tensor `value` has NaN or infinite entries."""
+    if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):  # a sum is ten times quicker
+        raise InputError(f"{name} holds NaN or infinite values; expected finite numbers: {todo}")
 
 
 def check_grid(times: Tensor, columns: bool = True) -> None:

@@ -38,6 +38,7 @@ from typing_extensions import TypedDict
 
 from minianyflow.networks.causal import coarse_patches
 from minianyflow.networks.patches import StreamDecoder
+from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import new_folder, read_json
 from minianyflow.times import generator
@@ -221,7 +222,7 @@ def codec_factor(source: str | Path) -> int:
 
 
 def _load_whole(source, name, kind, options, class_name, new=()):
-    """A module from its weights. Raises InputError if they lack or add any, but for names that start with `new`."""
+    """A module from its finite weights. Raises InputError if any lack but those that start with `new`, or are more."""
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     module, info = load(source, name, lambda: kind.from_pretrained(**options))
     for key, found, expected in sorted(info["mismatched_keys"]):
@@ -232,6 +233,9 @@ def _load_whole(source, name, kind, options, class_name, new=()):
         if names:
             what = f"{verb} {min(names)} ({len(names)} in all)"
             raise InputError(f"the weights in {source} {what}; expected those of a {class_name}")
+    for key, weight in module.state_dict().items():
+        if key not in info["missing_keys"]:
+            check_finite(f"{key} of the {name} in {source}", weight, "fetch or make it again")
     return module
 
 

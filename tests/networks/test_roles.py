@@ -429,7 +429,7 @@ REFUSED = {
     r"has for blocks\.2\S* no weights; expected \(3, 64\)": lambda path: load_role(path, base(num_layers=3), "r"),
     r"blocks\.1\S* \(3, 64\); expected none of that name": lambda path: load_role(path, base(num_layers=1), "r"),
     "those there are: .*r": lambda path: load_role(path.with_name("s.safetensors"), base(), "r"),
-    r"r.safetensors: \S* holds numbers that are not finite": lambda path: load_role(ill(path), base(), "r"),
+    r"lora_\S* in .*r.safetensors holds NaN or infinite": lambda path: load_role(ill(path), base(), "r"),
     "is cut short": lambda path: load_role(cut(path), base(), "r"),
     r"not a \.safetensors": lambda path: save_role(path.with_suffix(".pt"), with_role(), "r"),
     "unknown role 'q'": lambda path: save_role(path, with_role(), "q"),

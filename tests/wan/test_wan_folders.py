@@ -7,11 +7,19 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AnyFlowFARTransformer3DModel,
+    AnyFlowPipeline,
+    AnyFlowTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from minianyflow.networks.causal import CausalNetwork, causal_from
+from minianyflow.networks.lora_roles import Adapter, add_role
+from minianyflow.networks.pipelines import load_lora
 from minianyflow.networks.wan import WanNetwork
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
@@ -333,6 +341,32 @@ def without(name):
     return lambda state: {key: value for key, value in state.items() if name not in key}
 
 
+def ill(state, number=torch.inf):
+    """One number of the last tensor of many values is not finite, in its middle."""
+    state = {key: value.clone() for key, value in state.items()}
+    weight = state.get("blocks.1.attn1.to_q.weight", next(reversed(state.values())))
+    weight.view(-1)[weight.numel() // 2] = number
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "lora"])
+def test_weights_that_are_not_finite_are_one_line(copied, part, number):
+    if part == "lora":
+        transformer = load_transformer(copied, "bidirectional")
+        add_role(transformer, "x", 2)
+        state = {name: value.contiguous() for name, value in Adapter(transformer, "x").state_dict().items()}
+        AnyFlowPipeline.save_lora_weights(copied / "lora", ill(state, number))
+        with refused(r"lora_\S* in .*lora holds NaN or infinite values"):
+            load_lora(load_transformer(copied, "bidirectional"), copied / "lora")
+    else:
+        (path,) = (copied / part).glob("*.safetensors")
+        rewrite(path, lambda state: ill(state, number))
+        with refused(rf"of the {part} in .* holds NaN or infinite values; .*: fetch or make it again"):
+            load_parts(copied, part)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
 def test_broken_weights_are_one_line(copied, architecture):
@@ -345,6 +379,7 @@ def test_broken_weights_are_one_line(copied, architecture):
             lambda state: state | {"proj_out.bias": torch.zeros(7)},
             r"have proj_out\.bias \(7,\), but \(64,\) by its config",
         ),
+        (ill, r"blocks\.1\.attn1\.to_q\.weight of the transformer in .* holds NaN or infinite values"),
         (None, "the transformer of .* does not load .*; fetch or make it again"),
     ):
         path.write_bytes(whole if change else whole[:-100])

@@ -140,8 +140,7 @@ class LatentSet:
             shapes = f"latents {tuple(latents.shape)} and a prompt {tuple(prompt.shape)}"
             raise InputError(f"{path} holds {shapes}; expected {self.shape} and at most {(length, width)}")
         for name, tensor in clip.items():
-            if not tensor.sum().isfinite():  # a sum is ten times quicker than a look at every number
-                check_finite(f"{name} in {path}", tensor)
+            check_finite(f"{name} in {path}", tensor, AGAIN)
         return clip, metadata
 
     def draw(self, step: int, rows: int, seed: int = 0, part: tuple[int, int] = (0, 1), **pairs) -> Batch:
