@@ -73,6 +73,8 @@ class Step:
         data = LatentSet(config.data)
         self.config, self.networks, self.null = config, RunNetworks(config, data.shape[0]), data.null
         self.roles = STAGES[config.stage](config, self.networks, {"prompt": data.null})
+        if self.networks.tokens:
+            self.networks.tokens.on = True  # both processes take the same rows
         self.batch = draws(config, data)(0)  # which trains every weight
         self.take()
         self.batch = draws(config, data)(number)
@@ -218,6 +220,29 @@ def test_gpus_that_share_a_clip_share_its_work_and_memory(settings, kind):
     passing = [sum(size for part, size in plan.memory.items() if part.startswith(parts)) for plan in (apart, together)]
     assert passing[0] / 2 < passing[1] < 0.97 * passing[0]  # large clips: nearly half
     assert 0 == apart.bus["between GPUs"] < together.bus["between GPUs"]
+
+
+def _share(rank, config, number, folder):
+    """One process of two that share their clips: what its step takes."""
+    where = {"init_method": f"file://{folder}/found", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **where)
+    torch.manual_seed(0)
+    step = Step(config, number)
+    (resident, passing), (flop, _) = step.bytes(), step.work()
+    (folder / str(rank)).write_text(json.dumps([resident, passing, flop]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["bidirectional forward", "causal forward"])
+def test_a_real_step_of_two_processes_that_share_a_clip_takes_what_was_planned(settings, tmp_path, kind):
+    config, number = settings(*kind.split(), "sequence_parallel=2"), int(kind.startswith("bidirectional"))
+    torch.multiprocessing.spawn(_share, (config, number, tmp_path), nprocs=2)
+    plan = planned(config, gpus=2, steps=[number])
+    expected = sum(plan.memory.get(name, 0) for name in RESIDENT)
+    passing = plan.peak - expected - plan.memory["several GPUs"]  # buckets, which Step has not
+    for rank in "01":
+        found = json.loads((tmp_path / rank).read_text())
+        assert found == pytest.approx([expected, passing, plan.flop_with_recompute], rel=0.1)
 
 
 @pytest.mark.long
