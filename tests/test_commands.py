@@ -31,6 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
         (["video", "--nfe", "32,64"], "causal take those"),
         (["demo", "--output=~/x"], "nobody has put a folder in the place of this ~; write the whole path"),
         (["demo", "--workers=--"], "--workers=-- gives no value"),
+        (["demo", "--seeds", "9" * 6000], "999 ..."),
+        (["sample", "x", "--prompt", "a\udcff"], "is not UTF-8"),
+        (["evaluate", "x", "--prompts", "y", "--negative", "\udcff"], "is not UTF-8"),
+        (["prepare-latents", "--output", "o", "--null", "\udcff"], "is not UTF-8"),
+        (["prepare-latents", "--output", "o", "--videos=v", "--captions=c", "--length", "9" * 12], "length="),
+        (["prepare-latents", "--output", "o", "--videos=v", "--captions=c", "--height", "1" + "6" * 12], "height="),
         (["dmeo"], "did you mean 'demo'"),
     ],
 )

@@ -17,6 +17,7 @@ from minianyflow.networks.pipelines import load_lora
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import check_json, read_json, regular
 from minianyflow.wan.config import Config, load_config
+from minianyflow.wan.data.captions import MARK, is_empty
 from minianyflow.wan.data.options import WAN_CLIP, fps_of
 from minianyflow.wan.folders import (
     PIPELINES,
@@ -181,11 +182,11 @@ def read_prompts(texts: list[str] | None = None, file: str | Path | None = None)
         if Path(file).suffix.lower() in (".csv", ".tsv", ".json", ".jsonl"):
             raise InputError(f"{file} is a table by its name; expected a text file, one prompt per line, like a .txt")
         try:
-            texts = regular(file).read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
+            texts = regular(file).read_text(encoding="utf-8").replace(MARK, "").split("\n")  # U+2028 ends no line
         except (OSError, UnicodeDecodeError) as problem:
             why = getattr(problem, "strerror", None) or "not UTF-8"
             raise NoPrompts(f"cannot read {file} ({why}); expected a text file, one prompt per line") from None
-    prompts = [text.strip() for text in texts if text.strip()]
+    prompts = [text.strip() for text in texts if not is_empty(text)]
     if not prompts:
         raise NoPrompts(f"no prompts in {file or 'the list'}; expected at least one that is not empty")
     return prompts

@@ -376,7 +376,8 @@ def test_sources_are_told_apart_by_the_ends_of_their_names():
     assert labelled(["a/b", "nvidia/c/"]) == {"b": "a/b", "c": "nvidia/c/"}
     assert labelled(["a/x", "b/x", "b/y"]) == {"a-x": "a/x", "b-x": "b/x", "b-y": "b/y"}
     assert list(labelled(["./x", "a/x"])) == ["x", "a-x"]
-    assert ".." not in labelled(["..", "a/x"])  # which would lead out of the output
+    for sources in (["..", "a/x"], [".", "a/x"], ["a/..", "../.."], ["/tmp/../x", "./.."]):  # which would lead outside
+        assert all(re.fullmatch(r"\w[^/]*", label) for label in labelled(sources))
 
 
 # ---- bad input

@@ -22,7 +22,7 @@ from minianyflow.planner.plan import shape_of
 from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan.config import as_yaml, load_config
 from minianyflow.wan.data.captions import Clip, read_captions
-from minianyflow.wan.data.latents import read_file, read_manifest, write_latents
+from minianyflow.wan.data.latents import read_file, read_manifest, verify, write_latents
 from minianyflow.wan.data.options import Options
 from minianyflow.wan.data.parquet import convert_parquet
 from minianyflow.wan.data.prepare import Preparation, model_identity
@@ -198,6 +198,12 @@ def test_transparency_lies_over_black(tmp_path, name, options):
 
 ROWS = {
     "comma": ("a.mp4,a ball, moving\n", "line 2 of .*c.csv has more fields than columns"),
+    "comma at the end": ("a.mp4,a ball,\n", "line 2 of .*c.csv has more fields than columns"),
+    "comma, half in quotes": ('b.mp4,y\na.mp4,a "ball, red"\n', "line 3 of .*c.csv has more fields than columns"),
+    "no comma": ("a.mp4 a ball\n", "line 2 of .* has 'file', 'caption'; expected texts"),
+    "open quote in a name": ('"a.mp4,x\nb.mp4,y\n', "the row that starts in line 2 of .* is broken"),
+    "open quote at the end": ('a.mp4,x\nb.mp4,"y', "the row that starts in line 3 of .* is broken"),
+    "inches in quotes": ('a.mp4,"a 5" ball"\n', "the row that starts in line 2 of .* is broken"),
     "open quote": ('a.mp4,"a ball\nb.mp4,a disc\n', "the row that starts in line 2 of .* is broken"),
     "quote closed later": (
         'a.mp4,x\nb.mp4,"a ball\nc.mp4,a "big" disc\n',
@@ -270,6 +276,17 @@ def test_captions_and_prompts_are_read_as_they_were_meant(tmp_path, encoding, en
     assert read_prompts(None, tmp_path / "p.txt") == [text, "two"]
 
 
+@pytest.mark.parametrize("before", ["", "\ufeff"])
+def test_files_that_were_put_one_behind_the_other_have_marks_inside(tmp_path, before):
+    (tmp_path / "p.txt").write_text(f"{before}one\n\ufefftwo\n\u200b\n\ufeff\n", "utf-8")
+    assert read_prompts(None, tmp_path / "p.txt") == ["one", "two"]
+    rows = "".join(f'{mark}{{"file": "{n}.mp4", "caption": "x"}}\n' for n, mark in ((1, before), (2, "\ufeff")))
+    (tmp_path / "c.jsonl").write_text(rows, "utf-8")
+    (tmp_path / "c.csv").write_text(f"{before}file,caption\n1.mp4,x\n\ufeff2.mp4,x\n", "utf-8")
+    for name in ("c.jsonl", "c.csv"):
+        assert read_captions(tmp_path / name) == [("1.mp4", "x"), ("2.mp4", "x")]
+
+
 @pytest.mark.parametrize("kind", ["csv", "TSV", "json", "jsonl"])
 def test_captions_are_no_prompts(tmp_path, kind):
     (tmp_path / f"c.{kind}").write_text('{"file": "a.mp4", "caption": "x"}\n')
@@ -317,6 +334,22 @@ def test_hidden_files_change_nothing(tmp_path):
         for hidden in ("._model.safetensors", ".DS_Store"):
             (tmp_path / name / hidden).write_bytes(b"\0\5\x16\7Mac OS X")
     assert (model_identity(tmp_path), fingerprint(tmp_path / "vae")) == before
+
+
+HIDDEN = [".ipynb_checkpoints/{}", ".{}.swp", "._{}", ".DS_Store", ".nfs0000{}", ".~lock.{}#", ".git/{}"]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_hidden_files_are_never_read(tiny, tmp_path, hidden):
+    folder = shutil.copytree(tiny, tmp_path / "wan")
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        other = path.parent / hidden.format(path.name)
+        other.parent.mkdir(exist_ok=True)
+        other.write_bytes(b"\0\5\x16\7Mac OS X")
+    load_parts(folder, "tokenizer", "text_encoder", "vae", "scheduler")
+    load_transformer(folder, "causal")
+    assert identify(str(folder))[0].stage == "teacher"
+    assert verify(folder / "latents") == []
 
 
 @pytest.mark.parametrize("mean", [None, [0.0] * 48, 0.0, ["0"] * 16, [[0.0]] * 16, [0.0] * 15 + [float("nan")]])
@@ -468,6 +501,9 @@ def test_an_adapter_in_a_pickle_is_never_read(tiny, tmp_path):
         load_lora(load_transformer(tiny, "bidirectional"), tmp_path)
 
 
+UNREADABLE = ("b.mp4/c.mp4", "gone/c.mp4", "folder", "-i.mp4")
+
+
 def test_links_out_of_the_videos_are_skipped_unless_asked_for(tiny, tmp_path):
     videos, away = tmp_path / "videos", tmp_path / "away"
     videos.mkdir()
@@ -477,11 +513,12 @@ def test_links_out_of_the_videos_are_skipped_unless_asked_for(tiny, tmp_path):
     (videos / "a.mp4").symlink_to(away / "a.mp4")
     (videos / "inside.mp4").symlink_to("b.mp4")
     (videos / "more").symlink_to(away)
+    (videos / "folder").mkdir()
     clips, options = (
-        [Clip(name, "x") for name in ("a.mp4", "more/a.mp4", "inside.mp4", "b.mp4", "c" * 300)],
+        [Clip(name, "x") for name in (*("a.mp4", "more/a.mp4", "inside.mp4", "b.mp4", "c" * 300), *UNREADABLE)],
         Options(5, 32, 48),
     )
-    for links, left_out in ((False, [0, 1, 4]), (True, [4])):
+    for links, left_out in ((False, [0, 1, 4, 5, 6, 7, 8]), (True, [4, 5, 6, 7, 8])):
         work = Preparation(tiny, clips, videos, tmp_path / "out", options, links=links)
         read = [work._read(clip)[0] for clip in clips]
         assert [number for number, frames in enumerate(read) if isinstance(frames, str)] == left_out
@@ -489,7 +526,7 @@ def test_links_out_of_the_videos_are_skipped_unless_asked_for(tiny, tmp_path):
         assert links or read[0].startswith("is a link out of --videos")
 
 
-@pytest.mark.parametrize(("channels", "width"), [(16, 48), (4, 32)])
+@pytest.mark.parametrize(("channels", "width"), [(16, 48), (4, 32), (48, 32), (4, 48)])
 def test_latents_of_another_base_are_one_line(tiny, tmp_path, channels, width):
     write_latents(
         tmp_path / "data",

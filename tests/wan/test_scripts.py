@@ -404,8 +404,13 @@ def test_licences_are_followed_to_where_a_run_began(runs, tmp_path):
     text = (first / "config.yaml").read_text()
     (first / "config.yaml").write_text(re.sub(r"^student: .*$", "student: nvidia/AnyFlow-X", text, flags=re.M))
     assert "non-commercial" in notes(replace(config, student=str(first)))
-    (first / "config.yaml").write_text(re.sub(r"^student: .*$", f"student: {first}", text, flags=re.M))
-    assert "licence of" in notes(replace(config, student=str(first)))  # a run that names itself: the search ends
+    second, third = (shutil.copytree(first, tmp_path / name) for name in ("second", "third"))
+    named = [("student", {first: first}), ("teacher", {first: first}), ("student", {first: second, second: first})]
+    named += [("teacher", {first: second, second: third, third: second})]
+    for name, links in named:  # runs that name themselves, or each other: the search ends
+        for each, other in links.items():
+            (each / "config.yaml").write_text(re.sub(rf"^{name}: .*$", f"{name}: {other}", text, flags=re.M))
+        assert "licence of" in notes(replace(config, **{name: str(first)}))
 
 
 @pytest.mark.parametrize("layout", ["wan", "kohya"])

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import regular
 
+MARK = "\ufeff"  # of byte order: files that were put one behind the other have it inside, too
+
 
 class Clip(NamedTuple):
     """A line of the captions file."""
@@ -27,7 +29,8 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}; expected at least 1")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as lines:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = (line.replace(MARK, "") for line in file)
             rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
     except InputError:
         raise
@@ -49,6 +52,11 @@ def read_captions(file: str | Path, limit: int | None = None) -> list[Clip]:
     if not clips:
         raise InputError(f"no clips in {path}; expected one line per clip, with file and caption")
     return clips[:limit]
+
+
+def is_empty(text: str) -> bool:
+    """Whether there is nothing to see in a text: its letters may be of width 0."""
+    return not any(letter.isprintable() for letter in text.replace(" ", ""))
 
 
 def _csv_rows(path, lines):

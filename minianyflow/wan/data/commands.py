@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from minianyflow.support.cli import Parser, seed
+from minianyflow.support.cli import Parser, seed, utf8
 from minianyflow.support.errors import InputError
 
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -32,7 +32,7 @@ def prepare_latents(argv) -> int:
     add("--bucket", dest="buckets", nargs="+", metavar="SIZE", help=words)
     add("--fps", type=float, help="frames per second (default: the model's, 16 of Wan2.1, 24 of Wan2.2-TI2V-5B)")
     add("--length", type=int, default=512, help="tokens of a prompt (default: 512)")
-    add("--null", metavar="TEXT", help="the null prompt (default: Wan2.1's negative prompt)")
+    add("--null", type=utf8, metavar="TEXT", help="the null prompt (default: Wan2.1's negative prompt)")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the stored numbers (default: bf16)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--limit", type=int, metavar="N", help="the first N clips only")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from minianyflow.networks.weights import fingerprint
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import lock_folder, read_json, remove_leftovers, staging_folder
-from minianyflow.wan.data.captions import Clip
+from minianyflow.wan.data.captions import Clip, is_empty
 from minianyflow.wan.data.latents import (
     MANIFEST,
     NULL,
@@ -232,7 +232,7 @@ class Preparation:
     def _read(self, clip):
         """Bytes (T, H, W, 3), or the reason why there are none; and what was changed."""
         path, options = self.videos / clip.file, self.options
-        if not any(letter.isprintable() for letter in clip.caption.replace(" ", "")):  # it may be of width 0
+        if is_empty(clip.caption):
             return "empty caption", {}
         if not self.links and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.videos)):
             return "is a link out of --videos (expected a file inside; --links takes it)", {}
