@@ -198,6 +198,18 @@ def assert_same_training(folder, name, kind, plain, halves, steps):
     assert [row for pair in zip(*(half["rows"] for half in halves), strict=True) for row in pair] == plain["rows"]
 
 
+def assert_shared_tokens(folder, name, kind, rows, seen):
+    """Processes train as one, and those that share a clip read the same rows."""
+    losses = [
+        [entry[key] for entry in history(folder / run / name) for key in entry if key.endswith("/loss")]
+        for run in ("plain", kind)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert difference(folder / "plain" / name, folder / kind / name) < 1e-5
+    assert [process["rows"] for process in seen[::2]] == [process["rows"] for process in seen[1::2]]
+    assert sorted(row for process in seen[::2] for row in process["rows"]) == sorted(rows)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path):
     """SIGTERM reaches one of two processes: both save and stop, then go on, with all offloaded. DDP, and FSDP2.
@@ -206,7 +218,9 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path)
     """
     name, steps, other = "causal on_policy", 4, tmp_path / "buckets"
     alone, mixed = (arguments(students, MIXED, other / kind / MIXED, STEPS) for kind in KINDS[:2])
-    plain, given = run_once("plain", *arguments(students, name, tmp_path / "plain" / name, steps)), [("ddp", mixed)]
+    tokens = [*arguments(students, name, tmp_path / "tokens" / name, steps), "sequence_parallel=2"]
+    plain = run_once("plain", *arguments(students, name, tmp_path / "plain" / name, steps))
+    given = [("ddp", mixed), ("ddp", tokens)]
     alike = ["on_policy.shared_rollout=true", "seed=3"]
     one_base = run_once("plain", *arguments(students, name, tmp_path / "shared" / "plain" / name, steps), *alike)
     for kind in KINDS[1:]:
@@ -216,7 +230,8 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path)
         shared = [*arguments(students, name, tmp_path / "shared" / kind / name, steps), *alike, "shard_base=true"]
         given += [(kind, whole), (kind, ["sigterm=3", *again, f"{offload},base]"]), (kind, [*again, f"{offload}]"])]
         given += [(kind, shared)]
-    buckets, *seen = launch(tmp_path / "report", *given)
+    buckets, split, *seen = launch(tmp_path / "report", *given)
+    assert_shared_tokens(tmp_path, name, "tokens", plain["rows"], split)
     assert_same_training(other, MIXED, "ddp", run_once("plain", *alone), buckets, STEPS)
     one, two = ([number for number, _ in process["rows"]] for process in buckets)  # of the bucket, two rows per step
     assert one == two == [number for number in one[::2] for _ in range(2)]
@@ -232,29 +247,22 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path)
         assert difference(tmp_path / kind, tmp_path / f"{kind}-again") < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "kind", "count", "more"),
     [
-        pytest.param("causal on_policy", "ddp", 2, [], marks=pytest.mark.slow),
-        pytest.param("causal forward", "ddp", 4, ["shard_base=true"], marks=pytest.mark.long),
-        pytest.param("causal forward", "shard", 2, [], marks=pytest.mark.long),
-        pytest.param("bidirectional on_policy", "shard", 4, [], marks=pytest.mark.long),
-        pytest.param("bidirectional whole weights", "ddp", 2, [], marks=pytest.mark.long),
+        ("causal forward", "ddp", 4, ["shard_base=true"]),
+        ("causal forward", "shard", 2, []),
+        ("bidirectional on_policy", "shard", 4, []),
+        ("bidirectional whole weights", "ddp", 2, []),
     ],
 )
 def test_two_processes_share_the_tokens_of_a_clip(students, tmp_path, name, kind, count, more):
-    """Of four, two and two: they train as one, and processes that share a clip read the same rows."""
+    """Of four, two and two."""
     plain, own = (arguments(students, name, tmp_path / place / name, 3) for place in ("plain", kind))
     rows = run_once("plain", *plain)["rows"]
     (seen,) = launch(tmp_path / "report", (kind, [*own, "sequence_parallel=2", *more]), count=count)
-    losses = [
-        [entry[key] for entry in history(tmp_path / run / name) for key in entry if key.endswith("/loss")]
-        for run in ("plain", kind)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert difference(tmp_path / "plain" / name, tmp_path / kind / name) < 1e-5
-    assert [process["rows"] for process in seen[::2]] == [process["rows"] for process in seen[1::2]]
-    assert sorted(row for process in seen[::2] for row in process["rows"]) == sorted(rows)
+    assert_shared_tokens(tmp_path, name, kind, rows, seen)
 
 
 @pytest.mark.slow
