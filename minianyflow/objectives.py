@@ -91,14 +91,7 @@ def semigroup_target(u: Network, z: State, t: Times, r: Times, s: Times) -> Stat
 
 @torch.no_grad()
 def teacher_step_target(
-    u: Network,
-    z: State,
-    t: Times,
-    r: Times,
-    s: Times,
-    velocity: Velocity,
-    solver: str = "heun",
-    **condition: Condition,
+    u: Network, z: State, t: Times, r: Times, s: Times, velocity: Velocity, solver: str = "heun", **condition: Condition
 ) -> State:
     """The average velocity of one step of the teacher's `velocity` t -> s, then the jump s -> r, r <= s < t.
 

@@ -491,11 +491,7 @@ def not_finite(skip):
 
     def inject(bench):
         output = bench.new()
-        status, said = bench.run(
-            output,
-            f"on_nan.skip={skip}",
-            before=lambda: change_batch(3, spoil),
-        )
+        status, said = bench.run(output, f"on_nan.skip={skip}", before=lambda: change_batch(3, spoil))
         told = json.loads((output / "bad_batch.json").read_text())
         right = (told["step"], 14 in told["numbers"], len(said)) == (3, True, 1)  # rebalancing spreads it
         files = [f"00000/{row:08}.safetensors" for row in told["rows"]]

@@ -69,10 +69,7 @@ class Video(Scene):
 
     def make_controls(self):
         """The student above, the student below."""
-        return {
-            "whole": dropdown("whole clips (above)", WHOLE),
-            "chunks": dropdown("chunk by chunk (below)", CHUNKS),
-        }
+        return {"whole": dropdown("whole clips (above)", WHOLE), "chunks": dropdown("chunk by chunk (below)", CHUNKS)}
 
     def draw(self, pack, whole, chunks, seed):
         """Two rows of clips."""

@@ -94,10 +94,7 @@ OTHERS = {
     "no file": (lambda path: "nosuch.csv", "nosuch.csv cannot be read"),
     "no picture file": (lambda path: path / "nosuch.png", "is no picture"),
     "no name": (lambda path: "spirol", "did you mean 'spiral'"),
-    "a shape": (
-        lambda path: lambda count, generator: torch.randn(count),
-        r"has shape \(128,\); expected \(128, D",
-    ),
+    "a shape": (lambda path: lambda count, generator: torch.randn(count), r"has shape \(128,\); expected \(128, D"),
     "a count": (lambda path: lambda count, generator: torch.randn(5, 2), r"has shape \(5, 2\)"),
     "many numbers": (lambda path: lambda count, generator: torch.ones(count, 1000), "points of 1000 numbers"),
     "NaN": (lambda path: lambda count, generator: torch.full((count, 2), math.nan), "NaN"),

@@ -148,7 +148,4 @@ def test_an_audit_names_what_is_known_and_what_it_could_not_look_up(tmp_path, mo
     monkeypatch.setattr(install, "_quiet", quiet)
     wheels = [] if found == "no network" else ["the lock does not install on Python 3.14: no wheel"]
     unknown = {"skipped": ["1 packages not audited: not found"], "no network": ["not audited: no such host"]}
-    assert install.audit() == (
-        ["x 1: CVE-1; fixed in 2"] * (found == "known") + wheels,
-        unknown.get(found, []),
-    )
+    assert install.audit() == (["x 1: CVE-1; fixed in 2"] * (found == "known") + wheels, unknown.get(found, []))

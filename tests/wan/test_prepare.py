@@ -396,10 +396,7 @@ CAPTIONS = {
     "no json": (GOOD + "a.mp4,a\n", r"line 2 of .* is not a JSON object .*for a csv name the file \.csv"),
     "twice": (GOOD + GOOD, r"a\.mp4 is in lines 1 and 2 of .*; expected each file once"),
     "empty": ("\n", r"no clips in .*; expected one line per clip"),
-    "half an emoji": (
-        '{"file": "a.mp4", "caption": "\\ud83d"}\n',
-        "line 1 .* not a JSON object .*surrogates not",
-    ),
+    "half an emoji": ('{"file": "a.mp4", "caption": "\\ud83d"}\n', "line 1 .* not a JSON object .*surrogates not"),
     "list": ("[1]\n", "line 1 of .* is not a JSON object"),
     "number": ('{"file": "a.mp4", "caption": 3}\n', r"line 1 of .* has 'file', 'caption'; expected texts"),
     "csv columns": ("video,caption\na.mp4,red\n", "line 1 of .* has 'video', 'caption'; expected the columns file and"),
@@ -438,10 +435,7 @@ REFUSED = {  # the last word names a folder that it is asked for
     "other frames": (["--frames=13", "whole"], r"was made with frames=9; asked for frames=13: name another output"),
     "other null": (["--null=", "whole"], r"was made with null='.*'; asked for null='': name another"),
     "other clips": (["--limit=2", "whole"], r"was made with captions='13 clips, .*'; asked for captions='2 clips, "),
-    "other model": (
-        ["--base={here}/other", "whole"],
-        r"was made with vae='weights .*'; asked for vae='weights .*:",
-    ),
+    "other model": (["--base={here}/other", "whole"], r"was made with vae='weights .*'; asked for vae='weights .*:"),
     "not prepared": (["wan/latents"], r"was made with captions=None; asked for .*: name another output folder"),
 }
 

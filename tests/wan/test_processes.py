@@ -351,11 +351,7 @@ SOME = ["--kills", "1", "--only", "two runs, one folder", "disk full while savin
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(SOME, marks=pytest.mark.slow),
-        pytest.param(EACH, marks=pytest.mark.long),
-    ],
+    "options", [pytest.param(SOME, marks=pytest.mark.slow), pytest.param(EACH, marks=pytest.mark.long)]
 )
 def test_a_run_that_is_broken_loses_nothing_that_was_saved(options):
     """Parts of `make faults`."""
