@@ -51,3 +51,16 @@ def tiny_demo(tmp_path_factory):
         )
         assert commands.demo(arguments) == 0
     return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder in Wan2.1's layout, 16 clips in latents/, the null prompt "ugly": read or copy, never write."""
+    from minianyflow.wan.folders import make_tiny_wan
+
+    folder = tmp_path_factory.mktemp("wan") / "tiny"
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    make_tiny_wan(folder, null="ugly")
+    assert torch.equal(torch.get_rng_state(), before)  # nobody else's random numbers move
+    return folder

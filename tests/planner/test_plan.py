@@ -24,18 +24,15 @@ from minianyflow.support.install import ROOT
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.latents import LatentSet
 from minianyflow.wan.data.options import WAN_CLIP
-from minianyflow.wan.folders import make_tiny_wan
 from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.stages import STAGES, draws
 from tests.refused import refused
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
+def settings(tiny):
     """`settings(architecture, stage, *changes)`: the configuration of a tiny run."""
-    folder = tmp_path_factory.mktemp("wan")
-    make_tiny_wan(folder / "wan")
-    where = [f"runs={folder}", f"base={folder}/wan", f"data={folder}/wan/latents"]
+    where = [f"base={tiny}", f"data={tiny}/latents"]
 
     def configuration(architecture, stage, *changes):
         quick = ["batch=4", "samples.every=0", "log.tracker=none"]

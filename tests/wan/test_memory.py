@@ -17,7 +17,6 @@ from minianyflow.support.install import ROOT
 from minianyflow.training import accumulate_gradient
 from minianyflow.wan.config import load_config
 from minianyflow.wan.data.latents import LatentSet
-from minianyflow.wan.folders import make_tiny_wan
 from minianyflow.wan.guard import Preempted
 from minianyflow.wan.memory import choose_memory
 from minianyflow.wan.run_networks import RunNetworks
@@ -27,17 +26,9 @@ from tests.refused import refused
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
+def settings(tiny):
     """`settings(architecture, *changes)`: the configuration of a tiny on-policy run."""
-    folder = tmp_path_factory.mktemp("wan")
-    make_tiny_wan(folder / "wan")
-    where = [
-        f"runs={folder}",
-        f"base={folder}/wan",
-        f"data={folder}/wan/latents",
-        "log.tracker=none",
-        "samples.every=0",
-    ]
+    where = [f"base={tiny}", f"data={tiny}/latents", "log.tracker=none", "samples.every=0"]
 
     def configuration(architecture, *changes):
         config = load_config([architecture, "on_policy", "tiny"], [*where, *changes])

@@ -12,7 +12,7 @@ from minianyflow.networks.causal import CausalNetwork, causal_rollout, causal_st
 from minianyflow.support.cli import run
 from minianyflow.times import generator, time_grid
 from minianyflow.wan.commands import sample
-from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts, make_tiny_wan, stream_decoder
+from minianyflow.wan.folders import decode_latents, encode_prompts, load_parts, stream_decoder
 from minianyflow.wan.stream import Stream, stream_clip
 from tests.networks.inputs import clip, tiny_causal
 from tests.refused import refused
@@ -66,14 +66,14 @@ def test_prompts_and_steps_may_change_on_the_way(network):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tiny, tmp_path_factory):
     """Exports of both architectures on a tiny Wan."""
     from diffusers import AnyFlowFARPipeline, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 
     from minianyflow.wan.folders import load_transformer
 
     folder = tmp_path_factory.mktemp("stream")
-    make_tiny_wan(folder / "wan")
+    (folder / "wan").symlink_to(tiny)
     tokenizer, text, vae = load_parts(folder / "wan", "tokenizer", "text_encoder", "vae")
     for name, kind in (("causal", AnyFlowFARPipeline), ("bidirectional", AnyFlowPipeline)):
         chunks = {"full_chunk_limit": 2, "partition": (1, 2, 2)} if name == "causal" else {}
