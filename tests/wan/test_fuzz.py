@@ -308,7 +308,15 @@ COMMANDS = {  # what follows each, of the folder of the tiny Wan; the options of
     "distill": ("--config bidirectional forward tiny base={0} data={0} output=o", "minutes config"),
     "demo": ("--output o", "data dataset evaluations seeds workers"),
     "gpu-check": ("--sizes tiny --device cpu --output o", "steps batch set architectures frames height width"),
-    "live-html": ("--scene race", "scene"),
+    "live-html": ("--scene race", "scene output"),
+    "live": ("--no-browser", "scene output"),
+    "site": ("--quiet", "output"),
+    "course": ("--compare --figures f", "only figures"),
+    "docs": ("--check", "check"),
+    "video": ("--output o", "nfe workers weights"),
+    "exposure": ("--output o", "seeds workers"),
+    "weights": ("--output o", "workers"),
+    "make-tiny-wan": ("tiny", "seed"),
 }
 
 
@@ -362,12 +370,14 @@ def begun(*given, **options):
 def test_a_thousand_hostile_inputs(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     kinds = [(captions, 200), (configuration, 250), (shard, 120), (manifest, 120), (run_folder, 90), (exported, 60)]
-    kinds += [(pipeline, 90), (path, 70), (video, 200), (points, 150), (parquets, 100), (arguments, 150)]
+    kinds += [(pipeline, 90), (path, 70), (video, 200), (points, 150), (parquets, 100), (arguments, 300)]
     embedded = torch.zeros(1, 32, 32)
     monkeypatch.setattr("minianyflow.wan.data.parquet.embed", lambda *given: embedded)
     works = ["wan.sample.embed", "wan.stream.embed", "wan.evaluate.Samples", "planner.gpu_check.measure"]
-    for work in (*works, "plane.race.run_jobs", "live.pages.page_text"):  # what is long, and begins where all was taken
-        monkeypatch.setattr(f"minianyflow.{work}", begun)
+    works += ["plane.race.run_jobs", "plane.exposure.run_jobs", "video.report.run_jobs", "video.stages.run_jobs"]
+    works += ["live.pages.page_text", "wan.folders.moving_shapes"]
+    for work in (*(f"minianyflow.{work}" for work in works), "docs.site.write_pages", "docs.course.execute"):
+        monkeypatch.setattr(work, begun)  # what is long, and begins where all was taken
     monkeypatch.chdir(tmp_path)
     Path("c.csv").write_text("file,caption\na.mp4,x\n")
     Path("p.txt").write_text("a red square\n")
@@ -387,7 +397,7 @@ def test_a_thousand_hostile_inputs(tiny, tmp_path, monkeypatch):
                     f"{kind.__name__} {seed}: {type(problem).__name__}: {str(problem)[:150]!r} {place(problem)}"
                 )
             done += 1
-    assert done == 1600
+    assert done == 1750
     assert not faults, "\n".join([f"{len(faults)} of {done}:", *faults])
 
 
