@@ -96,6 +96,7 @@ def main(argv=None):
     """Run one command; returns its exit status. Every error is one line; --traceback shows where it comes from."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their cores to others
+    os.environ.pop("MPLBACKEND", None)  # of a notebook or a desktop: commands draw into files
     named = argv and argv[0] not in ("-h", "--help")
     return run((lambda: command(argv[0])(argv[1:])) if named else (lambda: _list_commands(argv)), argv)
 

@@ -149,7 +149,7 @@ def check_json(content, schema, path, expected):
 
 
 def open_picture(path):
-    """The picture in a file, RGBA, upright; None for an animation. Raises what Pillow raises."""
+    """The picture in a file, RGBA, upright, in sRGB; None for an animation. Raises what Pillow raises."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -161,7 +161,26 @@ def open_picture(path):
             raise ValueError("its numbers have 32 bits; expected 8 or 16")
         if picture.mode.startswith("I;16"):  # which Pillow would clip to its lowest 8 bits
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-        return picture.convert("RGBA")
+        return _to_srgb(picture)
+
+
+def _to_srgb(picture):
+    """RGBA. Telephones and editors store other colours and say so in a profile."""
+    import io
+
+    from PIL import ImageCms
+
+    shown = picture.convert("RGBA")
+    if profile := picture.info.get("icc_profile"):
+        try:
+            source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            mode = {"GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip(), "RGB")
+            colours = ImageCms.profileToProfile(picture.convert(mode), source, target, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError) as problem:
+            raise ValueError(f"its colour profile: {problem}; save it as sRGB") from None
+        colours.putalpha(shown.getchannel("A"))
+        return colours
+    return shown
 
 
 def remove_leftovers(folder, surely=False):

@@ -133,8 +133,10 @@ def prepare(config: Config) -> tuple[Accelerator, LatentSet | Buckets, Checkpoin
 
 
 def _check_unfinished(output):
-    if (output / "run.json").exists():
-        raise InputError(f"{output} holds a finished run; name another folder with output=FOLDER, or remove it")
+    held = {"run.json": "a finished run", "model_index.json": "a pipeline", "manifest.json": "latents"}
+    for name, what in held.items():
+        if (output / name).exists():
+            raise InputError(f"{output} holds {what}; name another folder with output=FOLDER")
 
 
 def guard(config: Config, data: LatentSet | Buckets) -> Guard:

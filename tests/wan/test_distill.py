@@ -271,6 +271,13 @@ def test_a_run_that_was_finished_meanwhile_is_left_alone(folder, tmp_path, monke
         runs.prepare(settings(folder, "causal", "forward", f"output={tmp_path}/run"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "what"), [("wan", "a pipeline"), ("wan/latents", "latents")])
+def test_a_run_is_not_written_into_its_base_or_data(folder, place, what):
+    with pytest.raises(InputError, match=f"{place} holds {what}; name another folder with output=FOLDER"):
+        stages.distil(settings(folder, "causal", "forward", f"output={folder}/{place}"))
+
+
 # ---- what a causal student trains on
 
 

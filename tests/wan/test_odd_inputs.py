@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -118,7 +119,8 @@ def test_what_ffmpeg_would_read_wrong_in_silence_is_skipped_with_the_reason(tmp_
 
 
 @pytest.mark.parametrize(("transfer", "name"), [("arib-std-b67", "HLG"), ("smpte2084", "PQ"), ("bt709", "BT.2020")])
-def test_hdr_and_wide_colours_become_bt709(tmp_path, transfer, name):
+def test_hdr_and_wide_colours_become_bt709(tmp_path, transfer, name, monkeypatch):
+    monkeypatch.setenv("AV_LOG_FORCE_COLOR", "1")  # of ffmpeg's words, from which colours are read
     tagged = BARS + ",setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
     wide = f"zscale=t=linear:npl=203,format=gbrpf32le,zscale=t={transfer}:p=bt2020:m=bt2020nc:r=tv:npl=203"
     wide += ",format=yuv444p10le"
@@ -145,6 +147,43 @@ def test_p3_becomes_bt709(tmp_path, primaries, tagged, colour):
     frames, changes = read_clip(make(tmp_path / "a.mp4", source, *LOSSLESS, *tags), 1, 64, 64)
     assert changes == {"colours": "P3"}
     assert (frames[0, 5, 5].int() - torch.tensor([*bytes.fromhex(colour)])).abs().max() <= 4
+
+
+P3 = [(0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)]  # as PCS XYZ
+
+
+def colour_profile(colorants, gamma=2.2):
+    """The bytes of an ICC profile."""
+    fixed = lambda *values: struct.pack(f">{len(values)}i", *(round(65536 * value) for value in values))  # noqa: E731
+    curve = b"curv" + bytes(4) + struct.pack(">IHxx", 1, round(256 * gamma))
+    tags = {"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"x" + bytes(75), "cprt": b"text\0\0\0\0x\0\0\0"}
+    tags |= {name: b"XYZ " + bytes(4) + fixed(*xyz) for name, xyz in zip(("rXYZ", "gXYZ", "bXYZ"), colorants, strict=1)}
+    tags |= {"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249), "rTRC": curve, "gTRC": curve, "bTRC": curve}
+    table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, value in tags.items():
+        table += name.encode() + struct.pack(">II", start + len(data), len(value))
+        data += value + bytes(-len(value) % 4)
+    head = struct.pack(">I4sI4s4s4s", start + len(data), b"lcms", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return head.ljust(128, b"\0") + table + data
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+@pytest.mark.parametrize("end", ["png", "jpg", "webp"])
+def test_a_picture_with_a_colour_profile_becomes_srgb(tmp_path, mode, end):
+    if (mode, end) in {("RGBA", "jpg"), ("P", "jpg"), ("L", "webp"), ("P", "webp")}:
+        return  # there are none
+    picture, expected = Image.new("RGB", (16, 16), (144, 48, 32)), [158.0, 32, 12]  # by lcms: P3's red is redder
+    if mode == "L":
+        expected = [float(picture.convert("L").getpixel((0, 0)))] * 3
+    picture = picture.quantize(2) if mode == "P" else picture.convert(mode)
+    path, profile = tmp_path / f"a.{end}", colour_profile(P3)
+    picture.save(path, icc_profile=profile, quality=100, **({"lossless": True} if end == "webp" else {}))
+    found = (255 * read_video(path, 1, 16, 16)[0, 0, :, 8, 8]).round()
+    assert (found - torch.tensor(expected)).abs().max() <= 3
+    picture.save(path, icc_profile=profile[:-200], quality=100)
+    with refused("cannot be read .its colour profile: .*; save it as sRGB"):
+        read_video(path, 1, 16, 16)
 
 
 @pytest.mark.parametrize(

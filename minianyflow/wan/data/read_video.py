@@ -1,5 +1,6 @@
 """Videos and pictures as frames: where a clip is read, by ffmpeg."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -123,8 +124,9 @@ def _ffmpeg(path, decoder, filters, *options):
     """What ffmpeg makes of a video that passes `filters`, as bytes, and what it says."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", *ONLY_FILES, *decoder]
     command += ["-i", f"file:{regular(path)}", "-vf", filters, "-an", "-sn", "-dn", *options, "-"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("AV_LOG", "FFREPORT"))}
     try:
-        done = subprocess.run(command, capture_output=True, check=False)
+        done = subprocess.run(command, capture_output=True, check=False, env=plain)  # what it says is read above
     except (OSError, ValueError) as problem:
         raise InputError(f"{path} cannot be read ({problem}); expected a picture or a video") from None
     return done.stdout, done.stderr.decode(errors="replace")
