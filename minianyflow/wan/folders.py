@@ -228,13 +228,15 @@ def _load_whole(source, name, kind, options, class_name, new=()):
     for key, found, expected in sorted(info["mismatched_keys"]):
         shapes = f"{key} {tuple(found)}, but {tuple(expected)} by its config.json"
         raise InputError(f"the weights of the {name} in {source} have {shapes}; fetch or make both again")
-    lacking = [name for name in info["missing_keys"] if not name.startswith(tuple(new))]
+    weights = module.state_dict()
+    hollow = {key for key, weight in weights.items() if weight.is_meta}  # an index names a file without them
+    lacking = [name for name in hollow | {*info["missing_keys"]} if not name.startswith(tuple(new))]
     for verb, names in (("lack", lacking), ("add", info["unexpected_keys"])):
         if names:
             what = f"{verb} {min(names)} ({len(names)} in all)"
             raise InputError(f"the weights in {source} {what}; expected those of a {class_name}")
-    for key, weight in module.state_dict().items():
-        if key not in info["missing_keys"]:
+    for key, weight in weights.items():
+        if key not in info["missing_keys"] and not weight.is_meta:
             check_finite(f"{key} of the {name} in {source}", weight, "fetch or make it again")
     return module
 

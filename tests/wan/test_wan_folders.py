@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -365,6 +366,32 @@ def test_weights_that_are_not_finite_are_one_line(copied, part, number):
         rewrite(path, lambda state: ill(state, number))
         with refused(rf"of the {part} in .* holds NaN or infinite values; .*: fetch or make it again"):
             load_parts(copied, part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda files: dict.fromkeys(files, min(files.values())), r"lack .* in all\); expected those of a Wan"),
+        (lambda files: dict.fromkeys(files, "../../x.safetensors"), "does not load .*parent-directory"),
+        (lambda files: files | {"proj_out.bias": "gone.safetensors"}, "does not load .*gone.safetensors"),
+        (lambda files: [files], "does not load"),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_an_index_that_does_not_fit_its_files_is_one_line(copied, architecture, spoil, message):
+    path = copied / WEIGHTS
+    state, files = load_file(path), {}
+    path.unlink()
+    for number, names in enumerate((sorted(state)[::2], sorted(state)[1::2]), 1):
+        part = path.with_name(f"{path.stem}-0000{number}-of-00002.safetensors")
+        save_file({name: state[name] for name in names}, part, {"format": "pt"})
+        files |= dict.fromkeys(names, part.name)
+    index = path.with_name(f"{path.name}.index.json")
+    for change, refusal in ((dict, nullcontext()), (spoil, refused(message))):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": change(files)}))
+        with refusal:
+            load_transformer(copied, architecture)
 
 
 @pytest.mark.slow
