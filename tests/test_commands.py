@@ -79,6 +79,19 @@ def test_any_error_is_one_line_and_a_stack_trace_only_if_asked_for(problem, stat
         assert len(printed.strip().splitlines()) == bool(words)
 
 
+def test_an_interruption_of_which_a_library_made_another_error_is_one():
+    def imported():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            raise RuntimeError("cannot be imported") from None
+
+    before = [signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run(imported) == 130
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
 def test_output_that_nobody_can_take_is_one_line():
     help_of = [sys.executable, "-m", "minianyflow", "--help"]
     with open("/dev/full", "w") as full:

@@ -114,13 +114,24 @@ def _about(name):
         return str(problem)
 
 
+_interrupts = []
+
+
+def _interrupt(number, frame):
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
 def run(command, argv=None):
     """command(), whose exit status is returned: every error is one line on stderr, every interruption too.
 
     A stack trace is printed if --traceback is among the arguments, argv.
     """
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interruption, too
+        _interrupts.clear()
+        signal.signal(signal.SIGTERM, _interrupt)  # a polite kill is an interruption, too
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # letters that a locale does not have end no work
         status = command()
@@ -147,7 +158,8 @@ def _explained(problem):
     """(exit status, one line or none) of what ended a command."""
     kinds = {kind.__name__ for kind in type(problem).__mro__}
     words = " ".join((getattr(problem, "strerror", None) or str(problem)).split())
-    if isinstance(problem, KeyboardInterrupt):
+    swallowed = _interrupts and not isinstance(problem, InputError | OSError)  # by a library that was being imported
+    if swallowed or isinstance(problem, KeyboardInterrupt):
         return 130, "\ninterrupted: what is unfinished does not count; run the same command again"
     if isinstance(problem, InputError):
         return 2, f"error: {words}"
