@@ -25,16 +25,21 @@ GREYS = 15  # shades of a video; so few compress well
 
 def script() -> str:
     """All of the page's code as one module: player.js after the others, each in a function that a worker runs too."""
-    text = {name: (STATIC / f"{name}.js").read_text("utf-8") for name in ("compute", "learn", "scenes", "player")}
+    text = {
+        name: (STATIC / f"{name}.js").read_text("utf-8") for name in ("compute", "learn", "video", "scenes", "player")
+    }
     text = {name: re.sub(r"^import .*\n", "", code, flags=re.M) for name, code in text.items()}
     public = r"^export (?:const|class|function\*?) (\w+)"
     names = {name: ", ".join(re.findall(public, text[name], re.M)) for name in text}
     inner = {name: re.sub(r"^export (?=const|class|function)", "", text[name], flags=re.M) for name in text}
-    compute, learn, scenes = (f"() => {{\n{inner[name]}\nreturn {{ {names[name]} }};\n}}" for name in list(text)[:3])
+    compute, learn, video, scenes = (
+        f"() => {{\n{inner[name]}\nreturn {{ {names[name]} }};\n}}" for name in list(text)[:4]
+    )
     return f"""const compute = {compute};
 const math = compute();
 const learn = {learn};
 const learning = learn();
+const video = ({video})();
 const WORKER = `const math = (${{compute}})(); onmessage = (${{learn}})().answer;`;
 const {{ COMPUTED, World }} = ({scenes})();
 {text["player"]}"""
@@ -47,8 +52,10 @@ class Pack:
         self.names, self.arrays, self.data = {}, {}, bytearray()
 
     def add_exact(self, values: ArrayLike) -> str:
-        """Numbers of any shape as they are: float32, or int32 for whole ones."""
+        """Numbers of any shape as they are: float32, float16, whose bits the page gets, or int32 for whole ones."""
         values = np.asarray(values)
+        if values.dtype == np.float16:
+            return self._add(values, "float16", 1)
         whole = np.issubdtype(values.dtype, np.integer)
         return self._add(values.astype("<i4" if whole else "<f4"), "int32" if whole else "float32", 1)
 

@@ -1,26 +1,25 @@
 """Bouncing balls from the committed video students. Importing this takes seconds, since it needs diffusers."""
 
+import json
 import time
 from functools import cache
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from minianyflow.live.controls import Scene, dropdown, slider
-from minianyflow.live.player import time_axis
-from minianyflow.networks.mlp import EvaluationCounter
+from minianyflow.live.player import STATIC, Pack, time_axis
 from minianyflow.networks.wan import TextEncoder
-from minianyflow.networks.weights import load_codec, load_network
+from minianyflow.networks.weights import load_codec, load_network, read_weights
 from minianyflow.times import generator, time_grid
 from minianyflow.video.measures import physics
-from minianyflow.video.motion import flights
-from minianyflow.video.report import how_sampled, sample
+from minianyflow.video.report import how_sampled
 from minianyflow.video.stages import WEIGHTS, path_of
 from minianyflow.wan.data.options import FPS
 from minianyflow.wan.stream import stream_frames
 from toy_data import blobs
 
+GRAPHS = STATIC / "graphs.json"  # live/graphs.py writes it
 STEPS = (1, 2, 4, 8, 16)
 WHOLE = {
     "flow map, on-policy": "on_policy",
@@ -47,44 +46,37 @@ def load(name: str) -> torch.nn.Module:
     return (load_codec if name == "codec" else load_network)(path_of(WEIGHTS, name))
 
 
-@cache
-def clips_of(name: str, steps: int, seed: int) -> tuple[Tensor, int, float, float]:
-    """One clip per prompt, (2, 17, 16, 16); evaluations per clip; the share of frames with as many balls as asked for;
-    how far, in pixels, the balls are off straight flights."""
-    network, prompts = load(name), TextEncoder()(blobs.PROMPTS)
-    u = EvaluationCounter(network)
-    u.first, u.rest = getattr(network, "first", None), getattr(network, "rest", None)  # how it cuts a clip into chunks
-    z, balls = torch.randn(2, 5, 4, 4, 4, generator=generator(seed)), torch.tensor([1, 2])
-    clips = load("codec").decode(sample(how_sampled(name), u, z, prompts, steps))
-    right = physics(clips, balls)["count"] == balls[:, None]
-    off = sum(float(flights(clip[None], ball).residual) for ball, clip in enumerate(clips, 1)) / len(clips)
-    return clips, u.rows // 2, float(right.float().mean()), off
+def packed(pack: Pack, name: str) -> dict:
+    """The committed weights of a network, 16 bits each, one after another; and the graphs that take them."""
+    state, config, _ = read_weights(path_of(WEIGHTS, name), "codec", "wan", "causal", "dense")
+    graphs = ("dense",) if "inner" in config else ("chunk0", "chunk1", "chunk2") if "first" in config else ("whole",)
+    state = {key.removeprefix("transformer."): weight for key, weight in state.items()}
+    state = {key: weight for key, weight in state.items() if not key.startswith("vae.encoder")}
+    order = [(key, [*weight.shape]) for key, weight in state.items()]
+    flat = torch.cat([weight.flatten() for weight in state.values()])
+    return {"graphs": graphs, "order": order, "flat": pack.add_exact(flat.half())}
 
 
 class Video(Scene):
     """Bouncing balls from the same noise: steps as columns, whole clips at once above, chunk by chunk below."""
 
-    title = "Video: steps as columns, both architectures"
-    offline: ClassVar = {"whole": ("on_policy", "inertia", "consistency", "teacher"), "chunks": tuple(CHUNKS.values())}
+    title, kind = "Video: steps as columns, both architectures", "video"
 
     def make_controls(self):
         """The student above, the student below."""
         return {"whole": dropdown("whole clips (above)", WHOLE), "chunks": dropdown("chunk by chunk (below)", CHUNKS)}
 
-    def draw(self, pack, whole, chunks, seed):
-        """Two rows of clips."""
-        panels = []
-        for name, unit in ((whole, ""), (chunks, " a chunk")):
-            for steps in STEPS:
-                clips, evaluations, right, off = clips_of(name, steps, seed)
-                measures = {"balls as asked": f"{right:.0%}", "evaluations": str(evaluations)}
-                measures["off straight flight"] = f"{off:.2f} px"
-                title = f"{steps} step{'s' * (steps > 1)}{unit}"
-                panels.append({"kind": "video", "title": title, "clips": pack.add_video(clips), "measures": measures})
-        note = "Above whole clips at once, below chunk by chunk, from the same noise. Asked for: one ball, two balls."
-        note += " Balls as asked: the share of frames in which that many are found. Off straight flight: data read .1."
-        axis, more = time_axis(range(17), "frame", 0), {"columns": len(STEPS), "position": 0.5, "loop": True}
-        return pack.scene(self.title, panels, axis, note=note, duration=2200, **more)
+    def data(self, pack):
+        """The graphs, the weights of all students, and the seeds of noise and of fresh noise."""
+        names = [*WHOLE.values(), *CHUNKS.values()]
+        return {
+            "graphs": json.loads(GRAPHS.read_text("utf-8")),
+            "networks": {name: packed(pack, name) | {"how": how_sampled(name)} for name in names},
+            "codec": packed(pack, "codec"),
+            "noises": [generator(seed).initial_seed() for seed in range(10)],
+            "fresh": {steps: generator(steps, 0).initial_seed() for steps in STEPS},
+            "steps": STEPS,
+        }
 
 
 class Stream(Scene):

@@ -64,15 +64,15 @@ def test_ipywidgets_7_leaves_the_picture_too(opened, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_error_of_a_kernels_scene_is_shown_appended_and_raised(opened, monkeypatch):
-    scene = opened("video")
+def test_an_error_of_a_kernels_scene_is_shown_appended_and_raised(monkeypatch):
+    scene = scenes.stream()
     with monkeypatch.context() as patched:
         patched.setattr(type(scene), "draw", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            scene.state = scene.state | {"seed": 3}
+            scene.state = scene.state | {"chunk": 1}
     assert [type(error) for error in scene.errors] == [ZeroDivisionError]
     assert "ZeroDivisionError" in scene.shown["error"]
-    scene.state = scene.state | {"seed": 0}
+    scene.state = scene.state | {"chunk": 2}
     assert "panels" in scene.shown
 
 
@@ -83,30 +83,6 @@ def test_bad_names_and_values_are_one_clear_line():
         scenes.race(step=4)
     with pytest.raises(InputError, match="steps 5; expected one of 1, 2, 4"):
         scenes.race(steps=5)
-
-
-@pytest.mark.slow
-def test_video_shows_what_the_report_samples(opened):
-    from minianyflow.live.video_scene import load
-    from minianyflow.networks.wan import TextEncoder
-    from minianyflow.video.measures import FOUND, find_balls
-    from minianyflow.video.motion import flights
-    from minianyflow.video.report import how_sampled
-    from minianyflow.video.report import sample as sample_video
-    from toy_data import blobs
-
-    scene, z, prompt = opened("video"), torch.randn(2, 5, 4, 4, 4, generator=generator(0)), TextEncoder()(blobs.PROMPTS)
-    for place, name in ((0, "on_policy"), (5, "causal_on_policy")):
-        for panel, steps in ((place, 1), (place + 2, 4)):
-            video = load("codec").decode(sample_video(how_sampled(name), load(name), z, prompt, steps))
-            assert (array(scene, panel, "clips") - video).abs().max() < 0.04  # 16 shades
-    counted = [int(measures(scene, panel)["evaluations"]) for panel in range(10)]
-    assert counted == [1, 2, 4, 8, 16, 5, 8, 14, 26, 50]  # chunk by chunk: three chunks, and two are remembered
-    _, amplitudes, _ = find_balls(video)  # four steps a chunk
-    right = (amplitudes > FOUND).sum(2) == torch.tensor([[1], [2]])
-    assert measures(scene, 7)["balls as asked"] == f"{float(right.float().mean()):.0%}"
-    off = [float(flights(video[ball - 1 : ball], ball).residual) for ball in (1, 2)]
-    assert measures(scene, 7)["off straight flight"] == f"{sum(off) / 2:.2f} px"
 
 
 @pytest.mark.slow

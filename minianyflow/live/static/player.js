@@ -27,7 +27,7 @@ function unpack(scene, payload) {
   const bytes = payload instanceof ArrayBuffer ? new Uint8Array(payload) : new Uint8Array(payload.buffer, payload.byteOffset, payload.byteLength);
   const arrays = {};
   for (const [name, { offset, shape, type, scale }] of Object.entries(scene.arrays)) {
-    const [Kind, width] = { int16: [Int16Array, 2], uint8: [Uint8Array, 1], float32: [Float32Array, 4], int32: [Int32Array, 4] }[type];
+    const [Kind, width] = { float16: [Uint16Array, 2], int16: [Int16Array, 2], uint8: [Uint8Array, 1], float32: [Float32Array, 4], int32: [Int32Array, 4] }[type];
     const count = shape.reduce((a, b) => a * b, 1);
     if (offset + count * width > bytes.length) throw new Error(`array ${name} ends at byte ${offset + count * width}; the payload has ${bytes.length}`);
     arrays[name] = { values: new Kind(bytes.slice(offset, offset + count * width).buffer), shape, scale };

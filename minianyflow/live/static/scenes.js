@@ -4,6 +4,7 @@
 // it yields { panels, note, axis }, first with FIRST particles, then with all and their measures.
 import * as math from "./compute.js";
 import * as learning from "./learn.js"; // WORKER: the text of a worker that has it
+import * as video from "./video.js";
 
 const FIRST = 96, CURVE = 256, EXACT = 32, FINE = 64; // particles of a first picture and of the curve; steps of exact paths; the grid of the triangle
 const STEPS = [1, 2, 4, 8, 16, 32, 64, 128];
@@ -34,7 +35,7 @@ class Paths {
 export class World {
   constructor({ data, particles, labels, colours }) {
     Object.assign(this, { math, data, particles, labels, colours, held: new Map(), networks: {} });
-    this.slow = math.fast ? "" : "WebAssembly is switched off: this page computes more slowly.";
+    this.slow = math.fast || data.graphs ? "" : "WebAssembly is switched off: this page computes more slowly.";
   }
   noise(seed) {
     if (this.seed !== seed) {
@@ -443,4 +444,33 @@ function* draw(world, state) {
   }
 }
 
-export const COMPUTED = { race, triangle, backward_simulation: backwardSimulation, exposure, draw };
+/** Bouncing balls from the same noise: steps as columns, whole clips above, chunk by chunk below. */
+function* clipsByStep(world, { whole, chunks, seed }) {
+  const { graphs, networks, codec, noises, fresh, steps } = world.data, noise = new math.Generator(noises[seed]).randn(640);
+  const runners = (name) => (world.networks[name] ??= networks[name].graphs.map((graph) => video.makeRunner(graphs[graph], video.weightsOf(networks[name].flat.values, networks[name].order))));
+  const [decode] = (world.networks.codec ??= [video.makeRunner(graphs.decode, video.weightsOf(codec.flat.values, codec.order))]);
+  const panel = (row, count) => ({ kind: "video", title: `${count} step${count > 1 ? "s" : ""}${row ? " a chunk" : ""}`, clips: { values: new Uint8Array(2 * 17 * 256), shape: [2, 17, 16, 16], scale: 1 / 255 }, measures: { "balls as asked": "…", evaluations: String(row ? 3 * count + 2 : count), "off straight flight": "…" } });
+  const rows = [whole, chunks].map((_, row) => steps.map((count) => panel(row, count)));
+  const scene = () => ({
+    panels: rows.flat(), columns: steps.length, position: 0.5, loop: true, duration: 2200, axis: ahead([...Array(17).keys()], "frame", 0),
+    note: "Above whole clips at once, below chunk by chunk, from the same noise. Asked for: one ball, two balls. Balls as asked: the share of frames in which that many are found. Off straight flight: data read .1.",
+  });
+  yield scene();
+  for (const [column, count] of steps.entries())
+    for (const [row, name] of [whole, chunks].entries()) {
+      const key = [name, count, seed].join("|"), randn = ((source) => (size) => (source ??= new math.Generator(fresh[count])).randn(size))();
+      if (!world.held.has(key)) {
+        const end = yield* video.sampled(runners(name), networks[name].how, video.tensorOf(noise, [2, 5, 4, 4, 4]), math.timeGrid(count), randn);
+        const clips = decode([end]);
+        yield null;
+        world.held.set(key, { clips, ...video.measured(clips) });
+      }
+      const { clips, right, off } = world.held.get(key), made = panel(row, count);
+      made.clips.values = Uint8Array.from(clips.data, (grey) => Math.round(255 * grey));
+      Object.assign(made.measures, { "balls as asked": `${Math.round(100 * right)}%`, "off straight flight": `${off.toFixed(2)} px` });
+      rows[row][column] = made;
+      yield scene();
+    }
+}
+
+export const COMPUTED = { race, triangle, backward_simulation: backwardSimulation, exposure, draw, video: clipsByStep };
