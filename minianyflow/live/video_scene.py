@@ -24,7 +24,6 @@ STEPS = (1, 2, 4, 8, 16)
 WHOLE = {
     "flow map, on-policy": "on_policy",
     "flow map, Eulerian": "eulerian",
-    "flow map, mixed": "mixed",
     "flow map, dense: velocity kept": "inertia",
     "consistency, re-noised": "consistency",
     "teacher, Euler": "teacher",
