@@ -50,19 +50,27 @@ function rows(x, change) {
   return out;
 }
 
-/** (..., n, k) times (..., k, m) or (k, m), two rows at a time. */
+/** (..., n, k) times (..., k, m) or (k, m), four numbers at a time. */
 function bmm(a, b) {
-  const [n, k] = a.shape.slice(-2), m = b.shape.at(-1), out = tensor([...a.shape.slice(0, -1), m]), one = new Float64Array(m), two = new Float64Array(m);
-  for (let start = 0; start < out.data.length / m; start += n)
-    for (let row = start; row < start + n; row += 2) {
-      const next = Math.min(row + 1, start + n - 1) * k; // an odd last row is computed twice
-      one.fill(0), two.fill(0);
-      for (let i = 0, from = b.shape.length > 2 ? (start / n) * k * m : 0; i < k; i++) {
-        const [x, y] = [a.data[row * k + i], a.data[next + i]];
-        for (let o = 0; o < m; o++, from++) (one[o] += x * b.data[from]), (two[o] += y * b.data[from]);
+  const [n, k] = a.shape.slice(-2), m = b.shape.at(-1), out = tensor([...a.shape.slice(0, -1), m]), [left, right, to] = [a.data, b.data, out.data];
+  for (let row = 0; row < to.length / m; row++) {
+    const start = row * k, from = b.shape.length > 2 ? Math.floor(row / n) * k * m : 0;
+    let o = 0;
+    for (; o + 4 <= m; o += 4) {
+      let s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+      for (let i = 0, q = from + o; i < k; i++, q += m) {
+        const x = left[start + i];
+        (s0 += x * right[q]), (s1 += x * right[q + 1]), (s2 += x * right[q + 2]), (s3 += x * right[q + 3]);
       }
-      out.data.set(one, row * m), out.data.set(two, (next / k) * m);
+      const at = row * m + o;
+      (to[at] = s0), (to[at + 1] = s1), (to[at + 2] = s2), (to[at + 3] = s3);
     }
+    for (; o < m; o++) {
+      let total = 0;
+      for (let i = 0; i < k; i++) total += left[start + i] * right[from + o + i * m];
+      to[row * m + o] = total;
+    }
+  }
   return out;
 }
 
@@ -147,7 +155,7 @@ const OPERATIONS = {
   rsqrt: (x) => each(x, (value) => 1 / Math.sqrt(value)),
   sigmoid: (x) => each(x, (value) => 1 / (1 + Math.exp(-value))),
   gelu: (x) => each(x, (value) => 0.5 * value * (1 + erf(value / Math.SQRT2))),
-  gelu_tanh: (x) => each(x, (value) => 0.5 * value * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (value + 0.044715 * value ** 3)))),
+  gelu_tanh: (x) => each(x, (value) => value / (1 + Math.exp(-2 * Math.sqrt(2 / Math.PI) * (value + 0.044715 * value * value * value)))),
   clamp: (x, low, high) => each(x, (value) => Math.min(high ?? Infinity, Math.max(low ?? -Infinity, value))),
   sum: (x, dim) => along(x, dim, sum),
   mean: (x, dim) => along(x, dim, (data, start, step, count) => sum(data, start, step, count) / count),
