@@ -124,4 +124,4 @@ class Stream(Scene):
         panel |= {"clips": pack.add_video(clip[None]), "first": before}
         more = {"loop": True, "note": NOTE + RECORDED} if recorded else {"chunk": chunk, "stream": True, "note": NOTE}
         axis = time_axis(range(before, self.count + 1 - recorded), "frame", 0)  # a stream shows its last frame as long
-        return pack.scene(self.title, [panel], axis, columns=2, duration=1000 * len(clip) / FPS, **more)
+        return pack.scene(self.title, [panel], axis, columns=3, duration=1000 * len(clip) / FPS, **more)
