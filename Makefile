@@ -22,7 +22,7 @@ faults: setup ## kill, fill, cut and poison tiny runs; every one must lose nothi
 lab: setup    ## the course, in JupyterLab
 	@$(RUN) lab
 
-live: setup   ## the scenes in one window of the browser, for a class, without a server (SCENE=race|triangle|backward_simulation|exposure|video)
+live: setup   ## the scenes in one window of the browser, for a class, without a server (SCENE=race|triangle|backward_simulation|exposure|draw|video|stream)
 	@$(RUN) live $(if $(SCENE),--scene $(SCENE))
 
 live-html: setup  ## each scene as one page that needs no server

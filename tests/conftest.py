@@ -24,7 +24,7 @@ tagged = _import_hook._optimized_cache_from_source
 
 def _cached(tag, path, *options):
     """Where bytecode lies. The libraries that a checked module imports are not checked: their own is read."""
-    ours = path.startswith(minianyflow.__path__[0])
+    ours = path.startswith(os.path.join(minianyflow.__path__[0], ""))
     return tagged(tag, path, *options) if ours else cache_from_source(path, *options)
 
 

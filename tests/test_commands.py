@@ -87,9 +87,11 @@ def test_an_interruption_of_which_a_library_made_another_error_is_one():
             raise RuntimeError("cannot be imported") from None
 
     before = [signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert run(imported) == 130
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-        signal.signal(number, handler)
+    try:
+        assert run(imported) == 130
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_output_that_nobody_can_take_is_one_line():

@@ -1,7 +1,7 @@
 """The base of all scenes: a widget whose controls and pictures live in the page, and a picture for everybody else.
 
-Most scenes compute in the page (static/scenes.js), from weights and noises that `data` hands over once; the kernel is
-asked for nothing after that. A scene without a `kind` is drawn here, by `draw`, whenever a control is moved.
+All scenes but the stream compute in the page (static/scenes.js), from weights and noises that `data` hands over once:
+the kernel is asked for nothing after that. A scene without a `kind` is drawn here, by `draw`, when a control is moved.
 """
 
 import base64

@@ -129,7 +129,10 @@ class Graph:
         return self.places[value] if isinstance(value, fx.Node) else value
 
     def emit(self, node: fx.Node):
-        """What stands for a node of torch's graph; parts of a split are a list. KeyError: an operation too many."""
+        """What stands for a node of torch's graph; parts of a split are a list.
+
+        Raises NotImplementedError for an operation, or a form of one, that video.js has not.
+        """
         name, *_ = getattr(node.target, "__name__", "").split(".")
         x, *rest = self.place(node.args)
         shape, was = (
@@ -151,10 +154,10 @@ class Graph:
             return self.add("cat", (rest or [0])[0] % len(shape), *x)
         if name in ONE:
             return self.add(name, x)
-        if name in TWO:
+        if name in TWO and not node.kwargs:
             return self.add(name, x, *rest)
         if name == "gelu":
-            return self.add("gelu_tanh" if node.kwargs else "gelu", x)
+            return self.add({"tanh": "gelu_tanh"}.get(node.kwargs.get("approximate"), "gelu"), x)
         if name == "clamp":
             return self.add("clamp", x, *[*rest, None][:2])
         if name in ("bmm", "_softmax"):
@@ -165,15 +168,15 @@ class Graph:
             _, weight, bias, epsilon = rest
             out = self.add("norm", x, epsilon)
             return out if weight is None else self.add("add", self.add("mul", out, weight), bias)
-        if name == "mean":
+        if name == "mean" and len(rest[0]) == 1:
             return self.view(self.add("mean", x, rest[0][0] % len(was)), shape)
-        if name == "linalg_vector_norm":
+        if name == "linalg_vector_norm" and [rest[0], len(rest[1]), *rest[2:]] == [2, 1, True]:
             return self.add("pow", self.add("sum", self.add("mul", x, x), rest[1][0] % len(was)), 0.5)
         if name == "constant_pad_nd":
             pads = [*zip(rest[0][-2::-2], rest[0][::-2], strict=True)]  # torch begins with the last
             pads = [(0, 0)] * (len(was) - len(pads)) + pads
             return self.add("pad", x, pads) if any(map(any, pads)) else x
-        if name == "convolution":
+        if name == "convolution" and {*rest[4]} == {1} and not rest[5] and rest[7] == 1:
             return self.convolution(x, *rest[:4])
         if name == "index":
             for dim, where in enumerate(node.args[1]):
@@ -182,8 +185,11 @@ class Graph:
             return x
         if name == "full_like":
             return self.add("expand", self.add("constant", [1], [rest[0]]), shape)
-        # no row of a softmax sees nothing
-        return {"where": lambda: rest[1], **dict.fromkeys(("eq", "logical_not", "any"), lambda: x)}[name]()
+        if name in ("eq", "logical_not", "any"):  # whether a row of a softmax sees nothing: none does
+            return x
+        if name == "where" and "softmax" in node.args[2].name:
+            return rest[1]
+        raise NotImplementedError(f"{node.target}{node.args}, {node.kwargs}: video.js has no such operation")
 
     def view(self, x, shape):
         """x in another shape."""
@@ -210,7 +216,7 @@ class Graph:
         ]
 
     def convolution(self, x, weight, bias, stride, padding):
-        """Of two or three dimensions, the first of the stride 1, padding and stride of the others equal."""
+        """Of two or three dimensions, without dilation or groups."""
         if any(padding):
             x = self.add("pad", x, [[0, 0], [0, 0], *([side, side] for side in padding)])
         return self.add("conv", x, weight, bias, stride)

@@ -20,7 +20,7 @@ from minianyflow.support.errors import InputError, choose
 
 STATIC = Path(__file__).parent / "static"
 KINDS = dict.fromkeys(("plane", "triangle", "chart", "curve", "pen", "video"))
-GREYS = 15  # shades of a video; so few compress well
+GREYS = 15  # shades of a stream; so few compress well
 
 
 def script() -> str:

@@ -19,7 +19,6 @@ from minianyflow.wan.data.options import FPS
 from minianyflow.wan.stream import stream_frames
 from toy_data import blobs
 
-GRAPHS = STATIC / "graphs.json"  # live/graphs.py writes it
 STEPS = (1, 2, 4, 8, 16)
 WHOLE = {
     "flow map, on-policy": "on_policy",
@@ -69,7 +68,7 @@ class Video(Scene):
         """The graphs, the weights of all students, and the seeds of noise and of fresh noise."""
         names = [*WHOLE.values(), *CHUNKS.values()]
         return {
-            "graphs": json.loads(GRAPHS.read_text("utf-8")),
+            "graphs": json.loads((STATIC / "graphs.json").read_text("utf-8")),
             "networks": {name: packed(pack, name) | {"how": how_sampled(name)} for name in names},
             "codec": packed(pack, "codec"),
             "noises": [generator(seed).initial_seed() for seed in range(10)],

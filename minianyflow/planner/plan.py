@@ -318,7 +318,8 @@ def _changes(config, plan):
         changes = {"sharded": True} | (plain if ddp_alone else changes)
         yield [changes]
     can_rest = can_rest and not config.shard_base
-    never = {*["base"] * (not can_rest), *["halves"] * config.compiled}
+    whole = config.compiled or config.shard_base or config.sequence_parallel > 1  # blocks, as a run says
+    never = {*["base"] * (not can_rest), *["halves"] * whole}
     moves = [] if plan.sharded else [way for way in ways(config.stage) if not never & {*way}]
     yield [
         plain | ({"memory": memory} if config.stage == "on_policy" else {}) | {"offload": words}

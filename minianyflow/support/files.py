@@ -160,7 +160,8 @@ def open_picture(path):
         if picture.mode in ("I", "F"):
             raise ValueError("its numbers have 32 bits; expected 8 or 16")
         if picture.mode.startswith("I;16"):  # which Pillow would clip to its lowest 8 bits
-            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+            deep, picture = picture, Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+            picture.info = deep.info
         return _to_srgb(picture)
 
 

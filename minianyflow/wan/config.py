@@ -302,9 +302,16 @@ def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:
     yield not c.checkpointing and c.shard_base, "shard_base checkpointing", why
     why = "halves are those of blocks whose inputs are kept: add blocks"
     yield "halves" in c.offload and "blocks" not in c.offload, "offload", why
-    why = "the second half of a block is recomputed alone; leave out halves, or let weights stay and blocks uncompiled"
-    whole = "base" in c.offload or c.shard_base or c.compiled
-    yield "halves" in c.offload and whole, "offload shard_base compiled", why
+    why = (
+        "a half needs the weights of its block on the GPU, uncompiled, and all tokens; leave out halves, or change this"
+    )
+    for name, other in (
+        ("offload", "base" in c.offload),
+        ("shard_base", c.shard_base),
+        ("compiled", c.compiled),
+        ("sequence_parallel", c.sequence_parallel > 1),
+    ):
+        yield "halves" in c.offload and other, f"offload {name}" if name != "offload" else name, why
     why = "the attention that is kept stays on the GPU; set one of them the other way"
     yield c.keep_attention and "blocks" in c.offload, "offload keep_attention", why
     for name, resting in (("offload", "base" in c.offload), ("shard_base", c.shard_base)):

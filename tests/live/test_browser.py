@@ -155,7 +155,7 @@ def is_well(page):
     assert not [error.inner_text() for error in page.locator(".lm-error").all() if error.is_visible()]
 
 
-@pytest.mark.parametrize("name", ["race", "video", "stream"])  # computed in the page; drawn by the kernel
+@pytest.mark.parametrize("name", ["race", "stream"])  # computed in the page; drawn by the kernel
 def test_every_control_of_a_notebooks_scene_changes_the_picture(stage, name, scene_cells):
     path, number = scene_cells[name]
     assert path.name.startswith(PLACES[name])

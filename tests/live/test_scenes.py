@@ -1,4 +1,4 @@
-"""Scenes without a browser: their controls, their picture, and what a kernel still draws (video)."""
+"""Scenes without a browser: their controls, their picture, and what a kernel still draws (the stream)."""
 
 import base64
 import io
@@ -32,10 +32,6 @@ def opened():
 
 def array(scene, panel, key="points"):
     return torch.tensor(unpack(scene.shown, scene.picture, scene.shown["panels"][panel][key]))
-
-
-def measures(scene, panel):
-    return scene.shown["panels"][panel]["measures"]
 
 
 @pytest.mark.parametrize("name", NAMES)
