@@ -165,6 +165,22 @@ def open_picture(path):
         return _to_srgb(picture)
 
 
+def profile_of(path):
+    """The name of the colour profile of a picture that is not sRGB, else None."""
+    import io
+
+    from PIL import Image, ImageCms
+
+    try:
+        with Image.open(path) as picture:
+            name = ImageCms.getProfileDescription(io.BytesIO(picture.info["icc_profile"])).strip()
+            return None if "sRGB" in name or getattr(picture, "is_animated", False) else name or "a profile"
+    except ImageCms.PyCMSError:
+        return "a broken profile"
+    except (OSError, KeyError, ValueError, SyntaxError):  # no picture, or one without
+        return None
+
+
 def _to_srgb(picture):
     """RGBA. Telephones and editors store other colours and say so in a profile."""
     import io

@@ -182,9 +182,13 @@ def test_a_picture_with_a_colour_profile_becomes_srgb(tmp_path, kind):
     picture.save(path, icc_profile=profile, quality=100, **({"lossless": True} if end == "webp" else {}))
     found = (255 * read_video(path, 1, 16, 16)[0, 0, :, 8, 8]).round()
     assert (found - torch.tensor(expected)).abs().max() <= 3
+    frames, changes = read_clip(path, 1, 16, 16)
+    assert torch.equal(frames[0, 8, 8].float(), found)
+    assert changes == {"colours": "x"}  # the profile's name
     picture.save(path, icc_profile=profile[:-200], quality=100)
-    with refused("cannot be read .its colour profile: .*; save it as sRGB"):
-        read_video(path, 1, 16, 16)
+    for read in (read_video, read_clip):
+        with refused("cannot be read .its colour profile: .*; save it as sRGB"):
+            read(path, 1, 16, 16)
 
 
 @pytest.mark.parametrize(

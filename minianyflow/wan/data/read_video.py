@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minianyflow.support.errors import InputError
-from minianyflow.support.files import open_picture, regular
+from minianyflow.support.files import open_picture, profile_of, regular
 from minianyflow.wan.data.options import FPS
 
 HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}  # ffmpeg's names of the transfer functions
@@ -46,7 +46,7 @@ def read_video(path: str | Path, frames: int, height: int, width: int, fps: floa
     elif frames > 1:
         raise InputError(f"{path} has 1 frame; expected at least {frames}")
     else:
-        video = torch.from_numpy(np.array(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)))[None]
+        video = _as_frame(picture, height, width)
     return to_float(video)
 
 
@@ -68,6 +68,8 @@ def read_clip(
     """
     expected = "expected a picture, or a video as ffmpeg reads it"
     about, decoder = _describe(path, frames / fps)
+    if frames == 1 and (profile := profile_of(path)):  # which ffmpeg would not read
+        return _as_frame(_read_picture(path), height, width), {"colours": profile}
     filters = [SHOWN.format(late=LATE / fps, fps=fps)]
     changes = _changes(about)
     if "interlaced" in changes:
@@ -173,6 +175,10 @@ def measure_clip(path: str | Path, most: int, fps: float = FPS) -> tuple[int, fl
 def to_float(video: Tensor) -> Tensor:
     """Bytes (T, H, W, 3) to a video (1, T, 3, H, W) in [0, 1], as the codec takes it."""
     return video.permute(0, 3, 1, 2)[None].float() / 255
+
+
+def _as_frame(picture, height, width):
+    return torch.from_numpy(np.array(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)))[None]
 
 
 def _read_picture(path):
