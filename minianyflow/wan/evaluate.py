@@ -117,7 +117,7 @@ def evaluate(
 def labelled(sources: list[str]) -> dict[str, str]:
     """{label: source}: the ends of their names, as long as they must be to differ."""
     named = [Path(source).resolve() if ".." in Path(source).parts or source == "." else source for source in sources]
-    parts = [[part for part in str(source).split("/") if part not in ("", ".")] for source in named]
+    parts = [[part for part in str(source).split("/") if part not in ("", ".")] or ["root"] for source in named]
     if len({tuple(part) for part in parts}) < len(parts):
         raise InputError(f"sources {', '.join(sources)}; expected different ones")
     length = next(n for n in range(1, 1 + max(map(len, parts))) if len({tuple(p[-n:]) for p in parts}) == len(parts))
