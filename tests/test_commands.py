@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import psutil
 import pytest
 
@@ -77,6 +78,14 @@ def test_any_error_is_one_line_and_a_stack_trace_only_if_asked_for(problem, stat
     if not asked:
         assert words in printed
         assert len(printed.strip().splitlines()) == bool(words)
+
+
+def test_a_persons_own_settings_of_matplotlib_change_no_picture(tmp_path, monkeypatch):
+    (tmp_path / "own").write_text("axes.facecolor: red\n")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "own"))
+    assert matplotlib.rc_params()["axes.facecolor"] == "red"
+    main(["--help"])
+    assert matplotlib.rc_params()["axes.facecolor"] == "white"
 
 
 def test_an_interruption_of_which_a_library_made_another_error_is_one():

@@ -97,6 +97,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their cores to others
     os.environ.pop("MPLBACKEND", None)  # of a notebook or a desktop: commands draw into files
+    os.environ["MATPLOTLIBRC"] = os.devnull  # a person's own settings would change the pictures
     named = argv and argv[0] not in ("-h", "--help")
     return run((lambda: command(argv[0])(argv[1:])) if named else (lambda: _list_commands(argv)), argv)
 
