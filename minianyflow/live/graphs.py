@@ -120,13 +120,13 @@ class Graph:
         """What stands for an argument."""
         if isinstance(value, list | tuple):
             return [*map(self.place, value)]
-        if value not in self.places if isinstance(value, fx.Node) else False:
-            table = self.values[value]
-            numbers = [
-                float(f"{max(number, -1e30):.9g}") for number in table.flatten().tolist()
-            ]  # JSON has no infinity
+        if not isinstance(value, fx.Node):
+            return value
+        if value not in self.places:
+            table = self.values[value].clamp(min=-1e30)  # JSON has no infinity
+            numbers = [float(f"{number:.9g}") for number in table.flatten().tolist()]
             self.places[value] = self.add("constant", [*table.shape], numbers)
-        return self.places[value] if isinstance(value, fx.Node) else value
+        return self.places[value]
 
     def emit(self, node: fx.Node):
         """What stands for a node of torch's graph; parts of a split are a list.

@@ -48,9 +48,8 @@ def packed(pack: Pack, name: str) -> dict:
     """The committed weights of a network, 16 bits each, one after another; and the graphs that take them."""
     state, config, _ = read_weights(path_of(WEIGHTS, name), "codec", "wan", "causal", "dense")
     graphs = ("dense",) if "inner" in config else ("chunk0", "chunk1", "chunk2") if "first" in config else ("whole",)
-    state = {key.removeprefix("transformer."): weight for key, weight in state.items()}
     state = {key: weight for key, weight in state.items() if not key.startswith("vae.encoder")}
-    order = [(key, [*weight.shape]) for key, weight in state.items()]
+    order = [(key.removeprefix("transformer."), [*weight.shape]) for key, weight in state.items()]
     flat = torch.cat([weight.flatten() for weight in state.values()])
     return {"graphs": graphs, "order": order, "flat": pack.add_exact(flat.half())}
 

@@ -99,7 +99,7 @@ function conv(x, weight, bias, stride) {
   return out;
 }
 
-/** The error function, to 1e-7 (Abramowitz and Stegun 7.1.26, by its series near 0). */
+/** The error function, to 2e-7: by its series up to 2, beyond it by Abramowitz and Stegun 7.1.26. */
 function erf(x) {
   const size = Math.abs(x);
   if (size < 2) {
