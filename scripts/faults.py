@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 import psutil  # which accelerate needs
+import torch
 
 from minianyflow.support.cli import Parser, run
 from minianyflow.wan.commands import distill, evaluate, export, sample
@@ -37,7 +38,7 @@ class Bench:
         from minianyflow.wan.folders import make_tiny_wan
 
         self.folder, self.count, self.undisturbed = Path(folder), 0, {}
-        make_tiny_wan(self.folder / "wan", videos=True)
+        self.make(lambda: make_tiny_wan(self.folder / "wan", videos=True))
         where = [f"base={folder}/wan", f"data={folder}/wan/latents", "log.tracker=none", "samples.every=0"]
         some = [f"steps={STEPS}", "checkpoints.every=2", "checkpoints.keep=2", "causal.bidirectional=0.5"]
         self.options = ["--config", "causal", "forward", "tiny", *where, *some]
@@ -53,6 +54,12 @@ class Bench:
         self.count += 1
         return self.folder / f"run-{self.count}"
 
+    def make(self, action):
+        """action() in a process of its own. This one never computes with torch, whose threads no fork would have."""
+        status, said = self.run(self.new(), command=lambda: action() or 0)
+        if status:
+            raise RuntimeError(f"exit {status}: {said}")
+
     def start(self, output, *options, before=None, command=None):
         """The process id of a run, or of another command(); before() is called in it first."""
         log = self.folder / f"{output.name}.log"
@@ -64,6 +71,7 @@ class Bench:
             os.dup2(file.fileno(), 2)
         status = 70
         try:
+            torch.set_num_threads(1)
             if before:
                 before()
             status = run(command or (lambda: distill([*self.options, f"output={output}", *options])))
@@ -96,11 +104,17 @@ class Bench:
         """A folder of latents of two sizes."""
         from minianyflow.wan.data.latents import LatentSet, write_latents
 
-        folder, data = self.folder / "buckets", LatentSet(self.folder / "wan/latents")
-        for name, frames in (("short", 3), ("long", 5)) if not folder.exists() else ():
+        folder = self.folder / "buckets"
+
+        def write():
+            data = LatentSet(self.folder / "wan/latents")
             latents, prompts = data.rows(range(len(data)))
-            null = data.null
-            write_latents(folder / name, latents[:, :frames], prompts, null, ["x"] * len(data), data.null_text)
+            for name, frames in (("short", 3), ("long", 5)):
+                texts = ["x"] * len(data), data.null_text
+                write_latents(folder / name, latents[:, :frames], prompts, data.null, *texts)
+
+        if not folder.exists():
+            self.make(write)
         return folder
 
     def prompts(self):
@@ -572,7 +586,7 @@ def other_weights(bench):
 
     output, wan = bench.stopped_at_six(), bench.folder / "wan"
     away = wan.with_name("away")
-    make_tiny_wan(bench.folder / "other", seed=1)
+    bench.make(lambda: make_tiny_wan(bench.folder / "other", seed=1))
     (wan / "transformer").rename(away)
     (bench.folder / "other/transformer").rename(wan / "transformer")
     status, said = bench.run(output)
@@ -681,11 +695,8 @@ def main(argv=None):
     names = "of: " + ", ".join(map(repr, known))
     parser.add_argument("--only", nargs="*", default=known, choices=known, metavar="INJECTION", help=names)
     arguments = parser.parse_args(argv)
-    import torch
-
     from minianyflow.wan import trainer  # noqa: F401 (before any run is forked)
 
-    torch.set_num_threads(1)
     folder, start = Path(tempfile.mkdtemp(prefix="faults-")), time.perf_counter()
     try:
         rows = list(inject(folder, arguments.kills, arguments.works, arguments.only))
