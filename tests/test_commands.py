@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import psutil
 import pytest
 
@@ -80,24 +79,31 @@ def test_any_error_is_one_line_and_a_stack_trace_only_if_asked_for(problem, stat
         assert len(printed.strip().splitlines()) == bool(words)
 
 
-def test_a_persons_own_settings_of_matplotlib_change_no_picture(tmp_path, monkeypatch):
-    (tmp_path / "own").write_text("axes.facecolor: red\n")
-    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "own"))
-    assert matplotlib.rc_params()["axes.facecolor"] == "red"
-    main(["--help"])
-    assert matplotlib.rc_params()["axes.facecolor"] == "white"
+@pytest.mark.parametrize("name", ["own", "matplotlibrc"])
+def test_a_persons_own_settings_of_matplotlib_change_no_picture(tmp_path, name):
+    (tmp_path / name).write_text("axes.facecolor: red\nbackend: svg\n")
+    code = "from minianyflow.support.cli import main; main(['--help']); import matplotlib as m;"
+    code += "print(m.rcParams['axes.facecolor'], m.get_backend())"
+    environment = os.environ | {"MATPLOTLIBRC": name, "PYTHONPATH": str(ROOT)}
+    environment.pop("MPLBACKEND", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-2:] == ["white", "agg"]
 
 
-def test_an_interruption_of_which_a_library_made_another_error_is_one():
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_error_is_an_interruption_if_a_library_made_it_of_one_and_no_later_one_is(goes_on, capsys):
     def imported():
         try:
             signal.raise_signal(signal.SIGINT)
         except BaseException:
-            raise RuntimeError("cannot be imported") from None
+            if not goes_on:
+                raise RuntimeError("cannot be imported") from None
+        raise RuntimeError("of its own")
 
     before = [signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        assert run(imported) == 130
+        assert run(imported) == (1 if goes_on else 130)
+        assert ("of its own" if goes_on else "interrupted") in capsys.readouterr().err
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)

@@ -27,6 +27,7 @@ from minianyflow.networks.causal import CausalNetwork
 from minianyflow.networks.causal_attention import chunk_partition
 from minianyflow.networks.codec import Codec
 from minianyflow.networks.wan import PROMPT_LENGTH, TextEncoder, WanNetwork
+from minianyflow.networks.weights import check_floats
 from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError
 from minianyflow.support.files import new_folder
@@ -187,6 +188,7 @@ def load_lora(transformer: nn.Module, folder: str | Path) -> None:
     except Exception as problem:  # diffusers and peft raise any kind of error for a file they cannot use
         why = " ".join(str(problem).split())[:200]
         raise InputError(f"the adapter in {folder} does not load ({why}); name the base that it was made for") from None
+    check_floats(folder)
     for name, weight in transformer.named_parameters():
         if "lora_" in name:
             check_finite(f"{name} in {folder}", weight, "fetch or make it again")

@@ -32,6 +32,7 @@ from minianyflow.support.files import check_json, read_json, regular, staging_fo
 
 FORMAT = "minianyflow 1"
 KINDS = ("wan", "causal", "dense", "codec")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAMPLED = 256  # values at either end of a tensor that its fingerprint reads
 
 
@@ -90,9 +91,10 @@ def read_weights(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
         config = check_json(json.loads(metadata["config"]), dict, path, "make it again")
     except (ValueError, RecursionError) as problem:
         raise InputError(f"{path}: its configuration cannot be read ({problem}); make it again") from None
-    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    state = {name: value.float() if value.dtype in FLOATS.values() else value for name, value in state.items()}
     for name, value in state.items():
-        check_finite(f"{name} in {path}", value, "fetch or make it again")
+        if value.dtype == torch.float32:
+            check_finite(f"{name} in {path}", value, "fetch or make it again")
     return state, config, provenance
 
 
@@ -136,6 +138,9 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
         name, kind = wrong[0], type(module).__name__
         shapes = f"{found.get(name, 'no weights')}; expected {expected.get(name, 'none of that name')}"
         raise InputError(f"{path} has for {name} {shapes}: not the weights of this {kind} ({len(wrong)} do not fit)")
+    for name, value in state.items():
+        if value.dtype != (expected := states[0][name].dtype) and value.dtype not in FLOATS.values():
+            raise InputError(f"{path} has {name} in {value.dtype}; expected {expected}: fetch or make it again")
     module.load_state_dict(state)
 
 
@@ -209,6 +214,19 @@ def _write(path, state, kind, config, provenance=None):
         (folder / path.name).write_bytes(data)  # safetensors' save_file would let nobody else read the file
         if provenance:
             (folder / path.name).with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+def check_floats(folder: str | Path) -> None:
+    """Raise InputError if a safetensors file in a folder has other numbers than floats: int8, float8, complex.
+
+    Loading would make floats of them in silence, without the scales that they lack.
+    """
+    for file in sorted(Path(folder).glob("[!.]*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        for name, kind in found.items():
+            if kind not in FLOATS:
+                raise InputError(f"{name} in {file} is {kind}; expected {', '.join(FLOATS)}: fetch weights of floats")
 
 
 def fingerprint(source: str | Path) -> str:

@@ -4,6 +4,7 @@ This module needs nothing but Python until a command that needs more is run: `se
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -98,6 +99,12 @@ def main(argv=None):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their cores to others
     os.environ.pop("MPLBACKEND", None)  # of a notebook or a desktop: commands draw into files
     os.environ["MATPLOTLIBRC"] = os.devnull  # a person's own settings would change the pictures
+    if os.path.exists("matplotlibrc"):  # which matplotlib prefers to any other
+        with contextlib.suppress(ImportError):  # before set-up
+            import matplotlib
+
+            matplotlib.rcdefaults()
+            matplotlib.use("agg")  # rcdefaults leaves the backend
     named = argv and argv[0] not in ("-h", "--help")
     return run((lambda: command(argv[0])(argv[1:])) if named else (lambda: _list_commands(argv)), argv)
 
@@ -115,11 +122,7 @@ def _about(name):
         return str(problem)
 
 
-_interrupts = []
-
-
 def _interrupt(number, frame):
-    _interrupts.append(number)
     raise KeyboardInterrupt
 
 
@@ -129,7 +132,6 @@ def run(command, argv=None):
     A stack trace is printed if --traceback is among the arguments, argv.
     """
     try:
-        _interrupts.clear()
         signal.signal(signal.SIGTERM, _interrupt)  # a polite kill is an interruption, too
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupt)
@@ -159,8 +161,10 @@ def _explained(problem):
     """(exit status, one line or none) of what ended a command."""
     kinds = {kind.__name__ for kind in type(problem).__mro__}
     words = " ".join((getattr(problem, "strerror", None) or str(problem)).split())
-    swallowed = _interrupts and not isinstance(problem, InputError | OSError)  # by a library that was being imported
-    if swallowed or isinstance(problem, KeyboardInterrupt):
+    cause = problem  # a library that was being imported may have made another error of an interruption
+    while cause and not isinstance(problem, InputError | OSError) and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, KeyboardInterrupt):
         return 130, "\ninterrupted: what is unfinished does not count; run the same command again"
     if isinstance(problem, InputError):
         return 2, f"error: {words}"

@@ -7,6 +7,7 @@ settings that contradict each other are one line each. `${name}` in a value is t
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -261,12 +262,38 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def find_device(name: str) -> torch.device:
-    """The torch device for `device`: auto takes a GPU if there is one. Raises InputError if a GPU is missing."""
+    """The torch device for `device`: auto takes a GPU if there is one.
+
+    Raises InputError if a GPU is missing, and for environment variables that start no processes on this device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if choose("device", name, {"cpu": False, "cuda": True}) and not torch.cuda.is_available():
         raise InputError("device=cuda, and torch finds no GPU here; set device=cpu, or auto, or look at nvidia-smi")
+    _check_launch(name)
     return torch.device(name)
+
+
+def _check_launch(device):
+    """Raise InputError for variables of the environment of which accelerate or torch would make no processes."""
+    again = "start processes with accelerate launch or torchrun, which set them all, or unset them all"
+    kind = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if kind is not None and not re.fullmatch(rf"{device}(:\d+)?", kind):
+        raise InputError(f"ACCELERATE_TORCH_DEVICE={kind!r}; expected {device}, as the device is: unset it")
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if (text := os.environ.get(name)) is not None:
+            if not re.fullmatch("[0-9]{1,5}", text) and (name, text) != ("LOCAL_RANK", "-1"):
+                raise InputError(f"{name}={text!r} in the environment; expected a whole number: {again}")
+            numbers[name] = int(text)
+    if numbers.get("WORLD_SIZE", 1) == 1 and (device == "cpu" or numbers.get("LOCAL_RANK", -1) < 0):
+        return  # one process
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise InputError(f"several processes by the environment, and no {name} in it; {again}")
+    for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if not numbers[part] < numbers.get(whole, numbers["WORLD_SIZE"]):
+            raise InputError(f"{part}={numbers[part]} of {whole}={numbers[whole]}; expected a smaller one: {again}")
 
 
 def _contradictions(c: Config) -> Iterator[tuple[Any, str, str]]:

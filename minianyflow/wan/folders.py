@@ -38,6 +38,7 @@ from typing_extensions import TypedDict
 
 from minianyflow.networks.causal import coarse_patches
 from minianyflow.networks.patches import StreamDecoder
+from minianyflow.networks.weights import check_floats
 from minianyflow.support.checks import check_finite
 from minianyflow.support.errors import InputError, choose
 from minianyflow.support.files import new_folder, read_json
@@ -228,6 +229,8 @@ def _load_whole(source, name, kind, options, class_name, new=()):
     for key, found, expected in sorted(info["mismatched_keys"]):
         shapes = f"{key} {tuple(found)}, but {tuple(expected)} by its config.json"
         raise InputError(f"the weights of the {name} in {source} have {shapes}; fetch or make both again")
+    if is_folder(place := options["pretrained_model_name_or_path"]):
+        check_floats(place)
     weights = module.state_dict()
     hollow = {key for key, weight in weights.items() if weight.is_meta}  # an index names a file without them
     lacking = [name for name in hollow | {*info["missing_keys"]} if not name.startswith(tuple(new))]

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import imageio_ffmpeg
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from minianyflow.networks.pipelines import load_lora
-from minianyflow.networks.weights import fingerprint, read_weights
+from minianyflow.networks.weights import fingerprint, load_codec, read_weights
 from minianyflow.planner.plan import shape_of
 from minianyflow.video.stages import WEIGHTS, path_of
-from minianyflow.wan.config import as_yaml, load_config
+from minianyflow.wan.config import as_yaml, find_device, load_config
 from minianyflow.wan.data.captions import Clip, read_captions
 from minianyflow.wan.data.latents import read_file, read_manifest, verify, write_latents
 from minianyflow.wan.data.options import Options
@@ -537,6 +539,60 @@ def test_pickled_weights_are_never_read(tiny, tmp_path, part):
         file.unlink()
     with refused("does not load"):
         load_transformer(folder, "bidirectional") if part == "transformer" else load_parts(folder, part)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "transformer", "codec", "adapter"])
+def test_weights_that_are_no_floats_are_never_made_floats_in_silence(tiny, tmp_path, part, kind):
+    folder = shutil.copytree(tiny, tmp_path / "wan", ignore=shutil.ignore_patterns("latents"))
+    transformer = load_transformer(tiny, "bidirectional")
+    if part == "codec":
+        file = Path(shutil.copy(path_of(WEIGHTS, "codec"), tmp_path / "codec.safetensors"))
+    elif part == "adapter":
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        width = transformer.blocks[0].attn1.to_q.in_features
+        names = {f"transformer.blocks.0.attn1.to_q.lora_{side}.weight" for side in "AB"}
+        save_file({name: torch.ones((2, width) if "_A" in name else (width, 2)) for name in names}, file)
+    else:
+        (file,) = (folder / part).glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    name = max(tensors)
+    save_file(tensors | {name: tensors[name].to(kind)}, file, metadata)
+    words = {"codec": "expected torch.float32", "adapter": "expected F64, F32, F16, BF16|does not load"}
+    with refused(words.get(part, "expected F64, F32, F16, BF16")):
+        if part == "codec":
+            load_codec(file)
+        elif part == "adapter":
+            load_lora(transformer, tmp_path)
+        else:
+            load_transformer(folder, "bidirectional") if part == "transformer" else load_parts(folder, part)
+
+
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+VARIABLES = {
+    "ACCELERATE_TORCH_DEVICE='x'; expected cpu": {"ACCELERATE_TORCH_DEVICE": "x"},
+    "RANK=2 of WORLD_SIZE=2": LAUNCHED | {"RANK": "2"},
+    "LOCAL_RANK=1 of LOCAL_WORLD_SIZE=1": LAUNCHED | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+    **{f"and no {name} in it": LAUNCHED | {name: None} for name in LAUNCHED if name != "WORLD_SIZE"},
+    **{f"{name}='a'": LAUNCHED | {name: "a"} for name in LAUNCHED if name != "MASTER_ADDR"},
+}
+
+
+@pytest.mark.parametrize("words", VARIABLES)
+def test_an_environment_that_starts_no_processes_is_one_line(words, monkeypatch):
+    for name, value in VARIABLES[words].items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with refused(words):
+        find_device("cpu")
+
+
+@pytest.mark.parametrize("given", [LAUNCHED, {"RANK": "0"}, {"LOCAL_RANK": "-1"}, {"ACCELERATE_TORCH_DEVICE": "cpu"}])
+def test_an_environment_that_starts_processes_is_taken(given, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert find_device("cpu").type == "cpu"
 
 
 def test_an_adapter_in_a_pickle_is_never_read(tiny, tmp_path):
