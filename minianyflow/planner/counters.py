@@ -57,8 +57,8 @@ class LiveBytes(TorchDispatchMode):
         def store(tensor, wait=False):
             with _disable_current_modes():
                 copy = tensor.clone()
-            self._known.append(copy)
-            self._host.add(id(copy.untyped_storage()))
+            self._known.append(storage := copy.untyped_storage())  # a tensor would hold its graph, and what that holds
+            self._host.add(id(storage))
             self.stored += copy.nbytes
             return copy
 

@@ -4,6 +4,7 @@ The real transformer runs forward and backward with two and with three blocks; e
 """
 
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,6 +16,8 @@ from minianyflow.planner.forward_calls import ForwardCall
 from minianyflow.wan.config import Config
 from minianyflow.wan.run_networks import RunNetworks
 from minianyflow.wan.shapes import build_transformer
+
+MANY = 16  # rows: of so many, the peak is at the moment where it is of more
 
 
 @dataclass(frozen=True)
@@ -89,19 +92,23 @@ def measure(
         size = sum(storage.nbytes() for storage in storages.values())
         stored, fetched, exchanged = counter.stored, counter.fetched, group.exchanged - start
         forward, saved, peak = counter.flop, max(counter.now - size, 0), counter.peak
+        cache = size if condition.get("fill_cache") else 0
+        ends = [tensor for tensor in out if tensor.requires_grad]
+        for tensor in ends:  # made as it is needed, so that nobody holds it longer than that
+            tensor.register_hook(partial(torch.empty_like, memory_format=torch.contiguous_format))
+        end = sum(tensor.sum() for tensor in ends)
         before = counter.peak = counter.now
         counter.recomputed = 0
-        ends = [tensor for tensor in out if tensor.requires_grad]
         if grad and ends:
-            torch.autograd.backward(ends, [torch.empty_like(tensor) for tensor in ends])
+            end.backward()
     return Cost(
         forward=forward,
         backward=counter.flop - forward - counter.recomputed,
         recomputed=counter.recomputed,
         saved=saved,
-        transient=peak - saved,
+        transient=peak - saved - cache,
         returning=counter.peak - before,
-        cache=size if condition.get("fill_cache") else 0,
+        cache=cache,
         stored=stored,
         fetched=fetched,
         fetched_again=counter.fetched - fetched,
@@ -210,8 +217,11 @@ class ForwardCosts:
         one_row = replace(one_row, transient=more.transient, returning=more.returning)  # of one block at a time
         if rows == 1:
             return one_row
-        two = self._measure(self.few, replace(per_row, rows=2))
-        return one_row * rows + (few * 2 + two * -1) * (1 - rows)
+        many, twice = (self._measure(self.few, replace(per_row, rows=n)) for n in (MANY, 2 * MANY))
+        constant, per_row = many * 2 + twice * -1, (twice + many * -1) * (1 / MANY)
+        cost, peaks = one_row * rows + constant * (1 - rows), constant + per_row * rows
+        peaks = {name: max(getattr(one_row, name), getattr(peaks, name)) for name in ("transient", "returning")}
+        return replace(cost, **peaks)  # the peak may be at another moment than that of one row
 
     def _measure(self, layers, call):
         if (layers, call) not in self._measured:

@@ -6,7 +6,6 @@ Two counts are multiplied: the forward calls of a step (forward_calls.py) and th
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
@@ -133,7 +132,7 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     (_, clip, (tokens, numbers)), (_, gpus, sharded) = sizes, setup
     groups = gpus // config.sequence_parallel  # of GPUs that share their clips; a micro-batch is a group's
     costs = forward_costs(replace(config, rank=rank or config.rank), *sizes)
-    micro_batches, beside = known_calls(config, clip, tokens * numbers, steps, groups, exact)
+    micro_batches = known_calls(config, clip, tokens * numbers, steps, groups, exact)
     different = dict.fromkeys(call.per_row for part in micro_batches for call in part.calls)
     for call in tqdm(different, desc="counting", unit="forward", delay=2, leave=False, disable=None):
         costs(call)  # which is then known
@@ -145,9 +144,10 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
         at_once = weights["blocks"][1] * (1 + ("base" in config.offload))
         resident["base weights"] -= resting * (1 - config.shard_base / gpus)
         host |= {} if config.shard_base else {"base weights": resting}
+    alike = {(part.role, part.first, id(part.events)): part for part in micro_batches}
     moments = [
-        moment | {"batch": beside[part.role], "base weights of a block": at_once}
-        for part in micro_batches
+        moment | {"base weights of a block": at_once}
+        for part in alike.values()
         for moment in passing_bytes(config, costs, part, *gradients[part.role])
     ]
     if "states" in config.offload:
@@ -160,11 +160,11 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
     processes, roles, forwards, backwards, recomputed = Counter(), Counter(), Counter(), Counter(), 0
     again = 0  # FLOP of rollouts that are recomputed
     for part in micro_batches:
-        kept = {call.cache for call in part.calls if call.grad}  # of the caches, which are stored whole
-        there = [call for call in part.calls if call.grad or (call.kind == "fill_cache" and call.cache in kept)]
+        kept = {call.cached for call in part.calls if call.grad}  # of the caches, which are stored whole
+        there = [call for call in part.calls if call.grad or (call.kind == "fill_cache" and call.cached in kept)]
         host["activations"] = max(host["activations"], sum(costs(call).stored for call in there))
         for call in part.calls:
-            cost, times = costs(call), 1 + (call.unit is not None)
+            cost, times = costs(call), 1 + call.unit
             in_turn += cost.fetched * (times + call.grad)  # caches; what else comes in the backward are kept inputs
             beside_computing += cost.stored * (call.grad or call.kind == "fill_cache")
             beside_computing += call.grad * (cost.fetched_again - cost.fetched)
@@ -176,7 +176,7 @@ def _plan(config, sizes, setup, steps, exact=False, rank=None):
             forwards[call.role] += call.rows
             backwards[call.role] += call.rows * call.grad
             recomputed += call.grad * cost.recomputed
-            again += (call.unit is not None) * cost.forward
+            again += call.unit * cost.forward
     count, model = len(steps), sum(processes.values())
     samples = count * config.batch
     slowest, gathers, links = (  # a step gathers what its slowest process needs
@@ -231,44 +231,32 @@ def passing_bytes(config: Config, costs: ForwardCosts, part: MicroBatch, gradien
 
     gradients: bytes of all gradients. block: of those of one block.
     """
-
-    def moment(saved, caches, transient, gradients):
-        kept = f"activations kept{' at blocks' * config.checkpointing}"
-        return {
-            "gradients": gradients,
-            "rollout jumps kept" if part.rollout else kept: sum(saved),
-            f"activations {'one block, computed again' if config.checkpointing else 'in passing'}": transient,
-            "causal cache": sum(caches.values()),
-        }
-
-    def run(calls, saved, caches, gradients):
-        """The forwards of calls, whose activations are kept from then on: moments, and at the end what is kept."""
-        for call in calls:
-            cost, used = costs(call), {}
-            if call.cache is not None:
-                frames = call.frames if call.kind == "fill_cache" else call.context
-                used = {call.cache: costs(ForwardCall("student", call.rows, False, False, "fill_cache", frames)).cache}
-            yield moment(saved, caches | used, cost.transient + call.grad * cost.saved, gradients)
-            if call.grad:
-                saved = [*saved, cost.saved]
-                caches = caches | used if config.checkpointing else caches  # recomputation reads the cache again
-        return saved, caches
-
-    there = 0 if part.first else gradients  # of earlier micro-batches and terms
-    units = [(unit, list(calls)) for unit, calls in groupby(part.calls, lambda call: call.unit)]
-    before = [([], {})]  # what is kept before each unit; of one that is recomputed, nothing but its states
-    for unit, calls in units:
-        after = yield from run(calls, *before[-1], there)
-        before.append(after if unit is None else before[-1])
-    # the last block, recomputed, is freed while its gradients are computed: this is a little too much
-    there = there or block * config.checkpointing
-    for (unit, calls), start, (saved, caches) in reversed(list(zip(units, before, before[1:], strict=False))):
-        if unit is not None:
-            saved, caches = yield from run(calls, *start, there)
-        for call in reversed([call for call in calls if call.grad]):
-            yield moment(saved, caches, costs(call).returning, there)
-            there, saved = gradients, saved[:-1]
-            yield moment(saved, caches, costs(call).returning, there)  # the end of this call's backward
+    there, saved = 0 if part.first else gradients, 0.0  # gradients of earlier micro-batches and terms; kept so far
+    learning = {call.cached: call for call in part.calls if call.kind == "fill_cache" and call.grad}
+    returned = Counter()  # gradients of caches, each until the backward of the call that filled it is over
+    kept = "rollout jumps kept" if part.rollout else f"activations kept{' at blocks' * config.checkpointing}"
+    passing = f"activations {'one block, computed again' if config.checkpointing else 'in passing'}"
+    for event in part.events:
+        call, cost = event.call, costs(event.call)
+        if event.what == "backward":
+            if call.cached in learning:
+                filled = costs(replace(learning[call.cached], grad=False))
+                returned[call.cached] = filled.cache + filled.stored
+            # the last block, recomputed, is freed while its gradients are computed: this is a little too much
+            moments = [(there or block * config.checkpointing, saved, cost.returning)]
+            there, saved = gradients, saved - cost.saved
+            moments.append((there, saved, cost.returning))  # the end of this call's backward
+        else:
+            keeps = call.grad and (not call.unit or event.what == "again")  # else its unit is recomputed
+            moments = [(there, saved, cost.transient + cost.cache + keeps * cost.saved)]
+            saved += keeps * cost.saved
+        caches = [ForwardCall("student", rows, False, False, "fill_cache", frames) for rows, frames in event.caches]
+        held = {"causal cache": sum(costs(filling).cache for filling in caches) + returned.total()}
+        held |= {"batch and states": event.beside}
+        for gradients_now, saved_now, in_passing in moments:
+            yield {"gradients": gradients_now, kept: saved_now, passing: in_passing} | held
+        if event.what == "backward" and call.kind == "fill_cache":
+            del returned[call.cached]
 
 
 # What to change
@@ -309,13 +297,16 @@ def _changes(config, plan):
             yield [changes]
     plain = changes
     ddp_alone = config.architecture == "causal" and config.stage != "on_policy"  # as the run says
-    can_share = can_rest and "base" not in config.offload and not config.shard_base
+    can_share = can_rest and not {"base", "halves"} & {*config.offload} and not config.shard_base
+    left = [word for word in config.offload if word != "states"]  # FSDP2 shards those
+    sharded = {"sharded": True} | ({"offload": left} if left != config.offload else {})
+    sharded |= {"shard_base": False} if ddp_alone and config.shard_base else {}
     if plan.gpus > 1 and can_share and not (ddp_alone and plan.sharded):
         unequal = config.stage == "on_policy" and not config.on_policy.shared_rollout
         changes = changes | {"shard_base": True} | ({"on_policy.shared_rollout": True} if unequal else {})
         yield [changes]
     if plan.gpus > 1 and not plan.sharded:
-        changes = {"sharded": True} | (plain if ddp_alone else changes)
+        changes = (plain if ddp_alone else changes) | sharded
         yield [changes]
     can_rest = can_rest and not config.shard_base
     whole = config.compiled or config.shard_base or config.sequence_parallel > 1  # blocks, as a run says
@@ -330,7 +321,7 @@ def _changes(config, plan):
         if config.trained == "lora" and rank < config.rank:
             yield [changes | {"rank": rank}]
     if plan.gpus < 8 and config.batch % 8 == 0 and config.sequence_parallel == 1:
-        yield [{"gpus": 8, "sharded": True} | checkpointed | {"accumulate": config.batch // 8}]
+        yield [{"gpus": 8} | sharded | checkpointed | {"accumulate": config.batch // 8}]
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory):
         if gpu.memory > plan.gpu.memory:
             yield [{"gpu": gpu.name} | changes]

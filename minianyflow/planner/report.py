@@ -107,7 +107,7 @@ def check_share(share: float, price: float | None = None) -> None:
 def as_options(changes: dict, flags: dict) -> str:
     """Options as "name=value ..."; those in `flags` as "flag"."""
     words = [flags.get(name, f"{name}={{}}").format(str(value).lower()) for name, value in changes.items()]
-    return " ".join(words).replace("'", "")
+    return " ".join(word.replace("'", "").replace(", ", ",") for word in words)
 
 
 def describe(plan: Plan, share: float = 0.5, price: float | None = None, flags: dict | None = None) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import astuple, replace
 from itertools import chain, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minianyflow import training
 from minianyflow.networks.causal_attention import causal_mask
+from minianyflow.planner.commands import FLAGS
 from minianyflow.planner.commands import plan as plan_command
 from minianyflow.planner.counters import LiveBytes, tensors_in
 from minianyflow.planner.forward_calls import ForwardCall
 from minianyflow.planner.forward_cost import ForwardCosts, attended_pairs
 from minianyflow.planner.gpus import GPUS, SPARE, Gpu, find_gpu
-from minianyflow.planner.plan import check_split, plan_run, published_plan, shape_of
-from minianyflow.planner.report import OUTSIDE, PUBLISHED, describe, from_row, ways
+from minianyflow.planner.plan import advice, check_split, plan_run, published_plan, shape_of
+from minianyflow.planner.report import OUTSIDE, PUBLISHED, as_options, describe, from_row, ways
 from minianyflow.support.cli import run
 from minianyflow.support.errors import InputError
 from minianyflow.support.install import ROOT
@@ -83,15 +85,16 @@ class Step:
 
     def resident(self):
         """Tensors that are there all the time."""
-        for role in self.roles.values():
-            yield from [*role.network.parameters(), *([] if role.offload else role._states())]
+        tensors = [tensor for role in self.roles.values() for tensor in (*role.network.parameters(), *role._states())]
         for counter in chain(*self.networks.counters.values()):
             transformer = counter.network.transformer
             yield transformer.rope._build_freqs(torch.device("cpu"))
             streamed = "base" in self.config.offload
             for name, weight in transformer.named_parameters():
                 if not streamed or "lora_" in name or not name.startswith(("blocks.", "condition_embedder.")):
-                    yield weight
+                    tensors.append(weight)
+        away = {id(state) for role in self.roles.values() if role.offload for state in role._states()}
+        yield from (tensor for tensor in tensors if id(tensor) not in away)
 
     def bytes(self):
         """Bytes that are there all the time, and the peak of those that come and go."""
@@ -128,6 +131,7 @@ SMALL += ["bidirectional forward lora true offload=[base]"]
 CASES = product(("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false"))
 CASES = [" ".join(case) for case in CASES] + [SLOW[-1], "bidirectional forward lora false accumulate=4", *SMALL]
 CASES += [f"causal on_policy lora true offload=[states,blocks,{more}]" for more in ("base", "halves")]
+CASES += [f"causal on_policy lora true on_policy.context_gradient=true{more}" for more in ("", " offload=[blocks]")]
 
 
 def marked(cases, slow, fast=()):
@@ -219,6 +223,9 @@ def test_gpus_that_share_a_clip_share_its_work_and_memory(settings, kind):
     assert 0 == apart.bus["between GPUs"] < together.bus["between GPUs"]
 
 
+KINDS = [" ".join(kind) for kind in product(("bidirectional", "causal"), ("forward", "on_policy"))]
+
+
 def _share(rank, config, number, folder):
     """One process of two that share their clips: what its step takes."""
     where = {"init_method": f"file://{folder}/found", "rank": rank, "world_size": 2}
@@ -230,7 +237,7 @@ def _share(rank, config, number, folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["bidirectional forward", "causal forward"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_real_step_of_two_processes_that_share_a_clip_takes_what_was_planned(settings, tmp_path, kind):
     config, number = settings(*kind.split(), "sequence_parallel=2"), int(kind.startswith("bidirectional"))
     torch.multiprocessing.spawn(_share, (config, number, tmp_path), nprocs=2)
@@ -286,11 +293,12 @@ def test_a_run_that_does_not_fit_names_what_to_change(settings):
     plan = on(1e12, "checkpointing=false")
     assert plan.fits
     assert plan.changes == []
-    low = on(plan.peak * 0.7, "checkpointing=false")
+    none = on(1e3, "checkpointing=false")
+    low = on(none.changes[0][1], "checkpointing=false")  # not enough: a part is left for what is not counted
     assert not low.fits
     assert low.changes[0][0] == {"checkpointing": True}
     assert [low.gpu.holds(peak) for _, peak in low.changes][-2:] == [False, True]  # up to the first that fits
-    none, both = on(1e3, "checkpointing=false"), {"checkpointing": True, "accumulate": 4}
+    both = {"checkpointing": True, "accumulate": 4}
     moves = [both | {"offload": list(words)} for _, *words in ways("forward")]
     assert names(none)[:3] == [{"checkpointing": True}, both | {"accumulate": 2}, both]
     assert sorted(map(str, names(none)[3:-1])) == sorted(map(str, moves[1:]))
@@ -305,6 +313,40 @@ def test_a_run_that_does_not_fit_names_what_to_change(settings):
     several = names(on(1e3, "accumulate=2", gpus=2))
     assert several[:2] == [{"shard_base": True}, {"sharded": True, "shard_base": True}]
     assert several[-1] == {"gpu": "rtx4080", "sharded": True, "shard_base": True}
+
+
+RUNS = {  # {options of a run that does not fit: pairs (number of GPUs, sharded)}
+    "checkpointing=false": [(1, False), (2, False), (2, True)],
+    "keep_attention=true accumulate=2": [(1, False), (2, False)],
+    "compiled=true": [(1, False), (2, True)],
+    "offload=[states,base]": [(1, False), (2, False)],
+    "offload=[blocks,halves]": [(1, False), (2, True)],
+    "memory=small": [(1, False), (2, False)],
+    "shard_base=true on_policy.shared_rollout=true": [(2, False)],
+    "sequence_parallel=2": [(2, False), (2, True)],
+    "trained=full checkpointing=false": [(1, False), (2, True)],
+}
+
+
+@pytest.mark.parametrize("options", marked(RUNS, ["offload=[states,base]", "offload=[blocks,halves]"]))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_takes_each_set_of_options_that_a_plan_names(settings, monkeypatch, kind, options):
+    """As it is printed, after the run's own options."""
+    too_large = SimpleNamespace(fits=False, peak=1e15, seconds=lambda: 1.0)
+    monkeypatch.setattr("minianyflow.planner.plan._plan", lambda *given, **more: too_large)
+    given = [*kind.split(), *options.split()]
+    for gpus, sharded in RUNS[options]:
+        plan = SimpleNamespace(gpus=gpus, sharded=sharded, gpu=GPUS["rtx4080"])
+        named = advice(plan, settings(*given), (), [1])
+        assert len(named) > 3
+        for changes, _ in named:
+            setup = {"gpu": None, "gpus": gpus, "sharded": sharded} | changes
+            words = as_options({name: value for name, value in changes.items() if name not in FLAGS}, {}).split()
+            config, several = settings(*given, *words), setup["gpus"] > 1
+            check_split(config.batch, setup["gpus"], config.accumulate, config.sequence_parallel)
+            assert several or not (config.shard_base or setup["sharded"])
+            alone = kind.startswith("causal") and "on_policy" not in kind and config.shard_base
+            assert not (setup["sharded"] and ("states" in config.offload or alone))  # as the run says
 
 
 # ---- the command, and bad input

@@ -228,7 +228,11 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(students, tmp_path)
         again += ["memory=fast"]
         offload = f"offload=[{'states,' * (kind == 'ddp')}blocks"
         shared = [*arguments(students, name, tmp_path / "shared" / kind / name, steps), *alike, "shard_base=true"]
-        given += [(kind, whole), (kind, ["sigterm=3", *again, f"{offload},base]"]), (kind, [*again, f"{offload}]"])]
+        given += [
+            (kind, whole),
+            (kind, ["sigterm=3", *again, f"{offload},base]"]),
+            (kind, [*again, f"{offload},halves]"]),
+        ]
         given += [(kind, shared)]
     buckets, split, *seen = launch(tmp_path / "report", *given)
     assert_shared_tokens(tmp_path, name, "tokens", plain["rows"], split)
