@@ -4,12 +4,14 @@ from itertools import accumulate
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask
 
 from minianyflow.flow_map import pick_rows
 from minianyflow.networks import causal
 from minianyflow.networks.causal import CausalNetwork, causal_from, causal_rollout
-from minianyflow.networks.causal_attention import attend, causal_mask, chunk_partition
+from minianyflow.networks.causal_attention import attend, block_mask, causal_mask, chunk_partition
 from minianyflow.networks.mlp import EvaluationCounter
 from minianyflow.networks.wan import TINY, WanNetwork, tiny_transformer
 from minianyflow.on_policy import backward_simulation_times
@@ -60,15 +62,42 @@ def test_the_mask_is_stocks_rule_at_the_true_length(stock, partition, clean, mod
     assert causal_mask(partition, 16, 4, 2, clean, mode) is ours  # built once
 
 
+def kinds(mask):
+    """Numbers that are the same for tokens that see and are seen alike."""
+    return torch.cat([mask, mask.T], 1).unique(dim=0, return_inverse=True)[1]
+
+
+@pytest.mark.parametrize("partition", [(1, 2, 2), (3, 3, 3, 3), (2,)])
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("per_frame", [36, 64])  # 128 does not divide the first
+def test_a_mask_by_blocks_is_torchs(partition, clean, per_frame):
+    mask = causal_mask(partition, per_frame, per_frame // 4, 2, clean)
+    ours = block_mask(lambda b, h, q, k: mask[q, k], kinds(mask))
+    theirs = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, *mask.shape, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    tiles = functional.pad(mask, (0, -len(mask) % 128) * 2).unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+    assert torch.equal(ours.full_kv_num_blocks[0, 0].long(), tiles.all(3).all(1).sum(1))
+
+
 @pytest.mark.slow
 def test_flex_attention_takes_the_true_length_too():
     """The kernel that a GPU gets: a BlockMask of a length that 128 does not divide."""
     mask = causal_mask((1, 2, 2), 36, 9, 2, clean=True)
-    blocks = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, *mask.shape, device="cpu")
+    blocks = block_mask(lambda b, h, q, k: mask[q, k], kinds(mask))
     query, key, value = draw(3, 2, 2, len(mask), 32)
     assert len(mask) % 128
     with torch.no_grad():
         assert close(attend(query, key, value, blocks), attend(query, key, value, mask))
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_on_a_gpu_the_mask_is_made_by_blocks(clean, monkeypatch):
+    rule = ((1, 2, 2), 36, 9, 2, clean)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "is_cuda", True)
+        blocks = causal_mask.__wrapped__(*rule)
+    mask = causal_mask(*rule)
+    assert torch.equal(blocks.to_dense(), block_mask(lambda b, h, q, k: mask[q, k], kinds(mask)).to_dense())
 
 
 def test_one_chunk_is_the_bidirectional_model():
