@@ -120,8 +120,8 @@ class ContinuousLoss(ConsistencyLoss):
         return loss, {"consistency": error.detach().mean()}
 
 
-# Factors on the budget, or None, and settings of the method (race.SETTINGS); all else as in the demo.
-ADAMW = ({"muon": None}, {})
+# Factors on numbers of the budget, or values, and settings of the method (race.SETTINGS); all else as in the demo.
+ADAMW, SHARP = ({"muon": None}, {}), {"sharp": True}
 CHANGES = {
     "teacher_step": {
         "": ({}, {}),
@@ -138,14 +138,22 @@ CHANGES = {
         "weight 1": ({}, {"weight": torch.ones_like}),
         "squares": ({}, {"adaptive": 0.0}),
         "width x 2": ({"width": 2}, {}),
+        "sharp": (SHARP, {}),
+        "sharp, earlier times": (SHARP, {"diagonal": 0.35, "end": 0.35, "shift": 0.6}),
         "evaluations x 2": ({"evaluations": 2}, {}),
     },
-    "mixed": {"": ({}, {}), "AdamW": ADAMW, "data velocity": ({}, {"velocity": None, "adaptive": 0.0})},
+    "mixed": {
+        "": ({}, {}),
+        "AdamW": ADAMW,
+        "sharp": (SHARP, {}),
+        "data velocity": ({}, {"velocity": None, "adaptive": 0.0}),
+    },
     "semigroup": {"": ({}, {}), "the average jumps": ({}, {"loss": AverageJumps})},
     "lagrangian": {"": ({}, {}), "gradient through the end": ({}, {"shares": {"lagrangian_through_end": 1.0}})},
     "consistency": {
         "": ({}, {}),
         "AdamW": ADAMW,
+        "sharp": (SHARP, {}),
         "Muon x 2": ({"muon": 2}, {}),
         "on a grid": ({}, {"form": "discrete"}),
         "squares": ({}, {"adaptive": 0.0}),
@@ -172,7 +180,8 @@ def run(
         for method, changes in CHANGES.items():
             for name, (factors, options) in changes.items():
                 changed = {
-                    key: factor and type(old := getattr(budget, key))(old * factor) for key, factor in factors.items()
+                    key: type(old)(old * factor) if (old := getattr(budget, key)) and factor else factor
+                    for key, factor in factors.items()
                 }
                 arguments = (method, dataset, tuple(seeds), replace(budget, **changed), options, quiet, SHOWN, 1)
                 jobs[f"{method}, {name}" if name else method] = (run_method, arguments)

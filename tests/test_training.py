@@ -60,8 +60,13 @@ def test_seeds_reproduce_bit_for_bit_and_copies_are_what_they_are_alone():
         assert not same([weight[1 - index] for weight in together], [weight[0] for weight in alone], 1e-3)
 
 
-def test_a_row_is_computed_by_its_copy_in_any_order():
-    network, alone = MLP(seeds=(7, 8)), [MLP(seeds=(7,)), MLP(seeds=(8,))]
+@pytest.mark.parametrize("sharp", [False, True])
+def test_a_row_is_computed_by_its_copy_in_any_order(sharp):
+    network, *alone = (MLP(seeds=seeds, sharp=sharp) for seeds in ((7, 8), (7,), (8,)))
+    if sharp:
+        nn.init.normal_(network.scale, std=0.3)
+        for index, copy in enumerate(alone):
+            copy.scale.data[0] = network.scale[index]
     z, t, r = torch.randn(9, 2), torch.rand(9), torch.rand(9) * 0
     copy = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0])  # uneven and out of order
     with torch.no_grad():
@@ -69,6 +74,27 @@ def test_a_row_is_computed_by_its_copy_in_any_order():
         for index in (0, 1):
             rows = copy == index
             assert torch.allclose(out[rows], alone[index](z[rows], t[rows], r[rows]), atol=1e-5)
+
+
+def test_at_one_pair_of_times_a_sharp_network_is_a_plain_one_with_scaled_columns():
+    network, plain = MLP(sharp=True).double(), MLP().double()
+    nn.init.normal_(network.scale, std=0.3)
+    z, t, r = torch.randn(5, 2, dtype=torch.float64), torch.full((5,), 0.1).double(), torch.full((5,), 0.05).double()
+    phase = 2 * torch.pi * torch.tensor([0.125, 0.25, 0.5]) * torch.tensor([[0.1], [0.05]])
+    features = torch.cat([phase.sin().flatten(), phase.cos().flatten(), (torch.tensor([0.1, 0.05]) + 0.02).log() / 2])
+    turns = 2 * torch.pi * torch.tensor([2.0, 4.0])
+    detail, fade = z[:, :, None] * turns, (-((0.1 * turns) ** 2) / 2).exp()
+    detail = (
+        torch.cat([(fade * detail.sin()).flatten(1), (fade * detail.cos()).flatten(1)], 1) @ network.weight0[0, 16:]
+    )
+    plain.load_state_dict(network.state_dict() | {"weight0": network.weight0[:, :16]}, strict=False)
+    for index, scale in enumerate((1 + features.double() @ network.scale[0]).chunk(4)):
+        for kind in ("weight", "bias"):
+            getattr(plain, f"{kind}{index}").data.mul_(scale)
+        if index == 0:
+            plain.bias0.data = plain.bias0 + scale * detail  # (1, rows, width): one per row
+    assert torch.allclose(network(z, t, r), plain(z, t, r), atol=1e-5)  # the turns are of float32
+    assert not torch.allclose(network(z, t, r), network(z, t, t), atol=1e-2)
 
 
 def test_micro_batches_make_up_the_batch():

@@ -24,6 +24,9 @@ class MLP(nn.Module):
     turns: frequencies of the sines and cosines of t and of t - r. They are low, for the sake of derivatives in time:
     these get worse from 1 turn on and are useless at 16. log t and log r enter as well: at time t, details of size t
     are resolved.
+    sharp: for small details. The times also scale the argument of every activation, by 1 + a linear function of their
+    features that is zero at the start (FiLM, arXiv 1709.07871); sines and cosines of the state enter, of 2 and 4 turns
+    per unit, faded where noise of size t hides them; and the weights of the state start four times as large.
     """
 
     def __init__(
@@ -33,17 +36,23 @@ class MLP(nn.Module):
         depth: int = 4,
         seeds: Sequence[int] = (0,),
         turns: Sequence[float] = (0.125, 0.25, 0.5),
+        sharp: bool = False,
     ):
         super().__init__()
         self.shape, self.copies, self.layers = tuple(shape), len(seeds), depth + 1
         size = math.prod(shape)
         self.register_buffer("angular", 2 * math.pi * torch.tensor(turns), persistent=False)
-        sizes = [size + 4 * len(turns) + 2, *[width] * depth, size]
+        self.register_buffer("details", 2 * math.pi * torch.tensor([2.0, 4.0][: 2 * sharp]), persistent=False)
+        times = 4 * len(turns) + 2
+        sizes = [size + times + 2 * size * len(self.details), *[width] * depth, size]
         draws = [generator(seed) for seed in seeds]
         for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             weight = torch.stack([torch.randn(fan_in, fan_out, generator=draw) for draw in draws])
             self.register_parameter(f"weight{index}", nn.Parameter(weight / math.sqrt(fan_in)))  # (S, in, out)
             self.register_parameter(f"bias{index}", nn.Parameter(torch.zeros(len(seeds), 1, fan_out)))
+        self.scale = nn.Parameter(torch.zeros(len(seeds), times, depth * width)) if sharp else None
+        if sharp:
+            self.weight0.data[:, :size] *= 4
 
     def forward(self, z: State, t: Times, r: Times, copy: Int[Tensor, " batch"] | None = None) -> State:
         """u(z, t, r); copy: the copy of each row, if there are several. Raises InputError for other shapes."""
@@ -55,6 +64,10 @@ class MLP(nn.Module):
         phase = torch.cat([t[:, None] * self.angular, (t - r)[:, None] * self.angular], 1)
         fine = 0.5 * torch.log(torch.stack([t, r], 1) + 0.02)
         hidden = torch.cat([z.flatten(1), phase.sin(), phase.cos(), fine], 1)  # (B, D + 4 turns + 2)
+        if self.scale is not None:
+            fade = torch.exp(-(t[:, None, None] * self.details).square() / 2)  # (B, 1, 2)
+            angle = z.flatten(1)[..., None] * self.details
+            hidden = torch.cat([hidden, (fade * angle.sin()).flatten(1), (fade * angle.cos()).flatten(1)], 1)
         if copy is None:
             return self._layers(hidden[None])[0].reshape(z.shape)
         if self._in_turn(copy):  # the usual case: a reshape instead of an index
@@ -79,8 +92,14 @@ class MLP(nn.Module):
 
     def _layers(self, hidden):
         *inner, last = ((getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(self.layers))
-        for weight, bias in inner:
-            out = nn.functional.gelu(torch.baddbmm(bias, hidden, weight), approximate="tanh")
+        scales = [None] * len(inner)
+        if self.scale is not None:
+            begin = math.prod(self.shape)
+            times = hidden[..., begin : begin + self.scale.shape[1]]
+            scales = (1 + times @ self.scale).chunk(len(inner), -1)
+        for (weight, bias), scale in zip(inner, scales, strict=True):
+            out = torch.baddbmm(bias, hidden, weight)
+            out = nn.functional.gelu(out if scale is None else scale * out, approximate="tanh")
             hidden = hidden + out if hidden.shape == out.shape else out  # a residual where widths agree
         return torch.baddbmm(last[1], hidden, last[0])  # (S, n, D)
 

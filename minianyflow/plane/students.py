@@ -21,7 +21,7 @@ METHODS = ("euler", *FLOW_MAPS, "teacher_step", "consistency")
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method gets: evaluations per seed (costs.py), rows per batch and seed, rates, size of the network."""
+    """What every method gets: evaluations per seed (costs.py), rows per batch and seed, rates, kind of network."""
 
     evaluations: int = 6_000_000
     rows: int = 128
@@ -29,6 +29,7 @@ class Budget:
     muon: float | None = 0.03  # of square weights, in place of lr: `training.Role`
     width: int = 64
     depth: int = 4
+    sharp: bool = False
 
     @property
     def ema(self) -> float:
@@ -51,7 +52,8 @@ def load_student(method: str, copy: int = 0, folder: str | Path = STUDENTS) -> M
     choose("method", method, dict.fromkeys(METHODS[1:]))
     weights, seeds, budget = read_copy(Path(folder) / f"{method}.safetensors", copy)
     shape = weights[f"bias{budget['depth']}"].shape[2:]  # of what it returns
-    return frozen(MLP(shape, budget["width"], budget["depth"], seeds), weights)
+    sharp = budget.get("sharp", False)
+    return frozen(MLP(shape, budget["width"], budget["depth"], seeds, sharp=sharp), weights)
 
 
 def save_copies(path: Path, weights: dict[str, Tensor], budget, seeds, **metadata: str) -> None:
