@@ -131,6 +131,7 @@ SMALL += ["bidirectional forward lora true offload=[base]"]
 CASES = product(("bidirectional", "causal"), ("teacher", "forward", "on_policy"), ("lora", "full"), ("true", "false"))
 CASES = [" ".join(case) for case in CASES] + [SLOW[-1], "bidirectional forward lora false accumulate=4", *SMALL]
 CASES += [f"causal on_policy lora true offload=[states,blocks,{more}]" for more in ("base", "halves")]
+CASES += ["bidirectional on_policy lora true base_dtype=int8", "causal forward lora true base_dtype=int8"]
 CASES += [f"causal on_policy lora true on_policy.context_gradient=true{more}" for more in ("", " offload=[blocks]")]
 
 
