@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minianyflow import training
+from minianyflow.batch import deal
 from minianyflow.networks.causal_attention import causal_mask
 from minianyflow.planner.commands import FLAGS
 from minianyflow.planner.commands import plan as plan_command
@@ -89,10 +90,11 @@ class Step:
         for counter in chain(*self.networks.counters.values()):
             transformer = counter.network.transformer
             yield transformer.rope._build_freqs(torch.device("cpu"))
-            streamed = "base" in self.config.offload
+            streamed = "base" in self.config.offload or self.config.shard_base
             for name, weight in transformer.named_parameters():
                 if not streamed or "lora_" in name or not name.startswith(("blocks.", "condition_embedder.")):
                     tensors.append(weight)
+        tensors += [part for part, _ in self.networks.resting.blocks] if self.config.shard_base else []
         away = {id(state) for role in self.roles.values() if role.offload for state in role._states()}
         yield from (tensor for tensor in tensors if id(tensor) not in away)
 
@@ -224,23 +226,30 @@ def test_gpus_that_share_a_clip_share_its_work_and_memory(settings, kind):
     assert 0 == apart.bus["between GPUs"] < together.bus["between GPUs"]
 
 
-KINDS = [" ".join(kind) for kind in product(("bidirectional", "causal"), ("forward", "on_policy"))]
+ARCHITECTURES = ("bidirectional", "causal")
+KINDS = [" ".join(kind) for kind in product(ARCHITECTURES, ("forward", "on_policy"))]
 
 
 def _share(rank, config, number, folder):
-    """One process of two that share their clips: what its step takes."""
+    """One process of two that share their clips, or the base: what its step takes."""
     where = {"init_method": f"file://{folder}/found", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", **where)
     torch.manual_seed(0)
     step = Step(config, number)
+    step.batch = deal(step.batch, rank, 2) if config.shard_base else step.batch
     (resident, passing), (flop, _) = step.bytes(), step.work()
     (folder / str(rank)).write_text(json.dumps([resident, passing, flop]))
 
 
+TWO = [f"{kind} sequence_parallel=2" for kind in KINDS] + [f"{kind} forward shard_base=true" for kind in ARCHITECTURES]
+TWO += [f"{kind} on_policy shard_base=true on_policy.shared_rollout=true" for kind in ARCHITECTURES]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_real_step_of_two_processes_that_share_a_clip_takes_what_was_planned(settings, tmp_path, kind):
-    config, number = settings(*kind.split(), "sequence_parallel=2"), int(kind.startswith("bidirectional"))
+@pytest.mark.parametrize("case", TWO)
+def test_a_real_step_of_two_processes_takes_what_was_planned(settings, tmp_path, case):
+    """That share a clip, or the base."""
+    config, number = settings(*case.split()), int(case.startswith("bidirectional"))
     torch.multiprocessing.spawn(_share, (config, number, tmp_path), nprocs=2)
     plan = planned(config, gpus=2, steps=[number])
     expected = sum(plan.memory.get(name, 0) for name in RESIDENT)
