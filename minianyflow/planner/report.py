@@ -105,8 +105,9 @@ def check_share(share: float, price: float | None = None) -> None:
 
 
 def as_options(changes: dict, flags: dict) -> str:
-    """Options as "name=value ..."; those in `flags` as "flag"."""
-    words = [flags.get(name, f"{name}={{}}").format(str(value).lower()) for name, value in changes.items()]
+    """Options as "name=value ..."; before them those in `flags`, as "flag"."""
+    ordered = sorted(changes.items(), key=lambda change: change[0] not in flags)
+    words = [flags.get(name, f"{name}={{}}").format(str(value).lower()) for name, value in ordered]
     return " ".join(word.replace("'", "").replace(", ", ",") for word in words)
 
 

@@ -22,7 +22,7 @@ def setup(argv):
 
 
 def test(argv):
-    """Run every test but the long ones, browser and notebooks too, in two processes: a quarter of an hour."""
+    """Run every test but the long ones, browser and notebooks too, in three processes: a quarter of an hour."""
     Parser("minianyflow test", description=test.__doc__).parse_args(argv)
     _look_for_browser()
     return _pytest("--nbmake", "--nbmake-timeout=600", "-m", "not long", *SLOWEST_FIRST)
@@ -73,7 +73,7 @@ SLOWEST_FIRST = ("notebooks", "tests/wan", "tests/live", "tests")  # a file is o
 
 def _pytest(*arguments, python=sys.executable):
     needs_checkout("test")
-    workers = ("--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder")
+    workers = ("--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder")
     return subprocess.call([python, "-m", "pytest", *workers, *arguments], cwd=ROOT)
 
 
