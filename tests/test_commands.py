@@ -79,6 +79,7 @@ def test_any_error_is_one_line_and_a_stack_trace_only_if_asked_for(problem, stat
         assert len(printed.strip().splitlines()) == bool(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own", "matplotlibrc"])
 def test_a_persons_own_settings_of_matplotlib_change_no_picture(tmp_path, name):
     (tmp_path / name).write_text("axes.facecolor: red\nbackend: svg\n")
@@ -109,6 +110,7 @@ def test_an_error_is_an_interruption_if_a_library_made_it_of_one_and_no_later_on
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_output_that_nobody_can_take_is_one_line():
     help_of = [sys.executable, "-m", "minianyflow", "--help"]
     with open("/dev/full", "w") as full:
