@@ -73,7 +73,8 @@ SLOWEST_FIRST = ("notebooks", "tests/wan", "tests/live", "tests")  # a file is o
 
 def _pytest(*arguments, python=sys.executable):
     needs_checkout("test")
-    workers = ("--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder")
+    # the slow ones in three on two cores: one often waits, for a kernel, a browser or processes of its own
+    workers = (f"--numprocesses={2 if FAST in arguments else 3}", "--dist=loadfile", "--no-loadscope-reorder")
     return subprocess.call([python, "-m", "pytest", *workers, *arguments], cwd=ROOT)
 
 
