@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,13 +70,18 @@ def read_copy(path: str | Path, copy: int, prefix: str = "") -> tuple[dict[str, 
     path = Path(path)
     if not path.exists():
         raise InputError(f"no {path.name} in {path.parent}; expected a folder that `demo` or `exposure` has written")
-    with safe_open(path, "pt") as file:
-        metadata, names = file.metadata(), [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-        weights = {name.removeprefix(prefix): file.get_tensor(name)[copy : copy + 1].float() for name in names}
-    seeds = json.loads(metadata["seeds"])
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata(), [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            weights = {name.removeprefix(prefix): file.get_tensor(name)[copy : copy + 1].float() for name in names}
+        seeds, budget = json.loads(metadata["seeds"]), json.loads(metadata["budget"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as problem:
+        raise InputError(
+            f"{path} is no file of students ({problem}); write it anew with `demo` or `exposure`"
+        ) from None
     if not names or not 0 <= copy < len(seeds):
         raise InputError(f"copy {copy} of {prefix or path.stem}; expected 0 to {len(seeds) - 1} of a trained student")
-    return weights, seeds[copy : copy + 1], json.loads(metadata["budget"])
+    return weights, seeds[copy : copy + 1], budget
 
 
 def frozen(network, weights: dict[str, Tensor]):

@@ -5,6 +5,7 @@ from statistics import stdev
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from minianyflow.measures import sliced_w2, sobol_noise
 from minianyflow.plane import race
@@ -117,6 +118,11 @@ def test_a_student_that_is_not_there_is_named(tmp_path):
         load_student("mixed", copy=3)
     with pytest.raises(InputError, match="did you mean 'mixed'"):
         load_student("mixd")
+    save_file({"weight0": torch.zeros(1, 2, 2)}, tmp_path / "mixed.safetensors")  # somebody else's
+    (tmp_path / "eulerian.safetensors").write_bytes(b"cut short")
+    for name in ("mixed", "eulerian"):
+        with pytest.raises(InputError, match=f"{name}.safetensors is no file of students"):
+            load_student(name, folder=tmp_path)
 
 
 def test_a_report_can_be_written_and_read_by_people():
