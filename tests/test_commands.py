@@ -110,6 +110,17 @@ def test_an_error_is_an_interruption_if_a_library_made_it_of_one_and_no_later_on
             signal.signal(number, handler)
 
 
+def test_errors_that_are_each_others_cause_end(capsys):
+    first, second = RuntimeError("of a first try"), RuntimeError("of a second")
+    first.__cause__, second.__cause__ = second, first
+
+    def command():
+        raise first
+
+    assert run(command) == 1
+    assert "of a first try" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_output_that_nobody_can_take_is_one_line():
     help_of = [sys.executable, "-m", "minianyflow", "--help"]

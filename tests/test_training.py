@@ -84,14 +84,13 @@ def test_at_one_pair_of_times_a_sharp_network_is_a_plain_one_with_scaled_columns
     features = torch.cat([phase.sin().flatten(), phase.cos().flatten(), (torch.tensor([0.1, 0.05]) + 0.02).log() / 2])
     turns = 2 * torch.pi * torch.tensor([2.0, 4.0])
     detail, fade = z[:, :, None] * turns, (-((0.1 * turns) ** 2) / 2).exp()
-    detail = (
-        torch.cat([(fade * detail.sin()).flatten(1), (fade * detail.cos()).flatten(1)], 1) @ network.weight0[0, 16:]
-    )
+    waves = [(fade * wave).flatten(1) for wave in (detail.sin(), detail.cos())]
     plain.load_state_dict(network.state_dict() | {"weight0": network.weight0[:, :16]}, strict=False)
     for index, scale in enumerate((1 + features.double() @ network.scale[0]).chunk(4)):
         for kind in ("weight", "bias"):
             getattr(plain, f"{kind}{index}").data.mul_(scale)
         if index == 0:
+            detail = torch.cat(waves, 1) @ network.weight0[0, 16:]
             plain.bias0.data = plain.bias0 + scale * detail  # (1, rows, width): one per row
     assert torch.allclose(network(z, t, r), plain(z, t, r), atol=1e-5)  # the turns are of float32
     assert not torch.allclose(network(z, t, r), network(z, t, t), atol=1e-2)

@@ -81,8 +81,8 @@ def causal_mask(
 def block_mask(sees: Callable[..., Tensor], kind: Int[Tensor, " tokens"], size: int = 128) -> BlockMask:
     """The BlockMask of a rule `sees(batch, head, query, key)` that depends on the kinds of query and key alone.
 
-    It looks at one token per kind. torch's `create_block_mask` looks at all pairs of tokens: 10 GB for a moment at
-    30,030 of them, by its count on a CPU. size: tokens per block.
+    kind: a whole number per token. It looks at one token per kind. torch's `create_block_mask` looks at all pairs of
+    tokens: for a moment some 10 GB at 30,030 of them, extrapolated from a CPU. size: tokens per block.
     """
     kinds, place = kind.unique(return_inverse=True)
     token = torch.arange(len(kind), device=kind.device)

@@ -59,11 +59,9 @@ def make_student(
     mixture = plane.load(dataset)
     choose("method", method, dict.fromkeys(METHODS[1:]))
     velocity, teacher = counted(lambda z, t, copy=None: mixture.velocity(z, t))  # exact, the same for every copy
-    mlp = MLP(mixture.shape, budget.width, budget.depth, seeds, sharp=budget.sharp)
-    network = EvaluationCounter(mlp)
+    network = EvaluationCounter(MLP(mixture.shape, budget.width, budget.depth, seeds, sharp=budget.sharp))
     settings = {"velocity": velocity} | SETTINGS.get(method, {"shares": FLOW_MAPS.get(method)}) | changes
-    pairs = {"diagonal": 0.5, "end": 0.25}
-    pairs |= {name: settings.pop(name) for name in ("diagonal", "end", "shift") if name in settings}
+    pairs = {name: settings.pop(name) for name in ("diagonal", "end", "shift") if name in settings}
     student = Role(network, lr=budget.lr, muon=budget.muon, ema=settings.pop("ema", budget.ema))
     kind = settings.pop("loss", ConsistencyLoss if method == "consistency" else FlowMapLoss)
     settings |= {"average": student.average} if hasattr(kind, "average") else {}

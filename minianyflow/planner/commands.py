@@ -29,7 +29,7 @@ def plan(argv: list[str]) -> int:
     for name in ("frames", "height", "width"):
         add(f"--{name}", type=int, help="of the clip (default: that of the data; without data 81 x 480 x 832)")
     add("--json", action="store_true", help="print JSON; with --table that of docs/plan/plans.json")
-    add("--table", action="store_true", help="print the tables of docs/plan.md, counted anew: two minutes")
+    add("--table", action="store_true", help="print the tables of docs/plan.md, counted anew: some minutes")
     add(
         "--stream",
         action="store_true",

@@ -161,10 +161,11 @@ def _explained(problem):
     """(exit status, one line or none) of what ended a command."""
     kinds = {kind.__name__ for kind in type(problem).__mro__}
     words = " ".join((getattr(problem, "strerror", None) or str(problem)).split())
-    cause = problem  # a library that was being imported may have made another error of an interruption
-    while cause and not isinstance(problem, InputError | OSError) and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, KeyboardInterrupt):
+    causes = [problem]  # a library that was being imported may have made another error of an interruption
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    ours = isinstance(problem, InputError | OSError)
+    if not ours and any(isinstance(cause, KeyboardInterrupt) for cause in causes):
         return 130, "\ninterrupted: what is unfinished does not count; run the same command again"
     if isinstance(problem, InputError):
         return 2, f"error: {words}"

@@ -292,7 +292,8 @@ def _check_launch(device):
         if not os.environ.get(name):
             raise InputError(f"several processes by the environment, and no {name} in it; {again}")
     for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if not numbers[part] < numbers.get(whole, numbers["WORLD_SIZE"]):
+        whole = whole if whole in numbers else "WORLD_SIZE"
+        if numbers[part] >= numbers[whole]:
             raise InputError(f"{part}={numbers[part]} of {whole}={numbers[whole]}; expected a smaller one: {again}")
 
 

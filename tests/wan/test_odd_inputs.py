@@ -424,7 +424,6 @@ WAITING = {
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
 @pytest.mark.parametrize("kind", WAITING)
 def test_a_pipe_and_a_device_are_one_line(tmp_path, monkeypatch, kind):
     (tmp_path / "vae").mkdir()
@@ -574,6 +573,7 @@ LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "l
 VARIABLES = {
     "ACCELERATE_TORCH_DEVICE='x'; expected cpu": {"ACCELERATE_TORCH_DEVICE": "x"},
     "RANK=2 of WORLD_SIZE=2": LAUNCHED | {"RANK": "2"},
+    "LOCAL_RANK=2 of WORLD_SIZE=2": LAUNCHED | {"LOCAL_RANK": "2"},
     "LOCAL_RANK=1 of LOCAL_WORLD_SIZE=1": LAUNCHED | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
     **{f"and no {name} in it": LAUNCHED | {name: None} for name in LAUNCHED if name != "WORLD_SIZE"},
     **{f"{name}='a'": LAUNCHED | {name: "a"} for name in LAUNCHED if name != "MASTER_ADDR"},
